@@ -1,0 +1,104 @@
+"""The command `edge`: verbs dispatched lazily by name, so that `edge serve` never imports torch.
+
+Each verb is a `main(argv) -> int` in its own module. Every error a user can mend ends here, as one
+message and a non-zero exit code; no traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from edge import __version__
+from edge.errors import EdgeError, UsageError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "pull": ("convert.pull", "get a model: the embedded default, a folder, a GGUF file or a hub id"),
+    "train": ("convert.qlora", "QLoRA from a LLaMA-Factory style YAML"),
+    "merge": ("convert.merge", "adapter -> 16-bit merged model"),
+    "export": ("convert.export", "merged model -> gguf"),
+    "serve": ("edge.server.run", "serve a run, a GGUF folder or a GGUF file over HTTP"),
+    "chat": ("edge.chat_cli", "talk to a run in the terminal"),
+    "bench": ("bench.run", "measure ours against the slow baseline"),
+    "tune": ("edge.tune", "show or redo what was measured for this artefact on this machine"),
+    "doctor": ("edge.doctor", "what this machine has, and what to install for more"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {verb:<8} {text}" for verb, (_, text) in VERBS.items())
+    return f"edge {__version__}\n\nusage: edge VERB ...   (edge VERB --help says more)\n\n{rows}\n"
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb; returns its exit code. Raises EdgeError for what the user can mend."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version", "version"):
+        sys.stdout.write(f"edge {__version__}\n")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        raise UsageError(f"edge has no verb '{verb}'", "verbs: " + " ".join(VERBS))
+    module = VERBS[verb][0]
+    try:
+        run: Callable[[list[str]], int] = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("edge", "convert", "bench"):
+            raise
+        extra = "serve" if module.startswith("edge.") else "train"
+        raise EdgeError(
+            f"'edge {verb}' needs the package '{error.name}', which is not installed",
+            f"pip install -c constraints.txt '.[{extra}]'",
+        ) from error
+    return run(rest)
+
+
+def utf8_console() -> None:
+    """Console text never raises, whatever the locale: what it cannot show is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    """`run(argv)` with every error a user can meet turned into a message and an exit code."""
+    utf8_console()
+    try:
+        return run(argv)
+    except EdgeError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C; nothing was left half-written under a final name")
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`edge ... | head`); the interpreter must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _complain(f"the disk is full: {error.filename or 'while writing'}", "free some space and run it again")
+        elif error.filename is not None:
+            _complain(f"{error.filename}: {error.strerror}")
+        else:
+            raise
+        return 1
+
+
+def _complain(message: str, hint: str = "") -> None:
+    text = f"error: {message}" + (f"\n  {hint}" if hint else "")
+    sys.stderr.write(text + "\n")
+
+
+def entry() -> int:
+    return guarded(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,180 @@
+"""Every folder says what it is: `edge.json`, content digests, and atomic publishing.
+
+A stage writes into a sibling folder and renames it into place, so that a killed export never leaves
+a half-written folder, or an old shard, under the final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edge.errors import ExistsError, InputError
+
+FILE = "edge.json"
+SCHEMA = 1
+STAGES = ("model", "adapter", "merged", "gguf", "onnx")
+
+
+@dataclass
+class Manifest:
+    """What a folder holds and where it came from.
+
+    stage: one of STAGES. name: what people call it. parents: `{"stage", "path", "digest"}` of each input.
+    digest: over the names and contents of `files`. base_model: where the weights began.
+    settings: what this stage was told. chat_template: sha256 of the template's UTF-8 text, None without one.
+    stop_ids: the union of what tokenizer, generation config and template end a turn with.
+    thinking: None (the model does not think), "on", "off" or "mixed". verify: the equivalence report.
+    """
+
+    stage: str
+    name: str
+    base_model: str = ""
+    parents: list[dict[str, str]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    stop_ids: list[int] = field(default_factory=list)
+    thinking: str | None = None
+    verify: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digest: str = ""
+    created: str = ""
+    schema: int = SCHEMA
+
+    def parent(self, path: Path) -> dict[str, str]:
+        """This manifest as an entry for a child's `parents`; `path` is where it lies."""
+        return {"stage": self.stage, "path": str(path), "digest": self.digest}
+
+
+def text_digest(text: str | None) -> str | None:
+    """sha256 of `text` as UTF-8, hexadecimal; None for None."""
+    return None if text is None else hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of `packages`; one that is missing is left out."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def write(folder: Path, manifest: Manifest) -> Manifest:
+    """Digest every file of `folder` and write `edge.json` there. Returns the completed manifest."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    manifest.files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        for name in names
+        if name != FILE
+    }
+    rows = "".join(f"{name}\0{entry['sha256']}\n" for name, entry in manifest.files.items())
+    manifest.digest = "sha256:" + hashlib.sha256(rows.encode("utf-8")).hexdigest()
+    manifest.created = manifest.created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = json.dumps(asdict(manifest), ensure_ascii=False, indent=2) + "\n"
+    (folder / FILE).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of `folder`.
+
+    Raises InputError where the folder or its `edge.json` is missing, unreadable, or of a newer schema.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}", "check the path, or run the stage that makes it")
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder} has no {FILE}: it was not written by edge", "give a folder that edge made")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        known = {key: data[key] for key in Manifest.__dataclass_fields__ if key in data}
+        manifest = Manifest(**known)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "run the stage that made this folder again") from error
+    if not isinstance(manifest.schema, int) or manifest.schema > SCHEMA:
+        raise InputError(f"{path} has schema {manifest.schema!r}, this version reads up to {SCHEMA}", "update edge")
+    return manifest
+
+
+def check_free(folder: Path, need: int) -> None:
+    """Raise InputError unless the disk under `folder` has `need` bytes free (and a tenth more)."""
+    probe = folder
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < need * 1.1:
+        raise InputError(
+            f"{folder} needs about {need / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free",
+            "free some space, or choose a folder on another disk",
+        )
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise ExistsError unless `target` may be written: absent, empty, or ours with `overwrite`."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ExistsError(f"{target} is a file, a folder is to be written there", "choose another folder")
+    if not any(target.iterdir()):
+        return
+    if not (target / FILE).is_file():
+        raise ExistsError(
+            f"{target} holds files that edge did not write; it will not replace them",
+            "choose another folder, or move them away",
+        )
+    if not overwrite:
+        old = read(target)
+        raise ExistsError(
+            f"{target} already holds {old.stage} '{old.name}', made {old.created}",
+            "add --overwrite to replace it",
+        )
+
+
+@contextlib.contextmanager
+def publish(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling folder to write into; rename it to `target` when the block ends well.
+
+    On any exception the sibling is removed and what stood at `target` is untouched. The manifest must
+    have been written (`write`) before the block ends. Raises what `check_target` raises.
+    """
+    target = target.absolute()
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        assert (partial / FILE).is_file(), "a stage must write its manifest before it publishes"
+        _swap(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, target: Path) -> None:
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    if target.exists():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
