@@ -1,0 +1,376 @@
+"""Builds llama-cpp-python for this machine: `python -m edge.native [--cuda] [--force]`.
+
+There is no wheel of it, and a build with default flags is wrong on some machines: it crashes on CPUs with
+AMX (see amx_tileconfig.h), and with OpenMP it crawls beside a busy core. So the pinned sdist is built with
+flags of our own, the wheel is kept in the user's cache under a key of everything that shaped it, and the
+installed build is tried by one decode in a child process. What came of it lies beside the build as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from edge import hardware, manifest
+from edge.errors import EdgeError, UnavailableError
+from edge.sdist import CONSTRAINTS, PACKAGE, VERSION, install_tools, pip, publish_folder, sdist_archive, tail
+
+HEADER = Path(__file__).with_name("amx_tileconfig.h")
+RECORD = "edge_build.json"
+OFF = (
+    "LLAVA_BUILD",
+    "LLAMA_OPENSSL",
+    "LLAMA_BUILD_TOOLS",
+    "LLAMA_BUILD_EXAMPLES",
+    "LLAMA_BUILD_TESTS",
+    "LLAMA_BUILD_SERVER",
+    "LLAMA_BUILD_APP",
+    "GGML_OPENMP",  # its threads spin at barriers: beside a busy core decoding fell to a sixtieth
+)
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+
+COMPILER_HINTS = {
+    "linux": "Debian, Ubuntu: sudo apt-get install build-essential; Fedora: sudo dnf install gcc-c++; "
+    "Arch: sudo pacman -S base-devel",
+    "darwin": "xcode-select --install",
+    "win32": "winget install Microsoft.VisualStudio.2022.BuildTools --override "
+    '"--passive --add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"',
+}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    kind: str  # gcc, clang or msvc
+    version: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to build: CMake definitions, and a key over all that shapes the binary."""
+
+    defines: dict[str, str]
+    cxx_flags: str
+    key: str
+    compiler: Compiler
+
+
+def compiler() -> Compiler:
+    """The C++ compiler that CMake will find. Raises UnavailableError, saying what to install, without one."""
+    if sys.platform == "win32":
+        programs = Path(os.environ.get("PROGRAMFILES(X86)", ""))
+        where = programs / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
+        found = _output([str(where), "-latest", "-products", "*", "-property", "installationVersion"])
+        if found or shutil.which("cl"):
+            return Compiler("msvc", found)
+    else:
+        for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+            text = _output([*name.split(), "--version"])
+            if text:
+                return Compiler("clang" if "clang" in text.lower() else "gcc", text.splitlines()[0])
+    hint = COMPILER_HINTS.get(sys.platform, COMPILER_HINTS["linux"])
+    raise UnavailableError(f"{PACKAGE} is built on this machine, and there is no C++ compiler", hint)
+
+
+def nvcc() -> tuple[str, str]:
+    """Path and version line of CUDA's compiler. Raises UnavailableError without it or without a card."""
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    places = [str(Path(home) / "bin") for home in homes if home]
+    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
+    if path is None:
+        raise UnavailableError(
+            "CUDA was asked for, but its compiler `nvcc` is not there",
+            "install NVIDIA's CUDA toolkit (Debian, Ubuntu: sudo apt-get install nvidia-cuda-toolkit), "
+            "or build for the CPU: python -m edge.native",
+        )
+    if not hardware.gpus():
+        raise UnavailableError(
+            "CUDA was asked for, but `nvidia-smi` shows no card",
+            "install NVIDIA's driver, or build for the CPU: python -m edge.native",
+        )
+    return path, _output([path, "--version"])
+
+
+def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
+    """The build that fits this machine. `amx` False switches those instructions off."""
+    found = compiler()
+    defines = dict.fromkeys(OFF, "OFF") | {"GGML_NATIVE": "ON"}
+    cuda_version = ""
+    if cuda:
+        path, cuda_version = nvcc()
+        defines |= {"GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": path}
+    cxx_flags = ""
+    if found.kind == "gcc" and platform.machine() in ("x86_64", "AMD64"):
+        cxx_flags = "include-header" if amx else NO_AMX
+    shape = {
+        "version": VERSION,
+        "defines": defines,
+        "cxx_flags": cxx_flags,
+        "header": manifest.file_digest(HEADER),
+        "compiler": [found.kind, found.version],
+        "cuda": [cuda_version, *(f"{gpu.name} {gpu.compute_capability}" for gpu in hardware.gpus())]
+        if cuda
+        else [],
+        "platform": [sys.platform, platform.machine()],
+        "cpu": cpu_key(),
+    }
+    key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode("utf-8")).hexdigest()[:20]
+    return Plan(defines, cxx_flags, key, found)
+
+
+def cpu_key() -> str:
+    """A word that differs between CPUs for which -march=native differs."""
+    text = " ".join([hardware.cpu_model(), *hardware.cpu_flags(everything=True)])
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def build_info() -> dict[str, Any]:
+    """What is known of the installed build; empty without one, or where another build replaced it.
+
+    version, key, wanted (the key that was asked for), defines, cxx_flags, compiler, cpu, cpu_key, cuda,
+    created; check: mode -> outcome of one decode (plain, extra, gpu); use_extra_bufts, gpu: what may be used;
+    notes: what had to be given up, as sentences. Loads no native code.
+    """
+    folder = _package_folder()
+    if folder is None or not (folder / RECORD).is_file():
+        return {}
+    try:
+        info = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return info if isinstance(info, dict) and info.get("record") == _record_digest() else {}
+
+
+def _package_folder() -> Path | None:
+    spec = importlib.util.find_spec("llama_cpp")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _record_digest() -> str:
+    try:
+        record = metadata.distribution(PACKAGE).read_text("RECORD") or ""
+    except metadata.PackageNotFoundError:
+        return ""
+    return hashlib.sha256(record.encode("utf-8")).hexdigest()
+
+
+def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
+    """The wheel for `chosen`, out of the user's cache or built now (minutes). EdgeError has the log's end."""
+    folder = hardware.cache_dir() / "wheels" / chosen.key
+    kept = sorted(folder.glob("*.whl"))
+    if kept and not force:
+        console.print(f"llama.cpp: the wheel for this machine is in the cache ({folder})")
+        return kept[0]
+    archive = sdist_archive()
+    install_tools()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    manifest.check_free(folder.parent, 2 * 2**30)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work, tempfile.TemporaryDirectory() as extra:
+        # The binding forces llama.cpp's common library on, which nothing here links to: off again, later.
+        made = Path(work) / "wheel"
+        core_only = Path(extra) / "core_only.cmake"
+        core_only.write_text("set(LLAMA_BUILD_COMMON OFF)\n", encoding="utf-8")
+        defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": core_only.as_posix()}
+        if chosen.cxx_flags:
+            shutil.copy(HEADER, extra)
+            forced = f'-include "{Path(extra) / HEADER.name}"'
+            defines["CMAKE_CXX_FLAGS"] = forced if chosen.cxx_flags == "include-header" else chosen.cxx_flags
+        command = [
+            "wheel",
+            "-v",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-cache-dir",
+            "--wheel-dir",
+            str(made),
+        ]
+        for name, value in defines.items():
+            command += ["-C", f"cmake.define.{name}={value}"]
+        command += ["-C", "wheel.exclude=include/**;lib/**", str(archive)]  # headers, and libraries twice
+        _build(command, folder.parent / f"{chosen.key}.log", console)
+        shutil.rmtree(folder, ignore_errors=True)
+        publish_folder(made, folder)
+    return next(folder.glob("*.whl"))
+
+
+def _build(arguments: list[str], log: Path, console: Console) -> None:
+    cores = min(os.cpu_count() or 1, int(hardware.cpu_quota() or 1024))
+    jobs = max(1, min(cores, hardware.memory().available // 2**30))  # a compiler takes up to 1 GiB
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "CXXFLAGS", "CFLAGS")
+    }
+    env |= {"CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "PYTHONUTF8": "1"}
+    console.print(f"llama.cpp: building for this machine, some minutes, once (log: {log})")
+    start = time.monotonic()
+    columns = (
+        TextColumn("  compiling"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with (
+        log.open("w", encoding="utf-8") as handle,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        subprocess.Popen(
+            [sys.executable, "-m", "pip", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        task = progress.add_task("", total=100)
+        assert process.stdout is not None
+        for line in process.stdout:
+            handle.write(line)
+            if step := re.search(r"\[(\d+)/(\d+)\]", line):
+                progress.update(task, completed=100 * int(step[1]) / int(step[2]))
+    if process.returncode != 0:
+        raise EdgeError(
+            f"building {PACKAGE} failed:\n{tail(log.read_text(encoding='utf-8'))}", f"the whole log: {log}"
+        )
+    console.print(f"llama.cpp: built in {time.monotonic() - start:.0f} s")
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
+
+
+def check(mode: str) -> str:
+    """Decode a tiny model with the installed build in `mode` (plain, extra, gpu): "ok", or what happened."""
+    script = str(Path(__file__).with_name("native_check.py"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", script, mode],
+            capture_output=True,
+            timeout=180,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return "gave no answer in 180 s"
+    if done.returncode == 0:
+        return "ok"
+    if done.returncode < 0:
+        return f"died with {signal.Signals(-done.returncode).name}"
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return f"exit code {done.returncode:#x}: {lines[-1] if lines else 'no message'}"
+
+
+def gpu_offload() -> bool:
+    """Whether the installed build can put layers on a card (asked in a child process)."""
+    code = "import sys, llama_cpp.llama_cpp as lib; sys.exit(0 if lib.llama_supports_gpu_offload() else 1)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def install(*, cuda: bool = False, force: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Build (or take from the cache), install into this Python, try, and record. Returns `build_info()`.
+
+    A build that dies with repacked weights is replaced by one without AMX where the CPU has it, or limited to
+    ordinary buffers; `notes` says so. Raises UnavailableError where no setting decodes, or the card does not
+    although `cuda` was asked for.
+    """
+    console = console or Console(markup=False, highlight=False)
+    wanted = plan(cuda=cuda)
+    info = build_info()
+    if not force and info.get("wanted") == wanted.key:
+        console.print(f"llama.cpp: {PACKAGE} {VERSION} is built for this machine already")
+        return info
+    chosen, notes = wanted, list[str]()
+    outcome = _install_and_check(wheel(chosen, console, force=force), cuda)
+    if outcome["plain"] != "ok" or outcome["extra"] != "ok":
+        notes.append(f"the default build failed its check: {outcome}")
+        if "amx_tile" in hardware.cpu_flags() and chosen.compiler.kind == "gcc":
+            console.print(f"llama.cpp: the check failed ({outcome}); building without AMX", style="yellow")
+            chosen = plan(cuda=cuda, amx=False)
+            outcome = _install_and_check(wheel(chosen, console), cuda)
+            notes.append("AMX is switched off: reading prompts is several times slower than it could be")
+    if outcome["plain"] != "ok":
+        raise UnavailableError(
+            f"the build of {PACKAGE} cannot decode: {outcome['plain']}",
+            "try another compiler (CXX=clang++ python -m edge.native --force)",
+        )
+    if outcome["extra"] != "ok":
+        notes.append("weights are not repacked (use_extra_bufts=False): slower than it could be")
+    if cuda and outcome.get("gpu") != "ok":
+        raise UnavailableError(
+            f"the CUDA build cannot decode on the card: {outcome.get('gpu', 'it sees no card')}",
+            "check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: python -m edge.native",
+        )
+    folder = _package_folder()
+    assert folder is not None
+    record = {
+        "version": VERSION,
+        "key": chosen.key,
+        "wanted": wanted.key,
+        "defines": chosen.defines,
+        "cxx_flags": chosen.cxx_flags,
+        "compiler": f"{chosen.compiler.kind}: {chosen.compiler.version}",
+        "cpu": hardware.cpu_model(),
+        "cpu_key": cpu_key(),
+        "cuda": cuda,
+        "check": outcome,
+        "use_extra_bufts": outcome["extra"] == "ok",
+        "gpu": outcome.get("gpu") == "ok",
+        "notes": notes,
+        "record": _record_digest(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for note in notes:
+        console.print(f"llama.cpp: {note}", style="yellow")
+    checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
+    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; one decode each: {checks}")
+    return record
+
+
+def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
+    constraints = ["-c", str(CONSTRAINTS)] if CONSTRAINTS.is_file() else []
+    pip(
+        ["install", "--quiet", "--force-reinstall", "--no-deps", "--no-index", str(path)],
+        "installing the wheel",
+    )
+    pip(["install", "--quiet", *constraints, str(path)], "installing what the wheel needs")
+    importlib.invalidate_caches()
+    outcome = {mode: check(mode) for mode in ("plain", "extra")}
+    if cuda or gpu_offload():
+        outcome["gpu"] = check("gpu")
+    return outcome
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m edge.native", description=__doc__)
+    parser.add_argument("--cuda", action="store_true", help="for an NVIDIA card (needs nvcc)")
+    parser.add_argument("--force", action="store_true", help="build again, whatever the cache holds")
+    options = parser.parse_args(argv)
+    install(cuda=options.cuda, force=options.force)
+    return 0
+
+
+if __name__ == "__main__":
+    from edge.cli import guarded
+
+    sys.exit(guarded(main, sys.argv[1:]))

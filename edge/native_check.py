@@ -1,0 +1,115 @@
+"""One decode of a tiny model, run as a process of its own: `python native_check.py plain|extra|gpu`.
+
+A wrong build dies in native code at its first matrix product, so the check must not share a process with
+anything. `plain` uses ordinary buffers, `extra` lets the CPU backend repack weights (AMX and the like), `gpu`
+puts all layers on the card; the last two compare their logits with `plain`. Two threads, because tile
+configuration is per thread. The model is written here: one llama layer of random Q4_0 weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+WIDTH, FEED, VOCAB, PROMPT = 256, 512, 64, 96
+MIN_COSINE = 0.99
+
+
+def _text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode("ascii")
+
+
+def write_model(path: Path) -> None:
+    """A GGUF file of about 0.5 MB that llama.cpp loads without a vocabulary."""
+    random = np.random.default_rng(7)
+    tensors: list[tuple[str, tuple[int, ...], int, bytes]] = []
+
+    def dense(name: str, *shape: int) -> None:
+        values = np.ones(shape) if len(shape) == 1 else random.normal(0, 1, shape)
+        tensors.append((name, shape, 0, values.astype("<f4").tobytes()))
+
+    def q4_0(name: str, columns: int, rows: int) -> None:
+        blocks = np.empty((rows * columns // 32, 18), np.uint8)  # a half scale, then 32 nibbles
+        blocks[:, :2] = np.full(len(blocks), 0.02, "<f2").view(np.uint8).reshape(-1, 2)
+        blocks[:, 2:] = random.integers(0, 256, (len(blocks), 16), np.uint8)
+        tensors.append((name, (columns, rows), 2, blocks.tobytes()))
+
+    dense("token_embd.weight", WIDTH, VOCAB)
+    dense("output_norm.weight", WIDTH)
+    q4_0("output.weight", WIDTH, VOCAB)
+    dense("blk.0.attn_norm.weight", WIDTH)
+    dense("blk.0.ffn_norm.weight", WIDTH)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        q4_0(f"blk.0.{name}.weight", WIDTH, WIDTH)
+    q4_0("blk.0.ffn_gate.weight", WIDTH, FEED)
+    q4_0("blk.0.ffn_up.weight", WIDTH, FEED)
+    q4_0("blk.0.ffn_down.weight", FEED, WIDTH)
+
+    words = {"general.architecture": "llama", "tokenizer.ggml.model": "none"}
+    numbers = {
+        "vocab_size": VOCAB,
+        "context_length": 256,
+        "embedding_length": WIDTH,
+        "block_count": 1,
+        "feed_forward_length": FEED,
+        "attention.head_count": 4,
+    }
+    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(words) + len(numbers) + 1)
+    out += b"".join(_text(key) + struct.pack("<I", 8) + _text(value) for key, value in words.items())
+    out += b"".join(_text(f"llama.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items())
+    out += _text("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-5)
+    offset = 0
+    for name, shape, kind, data in tensors:
+        out += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        offset += -(-len(data) // 32) * 32
+    out += b"\0" * (-len(out) % 32)
+    path.write_bytes(out + b"".join(data + b"\0" * (-len(data) % 32) for _, _, _, data in tensors))
+
+
+def logits(path: Path, *, extra: bool, gpu: bool) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Logits `[5, VOCAB]` after a prompt of PROMPT tokens and after each of four more."""
+    import llama_cpp.llama_cpp as lib
+
+    model_params = lib.llama_model_default_params()
+    model_params.use_extra_bufts = extra
+    model_params.n_gpu_layers = 99 if gpu else 0
+    model = lib.llama_model_load_from_file(str(path).encode("utf-8"), model_params)
+    params = lib.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 128
+    params.n_threads = params.n_threads_batch = 2
+    context = lib.llama_init_from_model(model, params) if model else None
+    if not context:
+        raise SystemExit("the model could not be loaded")
+    rows = []
+    tokens = [(7 * index) % VOCAB for index in range(PROMPT + 4)]
+    for chunk in (tokens[:PROMPT], *([token] for token in tokens[PROMPT:])):
+        array = (ctypes.c_int32 * len(chunk))(*chunk)
+        if lib.llama_decode(context, lib.llama_batch_get_one(array, len(chunk))) != 0:
+            raise SystemExit("llama_decode failed")
+        rows.append(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (VOCAB,)).copy())
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+    return np.stack(rows)
+
+
+def main(mode: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "check.gguf"
+        write_model(path)
+        plain = logits(path, extra=False, gpu=False)
+        other = plain if mode == "plain" else logits(path, extra=mode == "extra", gpu=mode == "gpu")
+    norms = np.linalg.norm(plain, axis=1) * np.linalg.norm(other, axis=1)
+    cosine = float(np.min((plain * other).sum(axis=1) / norms))
+    if not cosine >= MIN_COSINE:  # NaN fails too
+        raise SystemExit(f"wrong numbers: cosine {cosine:.4f} with the plain build")
+    sys.stdout.write(f"ok, cosine {cosine:.5f}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

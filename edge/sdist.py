@@ -1,0 +1,98 @@
+"""The pinned sdist of llama-cpp-python: fetched once into the user's cache, checked, unpacked.
+
+Its `vendor/llama.cpp` holds the sources that edge.native builds and the converter that convert.gguf runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from edge import hardware, manifest
+from edge.errors import InputError, UnavailableError
+
+PACKAGE = "llama-cpp-python"
+VERSION = "0.3.36"  # as in constraints.txt; the digest below belongs to it
+SDIST = f"llama_cpp_python-{VERSION}"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+BUILD_TOOLS = {"scikit-build-core": "1.1.2", "cmake": "4.4.5", "ninja": "1.13.2"}
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+
+
+def sdist_archive() -> Path:
+    """The pinned sdist as a tar file in the user's cache, fetched once and checked by sha256.
+
+    Raises InputError where the digest differs, UnavailableError where pip cannot fetch it.
+    """
+    target = hardware.cache_dir() / "sdist" / f"{SDIST}.tar.gz"
+    if target.is_file() and manifest.file_digest(target) == SDIST_SHA256:
+        return target
+    install_tools()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        manifest.check_free(target.parent, 400 * 2**20)
+        command = ["download", "--no-deps", "--no-build-isolation", "--no-binary", PACKAGE]
+        pip([*command, "--dest", folder, f"{PACKAGE}=={VERSION}"], f"fetching {PACKAGE} {VERSION}")
+        fetched = Path(folder) / target.name
+        if not fetched.is_file() or manifest.file_digest(fetched) != SDIST_SHA256:
+            raise InputError(
+                f"the sdist of {PACKAGE} {VERSION} is not the pinned one (sha256 {SDIST_SHA256[:16]}...)",
+                "the package index served another file: check its settings (pip config list)",
+            )
+        fetched.replace(target)
+    return target
+
+
+def sdist() -> Path:
+    """The folder of the unpacked sdist, in the user's cache; its `vendor/llama.cpp` has the converter."""
+    target = hardware.cache_dir() / "sdist" / SDIST
+    if target.is_dir():
+        return target
+    archive = sdist_archive()
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        publish_folder(Path(folder) / SDIST, target)
+    return target
+
+
+def publish_folder(made: Path, target: Path) -> None:
+    """Rename `made` to `target`; where another process was faster, its equal result stays."""
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def install_tools() -> None:
+    """Install what builds the sdist (scikit-build-core, CMake, Ninja), pinned, unless it is there."""
+    have = manifest.versions(*BUILD_TOOLS)
+    if have != BUILD_TOOLS:
+        wanted = [f"{name}=={version}" for name, version in BUILD_TOOLS.items()]
+        pip(["install", "--quiet", *wanted], "installing the build tools")
+
+
+def tail(text: str, lines: int = 15) -> str:
+    """The first errors of a log and its last `lines`."""
+    errors = [line for line in text.splitlines() if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    return "\n".join([*errors[:5], "...", *text.strip().splitlines()[-lines:]])
+
+
+def pip(arguments: list[str], doing: str) -> None:
+    """Run this Python's pip. Raises UnavailableError with the end of its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UnavailableError(
+            f"{doing} failed:\n{tail(done.stderr or done.stdout)}", "check the network and pip"
+        )
