@@ -83,7 +83,9 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         return 141
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _complain(f"the disk is full: {error.filename or 'while writing'}", "free some space and run it again")
+            _complain(
+                f"the disk is full: {error.filename or 'while writing'}", "free some space and run it again"
+            )
         elif error.filename is not None:
             _complain(f"{error.filename}: {error.strerror}")
         else:

@@ -100,15 +100,21 @@ def read(folder: Path) -> Manifest:
         raise InputError(f"no such folder: {folder}", "check the path, or run the stage that makes it")
     path = folder / FILE
     if not path.is_file():
-        raise InputError(f"{folder} has no {FILE}: it was not written by edge", "give a folder that edge made")
+        raise InputError(
+            f"{folder} has no {FILE}: it was not written by edge", "give a folder that edge made"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         known = {key: data[key] for key in Manifest.__dataclass_fields__ if key in data}
         manifest = Manifest(**known)
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "run the stage that made this folder again") from error
+        raise InputError(
+            f"{path} cannot be read: {error}", "run the stage that made this folder again"
+        ) from error
     if not isinstance(manifest.schema, int) or manifest.schema > SCHEMA:
-        raise InputError(f"{path} has schema {manifest.schema!r}, this version reads up to {SCHEMA}", "update edge")
+        raise InputError(
+            f"{path} has schema {manifest.schema!r}, this version reads up to {SCHEMA}", "update edge"
+        )
     return manifest
 
 

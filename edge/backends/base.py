@@ -1,0 +1,128 @@
+"""The one Protocol: backends work at step level, so that batching, prefix reuse, speculation, sampling
+and cancellation are written once and serve llama.cpp, ONNX Runtime and the fake of the tests.
+
+One thread owns a backend. A step runs rows of several sequences at once: prefill chunks, single decode
+tokens, drafts to verify. What the native code would crash on (sizes, slots, positions, ids) is checked by
+`check_rows` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+
+
+class StepInterrupted(Exception):
+    """A step was ended early by `interrupt`. Every slot that had a row in it stands as before the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What a loaded model is and where it runs.
+
+    slots: sequences that can be held at once. context: tokens that one sequence may hold.
+    capacity: KV cells in all; with `shared` the slots draw on one pool of them, and `copy` costs no cells.
+    batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
+    chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
+    """
+
+    kind: str
+    name: str
+    device: str
+    why: str
+    slots: int
+    context: int
+    capacity: int
+    batch: int
+    outputs: int
+    vocab: int
+    stop_ids: frozenset[int]
+    shared: bool = False
+    bos_id: int | None = None
+    add_bos: bool = False
+    bos_text: str = ""
+    eos_text: str = ""
+    chat_template: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's part of a step: `tokens` go to `slot` at positions `pos`, `pos + 1`, ...
+
+    outputs: logits are wanted for the last `outputs` of them (0: none).
+    """
+
+    slot: int
+    pos: int
+    tokens: Sequence[int]
+    outputs: int
+
+
+class Backend(Protocol):
+    """A model with a KV cache. Not thread-safe but for `encode`, `decode` and `interrupt`."""
+
+    info: BackendInfo
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
+        ...
+
+    def decode(self, token: int) -> bytes:
+        """The bytes that `token` stands for, maybe a part of a character; none for a control token."""
+        ...
+
+    def step(self, rows: Sequence[Row]) -> Logits:
+        """Run the rows; float32 logits [sum of outputs, vocab] in row order, valid until the next step.
+
+        The caller may write into them. Raises StepInterrupted, ValueError from `check_rows`, EdgeError where
+        the device fails.
+        """
+        ...
+
+    def copy(self, src: int, dst: int, n: int) -> None:
+        """Make `dst` hold the first `n` tokens of `src` and nothing else."""
+        ...
+
+    def truncate(self, slot: int, n: int) -> None:
+        """Keep the first `n` tokens of `slot`; 0 empties it."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ask the running step to end early. From any thread; no effect where no long step runs."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_rows(rows: Sequence[Row], info: BackendInfo, lengths: Sequence[int]) -> int:
+    """Raise ValueError unless `rows` can be run; returns the number of tokens.
+
+    lengths: tokens that each slot holds now. A row must continue its slot without a gap.
+    """
+    total = outputs = 0
+    seen = set()
+    for row in rows:
+        n = len(row.tokens)
+        if not 0 <= row.slot < info.slots or row.slot in seen:
+            raise ValueError(f"slot {row.slot} is out of range or twice in one step")
+        seen.add(row.slot)
+        if n == 0 or not 0 <= row.outputs <= n:
+            raise ValueError(f"row of {n} tokens with {row.outputs} outputs")
+        if row.pos != lengths[row.slot] or row.pos + n > info.context:
+            raise ValueError(f"positions {row.pos}..{row.pos + n} do not fit slot {row.slot}")
+        if min(row.tokens) < 0 or max(row.tokens) >= info.vocab:
+            raise ValueError(f"token id outside 0..{info.vocab - 1}")
+        total += n
+        outputs += row.outputs
+    if outputs > info.outputs:
+        raise ValueError(f"a step with {outputs} outputs; the limit is {info.outputs}")
+    if not 0 < total <= info.batch:
+        raise ValueError(f"a step of {total} tokens; the limit is {info.batch}")
+    return total

@@ -1,0 +1,134 @@
+"""A backend without a model, for tests: exact, instant, and unforgiving.
+
+Its KV cache is a chain of hashes, so that the next token depends on every token before it and on nothing
+else: a wrong position, a stale prefix or a mixed-up slot changes the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+
+EOS = 256
+VOCAB = 260
+_MASK = (1 << 64) - 1
+
+
+class FakeBackend:
+    """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i].
+
+    reply: after a prompt (a list of ids) the text that is forced, then the end token; None: a hash decides.
+    step_s: seconds a step takes; token_s: seconds for each token of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int = 4,
+        context: int = 64,
+        capacity: int | None = None,
+        batch: int = 32,
+        reply: Callable[[list[int]], list[int]] | None = None,
+        pieces: Sequence[bytes] | None = None,
+        chat_template: str | None = None,
+        step_s: float = 0.0,
+        token_s: float = 0.0,
+    ) -> None:
+        self.info = BackendInfo(
+            kind="fake",
+            name="fake",
+            device="none",
+            why="a stand-in for tests",
+            slots=slots,
+            context=context,
+            capacity=slots * context if capacity is None else capacity,
+            shared=capacity is not None,
+            batch=batch,
+            outputs=slots + 16,
+            vocab=VOCAB,
+            stop_ids=frozenset({EOS}),
+            chat_template=chat_template,
+        )
+        self._reply = reply
+        self._pieces = pieces
+        self._step_s = step_s
+        self._token_s = token_s
+        self._held: list[list[tuple[int, int]]] = [[] for _ in range(slots)]
+        self._interrupted = False
+        self.steps: list[int] = []
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        if self._pieces is None:
+            return list(text.encode("utf-8"))
+        rest, ids = text.encode("utf-8"), []
+        while rest:
+            best = max((p for p in self._pieces if p and rest.startswith(p)), key=len)
+            ids.append(self._pieces.index(best))
+            rest = rest[len(best) :]
+        return ids
+
+    def decode(self, token: int) -> bytes:
+        if self._pieces is not None:
+            return self._pieces[token] if token < len(self._pieces) else b""
+        return bytes([token]) if token < 256 else b""
+
+    def step(self, rows: Sequence[Row]) -> Logits:
+        total = check_rows(rows, self.info, [len(held) for held in self._held])
+        self._interrupted = False
+        until = time.monotonic() + self._step_s + self._token_s * total
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.005))
+            if self._interrupted:
+                raise StepInterrupted
+        out = np.zeros((sum(row.outputs for row in rows), VOCAB), np.float32)
+        at = 0
+        for row in rows:
+            held = self._held[row.slot]
+            for i, token in enumerate(row.tokens):
+                before = held[-1][1] if held else 0x9E3779B97F4A7C15
+                held.append((token, (before ^ (token + 1)) * 0xBF58476D1CE4E5B9 & _MASK))
+                if i >= len(row.tokens) - row.outputs:
+                    self._fill(out[at], held)
+                    at += 1
+        if self.info.shared and self.used() > self.info.capacity:
+            raise ValueError("the KV pool overflowed")
+        self.steps.append(total)
+        return out
+
+    def _fill(self, logits: Logits, held: list[tuple[int, int]]) -> None:
+        state = held[-1][1]
+        # A few candidates of falling weight, so that sampling has something to choose from.
+        for rank in range(4):
+            logits[(state >> (8 * rank + 3)) % 256] += 8.0 / (rank + 1)
+        if (state >> 40) % 23 == 0:
+            logits[EOS] += 20.0
+        if self._reply is not None:
+            ids = [token for token, _ in held]
+            answer = self._reply(ids)
+            done = next(n for n in range(len(answer), -1, -1) if ids[len(ids) - n :] == answer[:n])
+            logits[:] = 0.0
+            logits[answer[done] if done < len(answer) else EOS] = 20.0
+
+    def used(self) -> int:
+        """Cells in use, a prefix that several slots hold counted once."""
+        return len({(i, state) for held in self._held for i, (_, state) in enumerate(held)})
+
+    def copy(self, src: int, dst: int, n: int) -> None:
+        if src == dst or not 0 <= n <= len(self._held[src]):
+            raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
+        self._held[dst] = self._held[src][:n]
+
+    def truncate(self, slot: int, n: int) -> None:
+        if not 0 <= n <= len(self._held[slot]):
+            raise ValueError(f"truncate slot {slot} to {n} of {len(self._held[slot])}")
+        del self._held[slot][n:]
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+
+    def close(self) -> None:
+        self._held = []

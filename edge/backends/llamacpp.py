@@ -1,0 +1,317 @@
+"""llama.cpp through llama-cpp-python's low-level bindings, one step at a time.
+
+Everything that the native code would end the process for (see `check_rows`) is refused in Python first.
+The KV cache is either one pool of cells for all slots (`kv_unified`) or a fixed part for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.errors import EdgeError, InputError, UnavailableError
+
+# Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
+_INTERRUPTIBLE_TOKENS = 32
+# ggml type numbers, and bytes of an element (ggml.h: blocks of 32 with a 16-bit scale).
+_KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is loaded. context: tokens of one sequence; capacity: cells of the pool (unified only).
+
+    threads / threads_batch: for steps of a few rows and for prompts. gpu_layers: -1 all, 0 none.
+    kv_type: f16, q8_0 or q4_0. extra_buffers: repacked weights, which are
+    faster; off where the build failed its check.
+    """
+
+    slots: int = 16
+    context: int = 4096
+    capacity: int = 16384
+    batch: int = 512
+    threads: int = 1
+    threads_batch: int = 1
+    flash_attention: bool = False
+    unified: bool = True
+    kv_type: str = "f16"
+    gpu_layers: int = 0
+    extra_buffers: bool = True
+    device: str = "cpu"
+    why: str = ""
+
+    @property
+    def outputs(self) -> int:
+        """Logits of one step: each slot's next token and room for drafts. Bounds the compute buffer."""
+        return min(self.batch, self.slots + 64)
+
+
+class LlamaCpp:
+    """A GGUF file as a Backend. Raises UnavailableError without the library, InputError for a bad file."""
+
+    def __init__(
+        self, path: Path, settings: Settings, *, extra_stop_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self._lib = lib = _library()
+        self._model: Any = None
+        self._context: Any = None
+        self._settings = settings
+        # Kept for the life of the process: native code calls it until the end.
+        self._log = lib.llama_log_callback(_quiet)
+        lib.llama_log_set(self._log, None)
+        lib.llama_backend_init()
+        model_params = lib.llama_model_default_params()
+        model_params.n_gpu_layers = settings.gpu_layers
+        model_params.use_extra_bufts = settings.extra_buffers
+        with _native_errors() as log:
+            self._model = lib.llama_model_load_from_file(os.fspath(path).encode("utf-8"), model_params)
+        if not self._model:
+            raise InputError(f"llama.cpp cannot load {path}: {log.tail()}", "verify or export the file again")
+        if lib.llama_model_has_encoder(self._model) or not lib.llama_model_has_decoder(self._model):
+            raise InputError(f"{path} is not a decoder-only text model", "serve a causal language model")
+        if lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model):
+            raise InputError(
+                f"{path} has recurrent layers, whose state cannot be cut back to a prefix",
+                "serve a transformer model",
+            )
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self._context = self._new_context(path)
+        self._memory = lib.llama_get_memory(self._context)
+        self._make_batch()
+        self._pieces: dict[int, bytes] = {}
+        self._lengths = [0] * settings.slots
+        self._interrupted = False
+        self._abort = lib.ggml_abort_callback(lambda _: self._interrupted)
+        self._no_abort = lib.ggml_abort_callback()
+        self.info = self._describe(path, extra_stop_ids)
+
+    def _new_context(self, path: Path) -> Any:
+        lib, settings = self._lib, self._settings
+        params = lib.llama_context_default_params()
+        params.n_ctx = settings.capacity if settings.unified else settings.slots * settings.context
+        params.n_batch = params.n_ubatch = settings.batch
+        params.n_seq_max = settings.slots
+        params.n_outputs_max = settings.outputs
+        params.n_threads = settings.threads
+        params.n_threads_batch = settings.threads_batch
+        params.flash_attn_type = 1 if settings.flash_attention else 0
+        params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
+        params.kv_unified = settings.unified
+        params.no_perf = True
+        with _native_errors() as log:
+            context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise InputError(
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens for {path}: {log.tail()}",
+                "serve with a smaller --ctx or fewer --slots",
+            )
+        return context
+
+    def _make_batch(self) -> None:
+        n = self._settings.batch
+        self._tokens = np.zeros(n, np.int32)
+        self._positions = np.zeros(n, np.int32)
+        self._counts = np.ones(n, np.int32)
+        self._slot_of = np.zeros(n, np.int32)
+        self._wanted = np.zeros(n, np.int8)
+        base = self._slot_of.ctypes.data
+        # Each token's list of sequences has one entry, which lies in _slot_of.
+        self._slot_lists = np.arange(base, base + 4 * n, 4, dtype=np.uintp)
+        batch = self._lib.llama_batch()
+        for name, array in (
+            ("token", self._tokens),
+            ("pos", self._positions),
+            ("n_seq_id", self._counts),
+            ("seq_id", self._slot_lists),
+            ("logits", self._wanted),
+        ):
+            kind = dict(batch._fields_)[name]
+            setattr(batch, name, ctypes.cast(ctypes.c_void_p(array.ctypes.data), kind))
+        self._batch = batch
+
+    def _describe(self, path: Path, extra_stop_ids: frozenset[int]) -> BackendInfo:
+        lib, settings, vocab = self._lib, self._settings, self._vocab
+        size = lib.llama_vocab_n_tokens(vocab)
+        ends = {i for i in range(size) if lib.llama_vocab_is_eog(vocab, i)}
+        bos, eos = lib.llama_vocab_bos(vocab), lib.llama_vocab_eos(vocab)
+        template = lib.llama_model_chat_template(self._model, None)
+        return BackendInfo(
+            kind="llamacpp",
+            name=path.name,
+            device=settings.device,
+            why=settings.why,
+            slots=settings.slots,
+            context=settings.context,
+            capacity=settings.capacity if settings.unified else settings.slots * settings.context,
+            shared=settings.unified,
+            batch=settings.batch,
+            outputs=settings.outputs,
+            vocab=size,
+            stop_ids=frozenset(ends) | extra_stop_ids,
+            bos_id=bos if bos >= 0 else None,
+            add_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
+            bos_text=self._token_text(bos),
+            eos_text=self._token_text(eos),
+            chat_template=template.decode("utf-8") if template else None,
+            settings={
+                "threads": str(settings.threads),
+                "threads_batch": str(settings.threads_batch),
+                "flash_attention": "on" if settings.flash_attention else "off",
+                "kv": "one pool" if settings.unified else "a part for each slot",
+                "kv_type": settings.kv_type,
+                "batch": str(settings.batch),
+                "gpu_layers": str(settings.gpu_layers),
+                "build": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
+            },
+        )
+
+    def _token_text(self, token: int) -> str:
+        text = self._lib.llama_vocab_get_text(self._vocab, token) if token >= 0 else None
+        return text.decode("utf-8", "replace") if text else ""
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return encode(self._lib, self._vocab, text, special=special)
+
+    def decode(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = _piece(self._lib, self._vocab, token)
+        return piece
+
+    def step(self, rows: Sequence[Row]) -> Logits:
+        total = check_rows(rows, self.info, self._lengths)
+        at = outputs = 0
+        for row in rows:
+            end = at + len(row.tokens)
+            self._tokens[at:end] = row.tokens
+            self._positions[at:end] = range(row.pos, row.pos + len(row.tokens))
+            self._slot_of[at:end] = row.slot
+            self._wanted[at:end] = 0
+            self._wanted[end - row.outputs : end] = 1
+            outputs += row.outputs
+            at = end
+        self._batch.n_tokens = total
+        self._interrupted = False
+        long = total >= _INTERRUPTIBLE_TOKENS
+        if long:
+            self._lib.llama_set_abort_callback(self._context, self._abort, None)
+        code = self._lib.llama_decode(self._context, self._batch)
+        if long:
+            self._lib.llama_set_abort_callback(self._context, self._no_abort, None)
+        if code == 2:
+            for row in rows:
+                self._lib.llama_memory_seq_rm(self._memory, row.slot, row.pos, -1)
+            raise StepInterrupted
+        if code != 0:
+            raise EdgeError(f"llama.cpp failed in a step of {total} tokens (code {code})")
+        for row in rows:
+            self._lengths[row.slot] += len(row.tokens)
+        if not outputs:
+            return np.zeros((0, self.info.vocab), np.float32)
+        return self._logits(outputs)
+
+    def _logits(self, outputs: int) -> Logits:
+        pointer = self._lib.llama_get_logits(self._context)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value
+        assert address is not None
+        buffer = (ctypes.c_float * (outputs * self.info.vocab)).from_address(address)
+        flat: NDArray[np.float32] = np.frombuffer(memoryview(buffer), np.float32)
+        return flat.reshape(outputs, self.info.vocab)
+
+    def copy(self, src: int, dst: int, n: int) -> None:
+        slots = self.info.slots
+        if src == dst or not (0 <= src < slots and 0 <= dst < slots) or not 0 <= n <= self._lengths[src]:
+            raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
+        self.truncate(dst, 0)
+        # A fixed part for each slot can only be copied whole.
+        self._lib.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
+        self._lengths[dst] = self._lengths[src]
+        self.truncate(dst, n)
+
+    def truncate(self, slot: int, n: int) -> None:
+        if not 0 <= slot < self.info.slots or not 0 <= n <= self._lengths[slot]:
+            raise ValueError(f"truncate slot {slot} to {n}")
+        if not self._lib.llama_memory_seq_rm(self._memory, slot, n, -1):
+            raise EdgeError(f"llama.cpp cannot cut slot {slot} back to {n} tokens")
+        self._lengths[slot] = n
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+
+    def close(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+
+def encode(lib: Any, vocab: Any, text: str, *, special: bool) -> list[int]:
+    """Token ids of `text` by llama.cpp's own tokenizer, without begin- or end-of-text tokens."""
+    data = text.encode("utf-8")
+    room = len(data) + 16
+    ids = (ctypes.c_int32 * room)()
+    count = lib.llama_tokenize(vocab, data, len(data), ids, room, False, special)
+    if count < 0:
+        raise EdgeError(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
+    return list(ids[:count])
+
+
+def _piece(lib: Any, vocab: Any, token: int) -> bytes:
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        count = lib.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+        if count >= 0:
+            return buffer.raw[:count]
+        size = -count
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def tail(self) -> str:
+        """The last lines that say what went wrong."""
+        said = [line.strip() for line in self.lines if line.strip()]
+        bad = [line for line in said if "error" in line.lower() or "fail" in line.lower()]
+        return "; ".join((bad or said)[-2:]) or "it gave no reason"
+
+
+_listening: list[_Log] = []
+
+
+def _quiet(level: int, text: bytes, data: object) -> None:
+    if _listening:
+        _listening[-1].lines.append(text.decode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def _native_errors() -> Iterator[_Log]:
+    log = _Log()
+    _listening.append(log)
+    try:
+        yield log
+    finally:
+        _listening.remove(log)
+
+
+def _library() -> Any:
+    try:
+        import llama_cpp.llama_cpp as lib
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnavailableError(
+            f"llama-cpp-python cannot be loaded: {error}",
+            "build it for this machine: python -m edge.native",
+        ) from error
+    return lib

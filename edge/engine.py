@@ -1,0 +1,414 @@
+"""The step loop: inbox -> schedule -> step -> sample -> per-request events.
+
+One thread runs `Engine.run` and owns the backend. Other threads only `submit` and `cancel`. A request's
+text, stop strings and finish are decided here, so that a stream ends at the very step that ends it.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge import messages as msg
+from edge.backends.base import Backend, Logits, Row, StepInterrupted
+from edge.errors import RequestError
+from edge.kvcache import KVCache
+from edge.sampling import Choice, Sampler
+from edge.scheduler import Scheduler, Sequence, Work
+from edge.speculate import Lookup
+from edge.text import TextStream
+
+Emit = Callable[[list[msg.Event]], None]
+
+# Tokens that come faster than an eye reads share an event; the first one never waits.
+FLUSH_S = 0.02
+# A step with prompt tokens takes at most this share longer than a step of the running streams alone.
+PREFILL_SHARE = 0.7
+# A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer.
+ALONE_S = 0.4
+SMALLEST_CHUNK = 8
+STATS_S = 0.25
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request in the engine: what was asked, and everything made for it so far."""
+
+    request: msg.Submit
+    sequence: Sequence
+    sampler: Sampler
+    text: TextStream
+    stop_ids: frozenset[int]
+    lookup: Lookup | None
+    arrived: float
+    started: float = 0.0
+    first: float = 0.0
+    pending: str = ""
+    pending_tokens: int = 0
+    logprobs: list[msg.Logprob] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True)
+class _Cancelled:
+    key: int
+
+
+@dataclass(slots=True)
+class _Drain:
+    until: float
+
+
+class Pace:
+    """How much of a step prompts may take, learnt from the steps themselves (seconds, exponential means)."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._quiet: float | None = None
+        self._alone: float | None = None
+        self._mixed: float | None = None
+
+    def chunk(self, decoding: int) -> int:
+        """Prompt tokens that the next step may hold."""
+        if not decoding:
+            return self._bounded(ALONE_S, self._alone)
+        if self._quiet is None:
+            return SMALLEST_CHUNK
+        return self._bounded(PREFILL_SHARE * self._quiet, self._mixed or self._alone)
+
+    def _bounded(self, seconds: float, per_token: float | None) -> int:
+        if per_token is None:
+            return min(64, self._batch)
+        return max(SMALLEST_CHUNK, min(self._batch, int(seconds / per_token)))
+
+    def learn(self, decoding: int, prefill: int, seconds: float) -> None:
+        if decoding and not prefill:
+            self._quiet = _mean(self._quiet, seconds)
+        elif prefill and not decoding:
+            self._alone = _mean(self._alone, seconds / prefill)
+        elif decoding and self._quiet is not None:
+            self._mixed = _mean(self._mixed, max(seconds - self._quiet, 1e-6) / prefill)
+
+
+def _mean(old: float | None, new: float) -> float:
+    return new if old is None else 0.7 * old + 0.3 * new
+
+
+class Engine:
+    """Runs requests on a backend. emit: called with the events of a step; must be thread-safe."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        emit: Emit,
+        *,
+        max_queue: int = 256,
+        speculate: bool = True,
+        flush_s: float = FLUSH_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        info = backend.info
+        self._backend = backend
+        self._emit = emit
+        self._max_queue = max_queue
+        self._speculate = speculate
+        self._flush_s = flush_s
+        self._clock = clock
+        self.cache = KVCache(backend)
+        self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
+        self._pace = Pace(info.batch)
+        self._inbox: queue.SimpleQueue[Job | _Cancelled | _Drain] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}
+        self._of: dict[Sequence, Job] = {}
+        self._events: list[msg.Event] = []
+        self._flushed = clock()
+        self._stats_at = 0.0
+        self._steps = 0
+        self._step_tokens = 0
+        self._service_s = 1.0
+        self._draining: float | None = None
+        self._prefilling: frozenset[int] = frozenset()
+
+    # -- from any thread ------------------------------------------------------------------------------
+
+    def submit(self, request: msg.Submit) -> None:
+        """Take a request in; one that cannot be served is answered with Refused at once."""
+        try:
+            self._inbox.put(self._admit(request))
+        except RequestError as error:
+            self._refuse(request.key, error)
+
+    def cancel(self, key: int) -> None:
+        """End a request in whatever phase it is; a long step that reads its prompt is cut short."""
+        self._inbox.put(_Cancelled(key))
+        if key in self._prefilling:
+            self._backend.interrupt()
+
+    def drain(self, seconds: float) -> None:
+        """Admit nothing more and let `run` return when all is done, or after `seconds`."""
+        self._inbox.put(_Drain(self._clock() + seconds))
+
+    def _admit(self, request: msg.Submit) -> Job:
+        info = self._backend.info
+        if isinstance(request.prompt, str):
+            tokens = self._backend.encode(request.prompt, special=request.special)
+            begins = bool(info.bos_text) and request.special and request.prompt.startswith(info.bos_text)
+            if info.add_bos and info.bos_id is not None and not begins:
+                tokens.insert(0, info.bos_id)
+        else:
+            tokens = list(request.prompt)
+            if any(not 0 <= t < info.vocab for t in tokens):
+                raise RequestError(f"token ids must lie in 0..{info.vocab - 1}", param="prompt")
+        if not tokens:
+            raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
+        if len(tokens) >= info.context:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens; this server's context holds {info.context}, "
+                "one of them for the answer",
+                code="context_length_exceeded",
+                param="messages",
+                hint="shorten the prompt, or serve with a larger --ctx",
+            )
+        params = request.params
+        bad = [i for i in (*params.logit_bias, *params.stop_ids) if not 0 <= i < info.vocab]
+        if bad:
+            raise RequestError(f"token id {bad[0]} is outside 0..{info.vocab - 1}", param="logit_bias")
+        limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
+        stop_ids = info.stop_ids | frozenset(params.stop_ids)
+        return Job(
+            request=request,
+            sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
+            sampler=Sampler(params, info.vocab, tokens, stop_ids),
+            text=TextStream(params.stop),
+            stop_ids=stop_ids,
+            lookup=Lookup(tokens) if self._speculate else None,
+            arrived=self._clock(),
+        )
+
+    def _refuse(self, key: int, error: RequestError) -> None:
+        event = msg.Refused(key, error.status, error.code, str(error), error.param, error.retry_after)
+        self._emit([event])
+
+    # -- the engine's own thread ----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `drain` was asked and everything has ended."""
+        while self.turn(wait=True):
+            pass
+
+    def turn(self, *, wait: bool = False) -> bool:
+        """One round: take in what has come, run one step, send events. False when drained."""
+        idle = not self._jobs
+        if idle:
+            self._report(force=True)
+        self._receive(block=wait and idle and self._draining is None)
+        self._expire()
+        if self._draining is not None and not self._jobs:
+            self._report(force=True)
+            return False
+        decoding = sum(s.decoding for s in self._scheduler.running)
+        plan = self._scheduler.plan(self._pace.chunk(decoding), self._draft if self._speculate else None)
+        if plan:
+            self._step(plan, decoding)
+        self._report()
+        return True
+
+    def _receive(self, *, block: bool) -> None:
+        while True:
+            try:
+                item = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(item, Job):
+                self._enqueue(item)
+            elif isinstance(item, _Cancelled):
+                job = self._jobs.get(item.key)
+                if job is not None:
+                    self._finish(job, "cancelled")
+            else:
+                self._draining = item.until
+
+    def _enqueue(self, job: Job) -> None:
+        waiting = len(self._scheduler.waiting)
+        if self._draining is not None:
+            error = RequestError("the server is shutting down", status=503, code="shutting_down")
+            self._refuse(job.request.key, error)
+        elif waiting >= self._max_queue:
+            seconds = max(1.0, self._service_s * waiting / self._backend.info.slots)
+            error = RequestError(
+                f"the queue is full: {waiting} requests wait",
+                status=429,
+                code="queue_full",
+                retry_after=seconds,
+            )
+            self._refuse(job.request.key, error)
+        else:
+            self._jobs[job.request.key] = job
+            self._of[job.sequence] = job
+            self._scheduler.add(job.sequence)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        if self._draining is not None and now >= self._draining:
+            for job in list(self._jobs.values()):
+                self._finish(job, "cancelled")
+        for job in list(self._jobs.values()):
+            if job.request.timeout_s is not None and now - job.arrived >= job.request.timeout_s:
+                self._finish(job, "timeout")
+
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        lookup = self._of[sequence].lookup
+        return lookup.draft(most) if lookup is not None else []
+
+    def _step(self, plan: list[Work], decoding: int) -> None:
+        rows = [self._row(work) for work in plan]
+        prefill = [work for work in plan if not work.sequence.decoding]
+        self._prefilling = frozenset(work.sequence.key for work in prefill)
+        before = self._clock()
+        for work in prefill:
+            job = self._of[work.sequence]
+            job.started = job.started or before
+        try:
+            logits = self._backend.step(rows)
+        except StepInterrupted:
+            for row in rows:
+                self.cache.restore(row.slot)
+            return
+        finally:
+            self._prefilling = frozenset()
+        now = self._clock()
+        self._steps += 1
+        self._step_tokens += sum(len(row.tokens) for row in rows)
+        if not any(work.draft for work in plan):
+            self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
+        urgent = False
+        at = 0
+        for work, row in zip(plan, rows, strict=True):
+            self.cache.extend(row.slot, list(row.tokens))
+            sequence = work.sequence
+            sequence.computed += work.n
+            if row.outputs:
+                urgent |= self._advance(self._of[sequence], work, logits[at : at + row.outputs], now)
+            at += row.outputs
+        if urgent or now - self._flushed >= self._flush_s:
+            self._flush(now)
+
+    def _row(self, work: Work) -> Row:
+        sequence = work.sequence
+        assert sequence.slot is not None
+        start = sequence.computed
+        tokens = sequence.tokens[start : start + work.n] + work.draft
+        return Row(sequence.slot, start, tokens, work.outputs)
+
+    def _advance(self, job: Job, work: Work, logits: Logits, now: float) -> bool:
+        """Sample after each output as long as the draft was right. True for an event that may not wait."""
+        sequence = job.sequence
+        urgent = False
+        right = 0
+        reason: str | None = None
+        if not job.first:
+            job.first = now
+            urgent = True
+        for i in range(len(work.draft) + 1):
+            choice = job.sampler.pick(logits[i])
+            reason = self._take(job, choice)
+            drafted = i < len(work.draft) and choice.token == work.draft[i]
+            if drafted:
+                right += 1
+            if reason is not None or not drafted:
+                break
+        if work.draft:
+            job.drafted += len(work.draft)
+            job.accepted += right
+            if job.lookup is not None:
+                job.lookup.learn(len(work.draft), right)
+            sequence.computed += right
+            assert sequence.slot is not None
+            self.cache.truncate(sequence.slot, sequence.computed)
+        if reason is not None:
+            self._finish(job, reason)
+            return True
+        return urgent
+
+    def _take(self, job: Job, choice: Choice) -> str | None:
+        """Book one token and its text; the reason to finish, if it ends the request."""
+        sequence, token = job.sequence, choice.token
+        sequence.tokens.append(token)
+        job.pending_tokens += 1
+        if token in job.stop_ids and not job.request.params.ignore_eos:
+            return "stop"
+        if job.lookup is not None:
+            job.lookup.extend(token)
+        data = self._backend.decode(token)
+        if choice.logprob is not None:
+            top = [(self._backend.decode(t), p) for t, p in choice.top]
+            job.logprobs.append(msg.Logprob(data, choice.logprob, top))
+        job.pending += job.text.push(data)
+        if job.text.stopped is not None:
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def _finish(self, job: Job, reason: str) -> None:
+        sequence, now = job.sequence, self._clock()
+        job.pending += job.text.finish()
+        if job.text.stopped is not None and reason == "length":
+            reason = "stop"
+        cached = sequence.cached
+        self._scheduler.remove(sequence, keep=job.request.reuse)
+        del self._jobs[job.request.key], self._of[sequence]
+        started = job.started or now
+        first = job.first or now
+        self._service_s = 0.9 * self._service_s + 0.1 * (now - started)
+        self._events.append(
+            msg.Done(
+                key=job.request.key,
+                text=job.pending,
+                tokens=job.pending_tokens,
+                reason=reason,
+                prompt_tokens=sequence.prompt,
+                completion_tokens=len(sequence.tokens) - sequence.prompt,
+                cached_tokens=cached,
+                queue_s=started - job.arrived,
+                prefill_s=first - started,
+                decode_s=now - first,
+                stop=job.text.stopped,
+                drafted=job.drafted,
+                accepted=job.accepted,
+                logprobs=job.logprobs or None,
+            )
+        )
+
+    def _flush(self, now: float) -> None:
+        for key, job in self._jobs.items():
+            if job.pending or job.pending_tokens:
+                self._events.append(msg.Delta(key, job.pending, job.pending_tokens, job.logprobs or None))
+                job.pending, job.pending_tokens, job.logprobs = "", 0, []
+        self._flushed = now
+        self._send()
+
+    def _send(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._emit(events)
+
+    def _report(self, *, force: bool = False) -> None:
+        """Send what is left, and the gauges now and then."""
+        now = self._clock()
+        if force or now - self._stats_at >= STATS_S:
+            self._stats_at = now
+            self._events.append(
+                msg.Stats(
+                    running=len(self._scheduler.running),
+                    waiting=len(self._scheduler.waiting),
+                    busy_slots=self.cache.busy,
+                    kv_tokens=sum(self.cache.lengths),
+                    steps=self._steps,
+                    step_tokens=self._step_tokens,
+                )
+            )
+        if self._events and (force or not self._jobs or any(isinstance(e, msg.Done) for e in self._events)):
+            self._send()

@@ -1,0 +1,169 @@
+"""Which tokens lie in which slot of the backend's KV cache, and who may use them again.
+
+A request takes the slot that shares the longest prefix with its prompt, or a copy of that prefix where the
+slot is busy or its remainder is worth keeping. Idle slots keep their tokens until the room is needed; the
+least recently used goes first. Where slots share one pool of cells, a cell counts once however many
+slots hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.base import Backend
+
+
+@dataclass(slots=True)
+class Slot:
+    """tokens[:length] lie in the cache; cells[:length] are the pool's cells that hold them."""
+
+    tokens: NDArray[np.int32]
+    cells: NDArray[np.int32]
+    length: int = 0
+    busy: bool = False
+    used: int = 0
+
+
+class KVCache:
+    """The bookkeeping of a backend's slots. Every change goes through here, so that both agree."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        info = backend.info
+        self._shared = info.shared
+        self._slots = [
+            Slot(np.zeros(info.context, np.int32), np.zeros(info.context if info.shared else 0, np.int32))
+            for _ in range(info.slots)
+        ]
+        self._holders = np.zeros(info.capacity if info.shared else 0, np.int32)
+        self._used_cells = 0
+        self._clock = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each slot holds."""
+        return [slot.length for slot in self._slots]
+
+    @property
+    def busy(self) -> int:
+        """Slots that a request owns."""
+        return sum(slot.busy for slot in self._slots)
+
+    def free_cells(self) -> int | None:
+        """Cells of the pool that nobody holds; None where every slot has its own room."""
+        return len(self._holders) - self._used_cells if self._shared else None
+
+    def available_cells(self) -> int | None:
+        """Cells that no running request holds: free ones and those that only keep idle prefixes."""
+        if not self._shared:
+            return None
+        held = np.zeros(len(self._holders), bool)
+        for slot in self._slots:
+            if slot.busy:
+                held[slot.cells[: slot.length]] = True
+        return len(held) - int(held.sum())
+
+    def acquire(self, prompt: list[int], *, reuse: bool = True) -> tuple[int, int] | None:
+        """Take a slot for `prompt`: (slot, tokens that need no computing), or None if all are busy.
+
+        At least the prompt's last token is left to compute, since its logits are wanted.
+        """
+        idle = [i for i, slot in enumerate(self._slots) if not slot.busy]
+        if not idle:
+            return None
+        wanted = np.asarray(prompt[:-1], np.int32)
+        best, shared = -1, 0
+        if reuse:
+            for i, slot in enumerate(self._slots):
+                n = _common(slot.tokens[: slot.length], wanted)
+                # At equal length an idle slot is better: it needs no copy.
+                if n > shared or (
+                    n == shared and n and best >= 0 and self._slots[best].busy and not slot.busy
+                ):
+                    best, shared = i, n
+        spare = min(idle, key=lambda i: (self._slots[i].length > 0, self._slots[i].used))
+        if shared == 0:
+            taken = spare
+            self.truncate(taken, 0)
+        elif self._slots[best].busy or (2 * shared < self._slots[best].length and spare != best):
+            taken = spare
+            self._copy(best, taken, shared)
+        else:
+            taken = best
+            self.truncate(taken, shared)
+        slot = self._slots[taken]
+        slot.busy = True
+        self._touch(slot)
+        return taken, shared
+
+    def extend(self, index: int, tokens: list[int]) -> None:
+        """Tell that the backend has computed `tokens` at the end of the slot."""
+        slot = self._slots[index]
+        end = slot.length + len(tokens)
+        slot.tokens[slot.length : end] = tokens
+        if self._shared:
+            cells = np.flatnonzero(self._holders == 0)[: len(tokens)]
+            slot.cells[slot.length : end] = cells
+            self._holders[cells] = 1
+            self._used_cells += len(tokens)
+        slot.length = end
+
+    def truncate(self, index: int, n: int) -> None:
+        """Keep the first `n` tokens of a slot."""
+        slot = self._slots[index]
+        if n >= slot.length:
+            return
+        self._backend.truncate(index, n)
+        self._drop(slot, n)
+
+    def restore(self, index: int) -> None:
+        """Bring the backend's slot back to what is booked here, after a step that was interrupted."""
+        self._backend.truncate(index, self._slots[index].length)
+
+    def release(self, index: int, *, keep: bool = True) -> None:
+        """Give a slot back; with `keep` its tokens stay for whoever shares their beginning."""
+        slot = self._slots[index]
+        slot.busy = False
+        self._touch(slot)
+        if not keep:
+            self.truncate(index, 0)
+
+    def evict_idle(self) -> bool:
+        """Empty the idle slot that was used least recently. False if no idle slot holds anything."""
+        idle = [i for i, slot in enumerate(self._slots) if not slot.busy and slot.length]
+        if not idle:
+            return False
+        self.truncate(min(idle, key=lambda i: self._slots[i].used), 0)
+        return True
+
+    def _touch(self, slot: Slot) -> None:
+        self._clock += 1
+        slot.used = self._clock
+
+    def _copy(self, src: int, dst: int, n: int) -> None:
+        self._backend.copy(src, dst, n)
+        source, target = self._slots[src], self._slots[dst]
+        self._drop(target, 0)
+        target.tokens[:n] = source.tokens[:n]
+        if self._shared:
+            cells = source.cells[:n]
+            target.cells[:n] = cells
+            self._holders[cells] += 1
+        target.length = n
+
+    def _drop(self, slot: Slot, n: int) -> None:
+        if self._shared:
+            gone = slot.cells[n : slot.length]
+            self._holders[gone] -= 1
+            self._used_cells -= int((self._holders[gone] == 0).sum())
+        slot.length = n
+
+
+def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Length of the common prefix of two token lists."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

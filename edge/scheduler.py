@@ -1,0 +1,168 @@
+"""Which request does how much in the next step. Pure policy: no threads, no arrays, no clock of its own.
+
+Decoding rows come first, one token each, so that running streams never stall; what is left of the step
+goes to prompts, first come, first served. A prompt is read in chunks beside the decoding rows. When the
+pool of KV cells runs short, idle prefixes go first, then the youngest request steps back into the queue
+and is computed again later: a request that was admitted is never failed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge.kvcache import KVCache
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request as the scheduler sees it.
+
+    tokens: prompt and answer so far. computed: how many of them lie in the KV cache. cached: how many of the
+    prompt came from another request's cells. limit: length at which it must end.
+    """
+
+    key: int
+    tokens: list[int]
+    limit: int
+    reuse: bool = True
+    prompt: int = 0
+    slot: int | None = None
+    computed: int = 0
+    cached: int = 0
+    draft: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def decoding(self) -> bool:
+        """All but the newest token are computed, and the newest is an answer's."""
+        return len(self.tokens) - self.computed == 1 and len(self.tokens) > self.prompt
+
+
+@dataclass(slots=True)
+class Work:
+    """One row of the next step: the sequence's next `n` tokens, then its draft; logits for `outputs`."""
+
+    sequence: Sequence
+    n: int
+    draft: list[int]
+
+    @property
+    def ends(self) -> bool:
+        """Whether the row reaches the newest token, so that a new one can be sampled."""
+        return self.sequence.computed + self.n == len(self.sequence.tokens)
+
+    @property
+    def outputs(self) -> int:
+        return 1 + len(self.draft) if self.ends else 0
+
+
+class Scheduler:
+    """Keeps the queue and the running set. `plan` decides a step; the engine carries it out."""
+
+    def __init__(self, cache: KVCache, *, slots: int, batch: int, outputs: int) -> None:
+        assert min(batch, outputs) >= slots, "every slot must be able to decode in one step"
+        self._cache = cache
+        self._slots = slots
+        self._batch = batch
+        self._outputs = outputs
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Forget a sequence in whatever phase it is; its slot is free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._give_back(sequence, keep=keep)
+
+    def plan(self, chunk: int, draft: Callable[[Sequence, int], list[int]] | None = None) -> list[Work]:
+        """The rows of the next step.
+
+        chunk: prompt tokens that the step may hold beside decoding rows. draft: proposes up to n tokens
+        after a sequence's own (speculation); asked only where the step has room.
+        """
+        work: list[Work] = []
+        room = self._batch
+        for sequence in [s for s in self.running if s.decoding][:room]:
+            room -= 1
+            work.append(Work(sequence, 1, []))
+        if draft is not None:
+            spare = self._outputs - self._slots
+            for item in work:
+                most = min(room, spare, item.sequence.limit - len(item.sequence.tokens) - 1)
+                if most > 0:
+                    item.draft = draft(item.sequence, most)[:most]
+                    room -= len(item.draft)
+                    spare -= len(item.draft)
+        room = min(room, chunk)
+        for sequence in [s for s in self.running if not s.decoding]:
+            if room <= 0:
+                break
+            room -= self._prefill(work, sequence, room)
+        while room > 0 and self.waiting and len(self.running) < self._slots:
+            sequence = self.waiting[0]
+            taken = self._cache.acquire(sequence.tokens, reuse=sequence.reuse)
+            if taken is None:
+                break
+            sequence.slot, sequence.computed = taken
+            if not self._fits(sequence):
+                self._give_back(sequence, keep=True)
+                break
+            self.waiting.popleft()
+            if len(sequence.tokens) == sequence.prompt:
+                sequence.cached = sequence.computed
+            self.running.append(sequence)
+            room -= self._prefill(work, sequence, room)
+        return self._fit(work)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether the pool holds the whole sequence beside those that run, one step of theirs included.
+
+        Without this a request would be let in, computed in part, and preempted, again and again.
+        """
+        available = self._cache.available_cells()
+        if available is None or not self.running:
+            return True
+        return len(sequence.tokens) - sequence.computed + len(self.running) < available
+
+    def _prefill(self, work: list[Work], sequence: Sequence, room: int) -> int:
+        n = min(len(sequence.tokens) - sequence.computed, room)
+        work.append(Work(sequence, n, []))
+        return n
+
+    def _fit(self, work: list[Work]) -> list[Work]:
+        """Make the rows fit into the free cells: drafts, idle prefixes, then the youngest request go."""
+        free = self._cache.free_cells()
+        if free is None:
+            return work
+        while sum(item.n + len(item.draft) for item in work) > free:
+            if any(item.draft for item in work):
+                for item in work:
+                    item.draft = []
+            elif not self._cache.evict_idle():
+                # The last one always fits: a context is never larger than the pool.
+                assert len(self.running) > 1
+                youngest = max(self.running, key=lambda s: s.key)
+                self.running.remove(youngest)
+                self._give_back(youngest, keep=False)
+                self._requeue(youngest)
+                work = [item for item in work if item.sequence is not youngest]
+            free = self._cache.free_cells() or 0
+        return work
+
+    def _requeue(self, sequence: Sequence) -> None:
+        at = next((i for i, s in enumerate(self.waiting) if s.key > sequence.key), len(self.waiting))
+        self.waiting.insert(at, sequence)
+
+    def _give_back(self, sequence: Sequence, *, keep: bool) -> None:
+        if sequence.slot is not None:
+            self._cache.release(sequence.slot, keep=keep)
+            sequence.slot, sequence.computed = None, 0

@@ -1,0 +1,101 @@
+"""The tutorial's own interface: GET /generate?prompt=... -> {"generate_text": ...}; POST for all else.
+
+Prompts go through the model's chat template unless `raw` is asked. Without a temperature decoding is
+greedy, as transformers' `generate` is by default; without max_tokens an answer has at most 512 tokens, the
+tutorial's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from edge import messages as msg
+from edge.errors import RequestError
+from edge.server.fields import MAX_TOKENS, Messages, Sampled, flat
+from edge.server.live import DONE, Answer, EventStream, event
+from edge.server.serving import Serving, finish_reason, timings, usage
+from edge.supervisor import Stream
+
+DEFAULT_MAX_TOKENS = 512
+
+router = APIRouter(tags=["generate"])
+
+
+class Generate(Sampled):
+    """prompt: a text; or messages: a conversation. raw: the prompt is not put through the chat template."""
+
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    messages: Messages | None = None
+    raw: bool = False
+    model: str | None = None
+
+
+@router.get("/generate", summary="Answer a prompt, as the tutorial's server does")
+async def get_generate(
+    request: Request,
+    prompt: Annotated[str, Query(min_length=1)],
+    max_tokens: Annotated[int, Query(ge=1, le=MAX_TOKENS)] = DEFAULT_MAX_TOKENS,
+    temperature: Annotated[float, Query(ge=0.0, le=2.0, allow_inf_nan=False)] = 0.0,
+    raw: bool = False,
+    stream: bool = False,
+) -> Response:
+    body = Generate(prompt=prompt, max_tokens=max_tokens, temperature=temperature, raw=raw, stream=stream)
+    return _respond(request, body)
+
+
+@router.post("/generate", summary="Answer a prompt or a conversation")
+async def post_generate(request: Request, body: Generate) -> Response:
+    return _respond(request, body)
+
+
+def _respond(request: Request, body: Generate) -> Response:
+    serving: Serving = request.app.state.serving
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", param="prompt")
+    if body.raw:
+        if body.prompt is None:
+            raise RequestError("raw needs prompt, not messages", param="raw")
+        prompt = body.prompt
+    else:
+        turns = flat(body.messages) if body.messages else [{"role": "user", "content": body.prompt}]
+        prompt = serving.prompt(turns)
+    stream = serving.engine.submit(
+        prompt,
+        body.params(temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS),
+        reuse=body.cache_prompt is not False,
+        timeout_s=body.timeout,
+    )
+    if body.stream:
+        return EventStream(stream, lambda s: _events(serving, s), serving.headers())
+    return Answer(stream, lambda s: _answer(serving, s), serving.headers())
+
+
+async def _answer(serving: Serving, stream: Stream) -> dict[str, Any]:
+    parts = []
+    async for item in stream:
+        parts.append(item.text)
+    assert isinstance(item, msg.Done)
+    return {"generate_text": "".join(parts), **_closing(serving, item)}
+
+
+async def _events(serving: Serving, stream: Stream) -> AsyncIterator[bytes]:
+    async for item in stream:
+        if item.text:
+            yield event({"text": item.text, "tokens": item.tokens})
+        if isinstance(item, msg.Done):
+            yield event({"done": True, **_closing(serving, item)}) + DONE
+
+
+def _closing(serving: Serving, done: msg.Done) -> dict[str, Any]:
+    return {
+        "finish_reason": finish_reason(done),
+        "usage": usage(done),
+        "timings": timings(done),
+        "model": serving.name,
+        "digest": serving.digest or None,
+    }

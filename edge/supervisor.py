@@ -1,0 +1,293 @@
+"""The HTTP process's side of the engine: starts the worker, speaks to it, and starts it anew when it dies.
+
+A crash in native code ends the worker alone: what was in flight is answered with 503, and the next worker
+loads with a growing pause. A model that dies three times while it loads is given up, and said to be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from edge import messages as msg
+from edge.errors import EdgeError, RequestError
+from edge.sampling import Params
+from edge.worker import Load
+
+log = logging.getLogger("edge")
+
+_PAUSES_S = (0.5, 2.0, 8.0)
+_LOAD_TRIES = 3
+_SECRET_BYTES = 16
+_CRASHED = "the engine process ended unexpectedly"
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "edge.worker"], stdin=subprocess.PIPE)
+
+
+class Stream:
+    """One request's events, as an asynchronous iterator of Delta, ended by one Done.
+
+    Raises RequestError where the request is refused or the engine dies. `cancel` ends it from any task.
+    """
+
+    def __init__(self, engine: EngineProcess, key: int) -> None:
+        self._engine = engine
+        self._key = key
+        self._queue: asyncio.Queue[msg.Event | RequestError] = asyncio.Queue()
+
+    def put(self, event: msg.Event | RequestError) -> None:
+        self._queue.put_nowait(event)
+
+    def cancel(self) -> None:
+        """Stop the work; the iterator ends without a Done."""
+        self._engine.cancel(self._key)
+        self.put(RequestError("the client has gone", status=499, code="client_closed"))
+
+    async def __aiter__(self) -> AsyncIterator[msg.Delta | msg.Done]:
+        try:
+            while True:
+                event = await self._queue.get()
+                if isinstance(event, RequestError):
+                    raise event
+                if isinstance(event, msg.Refused):
+                    raise RequestError(
+                        event.message,
+                        status=event.status,
+                        code=event.code,
+                        param=event.param,
+                        retry_after=event.retry_after,
+                    )
+                if isinstance(event, (msg.Delta, msg.Done)):
+                    yield event
+                    if isinstance(event, msg.Done):
+                        return
+        finally:
+            self._engine.forget(self._key)
+
+
+class EngineProcess:
+    """A supervised worker. `start` returns at once; `wait_ready` when the model is loaded or cannot be."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self.ready: msg.Ready | None = None
+        self.stats: msg.Stats | None = None
+        self.failure: EdgeError | None = None
+        self.restarts = 0
+        self._keys = itertools.count(1)
+        self._streams: dict[int, Stream] = {}
+        self._encodes: dict[int, asyncio.Future[msg.Encoded]] = {}
+        self._settled = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def state(self) -> str:
+        """loading, ready or failed."""
+        if self.failure is not None:
+            return "failed"
+        return "ready" if self.ready is not None else "loading"
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id, None between two workers."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._supervise())
+
+    async def wait_ready(self) -> msg.Ready:
+        """What was loaded. Raises EdgeError where the model cannot be loaded."""
+        await self._settled.wait()
+        if self.failure is not None:
+            raise self.failure
+        assert self.ready is not None
+        return self.ready
+
+    def submit(
+        self,
+        prompt: str | list[int],
+        params: Params,
+        *,
+        special: bool = True,
+        reuse: bool = True,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Start a request. Raises RequestError (503) while no model is loaded."""
+        self._check_ready()
+        key = next(self._keys)
+        stream = self._streams[key] = Stream(self, key)
+        self._send(msg.Submit(key, prompt, params, special, reuse, timeout_s))
+        return stream
+
+    async def encode(self, text: str, *, special: bool) -> msg.Encoded:
+        """Token ids and pieces of `text`. Raises RequestError (503) while no model is loaded."""
+        self._check_ready()
+        key = next(self._keys)
+        future = self._encodes[key] = asyncio.get_running_loop().create_future()
+        self._send(msg.Encode(key, text, special))
+        encoded: msg.Encoded = await future
+        return encoded
+
+    def cancel(self, key: int) -> None:
+        if key in self._streams:
+            self._send(msg.Cancel(key))
+
+    def forget(self, key: int) -> None:
+        """The stream's reader has left; if its request still runs, it is cancelled."""
+        if self._streams.pop(key, None) is not None:
+            self._send(msg.Cancel(key))
+
+    async def stop(self, seconds: float) -> None:
+        """Let running requests end within `seconds`, then end the worker."""
+        self._stopping = True
+        self._send(msg.Drain(seconds))
+        if self._task is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._task), seconds + 2.0)
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def _check_ready(self) -> None:
+        if self.failure is not None:
+            raise RequestError(str(self.failure), status=503, code="model_failed")
+        if self.ready is None or self._writer is None:
+            raise RequestError("the model is being loaded", status=503, code="model_loading", retry_after=1.0)
+
+    def _send(self, request: msg.ToEngine) -> None:
+        if self._writer is not None:
+            self._writer.write(msg.pack(request))
+
+    async def _supervise(self) -> None:
+        load_crashes = crashes = 0
+        try:
+            while not self._stopping:
+                began = time.monotonic()
+                code, was_ready = await self._run_once()
+                if self._stopping or self.failure is not None:
+                    return
+                self.restarts += 1
+                load_crashes = 0 if was_ready else load_crashes + 1
+                # A worker that lived for a while starts the pauses afresh.
+                crashes = 1 if was_ready and time.monotonic() - began > 60 else crashes + 1
+                log.error("the engine process ended with code %s; starting another", code)
+                if load_crashes >= _LOAD_TRIES:
+                    self.failure = EdgeError(
+                        f"the engine process died {load_crashes} times while loading {self.load.path} "
+                        f"(exit code {code})",
+                        "see its messages above; `edge doctor` checks the build",
+                    )
+                    return
+                await asyncio.sleep(_PAUSES_S[min(crashes, len(_PAUSES_S)) - 1])
+        finally:
+            self._settled.set()
+
+    async def _run_once(self) -> tuple[int, bool]:
+        """One worker's life: (exit code, whether it had loaded)."""
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        linked: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+        linked = asyncio.get_running_loop().create_future()
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
+                said = await asyncio.wait_for(reader.readexactly(_SECRET_BYTES), 5.0)
+                if secrets.compare_digest(said, secret) and not linked.done():
+                    linked.set_result((reader, writer))
+                    return
+            writer.close()
+
+        server = await asyncio.start_server(greet, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()[:2]
+        # asyncio's own subprocesses need a certain event loop on Windows; this works on every loop.
+        process = self._process = _spawn()
+        ended = asyncio.get_running_loop().run_in_executor(None, process.wait)
+        was_ready = False
+        try:
+            order = {
+                "host": host,
+                "port": port,
+                "secret": secret.hex(),
+                "load": dataclasses.asdict(self.load),
+            }
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.write(json.dumps(order).encode("utf-8") + b"\n")
+                process.stdin.flush()
+            first: set[asyncio.Future[Any]] = {linked, ended}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if linked.done():
+                reader, self._writer = linked.result()
+                await self._listen(reader)
+        finally:
+            was_ready = self.ready is not None
+            self._lost()
+            server.close()
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            try:
+                code = await asyncio.wait_for(asyncio.shield(ended), 5.0)
+            except TimeoutError:
+                process.kill()
+                code = await ended
+            self._process = None
+        return code, was_ready
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readexactly(4)
+                body = await reader.readexactly(msg.frame_length(head))
+                for event in msg.unpack_events(body):
+                    self._dispatch(event)
+
+    def _dispatch(self, event: msg.Event) -> None:
+        if isinstance(event, msg.Stats):
+            self.stats = event
+        elif isinstance(event, msg.Ready):
+            self.ready = event
+            self._settled.set()
+        elif isinstance(event, msg.Failed):
+            self.failure = EdgeError(event.message, event.hint)
+            self._settled.set()
+        elif isinstance(event, msg.Encoded):
+            future = self._encodes.pop(event.key, None)
+            if future is not None and not future.done():
+                future.set_result(event)
+        else:
+            stream = self._streams.get(event.key)
+            if stream is not None:
+                if not isinstance(event, msg.Delta):
+                    del self._streams[event.key]
+                stream.put(event)
+
+    def _lost(self) -> None:
+        """The worker is gone: answer everything that was in flight."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = self.ready = self.stats = None
+        if self.failure is None and not self._stopping:
+            self._settled.clear()
+        error = RequestError(_CRASHED, status=503, code="engine_crashed", retry_after=1.0)
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+        for future in self._encodes.values():
+            if not future.done():
+                future.set_exception(error)
+        self._encodes.clear()

@@ -1,0 +1,151 @@
+"""The engine in a process of its own: `python -m edge.worker`, started by edge.supervisor.
+
+It reads one line of JSON from standard input (where to connect, what to load), connects back, loads the
+model and serves frames until it is told to drain. Standard input stays open as a lifeline: when it ends, the
+HTTP process is gone and this one ends too. One thread (the main one) owns the model.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge import messages as msg
+from edge.backends.base import Backend, BackendInfo
+from edge.engine import Engine
+from edge.errors import EdgeError
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker loads: a backend's kind, a file, its settings and the engine's options."""
+
+    kind: str
+    path: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    stop_ids: list[int] = field(default_factory=list)
+    max_queue: int = 256
+    speculate: bool = True
+
+
+def open_backend(load: Load) -> Backend:
+    """The backend that `load` names. Raises EdgeError where it cannot be loaded."""
+    if load.kind == "fake":
+        from edge.backends.fake import FakeBackend
+
+        return FakeBackend(**load.settings)
+    from edge.backends.llamacpp import LlamaCpp, Settings
+
+    settings = msgspec.convert(load.settings, Settings)
+    return LlamaCpp(Path(load.path), settings, extra_stop_ids=frozenset(load.stop_ids))
+
+
+def _ready(info: BackendInfo, seconds: float) -> msg.Ready:
+    return msg.Ready(
+        kind=info.kind,
+        name=info.name,
+        device=info.device,
+        why=info.why,
+        slots=info.slots,
+        context=info.context,
+        capacity=info.capacity,
+        vocab=info.vocab,
+        stop_ids=sorted(info.stop_ids),
+        bos_text=info.bos_text,
+        eos_text=info.eos_text,
+        add_bos=info.add_bos,
+        chat_template=info.chat_template,
+        settings=info.settings,
+        load_s=seconds,
+    )
+
+
+class Link:
+    """The socket to the HTTP process. `send` may be called from any thread."""
+
+    def __init__(self, address: tuple[str, int], secret: str) -> None:
+        self._socket = socket.create_connection(address)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._lock = threading.Lock()
+        self._socket.sendall(bytes.fromhex(secret))
+
+    def send(self, events: list[msg.Event]) -> None:
+        frame = msg.pack(events)
+        with self._lock:
+            self._socket.sendall(frame)
+
+    def receive(self) -> msg.ToEngine | None:
+        """The next request; None when the other side has closed."""
+        head = self._read(4)
+        body = self._read(msg.frame_length(head)) if head else b""
+        return msg.unpack_request(body) if body else None
+
+    def _read(self, size: int) -> bytes:
+        parts = []
+        while size:
+            part = self._socket.recv(min(size, 1 << 20))
+            if not part:
+                return b""
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+
+def _serve_requests(link: Link, engine: Engine, backend: Backend) -> None:
+    while (request := link.receive()) is not None:
+        if isinstance(request, msg.Submit):
+            engine.submit(request)
+        elif isinstance(request, msg.Cancel):
+            engine.cancel(request.key)
+        elif isinstance(request, msg.Drain):
+            engine.drain(request.seconds)
+        else:
+            ids = backend.encode(request.text, special=request.special)
+            link.send([msg.Encoded(request.key, ids, [backend.decode(i) for i in ids])])
+    engine.drain(0.0)
+
+
+def _end_with_parent() -> None:
+    # Not through sys.stdin: its lock would be held by this thread when the interpreter ends.
+    while os.read(0, 4096):
+        pass
+    # The model's threads may be in native code: nothing is left to save, so end at once.
+    os._exit(0)
+
+
+def main() -> int:
+    faulthandler.enable()
+    # Ctrl-C reaches the whole group; the HTTP process decides how to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    order = json.loads(sys.stdin.buffer.readline())
+    link = Link((order["host"], order["port"]), order["secret"])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    load = Load(**order["load"])
+    began = time.monotonic()
+    try:
+        backend = open_backend(load)
+    except EdgeError as error:
+        link.send([msg.Failed(error.message, error.hint)])
+        return error.exit_code
+    engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate)
+    link.send([_ready(backend.info, time.monotonic() - began)])
+    reader = threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True)
+    reader.start()
+    engine.run()
+    backend.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
