@@ -293,7 +293,7 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
     ordinary buffers; `notes` says so. Raises UnavailableError where no setting decodes, or the card does not
     although `cuda` was asked for.
     """
-    console = console or Console(markup=False, highlight=False)
+    console = console or Console(markup=False, highlight=False, soft_wrap=True)
     wanted = plan(cuda=cuda)
     info = build_info()
     if not force and info.get("wanted") == wanted.key:

@@ -10,42 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_gguf import gguf
 
 from edge.errors import InputError
 from edge.gguf_header import GGUFArray, read_header
 
 TEMPLATE = "{% for m in messages %}你好 🍔 {{ m.content }}{% endfor %}"
-
-
-def text(value: str) -> bytes:
-    data = value.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(data)) + data
-
-
-def value(item: Any) -> bytes:
-    if isinstance(item, bool):
-        return struct.pack("<I?", 7, item)
-    if isinstance(item, int):
-        return struct.pack("<II", 4, item) if item < 2**32 else struct.pack("<IQ", 10, item)
-    if isinstance(item, float):
-        return struct.pack("<If", 6, item)
-    if isinstance(item, str):
-        return struct.pack("<I", 8) + text(item)
-    if item and isinstance(item[0], str):
-        return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(text, item))
-    return struct.pack(f"<IIQ{len(item)}i", 9, 5, len(item), *item)
-
-
-def gguf(
-    metadata: dict[str, Any], tensors: list[tuple[str, tuple[int, ...], int, int]], data: int = 0
-) -> bytes:
-    """A version 3 file. A tensor is (name, shape, ggml type, offset); `data` bytes follow the header."""
-    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    out += b"".join(text(key) + value(item) for key, item in metadata.items())
-    for name, shape, kind, offset in tensors:
-        out += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-    return out + b"\0" * (-len(out) % 32) + b"\x01" * data
-
 
 METADATA: dict[str, Any] = {
     "general.architecture": "llama",
