@@ -149,7 +149,7 @@ target.write_bytes(pathlib.Path(__file__).with_name("made.gguf").read_bytes())
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A converter that writes what the entries say, and a llama.cpp that answers them."""
-    from tiny_gguf import gguf as write_gguf
+    from tests.tiny_gguf import gguf as write_gguf
 
     made: dict[str, Any] = {
         "template": TEMPLATE,

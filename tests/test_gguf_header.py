@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_gguf import gguf
 
 from edge.errors import InputError
 from edge.gguf_header import GGUFArray, read_header
+from tests.tiny_gguf import gguf
 
 TEMPLATE = "{% for m in messages %}你好 🍔 {{ m.content }}{% endfor %}"
 
