@@ -1,0 +1,134 @@
+"""`edge doctor`: what it names, for machines that are made up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from edge import doctor, hardware, native
+from edge.doctor import MissingLibrary, missing_library
+from edge.errors import UnavailableError
+
+CARD = hardware.GPU(0, "RTX [4060]", 8 * 2**30, 7 * 2**30, "576.02", "8.9", "12.9")
+
+
+@pytest.mark.parametrize(
+    ("error", "library"),
+    [
+        (
+            "OSError: libcudart.so.12: cannot open shared object file: No such file or directory",
+            MissingLibrary("libcudart.so.12", "12", "nvidia-cuda-runtime-cu12"),
+        ),
+        ("libcublasLt.so.13: cannot open", MissingLibrary("libcublasLt.so.13", "13", "nvidia-cublas")),
+        ("libcudnn.so.9: cannot open", MissingLibrary("libcudnn.so.9", "13", "nvidia-cudnn-cu13")),
+        ("libcufft.so.11: cannot open", MissingLibrary("libcufft.so.11", "12", "nvidia-cufft-cu12")),
+        (
+            'depends on "cublas64_12.dll" which is',
+            MissingLibrary("cublas64_12.dll", "12", "nvidia-cublas-cu12"),
+        ),
+        ("libstdc++.so.6: version `GLIBCXX_3.4.30' not found", None),
+        ("something else", None),
+    ],
+)
+def test_s11_the_missing_library_is_named(error: str, library: MissingLibrary | None) -> None:
+    assert missing_library(error, "13.1") == library
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine with a card and a build for the processor; the entries can be changed."""
+    info: dict[str, Any] = {
+        "defines": {"GGML_OPENMP": "OFF", "LLAMA_OPENSSL": "OFF"},
+        "cpu": "A",
+        "cpu_key": "key",
+        "check": {"plain": "ok", "extra": "died with SIGILL"},
+        "notes": ["AMX is switched off"],
+        "gpu": False,
+    }
+    found: dict[str, Any] = {
+        "info": info,
+        "cards": [CARD],
+        "error": "",
+        "version": {doctor.PACKAGE: "0.3.36"},
+    }
+    monkeypatch.setattr(native, "build_info", lambda: found["info"])
+    monkeypatch.setattr(native, "cpu_key", lambda: "key")
+    monkeypatch.setattr(native, "compiler", lambda: native.Compiler("gcc", "12"))
+    monkeypatch.setattr(hardware, "gpus", lambda: found["cards"])
+    monkeypatch.setattr(doctor, "load_error", lambda: found["error"])
+    monkeypatch.setattr(doctor, "_version", lambda package: found["version"].get(package, ""))
+    return found
+
+
+def item(name: str) -> doctor.Item:
+    return next(item for item in doctor.items() if item.name == name)
+
+
+def test_a_card_that_the_build_does_not_use(machine: dict[str, Any]) -> None:
+    assert item("card").found == "not used by this build"
+    assert "--cuda" in item("card").todo
+    assert "RTX [4060], 8.0 GiB" in item("card 0").found
+    assert item("one decode each").todo == "AMX is switched off"
+    assert "GGML_OPENMP=OFF" in item(doctor.PACKAGE).found and item(doctor.PACKAGE).todo == ""
+
+
+def test_no_card_is_said_and_is_no_fault(machine: dict[str, Any]) -> None:
+    machine["cards"] = []
+    assert "none" in item("NVIDIA").found and item("NVIDIA").todo == ""
+    assert all(row.name != "card" for row in doctor.items())
+
+
+def test_s11_a_build_that_does_not_load(machine: dict[str, Any]) -> None:
+    machine["error"] = "RuntimeError: libcudart.so.12: cannot open shared object file"
+    assert "libcudart.so.12 is missing" in item(doctor.PACKAGE).found
+    assert "pip install nvidia-cuda-runtime-cu12" in item(doctor.PACKAGE).todo
+    machine["error"] = "RuntimeError: broken"
+    assert "broken" in item(doctor.PACKAGE).found and "--force" in item(doctor.PACKAGE).todo
+
+
+def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine["info"] = {}
+    assert "built by something else" in item(doctor.PACKAGE).found
+    machine["version"] = {}
+    assert item(doctor.PACKAGE) == doctor.Item("llama.cpp", doctor.PACKAGE, "not installed", doctor.BUILD)
+
+    def none() -> native.Compiler:
+        raise UnavailableError("no compiler", "install one")
+
+    monkeypatch.setattr(native, "compiler", none)
+    assert item("compiler") == doctor.Item("llama.cpp", "compiler", "none", "install one")
+
+
+def test_a_build_for_another_processor(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cpu_key", lambda: "another")
+    assert "another processor" in item(doctor.PACKAGE).todo
+
+
+def test_packages_missing_and_other_than_tested(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirements = [
+        "numpy",
+        'torch; extra == "train"',
+        'peft>=0.1; extra == "train"',
+        'httpx; extra == "dev"',
+    ]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: requirements)
+    monkeypatch.setattr(doctor, "pins", lambda: {"torch": "2.13.0", "httpx": "0.28.1"})
+    machine["version"] |= {"torch": "2.13.0+cpu", "httpx": "0.27.0"}
+    train, dev = item("train"), item("dev")
+    assert train.found == "torch 2.13.0+cpu; missing: peft"
+    assert train.todo == "pip install -c constraints.txt -e '.[train]'"
+    assert "other than tested: httpx 0.27.0 (tested: 0.28.1)" in dev.found
+    assert "does not use the card" in item("torch").found
+
+
+def test_both_forms_print(machine: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["llama_cpp"]["cpu"] == "A" and data["machine"]["threads"] >= 1
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    assert "threads used" in text and "RTX [4060]" in text
