@@ -85,6 +85,8 @@ class Pace:
         return max(SMALLEST_CHUNK, min(self._batch, int(seconds / per_token)))
 
     def learn(self, decoding: int, prefill: int, seconds: float) -> None:
+        # A coarse clock may see no time pass at all.
+        seconds = max(seconds, 1e-6)
         if decoding and not prefill:
             self._quiet = _mean(self._quiet, seconds)
         elif prefill and not decoding:

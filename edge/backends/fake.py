@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 class FakeBackend:
     """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i].
 
-    reply: after a prompt (a list of ids) the text that is forced, then the end token; None: a hash decides.
+    reply: what is answered, a text or the ids for all ids so far, then the end token; None: a hash decides.
     step_s: seconds a step takes; token_s: seconds for each token of it.
     """
 
@@ -32,7 +32,7 @@ class FakeBackend:
         context: int = 64,
         capacity: int | None = None,
         batch: int = 32,
-        reply: Callable[[list[int]], list[int]] | None = None,
+        reply: Callable[[list[int]], list[int]] | str | None = None,
         pieces: Sequence[bytes] | None = None,
         chat_template: str | None = None,
         step_s: float = 0.0,
@@ -53,11 +53,12 @@ class FakeBackend:
             stop_ids=frozenset({EOS}),
             chat_template=chat_template,
         )
-        self._reply = reply
+        self._reply = (lambda _: list(reply.encode("utf-8"))) if isinstance(reply, str) else reply
         self._pieces = pieces
         self._step_s = step_s
         self._token_s = token_s
-        self._held: list[list[tuple[int, int]]] = [[] for _ in range(slots)]
+        self._held: list[list[tuple[int, int, int]]] = [[] for _ in range(slots)]
+        self._cells = 0
         self._interrupted = False
         self.steps: list[int] = []
 
@@ -90,7 +91,8 @@ class FakeBackend:
             held = self._held[row.slot]
             for i, token in enumerate(row.tokens):
                 before = held[-1][1] if held else 0x9E3779B97F4A7C15
-                held.append((token, (before ^ (token + 1)) * 0xBF58476D1CE4E5B9 & _MASK))
+                self._cells += 1
+                held.append((token, (before ^ (token + 1)) * 0xBF58476D1CE4E5B9 & _MASK, self._cells))
                 if i >= len(row.tokens) - row.outputs:
                     self._fill(out[at], held)
                     at += 1
@@ -99,7 +101,7 @@ class FakeBackend:
         self.steps.append(total)
         return out
 
-    def _fill(self, logits: Logits, held: list[tuple[int, int]]) -> None:
+    def _fill(self, logits: Logits, held: list[tuple[int, int, int]]) -> None:
         state = held[-1][1]
         # A few candidates of falling weight, so that sampling has something to choose from.
         for rank in range(4):
@@ -107,15 +109,15 @@ class FakeBackend:
         if (state >> 40) % 23 == 0:
             logits[EOS] += 20.0
         if self._reply is not None:
-            ids = [token for token, _ in held]
+            ids = [token for token, _, _ in held]
             answer = self._reply(ids)
             done = next(n for n in range(len(answer), -1, -1) if ids[len(ids) - n :] == answer[:n])
             logits[:] = 0.0
             logits[answer[done] if done < len(answer) else EOS] = 20.0
 
     def used(self) -> int:
-        """Cells in use, a prefix that several slots hold counted once."""
-        return len({(i, state) for held in self._held for i, (_, state) in enumerate(held)})
+        """Cells in use; one that several slots hold counts once."""
+        return len({cell for held in self._held for _, _, cell in held})
 
     def copy(self, src: int, dst: int, n: int) -> None:
         if src == dst or not 0 <= n <= len(self._held[src]):

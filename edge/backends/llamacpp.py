@@ -74,7 +74,7 @@ class LlamaCpp:
         model_params.n_gpu_layers = settings.gpu_layers
         model_params.use_extra_bufts = settings.extra_buffers
         with _native_errors() as log:
-            self._model = lib.llama_model_load_from_file(os.fspath(path).encode("utf-8"), model_params)
+            self._model = lib.llama_model_load_from_file(os.fsencode(path), model_params)
         if not self._model:
             raise InputError(f"llama.cpp cannot load {path}: {log.tail()}", "verify or export the file again")
         if lib.llama_model_has_encoder(self._model) or not lib.llama_model_has_decoder(self._model):

@@ -1,0 +1,111 @@
+"""Chat templates as transformers renders them, and the split of a thought."""
+
+import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.chat import ChatTemplate, ThoughtSplit, opens_thought
+from edge.errors import InputError, RequestError
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+OPENS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}<｜Assistant｜><think>\n"
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_chatml() -> None:
+    want = "<|im_start|>user\n你好 <b>&</b><|im_end|>\n<|im_start|>assistant\n"
+    assert ChatTemplate(CHATML).render(user("你好 <b>&</b>")) == want
+
+
+def test_the_usual_functions_are_there() -> None:
+    template = ChatTemplate(
+        "{{ strftime_now('%Y') }}|{{ {'a': '好'} | tojson }}|{% for i in [1, 2] %}{% break %}{% endfor %}"
+        "{% set ns = namespace(x=1) %}{{ ns.x }}{{ eos_token }}",
+        eos="</s>",
+    )
+    year = datetime.datetime.now().astimezone().year
+    assert template.render(user("x")) == f'{year}|{{"a": "好"}}|1</s>'
+
+
+def test_raise_exception_is_a_400_with_its_text() -> None:
+    template = ChatTemplate("{{ raise_exception('Conversation roles must alternate') }}")
+    with pytest.raises(RequestError, match="must alternate") as caught:
+        template.render(user("x"))
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ missing.attribute }}",
+        "{{ range(10**9) | list }}",
+        "{{ 1 + 'x' }}",
+        "{{ messages[5]['content'] }}",
+    ],
+)
+def test_a_template_can_do_no_harm_and_ends_in_a_400(source: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate(source).render(user("x"))
+    assert caught.value.status == 400
+
+
+def test_an_invalid_template_is_said_to_be() -> None:
+    with pytest.raises(InputError, match="not valid"):
+        ChatTemplate("{% for %}")
+
+
+def test_the_thinking_mode_is_applied() -> None:
+    template = ChatTemplate(OPENS, bos="<｜begin▁of▁sentence｜>")
+    opened = template.render(user("hi"))
+    assert opens_thought(opened)
+    assert opened.count("<｜begin▁of▁sentence｜>") == 1
+    closed = template.render(user("hi"), thinking="off")
+    assert closed.endswith("<think>\n\n</think>\n\n")
+    assert not opens_thought(closed)
+    switch = ChatTemplate("{{ enable_thinking }}")
+    assert [switch.render(user("x"), thinking=mode) for mode in ("on", "off")] == ["True", "False"]
+    assert switch.render(user("x"), thinking="off", enable_thinking=True) == "True"
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "want"),
+    [
+        ("a</think>b", True, ("a", "b")),
+        ("a\n</think>\n\nb\n", True, ("a", "b\n")),
+        ("<think>\na\n</think>\n\nb", False, ("a", "b")),
+        ("\n<think>a</think>b", False, ("a", "b")),
+        ("just an answer", False, ("", "just an answer")),
+        ("  spaced", False, ("", "  spaced")),
+        ("cut off in thought", True, ("cut off in thought", "")),
+        ("a </thin", True, ("a </thin", "")),
+        ("\n\n</think>\n\nb", True, ("", "b")),
+        ("<th", False, ("", "<th")),
+        ("answer with <think> in it</think>", False, ("", "answer with <think> in it</think>")),
+    ],
+)
+def test_s9_the_split_streamed_or_not(text: str, inside: bool, want: tuple[str, str]) -> None:
+    for size in (1, 2, 3, 7, 100):
+        split = ThoughtSplit(inside=inside)
+        parts = [split.push(text[i : i + size]) for i in range(0, len(text), size)] + [split.finish()]
+        assert ("".join(p[0] for p in parts), "".join(p[1] for p in parts)) == want, size
+
+
+@given(st.text("<think>/ \nab", max_size=30), st.booleans(), st.integers(1, 6))
+def test_any_chunking_gives_the_same_split(text: str, inside: bool, size: int) -> None:
+    def joined(step: int) -> tuple[str, str]:
+        split = ThoughtSplit(inside=inside)
+        parts = [split.push(text[i : i + step]) for i in range(0, len(text), step)] + [split.finish()]
+        return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
+
+    assert joined(size) == joined(1000)

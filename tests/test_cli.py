@@ -1,0 +1,107 @@
+"""Every mistake at the command line ends in one message and a non-zero code."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge import cli
+from edge.errors import EdgeError, UsageError
+
+
+def edge(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edge.cli", *argv],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+def raising(error: BaseException) -> Callable[[list[str]], int]:
+    def run(argv: list[str]) -> int:
+        raise error
+
+    return run
+
+
+def test_usage() -> None:
+    assert edge("--help").returncode == 0
+    assert "serve" in edge("--help").stdout
+    assert edge().returncode == 2
+    assert edge("--version").stdout.startswith("edge ")
+
+
+def test_an_unknown_verb_is_named() -> None:
+    done = edge("fly")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'fly'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (EdgeError("wrong", "do this"), 1, "error: wrong\n  do this\n"),
+        (UsageError("bad"), 2, "error: bad\n"),
+        (KeyboardInterrupt(), 130, "Ctrl-C"),
+        (OSError(errno.ENOSPC, "No space left", "/x/y"), 1, "the disk is full: /x/y"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
+    ],
+)
+def test_errors_become_messages(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.guarded(raising(error), []) == code
+    assert said in capsys.readouterr().err
+
+
+def test_t6_the_console_never_raises_under_another_locale(tmp_path: Path) -> None:
+    done = edge("serve", str(tmp_path / "模型🚀"), LC_ALL="C")
+    assert done.returncode == 1
+    assert "模型🚀" in done.stderr
+
+
+def test_s17_a_port_in_use_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        began = time.monotonic()
+        done = edge("serve", "x.gguf", "--port", port)
+        assert time.monotonic() - began < 3
+        assert done.returncode == 1
+        assert f"127.0.0.1:{port}" in done.stderr
+
+
+def test_beyond_loopback_a_key_is_needed() -> None:
+    done = edge("serve", "x.gguf", "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "EDGE_API_KEY" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("nothing", None, "no such file or folder"),
+        ("empty", lambda p: p.mkdir(), "holds no GGUF file"),
+        ("a.txt", lambda p: p.write_text("x", encoding="utf-8"), "not a GGUF file"),
+        ("a.gguf", lambda p: p.write_bytes(b"not one"), "a.gguf"),
+        ("two", lambda p: (p.mkdir(), (p / "1.gguf").touch(), (p / "2.gguf").touch()), "several GGUF files"),
+        ("run", lambda p: (p / "merged").mkdir(parents=True), "edge export gguf"),
+    ],
+)
+def test_serve_says_what_is_wrong_with_a_path(
+    tmp_path: Path, name: str, make: Callable[[Path], object] | None, said: str
+) -> None:
+    if make is not None:
+        make(tmp_path / name)
+    done = edge("serve", str(tmp_path / name), "--port", "0")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

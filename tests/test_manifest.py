@@ -1,0 +1,105 @@
+"""Folders are published whole or not at all, and say what they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edge import manifest
+from edge.errors import ExistsError, InputError
+from edge.manifest import Manifest
+
+
+def make(target: Path, files: dict[str, str], *, overwrite: bool = False, name: str = "n") -> None:
+    with manifest.publish(target, overwrite=overwrite) as folder:
+        for file, text in files.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        manifest.write(folder, Manifest(stage="gguf", name=name))
+
+
+def test_written_and_read_back(tmp_path: Path) -> None:
+    target = tmp_path / "模型 目录" / "gguf"
+    make(target, {"a.bin": "1", "б.txt": "2"}, name="名")
+    found = manifest.read(target)
+    assert (found.stage, found.name, sorted(found.files)) == ("gguf", "名", ["a.bin", "б.txt"])
+    assert found.files["a.bin"]["size"] == 1
+    assert found.digest.startswith("sha256:")
+
+
+def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
+    for name, files in {"a": {"x": "1"}, "b": {"x": "1"}, "c": {"x": "2"}, "d": {"y": "1"}}.items():
+        make(tmp_path / name, files)
+    digests = [manifest.read(tmp_path / name).digest for name in "abcd"]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_m5_no_old_shard_survives(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    make(target, {"1": "", "2": "", "3": ""})
+    make(target, {"1": ""}, overwrite=True)
+    assert sorted(p.name for p in target.iterdir()) == ["1", "edge.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_m5_a_failure_midway_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    make(target, {"old": "1"})
+    with pytest.raises(KeyboardInterrupt), manifest.publish(target, overwrite=True) as folder:
+        (folder / "new").write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert sorted(p.name for p in target.iterdir()) == ["edge.json", "old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_result_is_replaced_only_on_request(tmp_path: Path) -> None:
+    make(tmp_path / "out", {"x": "1"}, name="first")
+    with pytest.raises(ExistsError, match="first") as caught:
+        make(tmp_path / "out", {"x": "2"})
+    assert "--overwrite" in str(caught.value)
+
+
+def test_m5_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years", encoding="utf-8")
+    with pytest.raises(ExistsError, match="did not write"):
+        make(tmp_path, {"x": "1"}, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years"
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out", {"x": "1"})
+    assert manifest.read(tmp_path / "out").name == "n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to die midway")
+def test_m5_a_killed_export_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        with manifest.publish(tmp_path / "out") as folder:
+            (folder / "half").write_text("x", encoding="utf-8")
+            os._exit(9)
+    os.waitpid(pid, 0)
+    assert not (tmp_path / "out").exists()
+    make(tmp_path / "out", {"whole": "1"})
+    assert manifest.read(tmp_path / "out").files.keys() == {"whole"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"stage": 1}', '{"stage": "gguf", "name": "x", "schema": 99}']
+)
+def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "edge.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"edge\.json"):
+        manifest.read(tmp_path)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        manifest.read(tmp_path / "nowhere")
+
+
+def test_free_space_is_checked(tmp_path: Path) -> None:
+    manifest.check_free(tmp_path / "not" / "yet", 1000)
+    with pytest.raises(InputError, match="MiB free"):
+        manifest.check_free(tmp_path, 2**60)

@@ -1,0 +1,100 @@
+"""The sampler against plain formulas, and its distributions against counts."""
+
+import math
+
+import numpy as np
+import pytest
+
+from edge.sampling import Params, Sampler
+
+LOGITS = np.array([1.0, 3.0, 2.0, 0.5, -1.0, 2.5], np.float32)
+PROBS = np.exp(LOGITS) / np.exp(LOGITS).sum()
+
+
+def sampler(prompt: list[int] | None = None, stops: frozenset[int] = frozenset(), **given: object) -> Sampler:
+    return Sampler(Params(**given), len(LOGITS), prompt or [], stops)  # type: ignore[arg-type]
+
+
+def shares(n: int = 15000, logits: np.ndarray = LOGITS, **given: object) -> np.ndarray:
+    drawn = sampler(seed=7, **given)
+    counts = np.zeros(len(logits))
+    for _ in range(n):
+        counts[drawn.pick(logits.copy()).token] += 1
+    return counts / n
+
+
+def test_greedy() -> None:
+    assert sampler(temperature=0.0).pick(LOGITS.copy()).token == 1
+
+
+def test_plain_sampling_has_the_models_distribution() -> None:
+    assert np.abs(shares() - PROBS).max() < 0.014
+
+
+def test_temperature() -> None:
+    want = np.exp(LOGITS / 0.5) / np.exp(LOGITS / 0.5).sum()
+    assert np.abs(shares(temperature=0.5) - want).max() < 0.014
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({"top_k": 2}, {1, 5}), ({"top_p": 0.6}, {1, 5}), ({"min_p": 0.3}, {1, 2, 5}), ({"top_p": 1e-9}, {1})],
+)
+def test_cuts_keep_the_right_tokens(given: dict[str, float], kept: set[int]) -> None:
+    got = shares(4000, **given)
+    assert set(np.flatnonzero(got)) == kept
+    want = np.where(np.isin(np.arange(6), list(kept)), PROBS, 0)
+    assert np.abs(got - want / want.sum()).max() < 0.03
+
+
+def test_a_large_flat_vocabulary_is_cut_exactly() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=50_000).astype(np.float32)
+    order = np.argsort(-logits, kind="stable")
+    weights = np.exp(logits[order].astype(np.float64))
+    keep = set(order[: int(np.searchsorted(np.cumsum(weights), 0.5 * weights.sum())) + 1].tolist())
+    drawn = Sampler(Params(top_p=0.5, seed=1), 50_000, [], frozenset())
+    assert all(drawn.pick(logits.copy()).token in keep for _ in range(40))
+
+
+def test_seed_repeats_and_differs() -> None:
+    def run(seed: int) -> list[int]:
+        drawn = sampler(seed=seed)
+        return [drawn.pick(LOGITS.copy()).token for _ in range(50)]
+
+    assert run(3) == run(3)
+    assert run(3) != run(4)
+
+
+def test_penalties() -> None:
+    # repetition counts the prompt, presence and frequency only the answer.
+    assert sampler([1], temperature=0.0, repetition_penalty=2.0).pick(LOGITS.copy()).token == 5
+    negative = sampler([0], temperature=0.0, repetition_penalty=2.0)
+    assert negative.pick(np.array([-1, -1.5, -9, -9, -9, -9], np.float32)).token == 1
+    drawn = sampler([1], temperature=0.0, frequency_penalty=0.3, presence_penalty=0.1)
+    assert [drawn.pick(LOGITS.copy()).token for _ in range(4)] == [1, 1, 5, 1]
+
+
+def test_logit_bias() -> None:
+    assert sampler(temperature=0.0, logit_bias={4: 100.0}).pick(LOGITS.copy()).token == 4
+
+
+def test_min_tokens_and_ignore_eos_hold_stops_back() -> None:
+    drawn = sampler(stops=frozenset({1}), temperature=0.0, min_tokens=2)
+    assert [drawn.pick(LOGITS.copy()).token for _ in range(3)] == [5, 5, 1]
+    drawn = sampler(stops=frozenset({1}), temperature=0.0, ignore_eos=True)
+    assert [drawn.pick(LOGITS.copy()).token for _ in range(3)] == [5, 5, 5]
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    choice = sampler(temperature=0.0, logprobs=2, logit_bias={4: 100.0}).pick(LOGITS.copy())
+    assert choice.token == 4
+    assert choice.logprob == pytest.approx(math.log(PROBS[4]), abs=1e-6)
+    assert [token for token, _ in choice.top] == [1, 5]
+    assert choice.top[0][1] == pytest.approx(math.log(PROBS[1]), abs=1e-6)
+
+
+def test_mask() -> None:
+    mask = np.zeros(len(LOGITS), bool)
+    mask[3] = True
+    assert sampler().pick(LOGITS.copy(), mask).token == 3
