@@ -141,8 +141,8 @@ def _gpu(cards: list[hardware.GPU]) -> list[Item]:
 def _llama(cards: list[hardware.GPU]) -> list[Item]:
     rows = []
     try:
-        found = native.compiler()
-        rows.append(Item("llama.cpp", "compiler", f"{found.kind}: {found.version or 'found'}"))
+        built_by = native.compiler()
+        rows.append(Item("llama.cpp", "compiler", f"{built_by.kind}: {built_by.version or 'found'}"))
     except UnavailableError as error:
         rows.append(Item("llama.cpp", "compiler", "none", error.hint))
     installed = _version(PACKAGE)
@@ -154,7 +154,10 @@ def _llama(cards: list[hardware.GPU]) -> list[Item]:
         if library:
             todo = f"pip install {library.package}  (CUDA {library.cuda or 'major unknown'}), or: {BUILD}"
             return [*rows, Item("llama.cpp", PACKAGE, f"{installed}: {library.file} is missing", todo)]
-        return [*rows, Item("llama.cpp", PACKAGE, f"{installed} does not load: {problem}", f"{BUILD} --force")]
+        return [
+            *rows,
+            Item("llama.cpp", PACKAGE, f"{installed} does not load: {problem}", f"{BUILD} --force"),
+        ]
     if not info:
         text = f"{installed}, built by something else: flags unknown, not checked"
         return [*rows, Item("llama.cpp", PACKAGE, text, BUILD)]

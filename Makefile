@@ -1,0 +1,103 @@
+# `make` says what there is. GNU make 4.3 or newer; everything runs inside the folder's own .venv.
+
+# The first of these that is Python 3.11 or newer makes the environment.
+PYTHON ?= python3.11 python3 python3.12 python3.13
+CONFIG ?= examples/smollm2_qlora.yaml
+RUN ?= runs/magic-conch
+MODEL ?= smollm2-135m-instruct
+QUANT ?= Q4_K_M
+PORT ?= 8000
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Everything goes through one resolver call, so that nothing pulls another torch afterwards.
+EXTRAS := serve,train,bench,dev
+# What was chosen at the first `make install CUDA=1` stays; `make install CUDA=0` goes back.
+CUDA ?= $(if $(wildcard .venv/installed-cuda),1)
+WITH_CUDA := $(filter-out 0,$(CUDA))
+STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
+REPLACE := $(if $(OVERWRITE),--overwrite)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check pull qlora merge export-gguf serve bench chat doctor clean
+
+help:
+	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
+	@echo "make test          install what is needed and run all tests"
+	@echo
+	@echo "make install       the environment in .venv (CUDA=1: llama.cpp for an NVIDIA card)"
+	@echo "make pull          the model MODEL=$(MODEL)"
+	@echo "make qlora         train by CONFIG=$(CONFIG)"
+	@echo "make merge         the adapter of RUN=$(RUN) into 16-bit weights"
+	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=$(QUANT)"
+	@echo "make serve         RUN over HTTP, PORT=$(PORT)"
+	@echo "make chat          talk to RUN in the terminal"
+	@echo "make bench         RUN against the slow baseline"
+	@echo "make doctor        what this machine has, and what to install for more"
+	@echo "make check         lint, types and the quick tests"
+	@echo "make clean         remove caches (models, runs and .venv stay)"
+	@echo
+	@echo "OVERWRITE=1 lets a stage replace its earlier result."
+
+install: $(STAMP)
+
+# The stamp follows what is pinned and what the native build depends on.
+$(STAMP): pyproject.toml constraints.txt edge/native.py edge/sdist.py edge/native_check.py edge/amx_tileconfig.h
+	@test -x $(BIN)/python || for python in $(PYTHON); do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    "$$python" -m venv .venv && break || rm -rf .venv; \
+	done
+	@test -x $(BIN)/python || { \
+	    echo "error: no environment could be made: it needs Python 3.11 or newer with its venv module"; \
+	    echo "  Debian, Ubuntu: sudo apt-get install python3 python3-venv; or name one: make install PYTHON=/path/to/python"; \
+	    exit 1; }
+	$(PIP) install --quiet pip==26.1
+	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m edge.native $(if $(WITH_CUDA),--cuda)
+	@rm -f .venv/installed .venv/installed-cuda
+	@touch $@
+
+# The demo owns its run folder and may replace what an earlier demo left there.
+demo: install
+	@test -f "models/$(MODEL)/edge.json" || $(BIN)/edge pull $(MODEL)
+	$(BIN)/edge train "$(CONFIG)" --overwrite
+	$(BIN)/edge merge "$(RUN)" --overwrite
+	$(BIN)/edge export gguf "$(RUN)" --quant $(QUANT) --overwrite
+	$(BIN)/python -m bench.demo "$(RUN)"
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+pull: install
+	$(BIN)/edge pull $(MODEL) $(REPLACE)
+
+qlora: install
+	$(BIN)/edge train "$(CONFIG)" $(REPLACE)
+
+merge: install
+	$(BIN)/edge merge "$(RUN)" $(REPLACE)
+
+export-gguf: install
+	$(BIN)/edge export gguf "$(RUN)" --quant $(QUANT) $(REPLACE)
+
+serve: install
+	$(BIN)/edge serve "$(RUN)" --port $(PORT)
+
+chat: install
+	$(BIN)/edge chat "$(RUN)"
+
+bench: install
+	$(BIN)/edge bench "$(RUN)"
+
+doctor: install
+	$(BIN)/edge doctor
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
