@@ -9,11 +9,16 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge import messages as msg
 from edge.backends.base import Backend, Logits, Row, StepInterrupted
 from edge.errors import RequestError
+from edge.grammar import Grammars, Matcher
 from edge.kvcache import KVCache
 from edge.sampling import Choice, Sampler
 from edge.scheduler import Scheduler, Sequence, Work
@@ -21,6 +26,7 @@ from edge.speculate import Lookup
 from edge.text import TextStream
 
 Emit = Callable[[list[msg.Event]], None]
+Mask = NDArray[np.bool_]
 
 # Tokens that come faster than an eye reads share an event; the first one never waits.
 FLUSH_S = 0.02
@@ -42,6 +48,7 @@ class Job:
     text: TextStream
     stop_ids: frozenset[int]
     lookup: Lookup | None
+    matcher: Matcher | None
     arrived: float
     started: float = 0.0
     first: float = 0.0
@@ -122,6 +129,9 @@ class Engine:
         self.cache = KVCache(backend)
         self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
         self._pace = Pace(info.batch)
+        self._grammars = Grammars(backend)
+        # Masks are computed beside the model's step; llguidance lets go of the GIL.
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="mask")
         self._inbox: queue.SimpleQueue[Job | _Cancelled | _Drain] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._of: dict[Sequence, Job] = {}
@@ -180,13 +190,16 @@ class Engine:
             raise RequestError(f"token id {bad[0]} is outside 0..{info.vocab - 1}", param="logit_bias")
         limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
         stop_ids = info.stop_ids | frozenset(params.stop_ids)
+        matcher = self._grammars.compile(request.constraint) if request.constraint is not None else None
         return Job(
             request=request,
             sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
             sampler=Sampler(params, info.vocab, tokens, stop_ids),
             text=TextStream(params.stop),
             stop_ids=stop_ids,
-            lookup=Lookup(tokens) if self._speculate else None,
+            # A draft would need a mask for each of its tokens.
+            lookup=Lookup(tokens) if self._speculate and matcher is None else None,
+            matcher=matcher,
             arrived=self._clock(),
         )
 
@@ -274,6 +287,11 @@ class Engine:
         for work in prefill:
             job = self._of[work.sequence]
             job.started = job.started or before
+        masks = {
+            work.sequence: self._masks.submit(matcher.mask)
+            for work in plan
+            if work.ends and (matcher := self._of[work.sequence].matcher) is not None
+        }
         try:
             logits = self._backend.step(rows)
         except StepInterrupted:
@@ -294,7 +312,8 @@ class Engine:
             sequence = work.sequence
             sequence.computed += work.n
             if row.outputs:
-                urgent |= self._advance(self._of[sequence], work, logits[at : at + row.outputs], now)
+                out = logits[at : at + row.outputs]
+                urgent |= self._advance(self._of[sequence], work, out, masks.get(sequence), now)
             at += row.outputs
         if urgent or now - self._flushed >= self._flush_s:
             self._flush(now)
@@ -306,9 +325,16 @@ class Engine:
         tokens = sequence.tokens[start : start + work.n] + work.draft
         return Row(sequence.slot, start, tokens, work.outputs)
 
-    def _advance(self, job: Job, work: Work, logits: Logits, now: float) -> bool:
+    def _advance(self, job: Job, work: Work, logits: Logits, masked: Future[Mask] | None, now: float) -> bool:
         """Sample after each output as long as the draft was right. True for an event that may not wait."""
         sequence = job.sequence
+        mask = None
+        if masked is not None:
+            try:
+                mask = masked.result()
+            except RequestError as error:
+                self._fail(job, error)
+                return True
         urgent = False
         right = 0
         reason: str | None = None
@@ -316,7 +342,7 @@ class Engine:
             job.first = now
             urgent = True
         for i in range(len(work.draft) + 1):
-            choice = job.sampler.pick(logits[i])
+            choice = job.sampler.pick(logits[i], mask)
             reason = self._take(job, choice)
             drafted = i < len(work.draft) and choice.token == work.draft[i]
             if drafted:
@@ -350,18 +376,25 @@ class Engine:
             top = [(self._backend.decode(t), p) for t, p in choice.top]
             job.logprobs.append(msg.Logprob(data, choice.logprob, top))
         job.pending += job.text.push(data)
-        if job.text.stopped is not None:
+        complete = job.matcher is not None and job.matcher.accept(token)
+        if complete or job.text.stopped is not None:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def _forget(self, job: Job) -> None:
+        self._scheduler.remove(job.sequence, keep=job.request.reuse)
+        del self._jobs[job.request.key], self._of[job.sequence]
+
+    def _fail(self, job: Job, error: RequestError) -> None:
+        self._forget(job)
+        self._refuse(job.request.key, error)
 
     def _finish(self, job: Job, reason: str) -> None:
         sequence, now = job.sequence, self._clock()
         job.pending += job.text.finish()
         if job.text.stopped is not None and reason == "length":
             reason = "stop"
-        cached = sequence.cached
-        self._scheduler.remove(sequence, keep=job.request.reuse)
-        del self._jobs[job.request.key], self._of[sequence]
+        self._forget(job)
         started = job.started or now
         first = job.first or now
         self._service_s = 0.9 * self._service_s + 0.1 * (now - started)
@@ -373,7 +406,7 @@ class Engine:
                 reason=reason,
                 prompt_tokens=sequence.prompt,
                 completion_tokens=len(sequence.tokens) - sequence.prompt,
-                cached_tokens=cached,
+                cached_tokens=sequence.cached,
                 queue_s=started - job.arrived,
                 prefill_s=first - started,
                 decode_s=now - first,

@@ -10,6 +10,7 @@ import struct
 
 import msgspec
 
+from edge.grammar import Constraint
 from edge.sampling import Params
 
 MAX_FRAME = 64 * 2**20
@@ -20,6 +21,7 @@ class Submit(msgspec.Struct, tag="submit"):
     """Generate after `prompt`: a text (special: control tokens are parsed) or token ids.
 
     timeout_s: the whole request, queue included. reuse: take over KV cells of requests before.
+    constraint: what the answer must match.
     """
 
     key: int
@@ -28,6 +30,7 @@ class Submit(msgspec.Struct, tag="submit"):
     special: bool = True
     reuse: bool = True
     timeout_s: float | None = None
+    constraint: Constraint | None = None
 
 
 class Cancel(msgspec.Struct, tag="cancel"):

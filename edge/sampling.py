@@ -95,10 +95,14 @@ class Sampler:
             norm = raw.max()
             norm += math.log(np.exp(raw - norm).sum())
         self._adjust(logits)
-        if self.holds_back_stops and len(self._stops):
-            logits[self._stops] = -np.inf
         if mask is not None:
             logits[~mask] = -np.inf
+        if self.holds_back_stops and len(self._stops):
+            # A grammar that is complete leaves nothing but a stop: then it may come.
+            kept = logits[self._stops]
+            logits[self._stops] = -np.inf
+            if mask is not None and logits.max() == -np.inf:
+                logits[self._stops] = kept
         token = int(logits.argmax()) if params.temperature == 0.0 else self._draw(logits)
         self.accept(token)
         if params.logprobs is None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from edge import messages as msg
 from edge.errors import EdgeError, RequestError
+from edge.grammar import Constraint
 from edge.sampling import Params
 from edge.worker import Load
 
@@ -126,12 +127,13 @@ class EngineProcess:
         special: bool = True,
         reuse: bool = True,
         timeout_s: float | None = None,
+        constraint: Constraint | None = None,
     ) -> Stream:
         """Start a request. Raises RequestError (503) while no model is loaded."""
         self._check_ready()
         key = next(self._keys)
         stream = self._streams[key] = Stream(self, key)
-        self._send(msg.Submit(key, prompt, params, special, reuse, timeout_s))
+        self._send(msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint))
         return stream
 
     async def encode(self, text: str, *, special: bool) -> msg.Encoded:

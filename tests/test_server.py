@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -200,7 +201,8 @@ def test_s8_a_templates_own_exception_is_a_400_with_its_text(spelling: Server) -
 def test_what_cannot_be_honoured_is_refused(spelling: Server) -> None:
     for extra in (
         {"tools": [{"type": "function"}]},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
         {"n": 2},
         {"stream_options": {"include_usage": True}},
     ):
@@ -208,6 +210,25 @@ def test_what_cannot_be_honoured_is_refused(spelling: Server) -> None:
     for extra in ({"user": "u"}, {"response_format": {"type": "text"}}, {"tools": []}):
         assert spelling.post(CHAT, {"messages": user(), **extra}).status_code == 200, extra
     assert spelling.post(CHAT, {"model": "/etc/passwd", "messages": user()}).status_code == 404
+
+
+def test_structured_output_over_http(spelling: Server) -> None:
+    # The model wants to say something else; the masks leave it no choice.
+    schema = {"type": "object", "properties": {"k": {"enum": [7]}}, "required": ["k"]}
+    asked = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": {**schema, "additionalProperties": False}},
+    }
+    body = spelling.post(CHAT, {"messages": user(), "response_format": asked}).json()
+    assert json.loads(body["choices"][0]["message"]["content"]) == {"k": 7}
+    assert body["choices"][0]["finish_reason"] == "stop"
+    text = spelling.post("/generate", {"prompt": "x", "regex": "[0-9]{4}-[a-f]{2}"}).json()["generate_text"]
+    assert re.fullmatch("[0-9]{4}-[a-f]{2}", text)
+    both = spelling.post("/generate", {"prompt": "x", "regex": "a", "json_schema": True})
+    assert both.status_code == 400
+    deep = spelling.post("/generate", {"prompt": "x", "regex": "(" * 50_000 + ")" * 50_000})
+    assert deep.status_code == 400
+    assert spelling.get("/ready").status_code == 200
 
 
 def test_s5_a_prompt_that_does_not_fit(spelling: Server) -> None:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from edge import messages as msg
 from edge.errors import RequestError
+from edge.grammar import Constraint, json_constraint
 from edge.server.fields import MAX_TOKENS, Messages, Sampled, flat
 from edge.server.live import DONE, Answer, EventStream, event
 from edge.server.serving import Serving, finish_reason, timings, usage
@@ -27,12 +28,31 @@ router = APIRouter(tags=["generate"])
 
 
 class Generate(Sampled):
-    """prompt: a text; or messages: a conversation. raw: the prompt is not put through the chat template."""
+    """prompt: a text; or messages: a conversation. raw: the prompt is not put through the chat template.
+
+    json_schema (a schema, or true for any object), regex or grammar (Lark): what the answer must match.
+    """
 
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Messages | None = None
     raw: bool = False
     model: str | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must match. Raises RequestError for more than one."""
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(f"give one of {' and '.join(given)}", param=given[1])
+        if not given:
+            return None
+        if self.json_schema is not None:
+            return json_constraint(self.json_schema, "json_schema")
+        if self.regex is not None:
+            return Constraint("regex", self.regex, "regex")
+        return Constraint("lark", self.grammar or "", "grammar")
 
 
 @router.get("/generate", summary="Answer a prompt, as the tutorial's server does")
@@ -69,6 +89,7 @@ def _respond(request: Request, body: Generate) -> Response:
         body.params(temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS),
         reuse=body.cache_prompt is not False,
         timeout_s=body.timeout,
+        constraint=body.constraint(),
     )
     if body.stream:
         return EventStream(stream, lambda s: _events(serving, s), serving.headers())

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from edge import messages as msg
 from edge.chat import THINK, ThoughtSplit, opens_thought
 from edge.errors import RequestError
+from edge.grammar import Constraint, json_constraint
 from edge.server.fields import Count, Messages, Sampled, flat
 from edge.server.live import DONE, Answer, EventStream, event
 from edge.server.serving import Serving, finish_reason, usage
@@ -25,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 # What changes the answer and is not honoured here is refused; what does not (user, metadata) is let pass.
 _REFUSED = (
-    "tools", "tool_choice", "functions", "function_call", "response_format", "modalities", "audio",
+    "tools", "tool_choice", "functions", "function_call", "modalities", "audio",
     "prediction", "web_search_options", "suffix", "best_of", "guided_json", "guided_regex", "grammar",
 )  # fmt: skip
 
@@ -36,6 +37,22 @@ class _OpenAI(Sampled):
     model: str | None = None
     n: int | None = None
     stream_options: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    def constraint(self) -> Constraint | None:
+        """What response_format asks for. Raises RequestError for a type that is not known."""
+        wanted = self.response_format or {"type": "text"}
+        kind = wanted.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return json_constraint(True, "response_format")
+        inner = wanted.get("json_schema")
+        if kind == "json_schema" and isinstance(inner, dict):
+            return json_constraint(inner.get("schema"), "response_format.json_schema.schema")
+        raise RequestError(
+            f"response_format of type {kind!r} is not known", code="unsupported", param="response_format"
+        )
 
     def check(self, serving: Serving) -> None:
         """Raise RequestError for what cannot be honoured."""
@@ -102,7 +119,11 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     stream = serving.engine.submit(
-        prompt, params, reuse=body.cache_prompt is not False, timeout_s=body.timeout
+        prompt,
+        params,
+        reuse=body.cache_prompt is not False,
+        timeout_s=body.timeout,
+        constraint=body.constraint(),
     )
     split = ThoughtSplit(inside=opens_thought(prompt)) if THINK in serving.template().source else None
     shape = _Shape(serving, "chat.completion", "chatcmpl")
@@ -121,7 +142,11 @@ async def completions(request: Request, body: Completion) -> Response:
         raise RequestError("echo is not supported", code="unsupported", param="echo")
     params = body.params(temperature=1.0, max_tokens=DEFAULT_COMPLETION_TOKENS, logprobs=body.logprobs)
     stream = serving.engine.submit(
-        body.prompt, params, reuse=body.cache_prompt is not False, timeout_s=body.timeout
+        body.prompt,
+        params,
+        reuse=body.cache_prompt is not False,
+        timeout_s=body.timeout,
+        constraint=body.constraint(),
     )
     shape = _Shape(serving, "text_completion", "cmpl")
     if body.stream:

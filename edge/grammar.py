@@ -1,0 +1,166 @@
+"""Structured output: JSON schema, regular expression or Lark grammar, as masks over the vocabulary.
+
+The masks come from llguidance, which knows nothing of the backend; so every backend can honour a schema. A
+constraint that cannot be honoured in full is refused when the request comes in. Depth and size are capped in
+Python, and llguidance's own fuel bounds the time of each mask.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.base import Backend
+from edge.errors import RequestError
+
+MAX_CHARACTERS = 65_536
+MAX_DEPTH = 64
+# Without a bound a model may write blank space for ever; this is enough for any indentation.
+_WHITESPACE = r"[ ]?|\n[ ]{0,32}"
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What an answer must match. text: a JSON schema, a regular expression or a Lark grammar.
+
+    param: the request field it came from, for error messages.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    param: str = "response_format"
+
+
+class Grammars:
+    """Compiles constraints for one backend's vocabulary. `compile` may be called from any thread."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+
+    def compile(self, constraint: Constraint) -> Matcher:
+        """A matcher at the beginning of an answer. Raises RequestError where it cannot be honoured."""
+        _check_size(constraint)
+        try:
+            import llguidance
+        except ImportError as error:
+            raise RequestError(
+                "structured output needs the package llguidance",
+                code="unsupported",
+                param=constraint.param,
+                hint="pip install -c constraints.txt '.[serve]'",
+            ) from error
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _tokenizer(self._backend)
+        maker = llguidance.LLMatcher
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        try:
+            if constraint.kind == "json_schema":
+                grammar = maker.grammar_from_json_schema(
+                    constraint.text, overrides={"whitespace_pattern": _WHITESPACE}
+                )
+            elif constraint.kind == "regex":
+                grammar = maker.grammar_from_regex(constraint.text)
+            else:
+                grammar = maker.grammar_from_lark(constraint.text)
+            failed, said = maker.validate_grammar_with_warnings(grammar, self._tokenizer, limits=limits)
+        except ValueError as error:
+            raise _refused(constraint, str(error)) from error
+        if failed or said:
+            raise _refused(constraint, "; ".join(said))
+        native = maker(self._tokenizer, grammar, log_level=0, limits=limits)
+        if native.is_error():
+            raise _refused(constraint, native.get_error())
+        return Matcher(native, self._backend.info.vocab)
+
+
+class Matcher:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, native: Any, vocab: int) -> None:
+        self._native = native
+        self._vocab = vocab
+        self._bits = np.zeros((vocab + 31) // 32, np.int32)
+
+    def mask(self) -> NDArray[np.bool_]:
+        """True for each token that may come next, [vocab]. Releases the GIL while it computes.
+
+        Raises RequestError where the grammar outgrew its bounds.
+        """
+        self._native.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        flags = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+        return flags[: self._vocab].view(np.bool_)
+
+    def accept(self, token: int) -> bool:
+        """Take a token that the mask allowed. True when the answer is complete."""
+        self._native.consume_token(token)
+        self._check()
+        return bool(self._native.is_stopped())
+
+    def _check(self) -> None:
+        if self._native.is_error():
+            raise RequestError(
+                f"the grammar cannot be followed further: {self._native.get_error()}",
+                code="grammar_error",
+                param="response_format",
+            )
+
+
+def json_constraint(schema: Any, param: str) -> Constraint:
+    """A constraint to answer with JSON that fits `schema` (an object, or true for any JSON object)."""
+    if schema is True:
+        schema = {"type": "object"}
+    if not isinstance(schema, dict):
+        raise RequestError(f"{param} must be a JSON schema, an object", param=param)
+    return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), param)
+
+
+def _tokenizer(backend: Backend) -> Any:
+    from llguidance import LLTokenizer
+    from llguidance._tokenizer import TokenizerWrapper
+
+    info = backend.info
+    pieces = [backend.decode(i) for i in range(info.vocab)]
+    control = [i for i, piece in enumerate(pieces) if not piece]
+    stops = sorted(info.stop_ids)
+
+    class Vocabulary:
+        eos_token_id = stops[0]
+        bos_token_id = info.bos_id
+        special_token_ids = control
+        # llguidance's own sign for a token that no text can spell.
+        tokens = [piece or b"\xff<%d>" % i for i, piece in enumerate(pieces)]  # noqa: RUF012
+
+        def __call__(self, text: bytes) -> list[int]:
+            return backend.encode(text.decode("utf-8", "replace"), special=False)
+
+    return LLTokenizer(TokenizerWrapper(Vocabulary()), n_vocab=info.vocab, eos_token=stops)
+
+
+def _check_size(constraint: Constraint) -> None:
+    """Native parsers recurse: what is too long or too deep never reaches them."""
+    text = constraint.text
+    if len(text) > MAX_CHARACTERS:
+        raise _refused(constraint, f"it has {len(text)} characters, {MAX_CHARACTERS} are the limit")
+    depth = 0
+    for character in text:
+        if character in _OPENING:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _refused(constraint, f"it is nested deeper than {MAX_DEPTH} levels")
+        elif character in _CLOSING:
+            depth = max(0, depth - 1)
+
+
+def _refused(constraint: Constraint, why: str) -> RequestError:
+    return RequestError(
+        f"the {constraint.kind} cannot be honoured: {why}", code="invalid_grammar", param=constraint.param
+    )

@@ -1,0 +1,125 @@
+"""Constraints: every answer matches, whatever the model wants; what cannot be honoured is refused."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge import messages as msg
+from edge.backends.fake import FakeBackend
+from edge.engine import Engine
+from edge.errors import RequestError
+from edge.grammar import MAX_CHARACTERS, Constraint, Grammars, json_constraint
+from edge.sampling import Params
+
+
+def answer(constraint: Constraint, *, seed: int = 0, batch: int = 1, **given: object) -> list[str]:
+    events: list[msg.Event] = []
+    engine = Engine(FakeBackend(slots=4, context=256), events.extend)
+    for key in range(batch):
+        params = Params(seed=seed + key, **given)  # type: ignore[arg-type]
+        engine.submit(msg.Submit(key, f"go {seed + key}", params, constraint=constraint))
+    engine.drain(1e9)
+    while engine.turn():
+        pass
+    assert sum(isinstance(e, msg.Done) and e.reason in ("stop", "length") for e in events) == batch
+    return [
+        "".join(e.text for e in events if isinstance(e, (msg.Delta, msg.Done)) and e.key == key)
+        for key in range(batch)
+    ]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 1000), st.sampled_from([0.0, 1.0, 2.0]))
+def test_any_sampling_obeys_a_regex(seed: int, temperature: float) -> None:
+    pattern = "(yes|no|[0-9]{3}), 好{1,2}!"
+    for text in answer(Constraint("regex", pattern), seed=seed, temperature=temperature, batch=3):
+        assert re.fullmatch(pattern, text)
+
+
+def test_json_schema() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 4}, "n": {"type": "integer", "maximum": 9}},
+        "required": ["name", "n"],
+        "additionalProperties": False,
+    }
+    for seed in range(5):
+        [text] = answer(json_constraint(schema, "x"), seed=seed)
+        found = json.loads(text)
+        assert set(found) == {"name", "n"}
+        assert len(found["name"]) <= 4
+        assert found["n"] <= 9
+
+
+def test_lark() -> None:
+    [text] = answer(Constraint("lark", 'start: "a" ("b" | "c")+ "d"'), temperature=2.0)
+    assert re.fullmatch("a[bc]+d", text) or len(text) > 200
+
+
+def test_min_tokens_and_ignore_eos_do_not_break_a_complete_answer() -> None:
+    assert answer(Constraint("regex", "ab"), ignore_eos=True, min_tokens=10) == ["ab"]
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint("regex", "(("),
+        Constraint("regex", "(" * 50_000 + ")" * 50_000),
+        Constraint("regex", "a" * (MAX_CHARACTERS + 1)),
+        Constraint("lark", "start: ("),
+        Constraint("lark", "nothing"),
+        Constraint("json_schema", '{"type": "foo"}'),
+        Constraint("json_schema", "[1]"),
+        Constraint("json_schema", '{"not": {"type": "string"}}'),
+        Constraint("json_schema", '{"type": "string", "format": "no-such-format"}'),
+        Constraint("json_schema", '{"$ref": "http://127.0.0.1:9/schema.json"}'),
+        Constraint("json_schema", '{"a": ' * 70 + "1" + "}" * 70),
+    ],
+    ids=lambda c: f"{c.kind}-{c.text[:20]}",
+)
+def test_what_cannot_be_honoured_is_refused(constraint: Constraint) -> None:
+    with pytest.raises(RequestError) as caught:
+        Grammars(FakeBackend()).compile(constraint)
+    assert caught.value.status == 400
+    assert caught.value.param == "response_format"
+
+
+def test_a_schema_must_be_an_object() -> None:
+    for schema in (None, False, 3, [{}]):
+        with pytest.raises(RequestError):
+            json_constraint(schema, "x")
+
+
+def accepts(schema: dict[str, object], text: str) -> bool:
+    matcher = Grammars(FakeBackend()).compile(json_constraint(schema, "x"))
+    for byte in text.encode():
+        if not matcher.mask()[byte]:
+            return False
+        matcher.accept(byte)
+    return bool(matcher.mask()[256])
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
+        ({"type": "array", "minItems": 2, "items": {"type": "null"}}, "[null,null]", "[null]"),
+        ({"type": "integer", "minimum": 10}, "12", "9"),
+        ({"type": "string", "pattern": "^a+$"}, '"aa"', '"ab"'),
+        ({"type": "string", "format": "date"}, '"2026-11-25"', '"2026-13-25"'),
+        ({"const": "你好"}, '"你好"', '"你"'),
+        ({"anyOf": [{"type": "null"}, {"enum": [1, 2]}]}, "2", "3"),
+    ],
+)
+def test_what_is_accepted_is_enforced(schema: dict[str, object], good: str, bad: str) -> None:
+    assert accepts(schema, good)
+    assert not accepts(schema, bad)
+
+
+def test_blank_space_is_bounded() -> None:
+    schema: dict[str, object] = {"type": "object"}
+    assert accepts(schema, '{\n    "a": 1\n}')
+    assert not accepts(schema, '{  "a":1}')
