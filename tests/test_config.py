@@ -1,0 +1,190 @@
+"""Configuration: what LLaMA-Factory's users bring loads unchanged, everything else is a clear error."""
+
+from pathlib import Path
+
+import pytest
+
+from edge.config import FIELDS, TrainConfig, load_train_config, parse
+from edge.errors import InputError, UsageError
+
+NEEDED = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+
+# LLaMA-Factory's example of QLoRA, word for word in its keys and values.
+QLORA = """\
+### model
+model_name_or_path: deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+quantization_bit: 4  # choices: [8 (bnb/hqq/eetq), 4 (bnb/hqq), 3 (hqq), 2 (hqq)]
+quantization_method: bnb  # choices: [bnb, hqq, eetq]
+trust_remote_code: true
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+
+### dataset
+dataset: identity,alpaca_en_demo
+template: deepseekr1
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+
+### output
+output_dir: saves/llama3-8b/lora/sft
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none  # choices: [none, wandb, tensorboard, swanlab, mlflow]
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+
+### eval
+# eval_dataset: alpaca_en_demo
+"""
+
+
+def write(folder: Path, text: str, *, bom: bool = False, name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
+    return path
+
+
+def test_example_of_llamafactory_loads_unchanged(tmp_path):
+    config = load_train_config(write(tmp_path, QLORA), [])
+    assert config.dataset == ("identity", "alpaca_en_demo")
+    assert (config.quantization_bit, config.lora_rank, config.alpha) == (4, 8, 16)
+    assert config.learning_rate == 1e-4 and config.warmup_ratio == 0.1 and config.bf16
+    assert config.lora_target == ("all",) and config.template == "deepseekr1"
+    said = " ".join(config.warnings)
+    assert "trust_remote_code is ignored" in said and "save_steps is ignored" in said
+
+
+def test_defaults():
+    config = parse(NEEDED)
+    assert config.cutoff_len == 2048 and config.enable_thinking is True and config.quantization_bit is None
+    assert (config.learning_rate, config.num_train_epochs, config.lr_scheduler_type) == (5e-5, 3.0, "linear")
+    assert config.dataset_dir == "data" and config.val_size == 0 and config.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ('"1e-4"', 1e-4),
+        (".0001", 1e-4),
+        ("1", 1.0),
+    ],
+)
+def test_t7_numbers(tmp_path, text, value):
+    base = "model_name_or_path: m\ndataset: d\noutput_dir: o\n"
+    config = load_train_config(write(tmp_path, base + f"learning_rate: {text}\n"), [])
+    assert config.learning_rate == value and isinstance(config.learning_rate, float)
+    assert load_train_config(write(tmp_path, base), [f"learning_rate={text}"]).learning_rate == value
+
+
+@pytest.mark.parametrize("text", ["nan", ".nan", ".inf", "-1", "0", "true", "abc", "[1]", "1e999"])
+def test_t7_no_such_rate(tmp_path, text):
+    path = write(tmp_path, f"model_name_or_path: m\ndataset: d\noutput_dir: o\nlearning_rate: {text}\n")
+    with pytest.raises(UsageError, match="learning_rate"):
+        load_train_config(path, [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora_rank", 0, "lora_rank: 0 must be at least 1"),
+        ("lora_rank", 1.5, "lora_rank: 1.5 is not a whole number"),
+        ("lora_rank", True, "is not a whole number"),
+        ("bf16", "yes please", "is not true or false"),
+        ("quantization_bit", 8, "quantization_bit: 8 is not supported"),
+        ("quantization_type", "fp4", "known from LLaMA-Factory, but not supported yet"),
+        ("stage", "dpo", "known from LLaMA-Factory, but not supported yet"),
+        ("finetuning_type", "full", "not supported yet"),
+        ("report_to", "wandb", "not supported yet"),
+        ("packing", True, "not supported yet"),
+        ("lr_scheduler_type", "polynomial", "lr_scheduler_type: 'polynomial' is not supported"),
+        ("warmup_ratio", 1.5, "at most 1.0"),
+        ("lora_dropout", 1, "below 1.0"),
+        ("val_size", 1.5, "neither a fraction nor a count"),
+        ("max_steps", 0, "would train nothing"),
+        ("dataset", [], "dataset"),
+        ("output_dir", None, "output_dir is missing"),
+    ],
+)
+def test_bad_values_name_the_field(key, value, message):
+    with pytest.raises(UsageError) as caught:
+        parse({**NEEDED, key: value})
+    assert message in str(caught.value)
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'learning_rate'"):
+        parse({**NEEDED, "learning_rat": 1})
+    with pytest.raises(UsageError, match="did you mean 'lora_rank'"):
+        parse({**NEEDED, "lora_rnak": 1})
+
+
+def test_bf16_and_fp16_exclude_each_other():
+    with pytest.raises(UsageError, match="bf16 and fp16"):
+        parse({**NEEDED, "bf16": True, "fp16": True})
+
+
+def test_thinking_has_three_values():
+    assert [parse({**NEEDED, "enable_thinking": v}).enable_thinking for v in (True, False, None)] == [
+        True,
+        False,
+        None,
+    ]
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, QLORA)
+    config = load_train_config(
+        path, ["bf16=false", "output_dir=跑 1/a=b", "dataset=x, y", "lora_alpha=null", "--seed=7", "seed=8"]
+    )
+    assert not config.bf16 and config.output_dir == "跑 1/a=b" and config.dataset == ("x", "y")
+    assert config.lora_alpha is None and config.seed == 8
+    with pytest.raises(UsageError, match="'bf16' is no key=value"):
+        load_train_config(path, ["bf16"])
+    with pytest.raises(UsageError, match="unknown key 'sed'"):
+        load_train_config(path, ["sed=1"])
+
+
+def test_files(tmp_path):
+    folder = tmp_path / "配置 目录"
+    folder.mkdir()
+    text = "model_name_or_path: 模型/一\ndataset: d\noutput_dir: o\n"
+    config = load_train_config(write(folder, text, bom=True, name="训练.yaml"), [])
+    assert config.model_name_or_path == "模型/一"
+    with pytest.raises(InputError, match="stands twice"):
+        load_train_config(write(tmp_path, text + "dataset: e\n"), [])
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_train_config(write(tmp_path, "a: [1\n"), [])
+    with pytest.raises(InputError, match="holds no"):
+        load_train_config(write(tmp_path, ""), [])
+    with pytest.raises(InputError, match="no such file"):
+        load_train_config(tmp_path / "none.yaml", [])
+    (tmp_path / "gbk.yaml").write_bytes("dataset: 海螺".encode("gbk"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_train_config(tmp_path / "gbk.yaml", [])
+
+
+def test_every_field_says_what_it_is():
+    assert all(one.metadata["help"] for one in FIELDS.values())
+    assert set(TrainConfig.__dataclass_fields__) - set(FIELDS) == {"warnings"}
