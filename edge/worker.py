@@ -29,7 +29,10 @@ from edge.errors import EdgeError
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a worker loads: a backend's kind, a file, its settings and the engine's options."""
+    """What a worker loads: a backend's kind, a file, its settings and the engine's options.
+
+    tune: measure on this machine what the settings leave open, or take what was measured before.
+    """
 
     kind: str
     path: str = ""
@@ -37,6 +40,7 @@ class Load:
     stop_ids: list[int] = field(default_factory=list)
     max_queue: int = 256
     speculate: bool = True
+    tune: bool = False
 
 
 def open_backend(load: Load) -> Backend:
@@ -45,10 +49,14 @@ def open_backend(load: Load) -> Backend:
         from edge.backends.fake import FakeBackend
 
         return FakeBackend(**load.settings)
-    from edge.backends.llamacpp import LlamaCpp, Settings
+    from edge import tune
+    from edge.backends.llamacpp import LlamaCpp, Model, Settings
 
     settings = msgspec.convert(load.settings, Settings)
-    return LlamaCpp(Path(load.path), settings, extra_stop_ids=frozenset(load.stop_ids))
+    model = Model(Path(load.path), gpu_layers=settings.gpu_layers, extra_buffers=settings.extra_buffers)
+    if load.tune:
+        settings = tune.settings(model, settings)
+    return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids))
 
 
 def _ready(info: BackendInfo, seconds: float) -> msg.Ready:

@@ -49,6 +49,7 @@ class Settings:
     extra_buffers: bool = True
     device: str = "cpu"
     why: str = ""
+    tuned: str = "not measured"
 
     @property
     def outputs(self) -> int:
@@ -56,36 +57,52 @@ class Settings:
         return min(self.batch, self.slots + 64)
 
 
-class LlamaCpp:
-    """A GGUF file as a Backend. Raises UnavailableError without the library, InputError for a bad file."""
+class Model:
+    """A loaded GGUF file; contexts with different settings may be made over it.
 
-    def __init__(
-        self, path: Path, settings: Settings, *, extra_stop_ids: frozenset[int] = frozenset()
-    ) -> None:
-        self._lib = lib = _library()
-        self._model: Any = None
-        self._context: Any = None
-        self._settings = settings
+    Raises UnavailableError without the library, InputError for a file that cannot be served.
+    """
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0, extra_buffers: bool = True) -> None:
+        self.lib = lib = library()
+        self.path = path
         # Kept for the life of the process: native code calls it until the end.
         self._log = lib.llama_log_callback(_quiet)
         lib.llama_log_set(self._log, None)
         lib.llama_backend_init()
-        model_params = lib.llama_model_default_params()
-        model_params.n_gpu_layers = settings.gpu_layers
-        model_params.use_extra_bufts = settings.extra_buffers
-        with _native_errors() as log:
-            self._model = lib.llama_model_load_from_file(os.fsencode(path), model_params)
-        if not self._model:
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.use_extra_bufts = extra_buffers
+        with native_errors() as log:
+            self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.pointer:
             raise InputError(f"llama.cpp cannot load {path}: {log.tail()}", "verify or export the file again")
-        if lib.llama_model_has_encoder(self._model) or not lib.llama_model_has_decoder(self._model):
+        if lib.llama_model_has_encoder(self.pointer) or not lib.llama_model_has_decoder(self.pointer):
             raise InputError(f"{path} is not a decoder-only text model", "serve a causal language model")
-        if lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model):
+        if lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer):
             raise InputError(
                 f"{path} has recurrent layers, whose state cannot be cut back to a prefix",
                 "serve a transformer model",
             )
-        self._vocab = lib.llama_model_get_vocab(self._model)
-        self._context = self._new_context(path)
+        self.vocab = lib.llama_model_get_vocab(self.pointer)
+
+    def close(self) -> None:
+        if self.pointer:
+            self.lib.llama_model_free(self.pointer)
+        self.pointer = None
+
+
+class LlamaCpp:
+    """A context over a model, as a Backend. Raises InputError where the context cannot be made."""
+
+    def __init__(
+        self, model: Model, settings: Settings, *, extra_stop_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self._lib = lib = model.lib
+        self._model = model
+        self._vocab = model.vocab
+        self._settings = settings
+        self._context = self._new_context()
         self._memory = lib.llama_get_memory(self._context)
         self._make_batch()
         self._pieces: dict[int, bytes] = {}
@@ -93,9 +110,9 @@ class LlamaCpp:
         self._interrupted = False
         self._abort = lib.ggml_abort_callback(lambda _: self._interrupted)
         self._no_abort = lib.ggml_abort_callback()
-        self.info = self._describe(path, extra_stop_ids)
+        self.info = self._describe(extra_stop_ids)
 
-    def _new_context(self, path: Path) -> Any:
+    def _new_context(self) -> Any:
         lib, settings = self._lib, self._settings
         params = lib.llama_context_default_params()
         params.n_ctx = settings.capacity if settings.unified else settings.slots * settings.context
@@ -108,11 +125,11 @@ class LlamaCpp:
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.kv_unified = settings.unified
         params.no_perf = True
-        with _native_errors() as log:
-            context = lib.llama_init_from_model(self._model, params)
+        with native_errors() as log:
+            context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:
             raise InputError(
-                f"llama.cpp cannot make a context of {params.n_ctx} tokens for {path}: {log.tail()}",
+                f"{self._model.path}: llama.cpp cannot make a context of {params.n_ctx} tokens: {log.tail()}",
                 "serve with a smaller --ctx or fewer --slots",
             )
         return context
@@ -139,15 +156,15 @@ class LlamaCpp:
             setattr(batch, name, ctypes.cast(ctypes.c_void_p(array.ctypes.data), kind))
         self._batch = batch
 
-    def _describe(self, path: Path, extra_stop_ids: frozenset[int]) -> BackendInfo:
+    def _describe(self, extra_stop_ids: frozenset[int]) -> BackendInfo:
         lib, settings, vocab = self._lib, self._settings, self._vocab
         size = lib.llama_vocab_n_tokens(vocab)
         ends = {i for i in range(size) if lib.llama_vocab_is_eog(vocab, i)}
         bos, eos = lib.llama_vocab_bos(vocab), lib.llama_vocab_eos(vocab)
-        template = lib.llama_model_chat_template(self._model, None)
+        template = lib.llama_model_chat_template(self._model.pointer, None)
         return BackendInfo(
             kind="llamacpp",
-            name=path.name,
+            name=self._model.path.name,
             device=settings.device,
             why=settings.why,
             slots=settings.slots,
@@ -170,6 +187,7 @@ class LlamaCpp:
                 "kv": "one pool" if settings.unified else "a part for each slot",
                 "kv_type": settings.kv_type,
                 "batch": str(settings.batch),
+                "tuned": settings.tuned,
                 "gpu_layers": str(settings.gpu_layers),
                 "build": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
             },
@@ -248,12 +266,30 @@ class LlamaCpp:
     def interrupt(self) -> None:
         self._interrupted = True
 
+    def save(self, slot: int) -> bytes:
+        """The KV cells of a slot in llama.cpp's own format, for `restore` into a like context."""
+        size = self._lib.llama_state_seq_get_size(self._context, slot)
+        buffer = (ctypes.c_uint8 * size)()
+        written = self._lib.llama_state_seq_get_data(self._context, buffer, size, slot)
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, slot: int, data: bytes, length: int) -> bool:
+        """Fill an empty slot with cells that `save` gave for `length` tokens. False where they do not fit."""
+        if self._lengths[slot] != 0 or not 0 < length <= self.info.context:
+            raise ValueError(f"restore of {length} tokens into slot {slot} of {self._lengths[slot]}")
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        read = self._lib.llama_state_seq_set_data(self._context, buffer, len(data), slot)
+        if read != len(data):
+            self._lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+            return False
+        self._lengths[slot] = length
+        return True
+
     def close(self) -> None:
+        """Free the context; the model stays, for others may use it."""
         if self._context:
             self._lib.llama_free(self._context)
-        if self._model:
-            self._lib.llama_model_free(self._model)
-        self._context = self._model = None
+        self._context = None
 
 
 def encode(lib: Any, vocab: Any, text: str, *, special: bool) -> list[int]:
@@ -297,7 +333,7 @@ def _quiet(level: int, text: bytes, data: object) -> None:
 
 
 @contextlib.contextmanager
-def _native_errors() -> Iterator[_Log]:
+def native_errors() -> Iterator[_Log]:
     log = _Log()
     _listening.append(log)
     try:
@@ -306,7 +342,7 @@ def _native_errors() -> Iterator[_Log]:
         _listening.remove(log)
 
 
-def _library() -> Any:
+def library() -> Any:
     try:
         import llama_cpp.llama_cpp as lib
     except (ImportError, OSError, RuntimeError) as error:

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
+    parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait")
     parser.add_argument("--api-key-file", type=Path, help=f"one key a line (or set {KEY_VARIABLE})")
     parser.add_argument("--drain", type=float, default=10.0, help="seconds that requests may finish in")
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> int:
             settings=dataclasses.asdict(settings),
             stop_ids=sorted(found.stop_ids),
             max_queue=args.max_queue,
+            tune=not args.no_tune,
         )
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         name = args.name or found.name

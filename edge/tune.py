@@ -1,0 +1,250 @@
+"""Threads, flash attention and KV layout, measured on this machine with this artefact; `edge tune PATH`.
+
+What is best differs from CPU to CPU, by factors. So the first start of an artefact takes a few seconds to
+try the combinations, interleaved, at one and at eight streams and over a prompt, and keeps the result in the
+user's cache, keyed by artefact, build, CPU and what was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edge import hardware, native
+from edge.backends.base import Row
+from edge.backends.llamacpp import LlamaCpp, Model, Settings
+from edge.errors import EdgeError
+
+PROMPT = 256
+STREAMS = 8
+ROUNDS = 5
+# A machine on which this is not enough is too busy to measure anything.
+BUDGET_S = 20.0
+_CELLS = STREAMS * (PROMPT + 2 * ROUNDS + 16)
+# Weights of one stream, eight streams and prompt in the score: latency for one reader is the main thing.
+_WEIGHTS = (0.5, 0.3, 0.2)
+
+
+@dataclasses.dataclass
+class Trial:
+    """One combination and what it took: seconds of a step of 1 row, of 8 rows, and a prompt token."""
+
+    threads: int
+    flash_attention: bool
+    unified: bool
+    one: float
+    eight: float
+    prompt: float
+
+    def score(self, best: tuple[float, float, float]) -> float:
+        """Weighted time relative to the best seen in each discipline; smaller is better."""
+        times = (self.one, self.eight, self.prompt)
+        return sum(w * t / b for w, t, b in zip(_WEIGHTS, times, best, strict=True))
+
+
+def settings(model: Model, asked: Settings) -> Settings:
+    """`asked` with what measuring found best here; measured now unless it was before."""
+    path = _cache(model.path, asked)
+    found = _read(path)
+    if found.get("state") == "measuring":
+        # The process died while it measured: serve with what is asked for rather than die again.
+        return dataclasses.replace(asked, tuned="skipped: the last attempt did not end")
+    if found.get("state") != "measured":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, {"state": "measuring"})
+        try:
+            found = {"state": "measured", **measure(model, asked)}
+        except TimeoutError:
+            return dataclasses.replace(asked, tuned="skipped: the machine was too busy to measure")
+        finally:
+            path.unlink(missing_ok=True)
+        _write(path, found)
+    chosen = found["chosen"]
+    return dataclasses.replace(
+        asked,
+        threads=chosen["threads"],
+        threads_batch=chosen["threads"],
+        flash_attention=chosen["flash_attention"],
+        unified=chosen["unified"],
+        tuned=f"measured {found['date']} in {found['seconds']} s",
+    )
+
+
+def measure(model: Model, asked: Settings) -> dict[str, Any]:
+    """Try the combinations; the trials and the chosen one.
+
+    Raises TimeoutError past BUDGET_S, and what making a context raises.
+    """
+    began = time.monotonic()
+    layouts = [(asked.threads, flash, unified) for flash in _flash(asked) for unified in (True, False)]
+    trials = _race(model, asked, layouts, began + BUDGET_S)
+    winner = _best(trials)
+    if asked.threads > 2:
+        fewer = (asked.threads - 1, winner.flash_attention, winner.unified)
+        same = (asked.threads, winner.flash_attention, winner.unified)
+        again = _race(model, asked, [same, fewer], began + 2 * BUDGET_S)
+        trials += again[1:]
+        winner = _best(again)
+    return {
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+        "chosen": dataclasses.asdict(winner),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _flash(asked: Settings) -> list[bool]:
+    # A quantised V cache exists only with flash attention.
+    return [True] if asked.kv_type != "f16" else [False, True]
+
+
+def _best(trials: list[Trial]) -> Trial:
+    best = (min(t.one for t in trials), min(t.eight for t in trials), min(t.prompt for t in trials))
+    return min(trials, key=lambda trial: trial.score(best))
+
+
+def _race(
+    model: Model, asked: Settings, combinations: list[tuple[int, bool, bool]], until: float
+) -> list[Trial]:
+    """Time the combinations in turn, round by round, so that a busy moment hits all of them alike."""
+    streams = min(STREAMS, asked.slots)
+    contexts = [
+        LlamaCpp(
+            model,
+            dataclasses.replace(
+                asked,
+                slots=streams,
+                context=_CELLS // STREAMS,
+                capacity=_CELLS,
+                threads=threads,
+                threads_batch=threads,
+                flash_attention=flash,
+                unified=unified,
+            ),
+        )
+        for threads, flash, unified in combinations
+    ]
+    try:
+        token = contexts[0].encode("the", special=False)[0]
+        prompts = []
+        for context in contexts:
+            _check_time(until)
+            prompts.append(_timed(context, [Row(0, 0, [token] * PROMPT, 0)]))
+        for context in contexts:
+            cells = context.save(0)
+            for slot in range(1, streams):
+                context.restore(slot, cells, PROMPT)
+        ones: list[list[float]] = [[] for _ in contexts]
+        eights: list[list[float]] = [[] for _ in contexts]
+        for turn in range(ROUNDS):
+            for i, context in enumerate(contexts):
+                _check_time(until)
+                at = PROMPT + turn
+                ones[i].append(_timed(context, [Row(0, at + turn, [token], 1)]))
+                rows = [Row(0, at + turn + 1, [token], 1)]
+                rows += [Row(slot, at, [token], 1) for slot in range(1, streams)]
+                eights[i].append(_timed(context, rows))
+        return [
+            Trial(*combination, statistics.median(ones[i]), statistics.median(eights[i]), prompts[i] / PROMPT)
+            for i, combination in enumerate(combinations)
+        ]
+    finally:
+        for context in contexts:
+            context.close()
+
+
+def _check_time(until: float) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError
+
+
+def _timed(context: LlamaCpp, rows: list[Row]) -> float:
+    began = time.perf_counter()
+    context.step(rows)
+    return time.perf_counter() - began
+
+
+def _cache(path: Path, asked: Settings) -> Path:
+    """The file that keeps the result. The key holds all that the result depends on."""
+    stat = path.stat()
+    key = [
+        path.name,
+        stat.st_size,
+        stat.st_mtime_ns,
+        hardware.cpu_model(),
+        native.build_info(),
+        asked.threads,
+        min(STREAMS, asked.slots),
+        asked.kv_type,
+        asked.gpu_layers,
+        asked.extra_buffers,
+    ]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()[:24]
+    return hardware.cache_dir() / "tune" / f"{digest}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    from edge import artefact, planning
+
+    parser = argparse.ArgumentParser(
+        prog="edge tune", description="Show what was measured for an artefact on this machine."
+    )
+    parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument("--redo", action="store_true", help="measure again")
+    parser.add_argument("--slots", type=int, help="as in edge serve")
+    parser.add_argument("--threads", type=int, help="as in edge serve")
+    parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
+    args = parser.parse_args(argv)
+    found = artefact.resolve(args.path)
+    options = planning.Options(slots=args.slots, threads=args.threads, kv_type=args.kv_type)
+    asked = planning.plan(found, options)
+    path = _cache(found.path, asked)
+    if args.redo or _read(path).get("state") != "measured":
+        path.unlink(missing_ok=True)
+        model = Model(found.path, gpu_layers=asked.gpu_layers, extra_buffers=asked.extra_buffers)
+        said = settings(model, asked).tuned
+        model.close()
+        if _read(path).get("state") != "measured":
+            raise EdgeError(f"nothing was measured ({said})", "close what else computes, then --redo")
+    _show(found.name, _read(path))
+    return 0
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
+    table = Table(title=f"{name}, measured {found['date']} in {found['seconds']} s", title_justify="left")
+    for heading in ("threads", "flash attention", "KV", "1 stream", f"{STREAMS} streams", "prompt", ""):
+        table.add_column(heading, justify="right")
+    for row in found["trials"]:
+        trial = Trial(**row)
+        taken = all(row[k] == found["chosen"][k] for k in ("threads", "flash_attention", "unified"))
+        table.add_row(
+            str(trial.threads),
+            "on" if trial.flash_attention else "off",
+            "one pool" if trial.unified else "by slot",
+            f"{1 / trial.one:.1f} tok/s",
+            f"{STREAMS / trial.eight:.1f} tok/s",
+            f"{1 / trial.prompt:.0f} tok/s",
+            "taken" if taken else "",
+        )
+    Console().print(table)
