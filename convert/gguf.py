@@ -22,7 +22,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from edge import hardware, manifest
-from edge.errors import EdgeError, InputError, UsageError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.gguf_header import FILE_TYPES, GGUFHeader, read_header
 from edge.sdist import sdist
 
@@ -180,6 +180,11 @@ def _convert(source: Path, target: Path, outtype: str, name: str) -> None:
         raise InputError(
             f"llama.cpp's converter does not know the architecture {unknown[1]}", "use another base"
         )
+    if missing := re.search(r"No module named '([\w.]+)'", log):
+        raise UnavailableError(
+            f"llama.cpp's converter needs the package '{missing[1]}', which is not installed",
+            "pip install -c constraints.txt -e '.[train]'",
+        )
     raise EdgeError(f"llama.cpp's converter failed on {source}:\n{_tail(log)}", "its last lines are above")
 
 
@@ -201,7 +206,8 @@ def _native(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any],
     log = done.stderr.decode("utf-8", "replace")
     if done.returncode != 0:
         raise EdgeError(
-            f"llama.cpp could not {mode} {path.name} (exit code {done.returncode}):\n{_tail(log)}"
+            f"llama.cpp could not {mode} {path.name} (exit code {done.returncode}):\n{_tail(log)}",
+            "if it is not installed or does not load: python -m edge.native",
         )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer, log
@@ -242,15 +248,15 @@ def _verify(
     vocab = int(text_config.get("vocab_size", 0))
     if not answer["vocab_size"] == header.vocab_size == vocab:
         raise InputError(f"{path.name} has {answer['vocab_size']} tokens, config.json says {vocab}", again)
-    for kind in ("plain", "special"):
-        for prompt, ids in zip(prompts, answer[kind], strict=True):
-            expected = tokenizer.encode(prompt, add_special_tokens=kind == "special").ids
-            if ids != expected:
-                raise InputError(
-                    f"{path.name}: the prompt {prompt[:60]!r} has the token ids {ids[:12]} in llama.cpp, "
-                    f"{expected[:12]} in the tokenizer",
-                    again,
-                )
+    # Without the tokens that a tokenizer may add around a text: the chat template writes those.
+    for prompt, ids in zip(prompts, answer["ids"], strict=True):
+        expected = tokenizer.encode(prompt, add_special_tokens=False).ids
+        if ids != expected:
+            raise InputError(
+                f"{path.name}: the prompt {prompt[:60]!r} has the token ids {ids[:12]} in llama.cpp, "
+                f"{expected[:12]} in the tokenizer",
+                again,
+            )
     if stop_ids and answer["eos"] not in stop_ids:
         raise InputError(
             f"{path.name} ends with token {answer['eos']}, the merged model with {stop_ids}", again

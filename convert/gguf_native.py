@@ -24,16 +24,16 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
     return {"code": code}
 
 
-def _tokenize(vocab: Any, text: str, add_special: bool) -> list[int]:
+def _tokenize(vocab: Any, text: str) -> list[int]:
     data = text.encode("utf-8")
     room = len(data) + 16
     tokens = (ctypes.c_int32 * room)()
-    count = lib.llama_tokenize(vocab, data, len(data), tokens, room, add_special, True)
+    count = lib.llama_tokenize(vocab, data, len(data), tokens, room, False, True)
     return list(tokens[:count])
 
 
 def inspect(job: dict[str, Any]) -> dict[str, Any]:
-    """`path`: the file; `prompts`: texts. Gives the ids of each, plain and with special tokens, and the ends.
+    """`path`: the file; `prompts`: texts. Gives the token ids of each, and the ends.
 
     One token is decoded too: a missing tensor shows only when the weights are loaded.
     """
@@ -49,8 +49,7 @@ def inspect(job: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": count,
         "eos": lib.llama_vocab_eos(vocab),
         "ends": [token for token in range(count) if lib.llama_vocab_is_eog(vocab, token)],
-        "plain": [_tokenize(vocab, text, False) for text in job["prompts"]],
-        "special": [_tokenize(vocab, text, True) for text in job["prompts"]],
+        "ids": [_tokenize(vocab, text) for text in job["prompts"]],
     }
     context_params = lib.llama_context_default_params()
     context_params.n_ctx = context_params.n_batch = context_params.n_ubatch = 32
