@@ -14,11 +14,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-# exp(-30): what lies further below the best logit has together a probability under 2e-8 at a vocabulary
-# of 150,000; leaving it out makes sampling a scan instead of a sort.
-_REACH = 30.0
+# A vocabulary is looked at in this many interleaved groups, so that numpy works on whole rows of them.
+_GROUPS = 64
+# Below this temperature the best token is certain to single precision; dividing by it could overflow.
+_GREEDY = 1e-4
 # Nucleus sampling looks at this many of the best candidates before it sorts them all.
-_PROBE = 4096
+_PROBES = (128, 2048)
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +73,6 @@ class Sampler:
         if self._penalised:
             self._seen[np.asarray(prompt, np.int64)] = True
         self._made = 0
-        self.plain = not self._penalised and not params.logit_bias and params.logprobs is None
-        self.greedy = self.plain and params.temperature == 0.0
 
     @property
     def holds_back_stops(self) -> bool:
@@ -103,7 +102,7 @@ class Sampler:
             logits[self._stops] = -np.inf
             if mask is not None and logits.max() == -np.inf:
                 logits[self._stops] = kept
-        token = int(logits.argmax()) if params.temperature == 0.0 else self._draw(logits)
+        token = int(logits.argmax()) if params.temperature < _GREEDY else self._draw(logits)
         self.accept(token)
         if params.logprobs is None:
             return Choice(token)
@@ -134,36 +133,67 @@ class Sampler:
     def _draw(self, logits: NDArray[np.float32]) -> int:
         params = self.params
         best = logits.max()
-        if params.top_k == 1:
-            return int(logits.argmax())
-        ids = np.flatnonzero(logits > best - _REACH * params.temperature)
-        weights = np.exp((logits[ids] - best).astype(np.float64) / params.temperature)
-        if 0 < params.top_k < len(ids):
-            keep = np.argpartition(-weights, params.top_k - 1)[: params.top_k]
-            keep.sort()
-            ids, weights = ids[keep], weights[keep]
-        if params.top_p < 1.0:
-            keep = _nucleus(weights, params.top_p)
-            ids, weights = ids[keep], weights[keep]
+        if 0 < params.top_k < len(logits):
+            ids = _top(logits, params.top_k)
+            weights = np.exp((logits[ids] - best).astype(np.float64) / params.temperature)
+            keep = slice(_nucleus(weights, params.top_p * float(weights.sum())))
+        else:
+            every = np.exp((logits - best) * np.float32(1.0 / params.temperature))
+            if params.top_p >= 1.0:
+                if params.min_p > 0.0:
+                    every[every < params.min_p] = 0.0
+                return self._draw_from_all(every)
+            goal = params.top_p * float(every.sum(dtype=np.float64))
+            for probe in (*_PROBES, len(logits)):
+                ids = _top(logits, probe)
+                weights = every[ids].astype(np.float64)
+                if weights.sum() >= goal:
+                    break
+            keep = slice(_nucleus(weights, goal))
+        ids, weights = ids[keep], weights[keep]
         if params.min_p > 0.0:
-            keep = np.flatnonzero(weights >= params.min_p * weights.max())
-            ids, weights = ids[keep], weights[keep]
+            # Sorted: what is too unlikely is a tail.
+            count = int((weights >= params.min_p * weights[0]).sum())
+            ids, weights = ids[:count], weights[:count]
         edges = np.cumsum(weights)
         at = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
         return int(ids[min(at, len(ids) - 1)])
 
+    def _draw_from_all(self, weights: NDArray[np.float32]) -> int:
+        """Draw by weight without sorting: first a group of tokens, then a token of it."""
+        width = -(-len(weights) // _GROUPS)
+        padded = np.zeros(width * _GROUPS, np.float32)
+        padded[: len(weights)] = weights
+        grid = padded.reshape(_GROUPS, width)
+        edges = np.cumsum(grid.sum(axis=1, dtype=np.float64))
+        goal = self._rng.random() * edges[-1]
+        group = min(int(np.searchsorted(edges, goal, side="right")), _GROUPS - 1)
+        inner = np.cumsum(grid[group], dtype=np.float64)
+        goal -= edges[group - 1] if group else 0.0
+        # Rounding must never choose a token of weight 0.
+        at = min(int(np.searchsorted(inner, min(goal, inner[-1] * (1 - 1e-15)), side="right")), width - 1)
+        return group * width + at
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices of the smallest set of the best weights whose share reaches `top_p` (Holtzman et al. 2020)."""
-    goal = top_p * weights.sum()
-    order: NDArray[np.int64]
-    if len(weights) > _PROBE:
-        head = np.argpartition(-weights, _PROBE - 1)[:_PROBE]
-        order = head[np.argsort(-weights[head], kind="stable")]
-        if weights[order].sum() < goal:
-            order = np.argsort(-weights, kind="stable")
-    else:
-        order = np.argsort(-weights, kind="stable")
-    reached = np.cumsum(weights[order])
-    count = int(np.searchsorted(reached, goal, side="left")) + 1
-    return order[:count]
+
+def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Ids of the `k` largest logits (those of -inf left out), largest first, equal ones by id."""
+    width = len(logits) // _GROUPS
+    floor = np.float32(-np.inf)
+    if 0 < k < width:
+        # The k-th largest of the groups' maxima is no larger than the k-th largest logit.
+        maxima = logits[: width * _GROUPS].reshape(_GROUPS, width).max(axis=0)
+        floor = np.partition(maxima, width - k)[width - k]
+    ids = np.flatnonzero(logits >= floor)
+    values = logits[ids]
+    if len(ids) > k:
+        few = np.argpartition(-values, k - 1)[:k]
+        few.sort()
+        ids, values = ids[few], values[few]
+    order = np.argsort(-values, kind="stable")
+    order = order[: np.searchsorted(-values[order], np.inf)]
+    return ids[order]
+
+
+def _nucleus(weights: NDArray[np.float64], goal: float) -> int:
+    """How many of the sorted weights it takes to reach `goal` (top_p's share; Holtzman et al. 2020)."""
+    return int(np.searchsorted(np.cumsum(weights), goal, side="left")) + 1

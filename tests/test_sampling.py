@@ -23,8 +23,18 @@ def shares(n: int = 15000, logits: np.ndarray = LOGITS, **given: object) -> np.n
     return counts / n
 
 
-def test_greedy() -> None:
-    assert sampler(temperature=0.0).pick(LOGITS.copy()).token == 1
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-6])
+def test_greedy(temperature: float) -> None:
+    assert sampler(temperature=temperature).pick(LOGITS.copy()).token == 1
+
+
+def test_masked_tokens_are_never_drawn() -> None:
+    logits = np.full(1000, -np.inf, np.float32)
+    logits[[5, 999]] = 1.0
+    for given in ({}, {"top_k": 40}, {"top_p": 0.99}, {"min_p": 0.5}, {"top_k": 1}):
+        drawn = Sampler(Params(seed=2, **given), 1000, [], frozenset())  # type: ignore[arg-type]
+        got = {drawn.pick(logits.copy()).token for _ in range(60)}
+        assert got == ({5} if given == {"top_k": 1} else {5, 999})
 
 
 def test_plain_sampling_has_the_models_distribution() -> None:
