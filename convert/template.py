@@ -1,0 +1,218 @@
+"""The model's own tokenizer and chat template, used in training as the server uses them.
+
+Prompts are rendered by edge.chat, the code that serves, and tokenised as one text without added special
+tokens; answers end with the token that the template ends an assistant's turn with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from edge.chat import THINK, THINK_END, ChatTemplate, opens_thought
+from edge.errors import InputError, RequestError, UsageError
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+# What the chat template of a model has in it, by the name LLaMA-Factory gives to its own copy.
+_MARKS = {
+    "alpaca": "### Instruction", "baichuan2": "<reserved_106>", "chatml": "<|im_start|>",
+    "deepseek": "User: ", "deepseek3": "<｜User｜>", "deepseekr1": "<｜User｜>", "gemma": "<start_of_turn>",
+    "gemma2": "<start_of_turn>", "gemma3": "<start_of_turn>", "glm4": "<|assistant|>",
+    "hunyuan": "<|startoftext|>", "intern2": "<|im_start|>", "llama2": "[INST]",
+    "llama3": "<|start_header_id|>", "mistral": "[INST]", "phi": "<|user|>", "phi4": "<|im_start|>",
+    "qwen": "<|im_start|>", "qwen3": "<|im_start|>", "qwen3_nothink": "<|im_start|>",
+    "smollm": "<|im_start|>", "smollm2": "<|im_start|>", "vicuna": "USER:", "yi": "<|im_start|>",
+    "zephyr": "<|user|>",
+}  # fmt: skip
+
+
+@dataclass
+class ChatFormat:
+    """A tokenizer with its chat template.
+
+    stop_ids: tokenizer's end token, generation config's end tokens, and `turn_end`, sorted.
+    turn_end: id that ends an assistant's turn. turn_tail: the text from an answer to its end, included.
+    trims: whether the template strips answers. thinks: whether it knows of thoughts. special: ids by token.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    source: str
+    chat: ChatTemplate
+    bos: str
+    eos: str
+    special: dict[str, int]
+    stop_ids: list[int] = field(default_factory=list)
+    turn_end: int = -1
+    turn_tail: str = ""
+    trims: bool = False
+    thinks: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; special tokens that stand in it are recognised, none are added."""
+        return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def prompt(self, messages: list[dict[str, str]], thinking: str | None) -> str:
+        """The prompt that serving renders for `messages`. Raises InputError with the template's words."""
+        try:
+            return self.chat.render(messages, thinking=thinking)
+        except RequestError as error:
+            raise InputError(error.message) from error
+
+    def answer(self, text: str) -> str:
+        """What the model is to write for the answer `text`, including what ends its turn."""
+        return (text.strip() if self.trims else text) + self.turn_tail
+
+
+def load(folder: Path) -> ChatFormat:
+    """The tokenizer and chat template of the transformers folder `folder`.
+
+    tokenizer.json is read as it is: transformers' classes may put another pre-tokenizer in its place.
+    Raises InputError where either is missing or broken.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no tokenizer.json", "give a folder with a fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise InputError(f"{path} cannot be read: {error}", "get the model again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = _json(folder / "tokenizer_config.json")
+    source = _template_source(folder, config)
+    bos, eos = _token(config.get("bos_token")), _token(config.get("eos_token"))
+    special = {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special or token.content in (bos, eos)
+    }
+    form = ChatFormat(folder, tokenizer, source, ChatTemplate(source, bos=bos, eos=eos), bos, eos, special)
+    form.thinks = THINK_END in source
+    _find_turn_end(form)
+    ends = {form.turn_end, *_generation_ends(folder)}
+    if eos in special:
+        ends.add(special[eos])
+    form.stop_ids = sorted(ends)
+    return form
+
+
+def check_name(name: str | None, form: ChatFormat) -> str | None:
+    """A warning to show where LLaMA-Factory's template `name` cannot be checked against the model's own.
+
+    Raises UsageError where the model's template is of another family.
+    """
+    if name is None:
+        return None
+    mark = _MARKS.get(name)
+    if mark is None:
+        return f"template: {name} is ignored: the model's own chat template is used"
+    if mark not in form.source:
+        raise UsageError(
+            f"template: {name} does not fit the model: its chat template has no {mark!r}",
+            "leave `template` out: the model's own chat template is used in training and in serving",
+        )
+    return None
+
+
+def thinking_mode(form: ChatFormat, enable_thinking: bool | None) -> str | None:
+    """The artefact's thinking mode: None where the template knows no thoughts, else on, off or mixed."""
+    if not form.thinks:
+        return None
+    return {True: "on", False: "off", None: "mixed"}[enable_thinking]
+
+
+def split_thought(answer: str) -> tuple[str | None, str]:
+    """(thought or None, rest) of an answer that may begin with `<think>...</think>`."""
+    head, end, rest = answer.partition(THINK_END)
+    if not end:
+        return None, answer
+    return head.strip().removeprefix(THINK).strip(), rest.lstrip()
+
+
+def with_thought(prompt: str, thought: str, rest: str) -> str:
+    """`rest` behind its thought, as it goes on from `prompt`, which may have opened the thought."""
+    body = f"{thought}\n{THINK_END}\n\n{rest}"
+    if not opens_thought(prompt):
+        return f"{THINK}\n{body}"
+    return body if prompt.endswith("\n") else "\n" + body
+
+
+def _find_turn_end(form: ChatFormat) -> None:
+    """Ask the template how it ends an answer, with an answer that cannot be anything else."""
+    mark = "\u2042probe\u2042"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f" {mark} "}]
+    try:
+        (text,), _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=form.source,
+            add_generation_prompt=False,
+            bos_token=form.bos,
+            eos_token=form.eos,
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(
+            f"{form.folder}: the chat template refuses a question with an answer: {error}"
+        ) from error
+    at = text.rfind(mark)
+    if at < 0:
+        raise InputError(f"{form.folder}: the chat template does not show the assistant's answer")
+    tail = text[at + len(mark) :]
+    form.trims = not tail.startswith(" ")
+    tail = tail if form.trims else tail[1:]
+    found = [(tail.find(token), -len(token), token) for token in form.special if token and token in tail]
+    if found:
+        start, _, token = min(found)
+        form.turn_end, form.turn_tail = form.special[token], tail[: start + len(token)]
+        return
+    if form.eos not in form.special:
+        raise InputError(f"{form.folder}: neither chat template nor tokenizer names an end token")
+    form.turn_end, form.turn_tail = form.special[form.eos], form.eos
+    form.warnings.append(f"the chat template ends an answer with no token: {form.eos} is trained as its end")
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_bytes().decode("utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        source = named.get("default")
+    if not isinstance(source, str) or not source:
+        raise InputError(
+            f"{folder} has no chat template", "train a chat model, or put its chat_template.jinja there"
+        )
+    return source
+
+
+def _generation_ends(folder: Path) -> list[int]:
+    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return [end for end in ends if isinstance(end, int)]
+
+
+def _token(value: Any) -> str:
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "get the model again") from error
+    return data if isinstance(data, dict) else {}
