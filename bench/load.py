@@ -1,0 +1,232 @@
+"""The load generator: N clients in a closed loop, and a probe of how long `/health` takes meanwhile.
+
+Each client sends its next request when its last answer is complete. Every piece of an answer is stamped when
+its bytes arrive; the stamps are kept, so that any figure can be computed afterwards (see bench.metrics).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+from bench.http1 import Events, ProtocolError, Response, request
+from bench.metrics import Sample
+
+_READ = 65536
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to make: the prompt, its number in the workload, and the output tokens to force."""
+
+    prompt: str
+    index: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one event or a whole answer says. tokens None: as many as `completion_tokens` says."""
+
+    text: str = ""
+    tokens: int | None = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish: str = ""
+    error: str = ""
+
+
+class Dialect(Protocol):
+    """How a server is asked for a fixed number of greedy tokens after a raw prompt, and how it answers."""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        """(method, path with query, JSON body or None)."""
+
+    def read(self, said: dict[str, Any]) -> Part:
+        """One event's JSON object, or the whole answer's where the server does not stream."""
+
+
+class Ours:
+    """edge's own interface, streamed. Prefix reuse is off, so that every prompt is read in full."""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        body = {"prompt": job.prompt, "raw": True, "max_tokens": job.tokens, "temperature": 0.0}
+        return "POST", "/generate", body | {"ignore_eos": True, "cache_prompt": False, "stream": True}
+
+    def read(self, said: dict[str, Any]) -> Part:
+        if "error" in said:
+            return Part(error=str(said["error"].get("message", said["error"])))
+        usage = said.get("usage", {})
+        return Part(
+            text=said.get("text", ""),
+            tokens=said.get("tokens", 0),
+            prompt_tokens=usage.get("prompt_tokens"),
+            completion_tokens=usage.get("completion_tokens"),
+            finish=said.get("finish_reason", ""),
+        )
+
+
+class Baseline:
+    """The tutorial's interface: one JSON answer when all is done."""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        return "GET", "/generate?" + urlencode({"prompt": job.prompt, "max_new_tokens": job.tokens}), None
+
+    def read(self, said: dict[str, Any]) -> Part:
+        usage = said["usage"]
+        return Part(
+            text=said["generate_text"],
+            tokens=None,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            finish="length",
+        )
+
+
+async def closed_loop(
+    url: str, dialect: Dialect, jobs: Sequence[Job], clients: int, *, limit: float = 600.0
+) -> list[Sample]:
+    """Run all `jobs` from `clients` connections at once; a sample for each, in the order of their ends.
+
+    limit: seconds for one answer. A request that fails is a sample with an error; nothing is raised.
+    """
+    waiting = deque(jobs)
+    samples: list[Sample] = []
+
+    async def client(number: int) -> None:
+        while waiting:
+            samples.append(await ask(url, dialect, waiting.popleft(), client=number, limit=limit))
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return samples
+
+
+async def ask(url: str, dialect: Dialect, job: Job, *, client: int = 0, limit: float = 600.0) -> Sample:
+    """One request, from connecting to the end of its answer."""
+    sample = Sample(client=client, prompt=job.index, wanted=job.tokens, start=time.perf_counter())
+    try:
+        async with asyncio.timeout(limit):
+            await _exchange(url, dialect, job, sample)
+    except TimeoutError:
+        sample.error = f"no whole answer within {limit:g} s"
+    except (OSError, ProtocolError, ValueError, KeyError, UnicodeDecodeError) as error:
+        sample.error = f"{type(error).__name__}: {error}"
+    sample.end = sample.end or time.perf_counter()
+    return sample
+
+
+async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample) -> None:
+    method, path, body = dialect.ask(job)
+    response, events = Response(), Events()
+    whole = bytearray()
+    texts: list[str] = []
+
+    def take(said: dict[str, Any]) -> None:
+        part = dialect.read(said)
+        if part.completion_tokens is not None:
+            sample.prompt_tokens, sample.completion_tokens = part.prompt_tokens, part.completion_tokens
+        sample.finish = part.finish or sample.finish
+        sample.error = part.error or sample.error
+        if part.text:
+            texts.append(part.text)
+            tokens = part.completion_tokens if part.tokens is None else part.tokens
+            sample.events.append((now, tokens or 0))
+
+    async with _connect(url) as (reader, writer, host):
+        writer.write(request(method, host, path, body))
+        while not response.done:
+            data = await reader.read(_READ)
+            now = time.perf_counter()
+            if not data:
+                response.eof()
+                break
+            piece = response.feed(data)
+            if response.status == 200 and response.headers.get("content-type", "").startswith(
+                "text/event-stream"
+            ):
+                for event in events.feed(piece):
+                    if event != "[DONE]":
+                        take(json.loads(event))
+            else:
+                whole += piece
+    sample.end, sample.status = now, response.status
+    if response.status != 200:
+        sample.error = f"HTTP {response.status}: {whole.decode('utf-8', 'replace')[:300]}"
+    elif whole:
+        take(json.loads(whole))
+    sample.text = "".join(texts)
+
+
+@contextlib.asynccontextmanager
+async def _connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, str]]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer, f"{host}:{port}"
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def get(url: str, path: str, *, limit: float = 10.0) -> tuple[int, bytes]:
+    """Status and body of a GET. Raises OSError, TimeoutError or ProtocolError."""
+    response, whole = Response(), bytearray()
+    async with asyncio.timeout(limit), _connect(url) as (reader, writer, host):
+        writer.write(request("GET", host, path))
+        while not response.done:
+            data = await reader.read(_READ)
+            if not data:
+                response.eof()
+                break
+            whole += response.feed(data)
+    return response.status, bytes(whole)
+
+
+@dataclass
+class HealthProbe:
+    """Asks `/health` every `interval` seconds, whether or not the last question was answered.
+
+    Waiting for the answer before asking again would hide a blocked server (coordinated omission).
+    seconds: how long each took; failures: those that gave no 200.
+    """
+
+    url: str
+    interval: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.seconds: list[float] = []
+        self.failures = 0
+
+    async def __aenter__(self) -> HealthProbe:
+        self._asked: set[asyncio.Task[None]] = set()
+        self._clock = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._clock.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._clock
+        # The load is over: a server that was only busy answers now.
+        await asyncio.gather(*self._asked)
+
+    async def _tick(self) -> None:
+        while True:
+            self._asked.add(asyncio.create_task(self._ask()))
+            await asyncio.sleep(self.interval)
+
+    async def _ask(self) -> None:
+        began = time.perf_counter()
+        try:
+            status, _ = await get(self.url, "/health", limit=600.0)
+            self.failures += status != 200
+        except (OSError, TimeoutError, ProtocolError):
+            self.failures += 1
+        self.seconds.append(time.perf_counter() - began)

@@ -1,0 +1,184 @@
+"""What is measured, defined once, as pure functions over recorded requests.
+
+All times are seconds on one monotonic clock. The client sees events: one piece of text and the number of
+tokens in it. A server that does not stream has one event, its whole answer.
+
+    TTFT   time to first token: from sending the request to the first event that carries text
+    ITL    inter-token latency: the gap between two successive events of one answer, as the reader sees it
+    TPOT   time per output token without the first: (last event - first event) / tokens after the first event
+    E2E    end to end: from sending the request to the end of the answer
+
+Rates count output tokens only, of complete answers, over the wall time from the first request to the last
+end. An answer that stopped early, or failed, is counted apart and never enters a figure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Sample:
+    """One request as the client saw it.
+
+    start, end: seconds on the client's clock; events: (time, tokens) of each piece that carried text.
+    wanted: output tokens that were asked for; prompt_tokens, completion_tokens: as the server counted them,
+    None where it did not say. error: why there is no whole answer, "" otherwise.
+    """
+
+    client: int
+    prompt: int
+    wanted: int
+    start: float
+    end: float = 0.0
+    events: list[tuple[float, int]] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish: str = ""
+    status: int = 0
+    error: str = ""
+    text: str = ""
+
+    @property
+    def state(self) -> str:
+        """ok, error, or incomplete: a well-formed answer with other than the tokens that were asked for."""
+        if self.error:
+            return "error"
+        return "ok" if self.completion_tokens == self.wanted else "incomplete"
+
+    def record(self) -> dict[str, Any]:
+        """The sample for a report: times relative to its start, in seconds."""
+        row = asdict(self) | {"state": self.state, "end": round(self.end - self.start, 6)}
+        row["events"] = [[round(at - self.start, 6), tokens] for at, tokens in self.events]
+        return row
+
+
+def ttft(sample: Sample) -> float | None:
+    """Seconds to the first event; None where nothing came."""
+    return sample.events[0][0] - sample.start if sample.events else None
+
+
+def itl(sample: Sample) -> list[float]:
+    """Gaps between successive events, seconds; empty for an answer in one piece."""
+    times = [at for at, _ in sample.events]
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def tpot(sample: Sample) -> float | None:
+    """Seconds per output token after the first event; None for an answer in one piece."""
+    later = sum(tokens for _, tokens in sample.events[1:])
+    return (sample.events[-1][0] - sample.events[0][0]) / later if later else None
+
+
+def e2e(sample: Sample) -> float:
+    return sample.end - sample.start
+
+
+def complete(samples: Iterable[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.state == "ok"]
+
+
+def wall(samples: Sequence[Sample]) -> float:
+    """Seconds from the first request to the last end; 0 for no samples."""
+    return max(s.end for s in samples) - min(s.start for s in samples) if samples else 0.0
+
+
+def token_rate(samples: Sequence[Sample]) -> float:
+    """Output tokens of complete answers per second of wall time, over all clients."""
+    seconds = wall(samples)
+    return sum(s.completion_tokens or 0 for s in complete(samples)) / seconds if seconds else 0.0
+
+
+def request_rate(samples: Sequence[Sample]) -> float:
+    """Complete answers per second of wall time."""
+    seconds = wall(samples)
+    return len(complete(samples)) / seconds if seconds else 0.0
+
+
+def percentile(values: Sequence[float], q: float) -> float | None:
+    """The q-th percentile (0..100) with linear interpolation between ranks; None for no values."""
+    return float(np.percentile(values, q)) if len(values) else None
+
+
+def median(values: Sequence[float]) -> float | None:
+    return percentile(values, 50)
+
+
+def interval(
+    values: Sequence[float],
+    statistic: Callable[[np.ndarray, int], np.ndarray] = lambda rows, axis: np.median(rows, axis=axis),
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Bootstrap percentile interval of `statistic` (Efron 1979): resample with replacement, `draws` times.
+
+    None for fewer than three values, where resampling says nothing. The same seed gives the same interval.
+    """
+    if len(values) < 3:
+        return None
+    data = np.asarray(values, dtype=float)
+    rows = data[np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))]
+    found = statistic(rows, 1)
+    tail = (1 - confidence) / 2 * 100
+    return float(np.percentile(found, tail)), float(np.percentile(found, 100 - tail))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times better, pair by pair: the geometric mean of the pairs, the smallest and the largest."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def ratio(better: Sequence[float | None], worse: Sequence[float | None]) -> Ratio | None:
+    """Quotients better[i] / worse[i] of paired measurements; pairs that lack a side are left out.
+
+    The mean is geometric: the ratio of A to B is then one over the ratio of B to A. None without a pair.
+    """
+    quotients = [b / w for b, w in zip(better, worse, strict=True) if b and w]
+    if not quotients:
+        return None
+    mean = math.exp(sum(math.log(q) for q in quotients) / len(quotients))
+    return Ratio(mean, min(quotients), max(quotients), len(quotients))
+
+
+def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """All figures of one closed loop: seconds, rates per second and counts, over complete answers."""
+    good = complete(samples)
+    firsts = [value for s in good if (value := ttft(s)) is not None]
+    gaps = [gap for s in good for gap in itl(s)]
+    per_token = [value for s in good if (value := tpot(s)) is not None]
+    whole = [e2e(s) for s in good]
+    return {
+        "requests": len(samples),
+        "complete": len(good),
+        "incomplete": sum(s.state == "incomplete" for s in samples),
+        "errors": sum(s.state == "error" for s in samples),
+        "tokens_per_s": token_rate(samples),
+        "requests_per_s": request_rate(samples),
+        "ttft_s": spread(firsts),
+        "itl_s": spread(gaps),
+        "tpot_s": spread(per_token),
+        "e2e_s": spread(whole),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """p50, p90, p95, p99, max, the count, and the median's 95 % interval; None where there is no value."""
+    return {
+        "n": len(values),
+        **{f"p{q}": percentile(values, q) for q in (50, 90, 95, 99)},
+        "max": max(values, default=None),
+        "p50_interval": interval(values),
+    }

@@ -1,0 +1,150 @@
+"""A server to be measured: started as a child, waited for, watched, and surely stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from bench.http1 import ProtocolError
+from bench.load import Baseline, Dialect, Ours, get
+from bench.probe import MemoryWatch, tree, watched
+from edge.errors import EdgeError
+
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to start. command: arguments, the port left out as "{port}". ready: a path that answers 200."""
+
+    name: str
+    command: list[str]
+    dialect: Dialect
+    ready: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def ours(artefact: Path, *options: str) -> Target:
+    """edge serving a run folder or a GGUF file."""
+    command = [sys.executable, "-m", "edge.cli", "serve", str(artefact), "--port", "{port}", *options]
+    return Target("edge", command, Ours(), "/ready")
+
+
+def baseline(merged: Path, dtype: str) -> Target:
+    """The tutorial's server over a transformers folder, in float32 or bfloat16."""
+    command = [sys.executable, "-m", "bench.baseline", str(merged), "--port", "{port}", "--dtype", dtype]
+    return Target("baseline", command, Baseline(), "/health", {"HF_HUB_OFFLINE": "1"})
+
+
+@dataclass
+class Running:
+    """A target that answers. started: on time.perf_counter(); load_s: seconds until it was ready."""
+
+    target: Target
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    memory: MemoryWatch
+    started: float
+    load_s: float = 0.0
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log_tail(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+        return "\n    ".join(lines[-_LOG_LINES:])
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started(target: Target, log: Path, *, limit: float = 300.0) -> Iterator[Running]:
+    """The target as a running child in a process group of its own, ready to answer; stopped at the end.
+
+    limit: seconds until it must be ready. Raises EdgeError with the end of its log where it ends or is late.
+    """
+    port = free_port()
+    command = [word.format(port=port) if word == "{port}" else word for word in target.command]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # A group of its own: Ctrl-C reaches the one who measures, who then stops its targets in order.
+    group: dict[str, object] = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        if sys.platform == "win32"
+        else {"start_new_session": True}
+    )
+    began = time.perf_counter()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", **target.environment},
+            **group,  # type: ignore[call-overload]
+        )
+    try:
+        with watched(process.pid) as memory:
+            running = Running(target, f"http://127.0.0.1:{port}", process, log, memory, began)
+            _wait(running, limit)
+            running.load_s = time.perf_counter() - began
+            yield running
+    finally:
+        stop(process)
+
+
+def _wait(running: Running, limit: float) -> None:
+    name, path = running.target.name, running.target.ready
+    while True:
+        if running.process.poll() is not None:
+            code = running.process.returncode
+            raise EdgeError(
+                f"the server '{name}' ended with code {code} before it was ready",
+                f"its last words:\n    {running.log_tail()}",
+            )
+        with contextlib.suppress(OSError, TimeoutError, ProtocolError):
+            status, _ = asyncio.run(get(running.url, path, limit=5.0))
+            if status == 200:
+                return
+        if time.perf_counter() - running.started > limit:
+            raise EdgeError(
+                f"the server '{name}' was not ready after {limit:g} s",
+                f"its last words:\n    {running.log_tail()}",
+            )
+        time.sleep(0.1)
+
+
+def stop(process: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+    """End the process and every descendant: asked first, killed after `grace` seconds. Safe to repeat."""
+    # Taken first: once the parent has gone, its children can no longer be found through it.
+    family = tree(process.pid)
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    if sys.platform != "win32":
+        # Children that were born since, or whose parent had died before us.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, timeout=grace)
