@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
-from edge.errors import EdgeError, InputError, UnavailableError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 
 # Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
 _INTERRUPTIBLE_TOKENS = 32
@@ -66,10 +66,6 @@ class Model:
     def __init__(self, path: Path, *, gpu_layers: int = 0, extra_buffers: bool = True) -> None:
         self.lib = lib = library()
         self.path = path
-        # Kept for the life of the process: native code calls it until the end.
-        self._log = lib.llama_log_callback(_quiet)
-        lib.llama_log_set(self._log, None)
-        lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = extra_buffers
@@ -114,6 +110,9 @@ class LlamaCpp:
 
     def _new_context(self) -> Any:
         lib, settings = self._lib, self._settings
+        if settings.kv_type != "f16" and not settings.flash_attention:
+            # Native code would fall over it rather than say so.
+            raise UsageError(f"a {settings.kv_type} KV cache needs flash attention", "use kv type f16")
         params = lib.llama_context_default_params()
         params.n_ctx = settings.capacity if settings.unified else settings.slots * settings.context
         params.n_batch = params.n_ubatch = settings.batch
@@ -325,6 +324,8 @@ class _Log:
 
 
 _listening: list[_Log] = []
+# Native code calls it until the process ends: it must never be collected.
+_callbacks: list[Any] = []
 
 
 def _quiet(level: int, text: bytes, data: object) -> None:
@@ -350,4 +351,8 @@ def library() -> Any:
             f"llama-cpp-python cannot be loaded: {error}",
             "build it for this machine: python -m edge.native",
         ) from error
+    if not _callbacks:
+        _callbacks.append(lib.llama_log_callback(_quiet))
+        lib.llama_log_set(_callbacks[0], None)
+        lib.llama_backend_init()
     return lib
