@@ -68,13 +68,13 @@ def plan(artefact: Artefact, options: Options) -> Settings:
     Raises UsageError for impossible options, InputError where the memory does not suffice,
     UnavailableError where a device was asked for that is not there.
     """
-    slots = options.slots or DEFAULT_SLOTS
+    slots = DEFAULT_SLOTS if options.slots is None else options.slots
     trained = artefact.header.context_length
     context = min(DEFAULT_CONTEXT, trained) if options.context is None else options.context
     for name, value, least, most in (
         ("--slots", slots, 1, 256),
         ("--ctx", context, 16, trained),
-        ("--threads", options.threads or 1, 1, 512),
+        ("--threads", 1 if options.threads is None else options.threads, 1, 512),
     ):
         if not least <= value <= most:
             why = f"; the model was trained for {trained} tokens" if name == "--ctx" else ""

@@ -1,0 +1,241 @@
+"""`edge serve` on a tiny real GGUF, as a user runs it; and how loading is planned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge import artefact, hardware, manifest, native, planning, tune
+from edge.artefact import Artefact
+from edge.backends.llamacpp import Model, Settings
+from edge.errors import InputError, UnavailableError, UsageError
+from edge.hardware import Memory
+from edge.planning import Options
+from tests import tiny_llama
+from tests.fake_server import Server, launch
+
+
+def publish(folder: Path, **given: object) -> Path:
+    """A run whose gguf stage holds the tiny model."""
+    with manifest.publish(folder / "gguf") as partial:
+        tiny_llama.write(partial / "微小.gguf")
+        fields: dict[str, object] = {
+            "stage": "gguf",
+            "name": "微小",
+            "stop_ids": [2, 7],
+            "chat_template": manifest.text_digest(tiny_llama.TEMPLATE),
+        }
+        manifest.write(partial, manifest.Manifest(**{**fields, **given}))  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(tmp_path_factory.mktemp("运行 run"))
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    command = [
+        sys.executable,
+        "-m",
+        "edge.cli",
+        "serve",
+        str(run),
+        "--port",
+        "0",
+        "--no-tune",
+        "--ctx",
+        "256",
+    ]
+    with launch(command) as started:
+        started.wait()
+        yield started
+
+
+def test_it_says_what_it_serves(server: Server, run: Path) -> None:
+    info = server.get("/info").json()
+    assert info["model"] == "微小"
+    assert info["digest"] == manifest.read(run / "gguf").digest
+    assert {2, 7, tiny_llama.END} <= set(info["stop_ids"])
+    assert (info["backend"], info["device"], info["context"]) == ("llamacpp", "cpu", 256)
+    assert info["why"]
+    health = server.get("/health").json()
+    assert (health["status"], health["device"]) == ("ready", "cpu")
+
+
+def test_it_answers_over_every_route(server: Server) -> None:
+    answer = server.get("/generate", params={"prompt": "你好", "max_tokens": 8})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["prompt_tokens"] == 1 + 1 + 6 + 1 + 1
+    assert answer.headers["x-edge-device"] == "cpu"
+    assert answer.json()["digest"].startswith("sha256:")
+    body = {
+        "model": "微小",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    chat = server.post("/v1/chat/completions", body).json()
+    post = server.post("/generate", {"prompt": "hi", "max_tokens": 8}).json()
+    assert chat["choices"][0]["message"]["content"] == post["generate_text"]
+
+
+def test_s6_the_same_prompt_three_times(server: Server) -> None:
+    body = {"prompt": "the same words " * 14, "max_tokens": 16}
+    first, *others = [server.post("/generate", body).json() for _ in range(3)]
+    assert all(other["generate_text"] == first["generate_text"] for other in others)
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, *others)]
+    assert cached[0] < 5
+    assert cached[1:] == [first["usage"]["prompt_tokens"] - 1] * 2
+    cold = server.post("/generate", {**body, "cache_prompt": False}).json()
+    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_schema_is_obeyed_by_the_real_vocabulary(server: Server) -> None:
+    answer = server.post("/generate", {"prompt": "x", "regex": "你好[0-9]{3}", "temperature": 1.5})
+    assert answer.json()["generate_text"].startswith("你好")
+    assert answer.json()["finish_reason"] == "stop"
+
+
+# -- what can be served ----------------------------------------------------------------------------------
+
+
+def test_run_folder_and_file_are_the_same_artefact(run: Path) -> None:
+    by_run, by_folder = artefact.resolve(run), artefact.resolve(run / "gguf")
+    by_file = artefact.resolve(run / "gguf" / "微小.gguf")
+    assert by_run == by_folder == by_file
+    assert by_run.stop_ids == frozenset({2, 7})
+
+
+def test_m2_another_template_than_the_exported_one_is_refused(tmp_path: Path) -> None:
+    publish(tmp_path, chat_template=manifest.text_digest("another"))
+    with pytest.raises(InputError, match="chat template"):
+        artefact.resolve(tmp_path)
+
+
+def test_a_foreign_file_is_served_by_its_own_header(tmp_path: Path) -> None:
+    found = artefact.resolve(tiny_llama.write(tmp_path / "x.gguf", template=None))
+    assert (found.name, found.digest, found.chat_template) == ("x", "", None)
+
+
+# -- how it is loaded ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(run: Path) -> Artefact:
+    return artefact.resolve(run)
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, int(mib * 2**20)))
+
+
+def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = planning.estimate(tiny, kv_type="f16", slots=1)
+    assert need.cell == 2 * 2 * (16 + 16) * 2
+    memory(monkeypatch, (need.total(400) + 100) / 2**20)
+    assert planning.plan(tiny, Options(context=384, slots=1)).context == 384
+    with pytest.raises(InputError, match="MiB are free") as caught:
+        planning.plan(tiny, Options(context=512, slots=1))
+    assert "--ctx 256" in str(caught.value)
+
+
+def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
+    with pytest.raises(UsageError, match="trained for 512"):
+        planning.plan(tiny, Options(context=10_000_000))
+
+
+@pytest.mark.parametrize(
+    "options", [Options(slots=0), Options(slots=999), Options(context=1), Options(threads=0)]
+)
+def test_options_out_of_range_are_named(tiny: Artefact, options: Options) -> None:
+    with pytest.raises(UsageError, match="--"):
+        planning.plan(tiny, options)
+
+
+def test_the_pool_shrinks_to_the_memory_before_the_context_does(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert planning.plan(tiny, Options(slots=16)).capacity == 16 * 512
+    need = planning.estimate(tiny, kv_type="f16", slots=16)
+    memory(monkeypatch, (need.total(1000) + 100) / 2**20)
+    planned = planning.plan(tiny, Options(slots=16))
+    assert planned.context == 512
+    assert 990 <= planned.capacity <= 1000
+
+
+def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [])
+    monkeypatch.setattr(native, "gpu_offload", lambda: False)
+    device, layers, why = planning.choose_device("auto")
+    assert (device, layers) == ("cpu", 0)
+    assert "no NVIDIA card" in why
+    with pytest.raises(UnavailableError, match="CUDA=1"):
+        planning.choose_device("cuda")
+    assert planning.choose_device("cpu") == ("cpu", 0, "asked for")
+
+
+# -- tuning --------------------------------------------------------------------------------------------
+
+
+def test_tuning_measures_once_and_keeps_the_result(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tune, "BUDGET_S", 60.0)
+    model = Model(run / "gguf" / "微小.gguf")
+    asked = Settings(threads=1, slots=8)
+    first = tune.settings(model, asked)
+    again = tune.settings(model, asked)
+    assert first == again
+    assert first.tuned.startswith("measured")
+    assert len(list((tmp_path / "tune").iterdir())) == 1
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured twice"))
+    assert tune.settings(model, asked) == first
+    model.close()
+
+
+def test_tuning_that_killed_the_process_is_not_tried_again(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    model = Model(run / "gguf" / "微小.gguf")
+    asked = Settings(threads=1)
+    path = tune._cache(model.path, asked)
+    path.parent.mkdir()
+    path.write_text('{"state": "measuring"}', encoding="utf-8")
+    assert tune.settings(model, asked).tuned.startswith("skipped")
+    model.close()
+
+
+def test_a_machine_too_busy_to_measure_is_served_as_asked(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tune, "BUDGET_S", -1.0)
+    model = Model(run / "gguf" / "微小.gguf")
+    settings = tune.settings(model, Settings(threads=1))
+    assert "too busy" in settings.tuned
+    assert list((tmp_path / "tune").iterdir()) == []
+    model.close()
+
+
+def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.cli", "tune", str(run), "--threads", "1"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "taken" in done.stdout
