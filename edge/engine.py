@@ -191,14 +191,15 @@ class Engine:
         limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
         stop_ids = info.stop_ids | frozenset(params.stop_ids)
         matcher = self._grammars.compile(request.constraint) if request.constraint is not None else None
+        # A draft of a constrained answer would need a mask for each of its tokens.
+        speculate = self._speculate and request.speculate and matcher is None
         return Job(
             request=request,
             sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
             sampler=Sampler(params, info.vocab, tokens, stop_ids),
             text=TextStream(params.stop),
             stop_ids=stop_ids,
-            # A draft would need a mask for each of its tokens.
-            lookup=Lookup(tokens) if self._speculate and matcher is None else None,
+            lookup=Lookup(tokens) if speculate else None,
             matcher=matcher,
             arrived=self._clock(),
         )
@@ -252,7 +253,7 @@ class Engine:
         if self._draining is not None:
             error = RequestError("the server is shutting down", status=503, code="shutting_down")
             self._refuse(job.request.key, error)
-        elif waiting >= self._max_queue:
+        elif waiting >= self._max_queue + self._backend.info.slots - len(self._scheduler.running):
             seconds = max(1.0, self._service_s * waiting / self._backend.info.slots)
             error = RequestError(
                 f"the queue is full: {waiting} requests wait",

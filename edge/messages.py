@@ -21,7 +21,7 @@ class Submit(msgspec.Struct, tag="submit"):
     """Generate after `prompt`: a text (special: control tokens are parsed) or token ids.
 
     timeout_s: the whole request, queue included. reuse: take over KV cells of requests before.
-    constraint: what the answer must match.
+    constraint: what the answer must match. speculate: whether prompt lookup may draft for it.
     """
 
     key: int
@@ -31,6 +31,7 @@ class Submit(msgspec.Struct, tag="submit"):
     reuse: bool = True
     timeout_s: float | None = None
     constraint: Constraint | None = None
+    speculate: bool = True
 
 
 class Cancel(msgspec.Struct, tag="cancel"):

@@ -128,12 +128,13 @@ class EngineProcess:
         reuse: bool = True,
         timeout_s: float | None = None,
         constraint: Constraint | None = None,
+        speculate: bool = True,
     ) -> Stream:
         """Start a request. Raises RequestError (503) while no model is loaded."""
         self._check_ready()
         key = next(self._keys)
         stream = self._streams[key] = Stream(self, key)
-        self._send(msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint))
+        self._send(msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate))
         return stream
 
     async def encode(self, text: str, *, special: bool) -> msg.Encoded:

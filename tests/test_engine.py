@@ -229,12 +229,14 @@ def test_a_long_prompt_never_stalls_a_running_stream() -> None:
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:
     desk = Desk(FakeBackend(slots=1), max_queue=1)
-    for key in range(3):
-        desk.submit(key, "x", max_tokens=4)
+    # One has a slot at once, one may wait.
+    for key in range(4):
+        desk.submit(key, "x", max_tokens=4, ignore_eos=True)
     desk.engine.turn()
-    assert desk.refused(1).status == desk.refused(2).status == 429
+    assert desk.refused(2).status == desk.refused(3).status == 429
     assert (desk.refused(2).retry_after or 0) >= 1
     desk.run()
+    assert desk.done(0).reason == desk.done(1).reason == "length"
 
 
 def test_first_come_first_served() -> None:

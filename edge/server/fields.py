@@ -50,6 +50,7 @@ class Sampled(BaseModel):
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
+    speculate: bool | None = None
     timeout: Seconds | None = None
     stream: bool | None = None
 
@@ -80,6 +81,14 @@ class Sampled(BaseModel):
             logprobs=logprobs,
             **given,
         )
+
+    def run(self) -> dict[str, Any]:
+        """How the engine is to treat the request: keywords of `EngineProcess.submit`."""
+        return {
+            "reuse": self.cache_prompt is not False,
+            "speculate": self.speculate is not False,
+            "timeout_s": self.timeout,
+        }
 
     def _bias(self) -> dict[int, float]:
         bias = {}

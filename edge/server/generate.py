@@ -87,9 +87,8 @@ def _respond(request: Request, body: Generate) -> Response:
     stream = serving.engine.submit(
         prompt,
         body.params(temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS),
-        reuse=body.cache_prompt is not False,
-        timeout_s=body.timeout,
         constraint=body.constraint(),
+        **body.run(),
     )
     if body.stream:
         return EventStream(stream, lambda s: _events(serving, s), serving.headers())

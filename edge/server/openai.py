@@ -121,9 +121,8 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Response:
     stream = serving.engine.submit(
         prompt,
         params,
-        reuse=body.cache_prompt is not False,
-        timeout_s=body.timeout,
         constraint=body.constraint(),
+        **body.run(),
     )
     split = ThoughtSplit(inside=opens_thought(prompt)) if THINK in serving.template().source else None
     shape = _Shape(serving, "chat.completion", "chatcmpl")
@@ -144,9 +143,8 @@ async def completions(request: Request, body: Completion) -> Response:
     stream = serving.engine.submit(
         body.prompt,
         params,
-        reuse=body.cache_prompt is not False,
-        timeout_s=body.timeout,
         constraint=body.constraint(),
+        **body.run(),
     )
     shape = _Shape(serving, "text_completion", "cmpl")
     if body.stream:
