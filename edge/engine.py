@@ -20,6 +20,7 @@ from edge.backends.base import Backend, Logits, Row, StepInterrupted
 from edge.errors import RequestError
 from edge.grammar import Grammars, Matcher
 from edge.kvcache import KVCache
+from edge.prefixes import PrefixStore
 from edge.sampling import Choice, Sampler
 from edge.scheduler import Scheduler, Sequence, Work
 from edge.speculate import Lookup
@@ -116,6 +117,7 @@ class Engine:
         *,
         max_queue: int = 256,
         speculate: bool = True,
+        store: PrefixStore | None = None,
         flush_s: float = FLUSH_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -126,7 +128,7 @@ class Engine:
         self._speculate = speculate
         self._flush_s = flush_s
         self._clock = clock
-        self.cache = KVCache(backend)
+        self.cache = KVCache(backend, store)
         self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
         self._pace = Pace(info.batch)
         self._grammars = Grammars(backend)
@@ -211,9 +213,10 @@ class Engine:
     # -- the engine's own thread ----------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until `drain` was asked and everything has ended."""
+        """Serve until `drain` was asked and everything has ended; then keep prefixes on disk, if asked."""
         while self.turn(wait=True):
             pass
+        self.cache.keep_on_disk()
 
     def turn(self, *, wait: bool = False) -> bool:
         """One round: take in what has come, run one step, send events. False when drained."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import Backend
+from edge.prefixes import SHORTEST, PrefixStore, common
 
 
 @dataclass(slots=True)
@@ -30,8 +31,9 @@ class Slot:
 class KVCache:
     """The bookkeeping of a backend's slots. Every change goes through here, so that both agree."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, store: PrefixStore | None = None) -> None:
         self._backend = backend
+        self._store = store
         info = backend.info
         self._shared = info.shared
         self._slots = [
@@ -78,7 +80,7 @@ class KVCache:
         best, shared = -1, 0
         if reuse:
             for i, slot in enumerate(self._slots):
-                n = _common(slot.tokens[: slot.length], wanted)
+                n = common(slot.tokens[: slot.length], wanted)
                 # At equal length an idle slot is better: it needs no copy.
                 if n > shared or (
                     n == shared and n and best >= 0 and self._slots[best].busy and not slot.busy
@@ -97,7 +99,40 @@ class KVCache:
         slot = self._slots[taken]
         slot.busy = True
         self._touch(slot)
+        if reuse and self._store is not None:
+            shared = self._from_disk(self._store, taken, wanted)
         return taken, shared
+
+    def keep_on_disk(self) -> int:
+        """Store what the slots hold, the newest last; the number of prefixes that were kept."""
+        if self._store is None:
+            return 0
+        kept = 0
+        for slot in sorted(range(len(self._slots)), key=lambda i: self._slots[i].used):
+            tokens = self._slots[slot].tokens[: self._slots[slot].length]
+            if len(tokens) >= SHORTEST:
+                kept += self._store.save(tokens, self._backend.save(slot))
+        return kept
+
+    def _from_disk(self, store: PrefixStore, index: int, wanted: NDArray[np.int32]) -> int:
+        """Fill the slot from disk where that saves more than it holds; the tokens that it then holds."""
+        slot = self._slots[index]
+        found = store.best(wanted)
+        if found is None or found[0] < slot.length + SHORTEST:
+            return slot.length
+        shared, entry = found
+        size = len(entry.tokens)
+        free = self.free_cells()
+        if size > len(slot.tokens) or (free is not None and free + slot.length < size):
+            return slot.length
+        cells = store.read(entry)
+        if cells is None:
+            return slot.length
+        self.truncate(index, 0)
+        if self._backend.restore(index, cells, size):
+            self.extend(index, entry.tokens.tolist())
+            self.truncate(index, shared)
+        return slot.length
 
     def extend(self, index: int, tokens: list[int]) -> None:
         """Tell that the backend has computed `tokens` at the end of the slot."""
@@ -160,10 +195,3 @@ class KVCache:
             self._holders[gone] -= 1
             self._used_cells -= int((self._holders[gone] == 0).sum())
         slot.length = n
-
-
-def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Length of the common prefix of two token lists."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n

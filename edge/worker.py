@@ -8,6 +8,7 @@ HTTP process is gone and this one ends too. One thread (the main one) owns the m
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from edge import messages as msg
 from edge.backends.base import Backend, BackendInfo
 from edge.engine import Engine
 from edge.errors import EdgeError
+from edge.prefixes import PrefixStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Load:
     """What a worker loads: a backend's kind, a file, its settings and the engine's options.
 
     tune: measure on this machine what the settings leave open, or take what was measured before.
+    store: a folder that keeps prefixes over restarts ("": none), store_mib of them at most.
     """
 
     kind: str
@@ -41,6 +44,9 @@ class Load:
     max_queue: int = 256
     speculate: bool = True
     tune: bool = False
+    store: str = ""
+    store_mib: int = 1024
+    digest: str = ""
 
 
 def open_backend(load: Load) -> Backend:
@@ -57,6 +63,19 @@ def open_backend(load: Load) -> Backend:
     if load.tune:
         settings = tune.settings(model, settings)
     return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids))
+
+
+def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
+    """The prefixes of this very model, build and cache layout; None where none are to be kept."""
+    if not load.store:
+        return None
+    # A file without a manifest is known by its size and time.
+    stat = Path(load.path).stat() if load.path else None
+    model = load.digest or (f"{stat.st_size}-{stat.st_mtime_ns}" if stat else load.kind)
+    layout = {name: value for name, value in info.settings.items() if name != "tuned"}
+    facts = json.dumps([model, info.kind, layout], sort_keys=True)
+    key = hashlib.sha256(facts.encode("utf-8")).hexdigest()
+    return PrefixStore(Path(load.store), key, load.store_mib * 2**20)
 
 
 def _ready(info: BackendInfo, seconds: float) -> msg.Ready:
@@ -146,7 +165,8 @@ def main() -> int:
     except EdgeError as error:
         link.send([msg.Failed(error.message, error.hint)])
         return error.exit_code
-    engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate)
+    store = open_store(load, backend.info)
+    engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate, store=store)
     link.send([_ready(backend.info, time.monotonic() - began)])
     reader = threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True)
     reader.start()

@@ -94,6 +94,14 @@ class Backend(Protocol):
         """Keep the first `n` tokens of `slot`; 0 empties it."""
         ...
 
+    def save(self, slot: int) -> bytes:
+        """The cells of a slot in the backend's own format."""
+        ...
+
+    def restore(self, slot: int, cells: bytes, length: int) -> bool:
+        """Fill an empty slot with cells that `save` gave for `length` tokens. False where they do not fit."""
+        ...
+
     def interrupt(self) -> None:
         """Ask the running step to end early. From any thread; no effect where no long step runs."""
         ...

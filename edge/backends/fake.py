@@ -6,6 +6,7 @@ else: a wrong position, a stale prefix or a mixed-up slot changes the output.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -128,6 +129,18 @@ class FakeBackend:
         if not 0 <= n <= len(self._held[slot]):
             raise ValueError(f"truncate slot {slot} to {n} of {len(self._held[slot])}")
         del self._held[slot][n:]
+
+    def save(self, slot: int) -> bytes:
+        return json.dumps([(token, state) for token, state, _ in self._held[slot]]).encode("ascii")
+
+    def restore(self, slot: int, cells: bytes, length: int) -> bool:
+        rows = json.loads(cells)
+        if self._held[slot] or len(rows) != length:
+            raise ValueError(f"restore of {length} tokens into slot {slot}")
+        for token, state in rows:
+            self._cells += 1
+            self._held[slot].append((token, state, self._cells))
+        return True
 
     def interrupt(self) -> None:
         self._interrupted = True

@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait")
     parser.add_argument("--api-key-file", type=Path, help=f"one key a line (or set {KEY_VARIABLE})")
+    parser.add_argument("--kv-store", type=Path, help="a folder that keeps prefixes over restarts")
+    parser.add_argument("--kv-store-mib", type=int, default=1024, help="how much it may hold")
     parser.add_argument("--drain", type=float, default=10.0, help="seconds that requests may finish in")
     args = parser.parse_args(argv)
 
@@ -66,6 +68,9 @@ def main(argv: list[str]) -> int:
             stop_ids=sorted(found.stop_ids),
             max_queue=args.max_queue,
             tune=not args.no_tune,
+            store=str(args.kv_store.absolute()) if args.kv_store else "",
+            store_mib=args.kv_store_mib,
+            digest=found.digest,
         )
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         name = args.name or found.name

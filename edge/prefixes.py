@@ -1,0 +1,129 @@
+"""Prefixes kept on disk: a restarted server need not read a long system prompt anew.
+
+One file for each prefix: a line of JSON, the token ids, the backend's cells. A file counts only for the
+model, build and cache settings that wrote it (`key`), and only if its checksum is right; anything else is
+left alone or, where it is broken, removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger("edge")
+
+# Reading fewer tokens than this anew is as quick as reading them from a file.
+SHORTEST = 64
+_SUFFIX = ".kv"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored prefix: its tokens, and where its cells lie."""
+
+    path: Path
+    tokens: NDArray[np.int32]
+    offset: int
+    checksum: str
+
+
+class PrefixStore:
+    """The prefixes of one model in `folder`, at most `limit` bytes of them, the oldest removed first."""
+
+    def __init__(self, folder: Path, key: str, limit: int) -> None:
+        self._folder = folder
+        self._key = key
+        self._limit = limit
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        self._entries = [entry for path in paths if (entry := self._open(path))]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def best(self, prompt: NDArray[np.int32]) -> tuple[int, Entry] | None:
+        """The entry that shares the longest beginning with `prompt`, and its length; None under SHORTEST."""
+        found = [(common(entry.tokens, prompt), entry) for entry in self._entries]
+        found = [item for item in found if item[0] >= SHORTEST]
+        return max(found, key=lambda item: item[0]) if found else None
+
+    def read(self, entry: Entry) -> bytes | None:
+        """The cells of an entry; None, and the file removed, where they are not what was written."""
+        try:
+            cells = entry.path.read_bytes()[entry.offset :]
+        except OSError:
+            cells = b""
+        if hashlib.sha256(entry.tokens.tobytes() + cells).hexdigest() == entry.checksum:
+            return cells
+        log.warning("%s is damaged; removed", entry.path)
+        self._remove(entry)
+        return None
+
+    def save(self, tokens: NDArray[np.int32], cells: bytes) -> bool:
+        """Keep a prefix, unless it is short, too large, or the beginning of one that is kept."""
+        if len(tokens) < SHORTEST or len(cells) > self._limit:
+            return False
+        if any(common(entry.tokens, tokens) == len(tokens) for entry in self._entries):
+            return False
+        for entry in [e for e in self._entries if common(e.tokens, tokens) == len(e.tokens)]:
+            self._remove(entry)
+        checksum = hashlib.sha256(tokens.tobytes() + cells).hexdigest()
+        head = {"key": self._key, "tokens": len(tokens), "checksum": checksum}
+        line = json.dumps(head).encode("ascii") + b"\n"
+        path = self._folder / f"{checksum[:24]}{_SUFFIX}"
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            with partial.open("wb") as handle:
+                handle.write(line)
+                handle.write(tokens.tobytes())
+                handle.write(cells)
+            partial.replace(path)
+        except OSError as error:
+            log.warning("a prefix could not be kept: %s", error)
+            partial.unlink(missing_ok=True)
+            return False
+        self._entries.append(Entry(path, tokens.copy(), len(line) + tokens.nbytes, checksum))
+        self._trim()
+        return True
+
+    def _open(self, path: Path) -> Entry | None:
+        try:
+            with path.open("rb") as handle:
+                line = handle.readline(4096)
+                head = json.loads(line)
+                if head["key"] != self._key:
+                    return None
+                tokens = np.frombuffer(handle.read(4 * int(head["tokens"])), np.int32)
+            if len(tokens) != head["tokens"]:
+                raise ValueError("it is too short")
+            return Entry(path, tokens, len(line) + tokens.nbytes, str(head["checksum"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is no stored prefix (%s); left alone", path, error)
+            return None
+
+    def _remove(self, entry: Entry) -> None:
+        self._entries.remove(entry)
+        with contextlib.suppress(OSError):
+            entry.path.unlink()
+
+    def _trim(self) -> None:
+        sizes = {entry.path: entry.path.stat().st_size for entry in self._entries}
+        while sum(sizes.values()) > self._limit:
+            oldest = self._entries[0]
+            del sizes[oldest.path]
+            self._remove(oldest)
+
+
+def common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Length of the common beginning of two token lists."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
