@@ -26,25 +26,29 @@ _LOG_LINES = 15
 
 @dataclass(frozen=True)
 class Target:
-    """What to start. command: arguments, the port left out as "{port}". ready: a path that answers 200."""
+    """What to start. command: arguments, the port left out as "{port}".
+
+    ready: a path that answers 200 as soon as requests can be answered; about: one that tells its settings.
+    """
 
     name: str
     command: list[str]
     dialect: Dialect
     ready: str
+    about: str
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def ours(artefact: Path, *options: str) -> Target:
     """edge serving a run folder or a GGUF file."""
     command = [sys.executable, "-m", "edge.cli", "serve", str(artefact), "--port", "{port}", *options]
-    return Target("edge", command, Ours(), "/ready")
+    return Target("edge", command, Ours(), "/ready", "/info")
 
 
 def baseline(merged: Path, dtype: str) -> Target:
     """The tutorial's server over a transformers folder, in float32 or bfloat16."""
     command = [sys.executable, "-m", "bench.baseline", str(merged), "--port", "{port}", "--dtype", dtype]
-    return Target("baseline", command, Baseline(), "/health", {"HF_HUB_OFFLINE": "1"})
+    return Target("baseline", command, Baseline(), "/health", "/health", {"HF_HUB_OFFLINE": "1"})
 
 
 @dataclass

@@ -1,20 +1,14 @@
-"""The load generator against a server whose delays are known.
-
-As a script it is that server in a process of its own: `python -m tests.test_bench_load FIRST GAP`.
-"""
+"""The load generator against a server whose delays are known."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import resource
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,72 +20,9 @@ from bench import metrics
 from bench.http1 import Events, ProtocolError, Response, request
 from bench.load import Baseline, HealthProbe, Job, Ours, ask, closed_loop, get
 from bench.metrics import Sample
+from tests.bench_mock import Mock, serving
 
 ROOT = Path(__file__).parent.parent
-
-
-class Mock:
-    """Speaks edge's interface: `first` seconds to the first token, `gap` between tokens.
-
-    cut: tokens after which it says `fault`: "stop" (an honest early end), "drop" (the connection ends) or
-    "error" (an error event). status: of every answer.
-    """
-
-    def __init__(self, first: float, gap: float, *, cut: int = 0, fault: str = "", status: int = 200) -> None:
-        self.first, self.gap, self.cut, self.fault, self.status = first, gap, cut, fault, status
-        self.bodies: list[dict[str, Any]] = []
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await self._answer(reader, writer)
-        finally:
-            writer.close()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        if "GET /health" in head:
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
-        elif self.status != 200:
-            writer.write(f"HTTP/1.1 {self.status} No\r\ncontent-length: 5\r\n\r\nsorry".encode())
-        else:
-            length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
-            self.bodies.append(json.loads(await reader.readexactly(length)))
-            await self._stream(writer, self.bodies[-1]["max_tokens"])
-        with contextlib.suppress(OSError):
-            await writer.drain()
-
-    async def _stream(self, writer: asyncio.StreamWriter, tokens: int) -> None:
-        def event(said: Any) -> None:
-            text = said if isinstance(said, str) else json.dumps(said)
-            data = f"data: {text}\n\n".encode()
-            writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
-        due = time.perf_counter() + self.first
-        made = min(tokens, self.cut or tokens)
-        for _ in range(made):
-            await asyncio.sleep(due - time.perf_counter())
-            event({"text": "la ", "tokens": 1})
-            # Absolute times: a late wake-up does not shift all that follow.
-            due += self.gap
-        if self.fault == "drop":
-            return
-        if self.fault == "error":
-            event({"error": {"message": "the engine has gone"}})
-        else:
-            usage = {"prompt_tokens": 7, "completion_tokens": made}
-            event({"done": True, "finish_reason": "stop" if self.cut else "length", "usage": usage})
-        event("[DONE]")
-        writer.write(b"0\r\n\r\n")
-
-
-@contextlib.asynccontextmanager
-async def serving(mock: Any) -> AsyncIterator[str]:
-    server = await asyncio.start_server(mock, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 def drive(mock: Any, *, clients: int = 1, requests: int = 1, tokens: int = 20) -> list[Sample]:
@@ -263,7 +194,7 @@ def test_request_bytes() -> None:
 @pytest.mark.slow
 def test_sixty_four_streams_of_fifty_tokens_a_second_on_one_core() -> None:
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.test_bench_load", "0.5", "0.02"],
+        [sys.executable, "-m", "tests.bench_mock", "0.5", "0.02"],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -285,14 +216,3 @@ def test_sixty_four_streams_of_fifty_tokens_a_second_on_one_core() -> None:
     assert metrics.median([metrics.tpot(s) or 0 for s in samples]) == pytest.approx(0.02, rel=0.02)
     assert metrics.median([metrics.ttft(s) or 0 for s in samples]) == pytest.approx(0.5, rel=0.1)
     sys.stderr.write(f"{used:.2f} s of processor in {metrics.wall(samples):.2f} s\n")
-
-
-async def main(first: float, gap: float) -> None:
-    async with serving(Mock(first, gap)) as url:
-        sys.stdout.write(url + "\n")
-        sys.stdout.flush()
-        await asyncio.sleep(600)
-
-
-if __name__ == "__main__":
-    asyncio.run(main(float(sys.argv[1]), float(sys.argv[2])))

@@ -1,0 +1,44 @@
+"""Puts a report's table into README.md: `python -m bench.readme REPORT.json README.md`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench import report
+from edge.cli import guarded
+from edge.errors import InputError
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def replaced(text: str, table: str) -> str:
+    """`text` with what stands between the two marks replaced. Raises ValueError without exactly one pair."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser.add_argument("report", type=Path, help="report.json of a run")
+    parser.add_argument("readme", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        made = json.loads(args.report.read_text(encoding="utf-8"))
+        table = report.block(made)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{args.report} is not a report: {error}", "give RUN/report.json") from error
+    try:
+        text = replaced(args.readme.read_text(encoding="utf-8"), table)
+    except ValueError:
+        raise InputError(f"{args.readme} needs one {BEGIN} and, after it, one {END}") from None
+    args.readme.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
