@@ -96,7 +96,7 @@ def pull(
     elif on_hub:
         target = out or MODELS / name.split("/")[1]
         manifest.check_target(target, overwrite)
-        snapshot = hub.snapshot(name, revision)
+        snapshot = hub.snapshot(name, revision, console=console)
         settings = {"revision": revision or "main", "commit": snapshot.name}
         _publish_folder(check_folder(snapshot, shown=name), target, overwrite, name, settings)
     else:
