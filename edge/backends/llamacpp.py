@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.governor import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 
 # Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
@@ -103,6 +105,8 @@ class LlamaCpp:
         self._make_batch()
         self._pieces: dict[int, bytes] = {}
         self._lengths = [0] * settings.slots
+        # On a card the CPU's threads do next to nothing.
+        self._governor = Governor(settings.threads) if settings.gpu_layers == 0 else None
         self._interrupted = False
         self._abort = lib.ggml_abort_callback(lambda _: self._interrupted)
         self._no_abort = lib.ggml_abort_callback()
@@ -222,7 +226,7 @@ class LlamaCpp:
         long = total >= _INTERRUPTIBLE_TOKENS
         if long:
             self._lib.llama_set_abort_callback(self._context, self._abort, None)
-        code = self._lib.llama_decode(self._context, self._batch)
+        code = self._decode_governed(total)
         if long:
             self._lib.llama_set_abort_callback(self._context, self._no_abort, None)
         if code == 2:
@@ -236,6 +240,20 @@ class LlamaCpp:
         if not outputs:
             return np.zeros((0, self.info.vocab), np.float32)
         return self._logits(outputs)
+
+    def _decode_governed(self, total: int) -> int:
+        """One llama_decode; decoding steps tell the governor what they took, and use what it says."""
+        governor = self._governor
+        if governor is None or total > self._settings.slots:
+            return int(self._lib.llama_decode(self._context, self._batch))
+        used, began = governor.threads, time.perf_counter()
+        code = int(self._lib.llama_decode(self._context, self._batch))
+        now = time.perf_counter()
+        governor.learn(total, now - began, now)
+        if governor.threads != used:
+            batch = min(self._settings.threads_batch, governor.threads)
+            self._lib.llama_set_n_threads(self._context, governor.threads, batch)
+        return code
 
     def _logits(self, outputs: int) -> Logits:
         pointer = self._lib.llama_get_logits(self._context)
