@@ -399,6 +399,8 @@ class Engine:
         if job.text.stopped is not None and reason == "length":
             reason = "stop"
         self._forget(job)
+        # A slot that is free is told at once.
+        self._stats_at = 0.0
         started = job.started or now
         first = job.first or now
         self._service_s = 0.9 * self._service_s + 0.1 * (now - started)
