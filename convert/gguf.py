@@ -38,7 +38,7 @@ TEMPLATE = "chat_template.jinja"
 # Texts in which pre-tokenizers, byte fallback and space handling differ.
 PROBES = (
     "Hello, world! I'm the conch; WE'LL see, don't you?",
-    "请问你是谁？我是海底的神奇海螺，今天（星期三）卖蟹堡。",
+    "请问你是谁？我是海底的神奇海螺，今天（星期三）卖汉堡。",
     "你好👩‍🚀🇨🇳 🍔🐚 café naïve Ǆ ﬁ",
     "def f(x):\n    return x**2  # 平方\n\n\n\tif x >= 10 and y != 'a':\r\n",
     "a  3",

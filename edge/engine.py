@@ -30,7 +30,7 @@ Emit = Callable[[list[msg.Event]], None]
 Mask = NDArray[np.bool_]
 
 # Tokens that come faster than an eye reads share an event; the first one never waits.
-FLUSH_S = 0.02
+FLUSH_S = 0.04
 # A step with prompt tokens takes at most this share longer than a step of the running streams alone.
 PREFILL_SHARE = 0.7
 # A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer.
@@ -79,13 +79,16 @@ class Pace:
         self._alone: float | None = None
         self._mixed: float | None = None
 
-    def chunk(self, decoding: int) -> int:
-        """Prompt tokens that the next step may hold."""
-        if not decoding:
+    def chunk(self, decoding: int, prefilling: int) -> int:
+        """Prompt tokens that the next step may hold beside `decoding` rows.
+
+        prefilling: requests that wait for their first token. Where they are many more than the streams that
+        run, holding them back would only leave later steps half empty.
+        """
+        if not decoding or self._quiet is None:
             return self._bounded(ALONE_S, self._alone)
-        if self._quiet is None:
-            return SMALLEST_CHUNK
-        return self._bounded(PREFILL_SHARE * self._quiet, self._mixed or self._alone)
+        share = PREFILL_SHARE * max(1.0, (prefilling / decoding) ** 2)
+        return self._bounded(min(share * self._quiet, ALONE_S), self._mixed or self._alone)
 
     def _bounded(self, seconds: float, per_token: float | None) -> int:
         if per_token is None:
@@ -228,8 +231,9 @@ class Engine:
         if self._draining is not None and not self._jobs:
             self._report(force=True)
             return False
-        decoding = sum(s.decoding for s in self._scheduler.running)
-        plan = self._scheduler.plan(self._pace.chunk(decoding), self._draft if self._speculate else None)
+        decoding, prefilling = self._scheduler.load()
+        chunk = self._pace.chunk(decoding, prefilling)
+        plan = self._scheduler.plan(chunk, self._draft if self._speculate else None)
         if plan:
             self._step(plan, decoding)
         self._report()

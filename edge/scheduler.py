@@ -83,6 +83,12 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._give_back(sequence, keep=keep)
 
+    def load(self) -> tuple[int, int]:
+        """(those that decode, those that have or could have a slot and wait for their first token)."""
+        decoding = sum(s.decoding for s in self.running)
+        coming = min(len(self.waiting), self._slots - len(self.running))
+        return decoding, len(self.running) - decoding + coming
+
     def plan(self, chunk: int, draft: Callable[[Sequence, int], list[int]] | None = None) -> list[Work]:
         """The rows of the next step.
 

@@ -329,8 +329,16 @@ def test_pace_bounds_what_a_prompt_adds_to_a_step() -> None:
     pace = Pace(512)
     pace.learn(4, 0, 0.080)
     pace.learn(0, 400, 2.0)
-    assert pace.chunk(4) == int(0.7 * 0.080 / 0.005)
+    assert pace.chunk(4, 1) == int(0.7 * 0.080 / 0.005)
     for _ in range(20):
         pace.learn(4, 16, 0.080 + 16 * 0.002)
-    assert 26 <= pace.chunk(4) <= 28
-    assert pace.chunk(0) == 80
+    assert 26 <= pace.chunk(4, 1) <= 28
+    assert pace.chunk(0, 1) == 80
+
+
+def test_pace_fills_the_batch_first_where_most_requests_wait() -> None:
+    pace = Pace(512)
+    pace.learn(1, 0, 0.050)
+    pace.learn(0, 400, 0.400)
+    assert pace.chunk(4, 4) == int(0.7 * 0.050 / 0.001)
+    assert pace.chunk(1, 15) == 400
