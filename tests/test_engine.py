@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from edge import messages as msg
 from edge.backends.fake import EOS, FakeBackend
-from edge.engine import Engine, Pace
+from edge.engine import Engine
+from edge.pace import Pace
 from edge.sampling import Params
 from edge.speculate import Lookup
 

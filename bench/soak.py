@@ -1,0 +1,88 @@
+"""Minutes of disorderly clients: `python -m bench.soak PATH --minutes 10 --streams 16`.
+
+Clients ask for answers of random length, streamed and not, and many leave at random: before the first token,
+in its midst, or not at all. At the end every slot must be free, every request that stayed answered in full,
+the engine never restarted, and memory where it was. Exit code 1 where any of that is not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import prompts
+from bench.http1 import request
+from bench.load import Job, Ours, ask, get
+from bench.targets import ours, started
+from edge.cli import guarded
+
+PATIENCE_S = 120.0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as logs, started(ours(args.path), Path(logs) / "edge.log") as server:
+        made = asyncio.run(_soak(server.url, args.minutes * 60, args.streams, args.seed))
+        memory = server.memory.steady(time.perf_counter() - 10)
+        after_warm = server.memory.steady(server.started + 30)
+        made |= {"memory_end_mib": memory // 2**20, "memory_median_mib": after_warm // 2**20}
+        if made["failed"]:
+            sys.stderr.write(server.log_tail() + "\n")
+    good = not made["failed"] and not made["busy_slots"] and not made["waiting"] and not made["restarts"]
+    sys.stdout.write(json.dumps({"good": good, **made}, ensure_ascii=False) + "\n")
+    return 0 if good else 1
+
+
+async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, object]:
+    until = time.perf_counter() + seconds
+    outcomes: collections.Counter[str] = collections.Counter()
+    failures: list[str] = []
+
+    async def client(number: int) -> None:
+        draw = random.Random(f"{seed}/{number}")
+        turn = 0
+        while time.perf_counter() < until:
+            turn += 1
+            tokens = draw.choice([1, 3, 10, 30, 60])
+            job = prompts.make(1, tokens, seed=seed, first=100_000 * number + turn)[0]
+            if draw.random() < 0.4:
+                await _leave(url, job, draw.choice([0.0, 0.01, 0.1, 0.5, 1.5]))
+                outcomes["left"] += 1
+                continue
+            sample = await ask(url, Ours(), job, client=number, limit=PATIENCE_S)
+            outcomes[sample.state] += 1
+            if sample.state != "ok":
+                failures.append(sample.error or f"{sample.completion_tokens} of {sample.wanted} tokens")
+
+    await asyncio.gather(*(client(number) for number in range(streams)))
+    await asyncio.sleep(1.0)
+    _, body = await get(url, "/info")
+    info = json.loads(body)
+    state = {name: info[name] for name in ("busy_slots", "waiting", "restarts", "steps")}
+    return {**outcomes, **state, "failed": len(failures), "failures": failures[:5]}
+
+
+async def _leave(url: str, job: Job, after: float) -> None:
+    """Ask, and close the connection after some seconds, whatever has come by then."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    method, path, body = Ours().ask(job)
+    writer.write(request(method, f"{host}:{port}", path, {**body, "stream": job.index % 2 == 0}))
+    await asyncio.sleep(after)
+    writer.transport.abort()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
