@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convert import data, encode, loop, template
+from convert.folder import check_folder
 from edge import manifest
 from edge.config import TrainConfig, load_train_config
 from edge.errors import InputError, UsageError
@@ -133,12 +134,13 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
 
 
 def base_folder(name: str, revision: str | None) -> Path:
-    """The folder of the base model: `name` itself, or what the hub has under it."""
-    if Path(name).is_dir():
-        return Path(name)
-    from convert.pull import resolve
+    """The folder of the base model, checked: `name` itself, or what the hub has under it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from convert.pull import resolve
 
-    return resolve(name, revision)
+        folder = resolve(name, revision)
+    return check_folder(folder, shown=name).path
 
 
 def run(config: TrainConfig, *, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -174,8 +176,9 @@ def run(config: TrainConfig, *, overwrite: bool = False, console: Console | None
     longest = max(len(sample.ids) for sample in samples)
     kind = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
     console.print(
-        f"{len(samples)} rows to train on, {len(held)} held out, longest {longest} tokens; {base.name} "
-        f"in {kind} on {place.device}, computing in {str(place.dtype).removeprefix('torch.')}"
+        f"{len(samples)} rows to train on, {len(held)} held out, longest {longest} tokens; "
+        f"{Path(config.model_name_or_path).name} in {kind} on {place.device}, "
+        f"computing in {str(place.dtype).removeprefix('torch.')}"
     )
     with loop.out_of_memory(config), manifest.publish(target, overwrite=overwrite) as partial:
         eager = place.device == "cpu" and longest <= _EAGER_LONGEST
