@@ -55,9 +55,9 @@ def main(argv: list[str]) -> int:
         tuned_says = answers(args.run, questions, logs / "demo-tuned.log")
         base_says = answers(base, questions, logs / "demo-base.log")
         show_answers(console, questions, tuned_says, base_says)
+        check(questions, tuned_says, base_says)
         made = run(args.run, PLAN, command=f"python -m bench.demo {args.run}")
     show_files(console, args.run, base)
-    check(questions, tuned_says, base_says)
     line = report.headline(made) | {
         "answers": dict(zip([q.text for q in questions], tuned_says, strict=True))
     }

@@ -41,13 +41,17 @@ def build(
     measured: Sequence[Measured],
     *,
     plan: Plan,
+    asked_tokens: int,
     command: str,
     model: dict[str, Any],
     noise: tuple[Noise, Noise],
     together: bool,
     seconds: float,
 ) -> dict[str, Any]:
-    """The report: plain data, times in seconds, sizes in bytes. measured: the baseline, then ours."""
+    """The report: plain data, times in seconds, sizes in bytes. measured: the baseline, then ours.
+
+    plan: what was kept of what was asked for; asked_tokens: the answers' length before it was shortened.
+    """
     slow, fast = measured
     cases = [_case(clients, slow, fast) for clients in plan.clients]
     made = {
@@ -57,7 +61,7 @@ def build(
         "command": command,
         "seconds": round(seconds, 1),
         "model": model,
-        "settings": asdict(plan),
+        "settings": asdict(plan) | {"asked_tokens": asked_tokens},
         "together": together,
         "machine": hardware.describe(),
         "versions": manifest.versions(*_PACKAGES),
@@ -140,6 +144,9 @@ def _warnings(made: dict[str, Any], measured: Sequence[Measured], noise: tuple[N
         for when, part in zip(("before", "after"), noise, strict=True)
         if part.warning
     ]
+    tokens, asked = made["settings"]["tokens"], made["settings"]["asked_tokens"]
+    if tokens != asked:
+        said.append(f"answers were shortened from {asked} to {tokens} tokens to stay within the time")
     if not made["together"]:
         said.append("memory did not hold both servers: they ran one after the other, not alternately")
     for case in made["cases"]:

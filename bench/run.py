@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import shlex
 import signal
@@ -39,9 +40,13 @@ PAUSE_S = 0.3
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. budget_s: seconds that the measured rounds may take; at most `rounds` of each case."""
+    """What to measure. budget_s: seconds that the measured rounds may take; at most `rounds` of each case.
+
+    Where one round of each does not fit, answers are shortened to no less than `least` tokens.
+    """
 
     tokens: int = 64
+    least: int = 16
     clients: tuple[int, ...] = (1, 8)
     dtype: str = "float32"
     rounds: int = 5
@@ -89,7 +94,14 @@ def main(argv: list[str]) -> int:
     clients = counts(args.clients) if args.clients is not None else base.clients
     if max(clients) > 256:
         raise UsageError(f"--clients {max(clients)} is more than 256")
-    plan = Plan(tokens, tuple(dict.fromkeys(clients)), args.dtype, base.rounds, base.budget_s)
+    plan = dataclasses.replace(
+        base,
+        tokens=tokens,
+        # What was asked for by number is not shortened.
+        least=base.least if args.tokens is None else tokens,
+        clients=tuple(dict.fromkeys(clients)),
+        dtype=args.dtype,
+    )
     with stopped_by_signals():
         made = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
     sys.stdout.write(json.dumps(report.headline(made), ensure_ascii=False) + "\n")
@@ -128,10 +140,12 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
     need = baseline_bytes(merged, plan.dtype) + 2 * found.header.weights_bytes + 2**30
     together = need < hardware.memory().available
     with console.status("") as status:
-        measured = measure(pair, plan, out / "bench", together=together, say=status.update)
+        say = status.update if console.is_terminal else console.print
+        measured, kept = measure(pair, plan, out / "bench", together=together, say=say)
     made = report.build(
         measured,
-        plan=plan,
+        plan=kept,
+        asked_tokens=plan.tokens,
         command=command,
         model=describe(folder, found),
         noise=(before, noise()),
@@ -175,11 +189,11 @@ def describe(folder: Path, found: artefact.Artefact) -> dict[str, Any]:
 
 def measure(
     pair: Sequence[Target], plan: Plan, logs: Path, *, together: bool, say: Any = lambda text: None
-) -> list[Measured]:
-    """Start, warm and drive the targets of `pair`; in the order of `pair`.
+) -> tuple[list[Measured], Plan]:
+    """Start, warm and drive the targets of `pair`; what was measured, in that order, and the plan as kept.
 
     together: both run at once and rounds alternate; otherwise one after the other. The first target is the
-    slow one: its speed decides how many rounds fit into the budget. Raises what `started` raises, and
+    slow one: its speed decides what fits into the budget (see `schedule`). Raises what `started` raises, and
     EdgeError where the targets count a prompt's tokens differently.
     """
     measured = [Measured(target) for target in pair]
@@ -197,7 +211,8 @@ def measure(
                 part.about = _about(server)
                 say(f"warming {part.target.name}")
                 rate = _warm(server, plan, reads)
-                rounds = rounds or schedule(plan, rate)
+                if not rounds:
+                    plan, rounds = schedule(plan, rate)
                 if not together:
                     since = time.perf_counter()
                     for clients, number in _cases(rounds):
@@ -213,19 +228,23 @@ def measure(
                     _round(part, server, other, plan, clients, number)
             for part, server in zip(measured, running, strict=True):
                 _memory(part, server, since)
-    return measured
+    return measured, plan
 
 
-def schedule(plan: Plan, rate: float) -> dict[int, int]:
-    """Rounds for each number of clients that fit into the budget; at least one.
+def schedule(plan: Plan, rate: float) -> tuple[Plan, dict[int, int]]:
+    """The plan, with shorter answers if need be, and the rounds for each number of clients; at least one.
 
     rate: tokens/s of the slow target, which answers one after the other.
     """
+
+    def seconds(clients: int) -> float:
+        # A fifth more for the fast target and for prompts, and a second for the pauses.
+        return 1.2 * clients * plan.tokens / rate + 1
+
+    while plan.tokens > plan.least and sum(map(seconds, plan.clients)) > plan.budget_s:
+        plan = dataclasses.replace(plan, tokens=max(plan.least, plan.tokens // 2))
     share = plan.budget_s / len(plan.clients)
-    return {
-        clients: max(1, min(plan.rounds, int(share / (clients * plan.tokens / rate * 1.2 + 1))))
-        for clients in plan.clients
-    }
+    return plan, {n: max(1, min(plan.rounds, int(share / seconds(n)))) for n in plan.clients}
 
 
 def _cases(rounds: dict[int, int]) -> Iterator[tuple[int, int]]:

@@ -52,12 +52,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
         mock("baseline", Baseline(), first=0.05, gap=0.02),
         mock("edge", Ours(), first=0.02, gap=0.004),
     )
-    return measure(pair, FAST, tmp_path_factory.mktemp("logs 日志"), together=True)
+    return measure(pair, FAST, tmp_path_factory.mktemp("logs 日志"), together=True)[0]
 
 
 def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "plan": FAST,
+        "asked_tokens": FAST.tokens,
         "command": "edge bench runs/x",
         "model": {
             "run": "x",
@@ -151,9 +152,27 @@ def test_prompts_differ_from_their_beginning_and_repeat_by_seed() -> None:
 
 def test_the_schedule_fits_the_budget_and_has_at_least_one_round() -> None:
     plan = Plan(tokens=64, clients=(1, 8), rounds=5, budget_s=100.0)
-    assert schedule(plan, rate=1000.0) == {1: 5, 8: 5}
-    assert schedule(plan, rate=2.0) == {1: 1, 8: 1}
-    assert schedule(plan, rate=20.0) == {1: 5, 8: 1}
+    assert schedule(plan, rate=1000.0) == (plan, {1: 5, 8: 5})
+    assert schedule(plan, rate=20.0) == (plan, {1: 5, 8: 1})
+
+
+def test_answers_are_shortened_where_one_round_does_not_fit_unless_their_number_was_given() -> None:
+    plan = Plan(tokens=64, clients=(1, 8), rounds=5, budget_s=100.0)
+    kept, rounds = schedule(plan, rate=4.0)
+    # 9 answers of 64 tokens at 4 tokens/s and a fifth more are 173 s; of 32 they are 88 s.
+    assert (kept.tokens, rounds) == (32, {1: 4, 8: 1})
+    assert schedule(plan, rate=0.1)[0].tokens == 16
+    fixed = Plan(tokens=64, least=64, clients=(1, 8), budget_s=100.0)
+    assert schedule(fixed, rate=4.0)[0].tokens == 64
+    assert any("from 64 to 32" in text for text in built(_pair(), plan=kept, asked_tokens=64)["warnings"])
+
+
+def _pair() -> list[Measured]:
+    some = {n: [Round([whole(0)], [0.01], 0, 0.0)] for n in (1, 8)}
+    return [
+        Measured(mock("baseline", Baseline(), first=0, gap=0), rounds=some),
+        Measured(mock("edge", Ours(), first=0, gap=0), rounds=some),
+    ]
 
 
 def test_a_whole_measurement(measured: list[Measured]) -> None:
@@ -179,10 +198,10 @@ def test_the_blocked_server_shows_in_its_health(measured: list[Measured]) -> Non
 
 def test_targets_in_turn_ask_the_same_prompts(tmp_path: Path) -> None:
     pair = (mock("baseline", Baseline(), first=0.0, gap=0.001), mock("edge", Ours(), first=0.0, gap=0.001))
-    slow, fast = measure(pair, Plan(tokens=3, clients=(2,), rounds=1), tmp_path, together=False)
+    (slow, fast), kept = measure(pair, Plan(tokens=3, clients=(2,), rounds=1), tmp_path, together=False)
     prompts_ = [sorted(s.prompt for s in part.rounds[2][0].samples) for part in (slow, fast)]
     assert prompts_[0] == prompts_[1] and len(prompts_[0]) == 2
-    made = built([slow, fast], plan=Plan(tokens=3, clients=(2,), rounds=1), together=False)
+    made = built([slow, fast], plan=kept, together=False)
     assert any("one after the other" in text for text in made["warnings"])
 
 
