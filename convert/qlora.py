@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import sys
@@ -66,8 +67,12 @@ def choose_place(config: TrainConfig) -> Place:
 
 def load_model(folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa") -> Any:
     """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`."""
+    # It would advise to install a kernel that only serves inference.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     how: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention}
     if place.four_bit:
         how["quantization_config"] = BitsAndBytesConfig(
