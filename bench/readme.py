@@ -1,4 +1,4 @@
-"""Puts a report's table into README.md: `python -m bench.readme REPORT.json README.md`."""
+"""Puts a report's table into texts: `python -m bench.readme REPORT.json README.md README.zh.md`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ def replaced(text: str, table: str) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("report", type=Path, help="report.json of a run")
-    parser.add_argument("readme", type=Path)
+    parser.add_argument("readme", type=Path, nargs="+")
     args = parser.parse_args(argv)
     try:
         made = json.loads(args.report.read_text(encoding="utf-8"))
         table = report.block(made)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.report} is not a report: {error}", "give RUN/report.json") from error
-    try:
-        text = replaced(args.readme.read_text(encoding="utf-8"), table)
-    except ValueError:
-        raise InputError(f"{args.readme} needs one {BEGIN} and, after it, one {END}") from None
-    args.readme.write_text(text, encoding="utf-8")
+    for path in args.readme:
+        try:
+            text = replaced(path.read_text(encoding="utf-8"), table)
+        except ValueError:
+            raise InputError(f"{path} needs one {BEGIN} and, after it, one {END}") from None
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

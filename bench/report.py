@@ -275,7 +275,7 @@ def markdown(made: dict[str, Any]) -> str:
         f"(`{model['merged']['digest']}`); {model['gguf']['file']} {_size(model['gguf']['bytes'])} "
         f"(`{model['gguf']['digest']}`)\n"
         "- baseline: FastAPI with `model.generate` in the asynchronous handler; edge: the server of this "
-        "project with its default settings\n"
+        "project with its default settings, prompt lookup included (it gives the same tokens)\n"
         "- raw prompts of some 80 tokens, each asked once; both servers counted the same tokens in each\n"
         "- time to first token: from sending to the first piece of text; whole answer: from sending to its "
         "end; tokens/s: output tokens of all clients over the wall time of a round, median of the rounds\n"

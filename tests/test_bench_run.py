@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench import demo, prompts, readme, report
 from bench.bare import counts
-from bench.load import Baseline, Ours
+from bench.load import Baseline, Job, Ours
 from bench.metrics import Sample
 from bench.probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
 from bench.run import Measured, Plan, Round, check_same_model, main, measure, schedule
@@ -341,3 +341,29 @@ def test_demo_fails_where_the_training_did_not_take() -> None:
         demo.check(questions, ["A model.", "x"], ["A model.", "x"])
     with pytest.raises(EdgeError, match="base model already"):
         demo.check(questions, ["The conch.", "x"], ["A conch.", "x"])
+
+
+@pytest.mark.slow
+def test_real_servers_on_a_toy_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp")
+    from convert import gguf
+    from tests.test_gguf import write_model
+
+    run = tmp_path / "模型 'x' 目录"
+    write_model(run / "merged", tied=True)
+    gguf.run(run, quant="F16", console=Console(quiet=True))
+    # The toy's context holds 256 tokens, and its vocabulary has hardly more than letters.
+    short = [[Job(f"Hello, world {n}", n, tokens) for n in range(2)] for tokens in (16, 4)]
+    monkeypatch.setattr(prompts, "make", lambda count, tokens, **_: short[tokens != 16][:count])
+    argv = [str(run), "--quick", "--tokens", "4", "--clients", "1,2", "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [case["comparable"] for case in line["cases"]] == [True, True]
+    assert line["cases"][1]["tokens_per_s"]["edge"] > 0
+    made = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert made["targets"]["edge"]["about"]["file"] == "toy-F16.gguf"
+    assert made["targets"]["baseline"]["about"]["dtype"] == "float32"
+    assert (tmp_path / "out" / "bench" / "baseline.log").is_file()
+    assert psutil.Process().children() == []
