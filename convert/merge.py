@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import re
 import shutil
@@ -203,6 +204,8 @@ class _Quantize:
     """Sends a weight through 4 bits as training did: same type, blocks, scales and device."""
 
     def __init__(self, settings: dict[str, Any], layers: set[str]) -> None:
+        # It would advise to install a kernel that only serves inference.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         self._layers = layers
         self._dtype = DTYPES[settings["compute_dtype"]]
         self._how = {
