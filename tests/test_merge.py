@@ -95,7 +95,7 @@ def test_merged_in_16_bits_is_close(trained):
     merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     assert (
         merged.config.dtype == torch.float32
-        and load_file(target / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
+        and load_file(target / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.float16
     )
     ids = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
     kl, top = difference(logits(trained_model(run, base, torch.bfloat16), ids), logits(merged, ids))
@@ -159,7 +159,7 @@ def test_the_folder_has_what_serving_needs(trained):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (target / name).read_bytes() == (base / name).read_bytes()
     before, after = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (base, target))
-    assert after == {**before, "dtype": "bfloat16"}
+    assert after == {**before, "dtype": "float16"}
     ends = json.loads((target / "generation_config.json").read_text(encoding="utf-8"))
     assert ends["eos_token_id"] == [0, 2] and ends["pad_token_id"] == 2
     with safe_open(target / "model.safetensors", framework="pt") as file:
