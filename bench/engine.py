@@ -63,7 +63,7 @@ class Tuned(Ours):
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         method, path, body = super().ask(job)
-        return method, path, {**body, "speculate": False, **self.changes}
+        return method, path, {**body, **self.changes}
 
 
 def main(argv: list[str]) -> int:

@@ -54,11 +54,16 @@ class Dialect(Protocol):
 
 
 class Ours:
-    """edge's own interface, streamed. Prefix reuse is off, so that every prompt is read in full."""
+    """edge's own interface, streamed. Every prompt is read in full, and every token is decoded by itself.
+
+    Prefix reuse and speculation are off: the baseline has neither, and forced greedy text repeats itself,
+    which would flatter prompt lookup.
+    """
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "raw": True, "max_tokens": job.tokens, "temperature": 0.0}
-        return "POST", "/generate", body | {"ignore_eos": True, "cache_prompt": False, "stream": True}
+        same = {"ignore_eos": True, "cache_prompt": False, "speculate": False, "stream": True}
+        return "POST", "/generate", body | same
 
     def read(self, said: dict[str, Any]) -> Part:
         if "error" in said:
