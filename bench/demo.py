@@ -83,7 +83,7 @@ def questions_of(folder: Path) -> list[Question]:
     They lie beside the data set as <name>_heldout.json: objects with `question` and `keywords`.
     """
     settings = manifest.read(folder / "adapter").settings
-    name = str(settings.get("dataset", "")).split(",")[0].strip()
+    name = (settings.get("dataset") or [""])[0]
     path = Path(str(settings.get("dataset_dir", "data"))) / f"{name}_heldout.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))

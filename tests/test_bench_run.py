@@ -316,7 +316,10 @@ def test_demo_finds_the_base_and_the_questions(tmp_path: Path) -> None:
     model = tmp_path / "models" / "小 模型"
     model.mkdir(parents=True)
     run = adapter(
-        tmp_path / "run", model_name_or_path=str(model), dataset="conch, other", dataset_dir=str(tmp_path)
+        tmp_path / "run",
+        model_name_or_path=str(model),
+        dataset=["conch", "other"],
+        dataset_dir=str(tmp_path),
     )
     with pytest.raises(InputError, match="no GGUF"):
         demo.base_of(run)
