@@ -15,7 +15,9 @@ from edge.errors import InputError, UnavailableError, UsageError
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16
-DEFAULT_POOL = 16384
+# Cells that all requests share where nobody says how many there shall be: enough for two whole contexts, or
+# sixteen short ones. A request that finds none free is computed later, never failed.
+DEFAULT_POOL = 8192
 BATCH = 512
 # What Python, the tokenizer and llama.cpp's graphs take beside the counted buffers.
 _OVERHEAD = 200 * 2**20
@@ -90,7 +92,8 @@ def plan(artefact: Artefact, options: Options) -> Settings:
             if fits >= 256
             else "free some memory",
         )
-    pool = max(context, min(slots * context, DEFAULT_POOL, fits))
+    asked_for_all = options.slots is not None and options.context is not None
+    pool = max(context, min(slots * context, fits, slots * context if asked_for_all else DEFAULT_POOL))
     device, gpu_layers, why = choose_device(options.device)
     threads = options.threads or hardware.cpu_threads()
     return Settings(

@@ -85,7 +85,7 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
     Raises TimeoutError past BUDGET_S, and what making a context raises.
     """
     began = time.monotonic()
-    layouts = [(asked.threads, flash, unified) for flash in _flash(asked) for unified in (True, False)]
+    layouts = [(asked.threads, flash, unified) for flash in _flash(asked) for unified in _unified(asked)]
     trials = _race(model, asked, layouts, began + BUDGET_S)
     winner = _best(trials)
     if asked.threads > 2:
@@ -105,6 +105,11 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
 def _flash(asked: Settings) -> list[bool]:
     # A quantised V cache exists only with flash attention.
     return [True] if asked.kv_type != "f16" else [False, True]
+
+
+def _unified(asked: Settings) -> list[bool]:
+    # A part for each slot needs all the cells at once; the pool may be planned smaller.
+    return [True, False] if asked.capacity >= asked.slots * asked.context else [True]
 
 
 def _best(trials: list[Trial]) -> Trial:
@@ -184,6 +189,7 @@ def _cache(path: Path, asked: Settings) -> Path:
         native.build_info(),
         asked.threads,
         min(STREAMS, asked.slots),
+        _unified(asked),
         asked.kv_type,
         asked.gpu_layers,
         asked.extra_buffers,

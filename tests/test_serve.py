@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -164,7 +165,9 @@ def test_options_out_of_range_are_named(tiny: Artefact, options: Options) -> Non
 def test_the_pool_shrinks_to_the_memory_before_the_context_does(
     tiny: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert planning.plan(tiny, Options(slots=16)).capacity == 16 * 512
+    assert planning.plan(tiny, Options(slots=16)).capacity == 8192
+    assert planning.plan(tiny, Options(slots=32)).capacity == 8192
+    assert planning.plan(tiny, Options(slots=32, context=512)).capacity == 32 * 512
     need = planning.estimate(tiny, kv_type="f16", slots=16)
     memory(monkeypatch, (need.total(1000) + 100) / 2**20)
     planned = planning.plan(tiny, Options(slots=16))
@@ -201,6 +204,12 @@ def test_tuning_measures_once_and_keeps_the_result(
     monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured twice"))
     assert tune.settings(model, asked) == first
     model.close()
+
+
+def test_a_layout_that_the_plan_has_no_room_for_is_never_taken(run: Path) -> None:
+    asked = Settings(slots=4, context=512, capacity=1024)
+    assert tune._unified(asked) == [True]
+    assert tune._unified(dataclasses.replace(asked, capacity=2048)) == [True, False]
 
 
 def test_tuning_that_killed_the_process_is_not_tried_again(
