@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # A step with prompt tokens takes at most this share longer than a step of the running streams alone.
 PREFILL_SHARE = 0.7
+# So many times as many streams must run as prompts wait, for several prompts to be read politely.
+MANY_MORE = 4
 # A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer.
 ALONE_S = 0.4
 SMALLEST_CHUNK = 8
@@ -14,20 +16,36 @@ class Pace:
 
     def __init__(self, batch: int) -> None:
         self._batch = batch
-        self._quiet: float | None = None
+        # Seconds of a step without prompts, by its number of decoding rows.
+        self._quiet: dict[int, float] = {}
         self._alone: float | None = None
         self._mixed: float | None = None
 
     def chunk(self, decoding: int, prefilling: int) -> int:
         """Prompt tokens that the next step may hold beside `decoding` rows.
 
-        prefilling: requests that wait for their first token. Where they are many more than the streams that
-        run, holding them back would only leave later steps half empty.
+        prefilling: requests that wait for their first token. A single one must not be felt by the streams
+        that run. Where several wait, and running streams are not many more, the prompts go first: holding
+        them back would only leave later steps half empty.
         """
-        if not decoding or self._quiet is None:
+        quiet = self.quiet(decoding) if decoding else None
+        few_run = prefilling > 1 and decoding <= MANY_MORE * prefilling
+        if quiet is None or few_run:
             return self._bounded(ALONE_S, self._alone)
-        share = PREFILL_SHARE * max(1.0, (prefilling / decoding) ** 2)
-        return self._bounded(min(share * self._quiet, ALONE_S), self._mixed or self._alone)
+        return self._bounded(min(PREFILL_SHARE * quiet, ALONE_S), self._mixed or self._alone)
+
+    def quiet(self, rows: int) -> float | None:
+        """Expected seconds of a step of `rows` decoding rows alone, between or beyond what was seen."""
+        seen = sorted(self._quiet)
+        if not seen:
+            return None
+        below = max((n for n in seen if n <= rows), default=None)
+        above = min((n for n in seen if n >= rows), default=None)
+        if below is None or above is None or below == above:
+            # Beyond what was seen a step is taken to be no longer: a guess that is polite to the streams.
+            return self._quiet[seen[0] if below is None else below]
+        part = (rows - below) / (above - below)
+        return self._quiet[below] + part * (self._quiet[above] - self._quiet[below])
 
     def _bounded(self, seconds: float, per_token: float | None) -> int:
         if per_token is None:
@@ -35,14 +53,15 @@ class Pace:
         return max(SMALLEST_CHUNK, min(self._batch, int(seconds / per_token)))
 
     def learn(self, decoding: int, prefill: int, seconds: float) -> None:
+        """A step of `decoding` rows and `prefill` prompt tokens took `seconds`."""
         # A coarse clock may see no time pass at all.
         seconds = max(seconds, 1e-6)
         if decoding and not prefill:
-            self._quiet = _mean(self._quiet, seconds)
+            self._quiet[decoding] = _mean(self._quiet.get(decoding), seconds)
         elif prefill and not decoding:
             self._alone = _mean(self._alone, seconds / prefill)
-        elif decoding and self._quiet is not None:
-            self._mixed = _mean(self._mixed, max(seconds - self._quiet, 1e-6) / prefill)
+        elif (quiet := self.quiet(decoding)) is not None:
+            self._mixed = _mean(self._mixed, max(seconds - quiet, 1e-6) / prefill)
 
 
 def _mean(old: float | None, new: float) -> float:

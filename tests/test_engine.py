@@ -337,9 +337,21 @@ def test_pace_bounds_what_a_prompt_adds_to_a_step() -> None:
     assert pace.chunk(0, 1) == 80
 
 
-def test_pace_fills_the_batch_first_where_most_requests_wait() -> None:
+def test_pace_lets_prompts_go_first_where_several_wait() -> None:
     pace = Pace(512)
-    pace.learn(1, 0, 0.050)
+    pace.learn(4, 0, 0.050)
     pace.learn(0, 400, 0.400)
-    assert pace.chunk(4, 4) == int(0.7 * 0.050 / 0.001)
-    assert pace.chunk(1, 15) == 400
+    assert pace.chunk(4, 1) == int(0.7 * 0.050 / 0.001)
+    assert pace.chunk(12, 2) == int(0.7 * 0.050 / 0.001)
+    assert pace.chunk(4, 2) == pace.chunk(1, 15) == 400
+
+
+def test_pace_knows_steps_of_each_width() -> None:
+    pace = Pace(512)
+    for rows, seconds in ((1, 0.010), (9, 0.050), (16, 0.070)):
+        pace.learn(rows, 0, seconds)
+    assert pace.quiet(5) == pytest.approx(0.030)
+    assert (pace.quiet(1), pace.quiet(16), pace.quiet(32)) == (0.010, 0.070, 0.070)
+    # A lone stream at the end does not make the next crowd's steps look short.
+    pace.learn(0, 100, 0.1)
+    assert pace.chunk(16, 1) == int(0.7 * 0.070 / 0.001)
