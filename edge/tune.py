@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,11 @@ from edge.errors import EdgeError
 
 PROMPT = 256
 STREAMS = 8
-ROUNDS = 5
+ROUNDS = 8
+PROMPT_ROUNDS = 2
+# Past these many seconds a large model is not asked for more rounds of prompts, or of steps after the third.
+ENOUGH_S = (3.0, 8.0)
+LEAST_ROUNDS = 3
 # A machine on which this is not enough is too busy to measure anything.
 BUDGET_S = 20.0
 _CELLS = STREAMS * (PROMPT + 2 * ROUNDS + 16)
@@ -138,12 +141,17 @@ def _race(
         )
         for threads, flash, unified in combinations
     ]
+    began = time.monotonic()
     try:
         token = contexts[0].encode("the", special=False)[0]
-        prompts = []
-        for context in contexts:
-            _check_time(until)
-            prompts.append(_timed(context, [Row(0, 0, [token] * PROMPT, 0)]))
+        prompts: list[list[float]] = [[] for _ in contexts]
+        for turn in range(PROMPT_ROUNDS):
+            if turn and time.monotonic() > began + ENOUGH_S[0]:
+                break
+            for i, context in enumerate(contexts):
+                _check_time(until)
+                context.truncate(0, 0)
+                prompts[i].append(_timed(context, [Row(0, 0, [token] * PROMPT, 0)]))
         for context in contexts:
             cells = context.save(0)
             for slot in range(1, streams):
@@ -151,6 +159,8 @@ def _race(
         ones: list[list[float]] = [[] for _ in contexts]
         eights: list[list[float]] = [[] for _ in contexts]
         for turn in range(ROUNDS):
+            if turn >= LEAST_ROUNDS and time.monotonic() > began + ENOUGH_S[1]:
+                break
             for i, context in enumerate(contexts):
                 _check_time(until)
                 at = PROMPT + turn
@@ -158,8 +168,9 @@ def _race(
                 rows = [Row(0, at + turn + 1, [token], 1)]
                 rows += [Row(slot, at, [token], 1) for slot in range(1, streams)]
                 eights[i].append(_timed(context, rows))
+        # The shortest: whatever else runs on the machine can only make a step longer.
         return [
-            Trial(*combination, statistics.median(ones[i]), statistics.median(eights[i]), prompts[i] / PROMPT)
+            Trial(*combination, min(ones[i]), min(eights[i]), min(prompts[i]) / PROMPT)
             for i, combination in enumerate(combinations)
         ]
     finally:
