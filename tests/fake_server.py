@@ -1,6 +1,7 @@
 """A whole server over the fake backend, in processes of its own, as a user would run it.
 
-As a script: `python -m tests.fake_server SETTINGS_JSON` (keywords of FakeBackend; "keys": API keys).
+As a script: `python -m tests.fake_server SETTINGS_JSON` (keywords of FakeBackend; "keys": API
+keys, "max_queue", "drain").
 """
 
 from __future__ import annotations
@@ -110,9 +111,10 @@ def main() -> int:
     settings = json.loads(sys.argv[1])
     keys = settings.pop("keys", [])
     max_queue = settings.pop("max_queue", 64)
+    drain = settings.pop("drain", 2.0)
     settings.setdefault("chat_template", TEMPLATE)
     load = Load(kind="fake", settings=settings, max_queue=max_queue)
-    return guarded(lambda _: serve(bind("127.0.0.1", 0), load, name="fake", keys=keys, drain=2.0), [])
+    return guarded(lambda _: serve(bind("127.0.0.1", 0), load, name="fake", keys=keys, drain=drain), [])
 
 
 if __name__ == "__main__":
