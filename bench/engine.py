@@ -28,7 +28,7 @@ from bench import prompts
 from bench.bare import Bare, Setting, counts
 from bench.load import Job, Ours, ask, closed_loop, get
 from bench.metrics import Sample, itl, median, percentile, ratio, token_rate, ttft
-from bench.peers import llama_server
+from bench.peers import llama_cpp_server, llama_server, xllamacpp
 from bench.probe import noise
 from bench.targets import Running, ours, started
 from edge import artefact, hardware
@@ -72,9 +72,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--streams", type=counts, default=[1, 8, 16, 32], help="default: 1,8,16,32")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of each comparison")
     parser.add_argument("--threads", type=int, default=hardware.cpu_threads())
-    parser.add_argument("--no-peer", action="store_true", help="leave llama-server out")
+    parser.add_argument("--no-peers", action="store_true", help="compare with the bare loop alone")
     parser.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
-    parser.add_argument("--only", choices=["streams", "features"], help="one half of the table")
+    parser.add_argument("--only", choices=["streams", "others", "features"], help="one part of the table")
     args = parser.parse_args(argv)
     found = artefact.resolve(args.path)
     console = Console(stderr=True)
@@ -83,9 +83,11 @@ def main(argv: list[str]) -> int:
     data: dict[str, Any] = {"model": found.path.name, "machine": hardware.describe(), "tokens": TOKENS}
     with tempfile.TemporaryDirectory() as logs:
         bench = _Bench(found.path, args.threads, Path(logs), console)
-        if args.only != "features":
-            made += bench.streams(args.streams, args.rounds, peer=not args.no_peer, data=data)
-        if args.only != "streams":
+        if args.only in (None, "streams"):
+            made += bench.streams(args.streams, args.rounds, peer=not args.no_peers, data=data)
+        if args.only in (None, "others") and not args.no_peers:
+            made += bench.others(args.rounds, data)
+        if args.only in (None, "features"):
             made += bench.features(args.rounds, args.requests, data)
     table = Table(title=f"{found.path.name}, {args.threads} threads", title_justify="left")
     for heading in ("what", "measured", "goal", ""):
@@ -174,6 +176,37 @@ class _Bench:
             for n in sorted(m for m in rates if m > 8):
                 value = (median(rates[n]["edge"]) or 0.0) / base
                 rows.append(Row(f"{n} streams against 8", f"{value:.2f} x", "not lower", value >= 0.97))
+        return rows
+
+    def others(self, rounds: int, data: dict[str, Any]) -> list[Row]:
+        """Eight streams against the two servers that come as Python packages."""
+        rows = []
+        data["others"] = {}
+        for goal, target in (
+            (1.5, xllamacpp(self._path, slots=8, context=CONTEXT, threads=self._threads)),
+            (6.0, llama_cpp_server(self._path, context=CONTEXT, threads=self._threads)),
+        ):
+            rates: dict[str, list[float]] = {"edge": [], target.name: []}
+            with (
+                self._ours("--slots", "8", "--ctx", str(CONTEXT)) as server,
+                started(target, self._logs / "other.log") as other,
+            ):
+                for turn in range(rounds + 1):
+                    self._console.print(f"edge and {target.name}: 8 streams, round {turn} of {rounds}")
+                    for name, running, dialect in (
+                        ("edge", server, Tuned()),
+                        (target.name, other, target.dialect),
+                    ):
+                        time.sleep(PAUSE_S)
+                        rate = self._rate(running, dialect, 8)
+                        # The first round warms both.
+                        rates[name] += [rate] if turn else []
+            data["others"][target.name] = rates
+            found = ratio(rates["edge"], rates[target.name])
+            assert found is not None
+            shown = ", ".join(f"{name} {median(values):.1f}" for name, values in rates.items())
+            value = f"{found.value:.2f} x ({found.low:.2f} to {found.high:.2f}; {shown} tok/s)"
+            rows.append(Row(f"8 streams against {target.name}", value, f"{goal:g} x", found.value >= goal))
         return rows
 
     def _rate(self, server: Running, dialect: Any, streams: int) -> float:

@@ -1,17 +1,22 @@
-"""Other servers to measure against: llama.cpp's own, built from the same sources with the same flags.
+"""Other servers to measure against: llama.cpp's own, built from the same sources with the same flags, and
+two that come as Python packages, in an environment of their own.
 
-python -m bench.peers          builds llama-server (minutes) and says where it lies
+python -m bench.peers          builds and installs them (minutes) and says where they lie
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from bench.load import Job, Part
 from bench.targets import Target
@@ -20,6 +25,16 @@ from edge.cli import guarded
 from edge.errors import EdgeError
 from edge.sdist import sdist
 
+# What the two Python servers need; nothing of it is used by the project itself.
+_PACKAGES = (
+    "xllamacpp==2026.10.11549",
+    "fastapi==0.165.0",
+    "uvicorn==0.54.0",
+    "pydantic-settings==2.16.3",
+    "sse-starlette==3.7.0",
+    "starlette-context==0.3.6",
+    "PyYAML==6.0.4",
+)
 _ON = ("LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "BUILD_SHARED_LIBS")
 
 
@@ -38,6 +53,20 @@ def llama_server_binary() -> Path:
     _run([*configure, *(f"-D{name}={value}" for name, value in sorted(defines.items()))])
     _run(["cmake", "--build", str(folder), "--target", "llama-server"])
     return binary
+
+
+def peers_python() -> Path:
+    """The interpreter of an environment with xllamacpp and llama_cpp.server, the latter on our own build."""
+    plan = native.plan()
+    told = "\n".join([plan.key, *_PACKAGES])
+    folder = hardware.cache_dir() / "peers" / f"python-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not (folder / "complete").is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        wheel = native.wheel(plan, Console(stderr=True))
+        _run([str(python), "-m", "pip", "install", "--quiet", *_PACKAGES, str(wheel)])
+        (folder / "complete").touch()
+    return python
 
 
 def _run(command: list[str]) -> None:
@@ -88,9 +117,47 @@ def llama_server(path: Path, *, slots: int, context: int, threads: int, flash_at
     return Target("llama-server", command, LlamaServer(), "/health", "/props")
 
 
+def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
+    """xllamacpp's server from its wheel, as it sets itself but for slots, context and threads."""
+    script = Path(__file__).with_name("xllamacpp_server.py")
+    numbers = ["{port}", str(slots), str(context), str(threads)]
+    command = [str(peers_python()), str(script), str(path), *numbers]
+    return Target("xllamacpp", command, LlamaServer(), "/health", "/props")
+
+
+class LlamaCppServer:
+    """llama_cpp.server's /v1/completions, whole answers: it counts tokens in those alone. Greedy."""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
+        return "POST", "/v1/completions", body
+
+    def read(self, said: dict[str, Any]) -> Part:
+        choice, usage = said["choices"][0], said["usage"]
+        return Part(
+            text=choice["text"],
+            tokens=None,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            finish=choice["finish_reason"],
+        )
+
+
+def llama_cpp_server(path: Path, *, context: int, threads: int) -> Target:
+    """`python -m llama_cpp.server`, which answers one request after the other."""
+    command = [
+        *(str(peers_python()), "-m", "llama_cpp.server", "--model", str(path)),
+        *("--host", "127.0.0.1", "--port", "{port}", "--n_ctx", str(context)),
+        *("--n_threads", str(threads), "--n_threads_batch", str(threads)),
+        # Its default ends a running answer when the next request comes.
+        *("--interrupt_requests", "false", "--verbose", "false"),
+    ]
+    return Target("llama_cpp.server", command, LlamaCppServer(), "/v1/models", "/v1/models")
+
+
 def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__).parse_args(argv)
-    sys.stdout.write(f"{llama_server_binary()}\n")
+    sys.stdout.write(f"{llama_server_binary()}\n{peers_python()}\n")
     return 0
 
 

@@ -187,8 +187,8 @@ class Engine:
         if self._draining is not None and not self._jobs:
             self._report(force=True)
             return False
-        decoding, prefilling = self._scheduler.load()
-        chunk = self._pace.chunk(decoding, prefilling)
+        decoding, newcomers = self._scheduler.load()
+        chunk = self._pace.chunk(decoding, newcomers)
         plan = self._scheduler.plan(chunk, self._draft if self._speculate else None)
         if plan:
             self._step(plan, decoding)

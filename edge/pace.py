@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # A step with prompt tokens takes at most this share longer than a step of the running streams alone.
 PREFILL_SHARE = 0.7
 # So many times as many streams must run as prompts wait, for several prompts to be read politely.
 MANY_MORE = 4
-# A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer.
+# A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer; a burst of them,
+# whose last one waits much longer anyway, in steps of this share of the burst, with a bound in seconds.
 ALONE_S = 0.4
+BURST_SHARE = 0.25
+BURST_S = 1.5
 SMALLEST_CHUNK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomers:
+    """Requests that have or could have a slot and wait for their first token.
+
+    tokens: what is left to read of their prompts. first, last: keys of the oldest and the youngest.
+    """
+
+    count: int = 0
+    tokens: int = 0
+    first: int = 0
+    last: int = 0
 
 
 class Pace:
@@ -20,17 +38,23 @@ class Pace:
         self._quiet: dict[int, float] = {}
         self._alone: float | None = None
         self._mixed: float | None = None
+        # The youngest request of the last burst.
+        self._burst = 0
 
-    def chunk(self, decoding: int, prefilling: int) -> int:
+    def chunk(self, decoding: int, new: Newcomers) -> int:
         """Prompt tokens that the next step may hold beside `decoding` rows.
 
-        prefilling: requests that wait for their first token. A single one must not be felt by the streams
-        that run. Where several wait, and running streams are not many more, the prompts go first: holding
-        them back would only leave later steps half empty.
+        A single newcomer must not be felt by the streams that run. Where several wait, and running streams
+        are not many more, the prompts go first, to the last one of this burst: holding some back would
+        leave later steps half empty, as those that came together would not end together.
         """
+        if new.count > 1 and decoding <= MANY_MORE * new.count:
+            self._burst = new.last
+        if new.count and new.first <= self._burst:
+            whole = new.tokens * (self._alone or 0.0)
+            return self._bounded(max(ALONE_S, min(BURST_SHARE * whole, BURST_S)), self._alone)
         quiet = self.quiet(decoding) if decoding else None
-        few_run = prefilling > 1 and decoding <= MANY_MORE * prefilling
-        if quiet is None or few_run:
+        if quiet is None:
             return self._bounded(ALONE_S, self._alone)
         return self._bounded(min(PREFILL_SHARE * quiet, ALONE_S), self._mixed or self._alone)
 

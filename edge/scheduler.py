@@ -8,11 +8,13 @@ and is computed again later: a request that was admitted is never failed.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge.kvcache import KVCache
+from edge.pace import Newcomers
 
 
 @dataclass(slots=True, eq=False)
@@ -83,11 +85,14 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._give_back(sequence, keep=keep)
 
-    def load(self) -> tuple[int, int]:
-        """(those that decode, those that have or could have a slot and wait for their first token)."""
-        decoding = sum(s.decoding for s in self.running)
-        coming = min(len(self.waiting), self._slots - len(self.running))
-        return decoding, len(self.running) - decoding + coming
+    def load(self) -> tuple[int, Newcomers]:
+        """How many requests decode, and those that wait for their first token with a slot or a free one."""
+        reading = [s for s in self.running if not s.decoding]
+        coming = [*reading, *itertools.islice(self.waiting, self._slots - len(self.running))]
+        keys = [s.key for s in coming]
+        tokens = sum(len(s.tokens) - s.computed for s in coming)
+        new = Newcomers(len(coming), tokens, min(keys), max(keys)) if coming else Newcomers()
+        return len(self.running) - len(reading), new
 
     def plan(self, chunk: int, draft: Callable[[Sequence, int], list[int]] | None = None) -> list[Work]:
         """The rows of the next step.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge import messages as msg
 from edge.backends.fake import EOS, FakeBackend
 from edge.engine import Engine
-from edge.pace import Pace
+from edge.pace import Newcomers, Pace
 from edge.sampling import Params
 from edge.speculate import Lookup
 
@@ -326,24 +326,41 @@ def test_stop_ids_of_the_request_join_those_of_the_model() -> None:
     assert EOS in desk.backend.info.stop_ids
 
 
+def one(key: int = 1) -> Newcomers:
+    return Newcomers(1, 2000, key, key)
+
+
 def test_pace_bounds_what_a_prompt_adds_to_a_step() -> None:
     pace = Pace(512)
     pace.learn(4, 0, 0.080)
     pace.learn(0, 400, 2.0)
-    assert pace.chunk(4, 1) == int(0.7 * 0.080 / 0.005)
+    assert pace.chunk(4, one()) == int(0.7 * 0.080 / 0.005)
     for _ in range(20):
         pace.learn(4, 16, 0.080 + 16 * 0.002)
-    assert 26 <= pace.chunk(4, 1) <= 28
-    assert pace.chunk(0, 1) == 80
+    assert 26 <= pace.chunk(4, one()) <= 28
+    assert pace.chunk(0, one()) == 80
 
 
-def test_pace_lets_prompts_go_first_where_several_wait() -> None:
+def test_pace_lets_a_burst_go_first_to_its_last_prompt() -> None:
     pace = Pace(512)
     pace.learn(4, 0, 0.050)
     pace.learn(0, 400, 0.400)
-    assert pace.chunk(4, 1) == int(0.7 * 0.050 / 0.001)
-    assert pace.chunk(12, 2) == int(0.7 * 0.050 / 0.001)
-    assert pace.chunk(4, 2) == pace.chunk(1, 15) == 400
+    polite = int(0.7 * 0.050 / 0.001)
+    assert pace.chunk(4, one(5)) == polite
+    assert pace.chunk(12, Newcomers(2, 200, 6, 7)) == polite
+    assert pace.chunk(4, Newcomers(2, 200, 8, 9)) == 400
+    # The last of those two, beside many: still theirs; one that comes later is not.
+    assert pace.chunk(12, one(9)) == 500
+    assert pace.chunk(12, Newcomers(2, 200, 9, 10)) == 400
+    assert pace.chunk(12, one(10)) == polite
+
+
+def test_pace_reads_a_large_burst_in_larger_steps_within_a_bound() -> None:
+    pace = Pace(4096)
+    pace.learn(0, 400, 0.400)
+    assert pace.chunk(0, Newcomers(8, 800, 1, 8)) == 400
+    assert pace.chunk(0, Newcomers(8, 4000, 1, 8)) == 1000
+    assert pace.chunk(1, Newcomers(8, 16000, 1, 8)) == 1500
 
 
 def test_pace_knows_steps_of_each_width() -> None:
@@ -354,4 +371,4 @@ def test_pace_knows_steps_of_each_width() -> None:
     assert (pace.quiet(1), pace.quiet(16), pace.quiet(32)) == (0.010, 0.070, 0.070)
     # A lone stream at the end does not make the next crowd's steps look short.
     pace.learn(0, 100, 0.1)
-    assert pace.chunk(16, 1) == int(0.7 * 0.070 / 0.001)
+    assert pace.chunk(16, one()) == int(0.7 * 0.070 / 0.001)
