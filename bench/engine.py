@@ -120,7 +120,7 @@ class _Bench:
     @contextlib.contextmanager
     def _ours(self, *options: str) -> Iterator[Running]:
         target = ours(self._path, "--threads", str(self._threads), *options)
-        with started(target, self._logs / "edge.log") as server:
+        with started(target, self._logs / "edge.log", watch=False) as server:
             yield server
 
     # -- against others ----------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class _Bench:
                 target = llama_server(
                     self._path, slots=slots, context=CONTEXT, threads=self._threads, flash_attention=flash
                 )
-                other = stack.enter_context(started(target, self._logs / "peer.log"))
+                other = stack.enter_context(started(target, self._logs / "peer.log", watch=False))
                 runs["llama-server"] = lambda n: self._rate(other, target.dialect, n)
             rates: dict[int, dict[str, list[float]]] = {}
             for run in runs.values():
@@ -189,7 +189,7 @@ class _Bench:
             rates: dict[str, list[float]] = {"edge": [], target.name: []}
             with (
                 self._ours("--slots", "8", "--ctx", str(CONTEXT)) as server,
-                started(target, self._logs / "other.log") as other,
+                started(target, self._logs / "other.log", watch=False) as other,
             ):
                 for turn in range(rounds + 1):
                     self._console.print(f"edge and {target.name}: 8 streams, round {turn} of {rounds}")

@@ -80,10 +80,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(target: Target, log: Path, *, limit: float = 300.0) -> Iterator[Running]:
+def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = True) -> Iterator[Running]:
     """The target as a running child in a process group of its own, ready to answer; stopped at the end.
 
-    limit: seconds until it must be ready. Raises EdgeError with the end of its log where it ends or is late.
+    limit: seconds until it must be ready. watch: sample its memory, which costs a percent of a core or two.
+    Raises EdgeError with the end of its log where it ends or is late.
     """
     port = free_port()
     command = [word.format(port=port) if word == "{port}" else word for word in target.command]
@@ -105,7 +106,7 @@ def started(target: Target, log: Path, *, limit: float = 300.0) -> Iterator[Runn
             **group,  # type: ignore[call-overload]
         )
     try:
-        with watched(process.pid) as memory:
+        with watched(process.pid, watch) as memory:
             running = Running(target, f"http://127.0.0.1:{port}", process, log, memory, began)
             _wait(running, limit)
             running.load_s = time.perf_counter() - began

@@ -11,7 +11,7 @@ MANY_MORE = 4
 # A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer; a burst of them,
 # whose last one waits much longer anyway, in steps of this share of the burst, with a bound in seconds.
 ALONE_S = 0.4
-BURST_SHARE = 0.25
+BURST_SHARE = 0.5
 BURST_S = 1.5
 SMALLEST_CHUNK = 8
 

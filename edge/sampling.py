@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 _GROUPS = 64
 # Below this temperature the best token is certain to single precision; dividing by it could overflow.
 _GREEDY = 1e-4
-# Nucleus sampling looks at this many of the best candidates before it sorts them all.
-_PROBES = (128, 2048)
+# Nucleus sampling sorts this many of the best candidates; a flatter distribution is cut without sorting.
+_PROBE = 128
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,7 +136,8 @@ class Sampler:
         if 0 < params.top_k < len(logits):
             ids = _top(logits, params.top_k)
             weights = np.exp((logits[ids] - best).astype(np.float64) / params.temperature)
-            keep = slice(_nucleus(weights, params.top_p * float(weights.sum())))
+            count = _nucleus(weights, params.top_p * float(weights.sum()))
+            ids, weights = ids[:count], weights[:count]
         else:
             every = np.exp((logits - best) * np.float32(1.0 / params.temperature))
             if params.top_p >= 1.0:
@@ -144,20 +145,25 @@ class Sampler:
                     every[every < params.min_p] = 0.0
                 return self._draw_from_all(every)
             goal = params.top_p * float(every.sum(dtype=np.float64))
-            for probe in (*_PROBES, len(logits)):
-                ids = _top(logits, probe)
-                weights = every[ids].astype(np.float64)
-                if weights.sum() >= goal:
-                    break
-            keep = slice(_nucleus(weights, goal))
-        ids, weights = ids[keep], weights[keep]
+            ids = _top(logits, _PROBE)
+            weights = every[ids].astype(np.float64)
+            if weights.sum() >= goal:
+                count = _nucleus(weights, goal)
+                ids, weights = ids[:count], weights[:count]
+            else:
+                _cut_to_nucleus(every, goal)
+                if params.min_p > 0.0:
+                    every[every < params.min_p] = 0.0
+                return self._draw_from_all(every)
         if params.min_p > 0.0:
-            # Sorted: what is too unlikely is a tail.
-            count = int((weights >= params.min_p * weights[0]).sum())
-            ids, weights = ids[:count], weights[:count]
-        edges = np.cumsum(weights)
+            # The best token's weight is 1.
+            likely = weights >= params.min_p
+            ids, weights = ids[likely], weights[likely]
+        # By id, so that the number drawn means the same token however the cut was found.
+        order = np.argsort(ids)
+        edges = np.cumsum(weights[order])
         at = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
-        return int(ids[min(at, len(ids) - 1)])
+        return int(ids[order[min(at, len(ids) - 1)]])
 
     def _draw_from_all(self, weights: NDArray[np.float32]) -> int:
         """Draw by weight without sorting: first a group of tokens, then a token of it."""
@@ -197,3 +203,20 @@ def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 def _nucleus(weights: NDArray[np.float64], goal: float) -> int:
     """How many of the sorted weights it takes to reach `goal` (top_p's share; Holtzman et al. 2020)."""
     return int(np.searchsorted(np.cumsum(weights), goal, side="left")) + 1
+
+
+def _cut_to_nucleus(weights: NDArray[np.float32], goal: float) -> None:
+    """Set to 0 all but the fewest, largest weights (of [0, 1]) that sum to `goal`: without sorting them all.
+
+    Floats that are not negative are ordered as their bits are: a histogram of the upper ones says where the
+    cut is, and only that bin is sorted.
+    """
+    bins = weights.view(np.int32) >> 16
+    sums = np.bincount(bins, weights=weights)
+    above = np.cumsum(sums[::-1])[::-1]
+    cut = max(int(np.searchsorted(-above, -goal, side="right")) - 1, 0)
+    edge = np.flatnonzero(bins == cut)
+    edge = edge[np.argsort(-weights[edge], kind="stable")]
+    count = _nucleus(weights[edge].astype(np.float64), goal - float(above[cut] - sums[cut]))
+    weights[bins < cut] = 0.0
+    weights[edge[count:]] = 0.0

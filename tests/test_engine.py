@@ -350,7 +350,7 @@ def test_pace_lets_a_burst_go_first_to_its_last_prompt() -> None:
     assert pace.chunk(12, Newcomers(2, 200, 6, 7)) == polite
     assert pace.chunk(4, Newcomers(2, 200, 8, 9)) == 400
     # The last of those two, beside many: still theirs; one that comes later is not.
-    assert pace.chunk(12, one(9)) == 500
+    assert pace.chunk(12, one(9)) == 512
     assert pace.chunk(12, Newcomers(2, 200, 9, 10)) == 400
     assert pace.chunk(12, one(10)) == polite
 
@@ -359,7 +359,7 @@ def test_pace_reads_a_large_burst_in_larger_steps_within_a_bound() -> None:
     pace = Pace(4096)
     pace.learn(0, 400, 0.400)
     assert pace.chunk(0, Newcomers(8, 800, 1, 8)) == 400
-    assert pace.chunk(0, Newcomers(8, 4000, 1, 8)) == 1000
+    assert pace.chunk(0, Newcomers(8, 2000, 1, 8)) == 1000
     assert pace.chunk(1, Newcomers(8, 16000, 1, 8)) == 1500
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edge.sampling import Params, Sampler
+from edge.sampling import Params, Sampler, _cut_to_nucleus
 
 LOGITS = np.array([1.0, 3.0, 2.0, 0.5, -1.0, 2.5], np.float32)
 PROBS = np.exp(LOGITS) / np.exp(LOGITS).sum()
@@ -65,6 +65,22 @@ def test_a_large_flat_vocabulary_is_cut_exactly() -> None:
     keep = set(order[: int(np.searchsorted(np.cumsum(weights), 0.5 * weights.sum())) + 1].tolist())
     drawn = Sampler(Params(top_p=0.5, seed=1), 50_000, [], frozenset())
     assert all(drawn.pick(logits.copy()).token in keep for _ in range(40))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 60.0])
+def test_the_cut_without_sorting_keeps_what_sorting_keeps(share: float, spread: float) -> None:
+    logits = np.random.default_rng(2).normal(0.0, spread, 20_000).astype(np.float32)
+    weights = np.exp(logits - logits.max())
+    goal = share * float(weights.sum(dtype=np.float64))
+    order = np.argsort(-weights, kind="stable")
+    count = int(np.searchsorted(np.cumsum(weights[order].astype(np.float64)), goal)) + 1
+    want = np.zeros_like(weights)
+    want[order[:count]] = weights[order[:count]]
+    _cut_to_nucleus(weights, goal)
+    # Sums in another order may differ by a token of no weight at the very end.
+    assert abs(np.count_nonzero(weights) - np.count_nonzero(want)) <= (share == 1.0)
+    assert np.abs(weights - want).max() <= (weights[weights > 0].min() if share == 1.0 else 0.0)
 
 
 def test_seed_repeats_and_differs() -> None:
