@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -85,8 +86,10 @@ def main(argv: list[str]) -> int:
         bench = _Bench(found.path, args.threads, Path(logs), console)
         if args.only in (None, "streams"):
             made += bench.streams(args.streams, args.rounds, peer=not args.no_peers, data=data)
+            _tell(made, console)
         if args.only in (None, "others") and not args.no_peers:
             made += bench.others(args.rounds, data)
+            _tell(made, console)
         if args.only in (None, "features"):
             made += bench.features(args.rounds, args.requests, data)
     table = Table(title=f"{found.path.name}, {args.threads} threads", title_justify="left")
@@ -102,6 +105,12 @@ def main(argv: list[str]) -> int:
     data["rows"] = [dataclasses.asdict(row) for row in made]
     sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
     return 0
+
+
+def _tell(rows: list[Row], console: Console) -> None:
+    """What is known so far, so that a later failure does not lose it."""
+    for row in rows:
+        console.print(f"{row.what}: {row.value}", highlight=False)
 
 
 class _Bench:
@@ -229,6 +238,7 @@ class _Bench:
             rows = [
                 self._prefix(server, rounds),
                 self._gap(server, context),
+                self._overhead(server),
                 *self._lookup(server, rounds),
                 *self._cancel(server, rounds),
             ]
@@ -280,6 +290,35 @@ class _Bench:
         value = f"{p95 / usual:.2f} x ({usual * 1e3:.0f} to {p95 * 1e3:.0f} ms; read in {took:.1f} s)"
         goal = "under 2 x the quiet gap"
         return Row(f"p95 gap of 4 streams beside a {long}-token prompt", value, goal, p95 < 2 * usual)
+
+    def _overhead(self, server: Running) -> Row:
+        """What the engine's thread does beside the model's steps, while 8 clients take tokens over HTTP."""
+
+        async def run() -> tuple[float, float, int]:
+            jobs = self._jobs(8, tokens=96)
+            streams = [asyncio.create_task(ask(server.url, Tuned(), job)) for job in jobs]
+            seen: list[dict[str, Any]] = []
+            while not any(stream.done() for stream in streams):
+                state = await _state(server)
+                if not seen or state["steps"] > seen[-1]["steps"]:
+                    seen.append(state)
+                await asyncio.sleep(0.1)
+            for stream in streams:
+                _whole(await stream, server)
+            # Between these all eight were decoding, and nothing else was.
+            pairs = [
+                (b["up_s"] - a["up_s"], b["step_s"] - a["step_s"], b["steps"] - a["steps"])
+                for a, b in itertools.pairwise(seen)
+                if b["step_tokens"] - a["step_tokens"] == 8 * (b["steps"] - a["steps"])
+            ]
+            return sum(p[0] for p in pairs), sum(p[1] for p in pairs), sum(p[2] for p in pairs)
+
+        up, inside, steps = asyncio.run(run())
+        share = (up - inside) / inside
+        value = (
+            f"{share:.2%} ({(up - inside) / steps * 1e3:.2f} of {inside / steps * 1e3:.1f} ms, {steps} steps)"
+        )
+        return Row("engine beside the model's step, 8 streams", value, "under 3 %", share < 0.03)
 
     def _lookup(self, server: Running, rounds: int) -> list[Row]:
         rows = []

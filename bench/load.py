@@ -1,7 +1,8 @@
-"""The load generator: N clients in a closed loop, and a probe of how long `/health` takes meanwhile.
+"""The load generator: N clients in a closed loop, or requests that arrive whether or not others are answered.
 
-Each client sends its next request when its last answer is complete. Every piece of an answer is stamped when
-its bytes arrive; the stamps are kept, so that any figure can be computed afterwards (see bench.metrics).
+In the closed loop each client sends its next request when its last answer is complete. Every piece of an
+answer is stamped when its bytes arrive; the stamps are kept, so that any figure can be computed afterwards
+(see bench.metrics). A probe asks `/health` meanwhile.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -24,16 +26,24 @@ _READ = 65536
 
 @dataclass(frozen=True)
 class Job:
-    """One request to make: the prompt, its number in the workload, and the output tokens to force."""
+    """One request to make: the prompt, its number in the workload, and the output tokens to force.
+
+    reuse, speculate: whether the server may take over what it computed before, and look ahead.
+    """
 
     prompt: str
     index: int
     tokens: int
+    reuse: bool = False
+    speculate: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one event or a whole answer says. tokens None: as many as `completion_tokens` says."""
+    """What one event or a whole answer says. tokens None: as many as `completion_tokens` says.
+
+    at_limit: it ended because it has the tokens that were asked for, however the server counts them.
+    """
 
     text: str = ""
     tokens: int | None = 0
@@ -41,6 +51,7 @@ class Part:
     completion_tokens: int | None = None
     finish: str = ""
     error: str = ""
+    at_limit: bool = False
 
 
 class Dialect(Protocol):
@@ -54,16 +65,16 @@ class Dialect(Protocol):
 
 
 class Ours:
-    """edge's own interface, streamed. Every prompt is read in full, and every token is decoded by itself.
+    """edge's own interface, streamed, with prefix reuse and speculation as the job has them.
 
-    Prefix reuse and speculation are off: the baseline has neither, and forced greedy text repeats itself,
-    which would flatter prompt lookup.
+    They are off in most workloads: the baseline has neither, and forced greedy text repeats itself, which
+    would flatter prompt lookup.
     """
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "raw": True, "max_tokens": job.tokens, "temperature": 0.0}
-        same = {"ignore_eos": True, "cache_prompt": False, "speculate": False, "stream": True}
-        return "POST", "/generate", body | same
+        allowed = {"cache_prompt": job.reuse, "speculate": job.speculate}
+        return "POST", "/generate", body | allowed | {"ignore_eos": True, "stream": True}
 
     def read(self, said: dict[str, Any]) -> Part:
         if "error" in said:
@@ -113,9 +124,30 @@ async def closed_loop(
     return samples
 
 
-async def ask(url: str, dialect: Dialect, job: Job, *, client: int = 0, limit: float = 600.0) -> Sample:
-    """One request, from connecting to the end of its answer."""
-    sample = Sample(client=client, prompt=job.index, wanted=job.tokens, start=time.perf_counter())
+async def open_loop(
+    url: str, dialect: Dialect, jobs: Sequence[Job], rate: float, *, seed: int = 0, limit: float = 600.0
+) -> list[Sample]:
+    """Send `jobs` at times of a Poisson process of `rate` requests/s, whatever becomes of those before.
+
+    A sample for each, in the order of the jobs; its time begins when it should have been sent, so that a
+    generator that is late is not in the server's favour.
+    """
+    draw = random.Random(seed)
+    due = time.perf_counter()
+    asked = []
+    for job in jobs:
+        due += draw.expovariate(rate)
+        await asyncio.sleep(due - time.perf_counter())
+        asked.append(asyncio.create_task(ask(url, dialect, job, limit=limit, start=due)))
+    return await asyncio.gather(*asked)
+
+
+async def ask(
+    url: str, dialect: Dialect, job: Job, *, client: int = 0, limit: float = 600.0, start: float | None = None
+) -> Sample:
+    """One request, from connecting (or from `start`, on time.perf_counter) to the end of its answer."""
+    began = time.perf_counter() if start is None else start
+    sample = Sample(client=client, prompt=job.index, wanted=job.tokens, start=began)
     try:
         async with asyncio.timeout(limit):
             await _exchange(url, dialect, job, sample)
@@ -137,6 +169,8 @@ async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample) -> Non
         part = dialect.read(said)
         if part.completion_tokens is not None:
             sample.prompt_tokens, sample.completion_tokens = part.prompt_tokens, part.completion_tokens
+            if part.at_limit:
+                sample.completion_tokens = sample.wanted
         sample.finish = part.finish or sample.finish
         sample.error = part.error or sample.error
         if part.text:
@@ -197,13 +231,14 @@ async def get(url: str, path: str, *, limit: float = 10.0) -> tuple[int, bytes]:
 
 @dataclass
 class HealthProbe:
-    """Asks `/health` every `interval` seconds, whether or not the last question was answered.
+    """Asks `path` every `interval` seconds, whether or not the last question was answered.
 
     Waiting for the answer before asking again would hide a blocked server (coordinated omission).
     seconds: how long each took; failures: those that gave no 200.
     """
 
     url: str
+    path: str = "/health"
     interval: float = 0.1
 
     def __post_init__(self) -> None:
@@ -230,7 +265,7 @@ class HealthProbe:
     async def _ask(self) -> None:
         began = time.perf_counter()
         try:
-            status, _ = await get(self.url, "/health", limit=600.0)
+            status, _ = await get(self.url, self.path, limit=600.0)
             self.failures += status != 200
         except (OSError, TimeoutError, ProtocolError):
             self.failures += 1

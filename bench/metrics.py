@@ -101,6 +101,27 @@ def request_rate(samples: Sequence[Sample]) -> float:
     return len(complete(samples)) / seconds if seconds else 0.0
 
 
+@dataclass(frozen=True)
+class Objective:
+    """A service objective, seconds: the first token within `ttft`, and `tpot` for each after it."""
+
+    ttft: float
+    tpot: float
+
+    def met(self, sample: Sample) -> bool:
+        first, each = ttft(sample), tpot(sample)
+        return (
+            sample.state == "ok" and first is not None and first <= self.ttft and (each or 0.0) <= self.tpot
+        )
+
+
+def goodput(samples: Sequence[Sample], objective: Objective) -> tuple[float, float]:
+    """(requests per second that met the objective, their share of all requests)."""
+    met = sum(objective.met(sample) for sample in samples)
+    seconds = wall(samples)
+    return (met / seconds if seconds else 0.0), (met / len(samples) if samples else 0.0)
+
+
 def percentile(values: Sequence[float], q: float) -> float | None:
     """The q-th percentile (0..100) with linear interpolation between ranks; None for no values."""
     return float(np.percentile(values, q)) if len(values) else None

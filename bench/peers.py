@@ -84,11 +84,12 @@ def _run(command: list[str]) -> None:
 
 
 class LlamaServer:
-    """llama-server's native /completion, streamed, greedy, every prompt read in full."""
+    """llama-server's native /completion, streamed, greedy, with prefix reuse as the job has it."""
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
-        body = {"prompt": job.prompt, "n_predict": job.tokens, "temperature": 0.0, "cache_prompt": False}
-        return "POST", "/completion", body | {"ignore_eos": True, "stream": True}
+        body = {"prompt": job.prompt, "n_predict": job.tokens, "temperature": 0.0}
+        given = {"cache_prompt": job.reuse, "ignore_eos": True, "stream": True}
+        return "POST", "/completion", body | given
 
     def read(self, said: dict[str, Any]) -> Part:
         if "error" in said:
@@ -126,7 +127,10 @@ def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
 
 
 class LlamaCppServer:
-    """llama_cpp.server's /v1/completions, whole answers: it counts tokens in those alone. Greedy."""
+    """llama_cpp.server's /v1/completions, greedy, whole answers: it counts tokens in those alone.
+
+    It counts those of the answer's text, read again, which may be more or fewer than were made.
+    """
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
@@ -140,6 +144,7 @@ class LlamaCppServer:
             prompt_tokens=usage["prompt_tokens"],
             completion_tokens=usage["completion_tokens"],
             finish=choice["finish_reason"],
+            at_limit=choice["finish_reason"] == "length",
         )
 
 
@@ -152,7 +157,9 @@ def llama_cpp_server(path: Path, *, context: int, threads: int) -> Target:
         # Its default ends a running answer when the next request comes.
         *("--interrupt_requests", "false", "--verbose", "false"),
     ]
-    return Target("llama_cpp.server", command, LlamaCppServer(), "/v1/models", "/v1/models")
+    return Target(
+        "llama_cpp.server", command, LlamaCppServer(), "/v1/models", "/v1/models", health="/v1/models"
+    )
 
 
 def main(argv: list[str]) -> int:

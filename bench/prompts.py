@@ -1,8 +1,14 @@
-"""Prompts for measuring: seeded, all different from their first words on, from text that stands here."""
+"""Workloads for measuring: seeded, described, from text that stands here.
+
+Prompts of one workload differ from their first words on, so that no server can reuse the beginning of
+another, unless the workload is about just that.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from bench.load import Job
 
@@ -36,6 +42,42 @@ _SENTENCES = (
 )
 
 
+_QUESTIONS = (
+    "What should one bring to the lighthouse?",
+    "Why does the clock run late?",
+    "Who repairs the nets?",
+    "今天的汤是什么味道？",
+    "海边几点退潮？",
+    "How far is the bridge?",
+)
+# What an assistant said before, in conversations that are told again with each turn.
+_REPLIES = (
+    "The keeper says to ask again after the tide has turned.",
+    "Nobody is certain, but the librarian has a map of it.",
+    "看门人说，等潮水退了再来问。",
+    "Twice a day, as far as anyone has counted.",
+)
+TURNS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A kind of request. make(count, tokens, seed, first): jobs of `count` clients, numbered from `first`.
+
+    reuse, speculate: whether servers that can may reuse prefixes and look ahead by prompt lookup.
+    """
+
+    name: str
+    about: str
+    make: Callable[[int, int, int, int], list[Job]]
+    reuse: bool = False
+    speculate: bool = False
+
+    def jobs(self, count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
+        made = self.make(count, tokens, seed, first)
+        return [replace(job, reuse=self.reuse, speculate=self.speculate) for job in made]
+
+
 def make(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
     """`count` jobs of some 80 prompt tokens each, which force `tokens` output tokens; numbered from `first`.
 
@@ -49,3 +91,76 @@ def make(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
         opening = f"{draw.randrange(1000, 10000)}. {draw.choice(_OPENINGS)}:"
         jobs.append(Job(" ".join([opening, *draw.sample(_SENTENCES, 4)]), index, tokens))
     return jobs
+
+
+def _each(write: Callable[[random.Random, str], str]) -> Callable[[int, int, int, int], list[Job]]:
+    """Jobs of one prompt each: `write` is given the job's own random numbers and a head nobody else has."""
+
+    def jobs(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+        made = []
+        for index in range(first, first + count):
+            draw = random.Random(f"{seed}/{index}")
+            made.append(Job(write(draw, f"{draw.randrange(1000, 10000)}."), index, tokens))
+        return made
+
+    return jobs
+
+
+def _chinese(draw: random.Random, head: str) -> str:
+    own = [text for text in (*_OPENINGS, *_SENTENCES) if not text.isascii()]
+    return head + "".join(draw.choice(own) for _ in range(5))
+
+
+def _long(draw: random.Random, head: str) -> str:
+    return f"{head} " + " ".join(draw.choice(_SENTENCES) for _ in range(60))
+
+
+def _edit(draw: random.Random, head: str) -> str:
+    text = " ".join(draw.sample(_SENTENCES, 6))
+    return f"{head} Write this text again, word for word:\n{text}\n{text}\n"
+
+
+def _shared(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+    system = "You keep the archive of a harbour town. " + " ".join(_SENTENCES * 2)
+    short = _each(lambda draw, head: f"{head} {draw.choice(_QUESTIONS)}")
+    return [replace(job, prompt=f"{system}\n{job.prompt}") for job in short(count, tokens, seed, first)]
+
+
+def _chat(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+    """Each client's conversation, told again with one more turn: all first turns, then all second ones."""
+    jobs = []
+    told = [""] * count
+    for turn in range(TURNS):
+        for client in range(count):
+            index = first + turn * count + client
+            draw = random.Random(f"{seed}/{first + client}/{turn}")
+            head = f"{draw.randrange(1000, 10000)}. " if not turn else ""
+            told[client] += f"{head}User: {draw.choice(_QUESTIONS)}\nAssistant:"
+            jobs.append(Job(told[client], index, tokens))
+            told[client] += f" {draw.choice(_REPLIES)}\n"
+    return jobs
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "mixed",
+            "prompts of some 80 tokens in English and Chinese, each asked once",
+            lambda count, tokens, seed, first: make(count, tokens, seed=seed, first=first),
+        ),
+        Workload(
+            "short", "one short question", _each(lambda draw, head: f"{head} {draw.choice(_QUESTIONS)}")
+        ),
+        Workload("long", "prompts of some 1000 tokens, each asked once", _each(_long)),
+        Workload("chinese", "prompts in Chinese alone", _each(_chinese)),
+        Workload("shared", "one text of some 500 tokens before a question each", _shared, reuse=True),
+        Workload(
+            "chat",
+            f"conversations of {TURNS} turns, each told again from the beginning",
+            _chat,
+            reuse=True,
+        ),
+        Workload("edit", "a text to be written again", _each(_edit), speculate=True),
+    )
+}

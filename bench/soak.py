@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bench import prompts
@@ -56,7 +57,8 @@ async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, 
         while time.perf_counter() < until:
             turn += 1
             tokens = draw.choice([1, 3, 10, 30, 60])
-            job = prompts.make(1, tokens, seed=seed, first=100_000 * number + turn)[0]
+            [job] = prompts.make(1, tokens, seed=seed, first=100_000 * number + turn)
+            job = replace(job, reuse=draw.random() < 0.5, speculate=draw.random() < 0.5)
             if draw.random() < 0.4:
                 await _leave(url, job, draw.choice([0.0, 0.01, 0.1, 0.5, 1.5]))
                 outcomes["left"] += 1

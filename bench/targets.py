@@ -28,7 +28,8 @@ _LOG_LINES = 15
 class Target:
     """What to start. command: arguments, the port left out as "{port}".
 
-    ready: a path that answers 200 as soon as requests can be answered; about: one that tells its settings.
+    ready: a path that answers 200 as soon as requests can be answered; about: one that tells its settings;
+    health: one that should always be answered at once. reads_gguf: whether it decodes the GGUF's weights.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Target:
     ready: str
     about: str
     environment: dict[str, str] = field(default_factory=dict)
+    health: str = "/health"
+    reads_gguf: bool = True
 
 
 def ours(artefact: Path, *options: str) -> Target:
@@ -48,7 +51,9 @@ def ours(artefact: Path, *options: str) -> Target:
 def baseline(merged: Path, dtype: str) -> Target:
     """The tutorial's server over a transformers folder, in float32 or bfloat16."""
     command = [sys.executable, "-m", "bench.baseline", str(merged), "--port", "{port}", "--dtype", dtype]
-    return Target("baseline", command, Baseline(), "/health", "/health", {"HF_HUB_OFFLINE": "1"})
+    name = "baseline" if dtype == "float32" else "baseline-bf16"
+    offline = {"HF_HUB_OFFLINE": "1"}
+    return Target(name, command, Baseline(), "/health", "/health", offline, reads_gguf=False)
 
 
 @dataclass

@@ -101,6 +101,8 @@ class Engine:
         self._stats_at = 0.0
         self._steps = 0
         self._step_tokens = 0
+        self._step_s = 0.0
+        self._began = clock()
         self._service_s = 1.0
         self._draining: float | None = None
         self._prefilling: frozenset[int] = frozenset()
@@ -267,6 +269,7 @@ class Engine:
         now = self._clock()
         self._steps += 1
         self._step_tokens += sum(len(row.tokens) for row in rows)
+        self._step_s += now - before
         if not any(work.draft for work in plan):
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
         urgent = False
@@ -409,6 +412,8 @@ class Engine:
                     kv_tokens=sum(self.cache.lengths),
                     steps=self._steps,
                     step_tokens=self._step_tokens,
+                    step_s=self._step_s,
+                    up_s=now - self._began,
                 )
             )
         if self._events and (force or not self._jobs or any(isinstance(e, msg.Done) for e in self._events)):

@@ -138,7 +138,10 @@ class Failed(msgspec.Struct, tag="failed"):
 
 
 class Stats(msgspec.Struct, tag="stats"):
-    """The engine's gauges, sent when they change, at most a few times a second."""
+    """The engine's gauges, sent when they change, at most a few times a second.
+
+    step_s: seconds spent in the backend's steps. up_s: seconds since the engine began.
+    """
 
     running: int
     waiting: int
@@ -146,6 +149,8 @@ class Stats(msgspec.Struct, tag="stats"):
     kv_tokens: int
     steps: int
     step_tokens: int
+    step_s: float
+    up_s: float
 
 
 Event = Delta | Done | Refused | Encoded | Ready | Failed | Stats

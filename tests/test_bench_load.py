@@ -128,7 +128,7 @@ def test_the_health_probe_sees_a_blocked_server() -> None:
         writer.close()
 
     async def run() -> HealthProbe:
-        async with serving(answer) as url, HealthProbe(url, 0.05) as probe:
+        async with serving(answer) as url, HealthProbe(url, interval=0.05) as probe:
             await asyncio.sleep(0.4)
             gate.set()
         return probe

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from bench import demo, prompts, readme, report
+from bench import demo, html, prompts, readme, report
 from bench.bare import counts
 from bench.load import Baseline, Job, Ours
 from bench.metrics import Sample
@@ -67,6 +67,9 @@ def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
             "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
         },
         "noise": (Noise(0.0, 0.01), Noise(0.0, 0.02)),
+        "memory": None,
+        "header": None,
+        "sweeps": {},
         "together": True,
         "seconds": 12.0,
     }
@@ -152,23 +155,27 @@ def test_prompts_differ_from_their_beginning_and_repeat_by_seed() -> None:
 
 def test_the_schedule_fits_the_budget_and_has_at_least_one_round() -> None:
     plan = Plan(tokens=64, clients=(1, 8), rounds=5, budget_s=100.0)
-    assert schedule(plan, rate=1000.0) == (plan, {1: 5, 8: 5})
-    assert schedule(plan, rate=20.0) == (plan, {1: 5, 8: 1})
+    assert schedule(plan, [1000.0, 2000.0]) == (plan, {("mixed", 1): 5, ("mixed", 8): 5})
+    # 8 answers of 64 tokens and a fifth more: 31 s at 20 tokens/s; two such targets twice that.
+    assert schedule(plan, [20.0]) == (plan, {("mixed", 1): 5, ("mixed", 8): 1})
+    assert schedule(plan, [40.0, 40.0]) == (plan, {("mixed", 1): 5, ("mixed", 8): 1})
+    two = Plan(tokens=64, clients=(1,), workloads=("mixed", "chat"), rounds=9, budget_s=30.0)
+    assert schedule(two, [64.0]) == (two, {("mixed", 1): 6, ("chat", 1): 6})
 
 
 def test_answers_are_shortened_where_one_round_does_not_fit_unless_their_number_was_given() -> None:
     plan = Plan(tokens=64, clients=(1, 8), rounds=5, budget_s=100.0)
-    kept, rounds = schedule(plan, rate=4.0)
+    kept, rounds = schedule(plan, [4.0])
     # 9 answers of 64 tokens at 4 tokens/s and a fifth more are 173 s; of 32 they are 88 s.
-    assert (kept.tokens, rounds) == (32, {1: 4, 8: 1})
-    assert schedule(plan, rate=0.1)[0].tokens == 16
+    assert (kept.tokens, rounds) == (32, {("mixed", 1): 4, ("mixed", 8): 1})
+    assert schedule(plan, [0.1])[0].tokens == 16
     fixed = Plan(tokens=64, least=64, clients=(1, 8), budget_s=100.0)
-    assert schedule(fixed, rate=4.0)[0].tokens == 64
+    assert schedule(fixed, [4.0])[0].tokens == 64
     assert any("from 64 to 32" in text for text in built(_pair(), plan=kept, asked_tokens=64)["warnings"])
 
 
 def _pair() -> list[Measured]:
-    some = {n: [Round([whole(0)], [0.01], 0, 0.0)] for n in (1, 8)}
+    some = {("mixed", n): [Round([whole(0)], [0.01], 0, 0.0)] for n in (1, 8)}
     return [
         Measured(mock("baseline", Baseline(), first=0, gap=0), rounds=some),
         Measured(mock("edge", Ours(), first=0, gap=0), rounds=some),
@@ -177,15 +184,17 @@ def _pair() -> list[Measured]:
 
 def test_a_whole_measurement(measured: list[Measured]) -> None:
     slow, fast = measured
-    assert list(slow.rounds) == list(fast.rounds) == [1, 2]
-    assert [len(part.rounds[2][0].samples) for part in measured] == [2, 2]
-    assert [s.prompt for s in slow.rounds[1][0].samples] == [s.prompt for s in fast.rounds[1][0].samples]
+    assert list(slow.rounds) == list(fast.rounds) == [("mixed", 1), ("mixed", 2)]
+    assert [len(part.rounds["mixed", 2][0].samples) for part in measured] == [2, 2]
+    asked = [[s.prompt for s in part.rounds["mixed", 1][0].samples] for part in measured]
+    assert asked[0] == asked[1]
     assert slow.memory_steady > 2**20 and slow.load_s > 0
     case = built(measured)["cases"][0]
-    assert case["comparable"] and case["rounds"] == 2
+    better = case["against"]["edge"]
+    assert better["comparable"] and case["rounds"] == 2
     # 0.05 + 6 x 0.02 = 0.17 s against 0.02 + 5 x 0.004 = 0.04 s.
-    assert case["ratios"]["e2e_s"]["value"] == pytest.approx(4.2, rel=0.35)
-    assert case["ratios"]["ttft_s"]["value"] == pytest.approx(8.5, rel=0.5)
+    assert better["ratios"]["e2e_s"]["value"] == pytest.approx(4.2, rel=0.35)
+    assert better["ratios"]["ttft_s"]["value"] == pytest.approx(8.5, rel=0.5)
     assert case["targets"]["baseline"]["e2e_s"]["p50"] == pytest.approx(0.17, rel=0.2)
     # Two clients of a server that answers one after the other: the second waits for the first.
     assert built(measured)["cases"][1]["targets"]["baseline"]["e2e_s"]["max"] == pytest.approx(0.34, rel=0.3)
@@ -199,7 +208,7 @@ def test_the_blocked_server_shows_in_its_health(measured: list[Measured]) -> Non
 def test_targets_in_turn_ask_the_same_prompts(tmp_path: Path) -> None:
     pair = (mock("baseline", Baseline(), first=0.0, gap=0.001), mock("edge", Ours(), first=0.0, gap=0.001))
     (slow, fast), kept = measure(pair, Plan(tokens=3, clients=(2,), rounds=1), tmp_path, together=False)
-    prompts_ = [sorted(s.prompt for s in part.rounds[2][0].samples) for part in (slow, fast)]
+    prompts_ = [sorted(s.prompt for s in part.rounds["mixed", 2][0].samples) for part in (slow, fast)]
     assert prompts_[0] == prompts_[1] and len(prompts_[0]) == 2
     made = built([slow, fast], plan=kept, together=False)
     assert any("one after the other" in text for text in made["warnings"])
@@ -215,8 +224,8 @@ def whole(prompt: int, read: int = 7, *, got: int = 6, error: str = "") -> Sampl
     return Sample(0, prompt, 6, 0.0, 1.0, [(1.0, got)], read, got, "length", 200, error)
 
 
-def rounds(*samples: Sample) -> dict[int, list[Round]]:
-    return {1: [Round(list(samples), [0.01], 0, 0.0)]}
+def rounds(*samples: Sample) -> dict[tuple[str, int], list[Round]]:
+    return {("mixed", 1): [Round(list(samples), [0.01], 0, 0.0)]}
 
 
 @pytest.mark.parametrize(
@@ -234,32 +243,32 @@ def test_different_work_is_not_compared(theirs: Sample, why: str) -> None:
         Measured(mock("edge", Ours(), first=0, gap=0), rounds=rounds(theirs)),
     ]
     made = built(pair, plan=Plan(clients=(1,)))
-    case = made["cases"][0]
-    assert not case["comparable"] and re.search(why, case["why"])
-    assert set(case["ratios"].values()) == {None}
-    assert "not compared" in report.block(made) and case["why"] in report.markdown(made)
+    against = made["cases"][0]["against"]["edge"]
+    assert not against["comparable"] and re.search(why, against["why"])
+    assert set(against["ratios"].values()) == {None}
+    assert "not compared" in report.block(made) and against["why"] in report.markdown(made)
 
 
 def test_report_files_table_and_last_line(measured: list[Measured], tmp_path: Path) -> None:
     made = built(measured, noise=(Noise(0.4, 0.0), Noise(0.0, 0.0)))
-    report.write(made, tmp_path / "out")
+    report.write(made, html.page(made), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert kept["schema"] == 1 and kept["machine"]["threads"] >= 1
+    assert kept["schema"] == 2 and kept["machine"]["threads"] >= 1
     assert len(kept["cases"][1]["targets"]["edge"]["samples"][0]) == 2
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "40%" in text and "| **2 clients** |" in text and "`edge bench runs/x`" in text
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "report.md"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md"]
     console = Console(width=80, record=True, file=(tmp_path / "shown").open("w", encoding="utf-8"))
     report.show(made, console)
     console.file.close()
     shown = console.export_text()
     assert "output tokens/s" in shown and "40%" in shown
-    assert report.headline(made)["cases"][0]["comparable"] is True
+    assert report.headline(made)["cases"][0]["against"]["edge"]["comparable"] is True
     json.dumps(report.headline(made))
 
 
 def test_readme_block(measured: list[Measured], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report.write(built(measured), tmp_path)
+    report.write(built(measured), "", tmp_path)
     target = tmp_path / "README.md"
     target.write_text("# 标题\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nrest\n", encoding="utf-8")
     for _ in range(2):
@@ -285,7 +294,14 @@ def test_numbers_of_clients(text: str) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     assert counts("1, 8") == [1, 8]
-    for argv in (["--tokens", "1"], ["--clients", "x"], ["--clients", "300"]):
+    odd = (
+        ["--tokens", "1"],
+        ["--clients", "x"],
+        ["--clients", "300"],
+        ["--targets", "x"],
+        ["--workloads", ""],
+    )
+    for argv in odd:
         with pytest.raises(UsageError):
             main([str(tmp_path), *argv])
     with pytest.raises(InputError, match="no such"):
@@ -363,10 +379,14 @@ def test_real_servers_on_a_toy_model(
     argv = [str(run), "--quick", "--tokens", "4", "--clients", "1,2", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [case["comparable"] for case in line["cases"]] == [True, True]
+    assert [case["against"]["edge"]["comparable"] for case in line["cases"]] == [True, True]
     assert line["cases"][1]["tokens_per_s"]["edge"] > 0
     made = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert made["targets"]["edge"]["about"]["file"] == "toy-F16.gguf"
     assert made["targets"]["baseline"]["about"]["dtype"] == "float32"
     assert (tmp_path / "out" / "bench" / "baseline.log").is_file()
+    alone = made["cases"][0]["targets"]["edge"]["ceiling"]
+    assert alone["bytes_per_token"] > 1000 and 0.0 < alone["share"] < 1.0
+    assert made["cases"][1]["targets"]["edge"]["ceiling"] is None
+    assert "ceiling" not in made["cases"][0]["targets"]["baseline"]
     assert psutil.Process().children() == []

@@ -77,6 +77,8 @@ async def info(request: Request) -> dict[str, Any]:
         "kv_tokens": stats.kv_tokens if stats else 0,
         "steps": stats.steps if stats else 0,
         "step_tokens": stats.step_tokens if stats else 0,
+        "step_s": round(stats.step_s, 4) if stats else 0.0,
+        "up_s": round(stats.up_s, 4) if stats else 0.0,
     }
 
 

@@ -1,0 +1,207 @@
+"""Workloads, open loop, goodput, the memory's ceiling, charts, the page, and comparing two reports."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import charts, compare, html, metrics, prompts, report, roofline, sweep
+from bench.charts import Axis
+from bench.load import Ours, open_loop
+from bench.metrics import Objective, Sample
+from bench.probe import Noise
+from bench.run import Measured, Plan, Round
+from bench.targets import Target
+from edge.errors import InputError
+from edge.gguf_header import read_header
+from tests import tiny_llama
+from tests.bench_mock import Mock, serving
+
+
+@pytest.mark.parametrize("name", list(prompts.WORKLOADS))
+def test_workloads_repeat_by_seed_and_differ_between_rounds(name: str) -> None:
+    workload = prompts.WORKLOADS[name]
+    jobs = workload.jobs(4, 8, seed=1)
+    assert jobs == workload.jobs(4, 8, seed=1) != workload.jobs(4, 8, seed=2)
+    assert {(job.tokens, job.reuse, job.speculate) for job in jobs} == {
+        (8, workload.reuse, workload.speculate)
+    }
+    assert len({job.prompt for job in jobs}) == len(jobs) == len({job.index for job in jobs})
+    later = workload.jobs(4, 8, seed=1, first=1000)
+    assert not {job.prompt for job in jobs} & {job.prompt for job in later}
+
+
+def test_what_workloads_are_about() -> None:
+    chat = prompts.WORKLOADS["chat"].jobs(2, 8, seed=1)
+    assert len(chat) == 2 * prompts.TURNS
+    assert chat[2].prompt.startswith(chat[0].prompt) and chat[5].prompt.startswith(chat[3].prompt)
+    assert not chat[1].prompt.startswith(chat[0].prompt[:5])
+    shared = prompts.WORKLOADS["shared"].jobs(2, 8, seed=1)
+    assert shared[0].prompt[:1500] == shared[1].prompt[:1500]
+    assert prompts.WORKLOADS["chinese"].jobs(1, 8, seed=1)[0].prompt[6:].count(" ") == 0
+    edit = prompts.WORKLOADS["edit"].jobs(1, 8, seed=1)[0].prompt.split("\n")
+    assert edit[1] == edit[2]
+
+
+def test_the_open_loop_sends_whether_or_not_answers_have_come() -> None:
+    mock = Mock(first=0.25, gap=0.0)
+
+    async def run() -> list[Sample]:
+        async with serving(mock) as url:
+            jobs = prompts.make(12, 2, seed=1)
+            return await open_loop(url, Ours(), jobs, 200.0, seed=3)
+
+    samples = asyncio.run(run())
+    assert [s.prompt for s in samples] == list(range(12)) and {s.state for s in samples} == {"ok"}
+    starts = [s.start for s in samples]
+    # All were sent long before the first answer came.
+    assert starts == sorted(starts) and starts[-1] - starts[0] < 0.25
+    assert all(s.end - s.start >= 0.25 for s in samples)
+
+
+def test_goodput_counts_what_met_the_objective() -> None:
+    def answer(first: float, gap: float, error: str = "") -> Sample:
+        events = [(first, 1), (first + gap, 1)]
+        return Sample(0, 0, 2, 0.0, 2.0, events, 5, 2, "length", 200, error)
+
+    samples = [answer(0.5, 0.1), answer(1.5, 0.1), answer(0.5, 0.3), answer(0.5, 0.1, "gone")]
+    assert metrics.goodput(samples, Objective(1.0, 0.2)) == (0.5, 0.25)
+    assert metrics.goodput(samples, Objective(2.0, 0.5))[1] == 0.75
+
+
+def test_the_sweep_ends_where_the_objective_breaks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench_mock", "0.2", "0.01", "{port}"]
+    target = Target("edge", command, Ours(), "/ready", "/info", {"PYTHONPATH": str(sweep.ROOT)})
+    easy = sweep.sweep(
+        target, tmp_path / "log", tokens=3, start=20.0, objective=Objective(5.0, 5.0), seconds=0.3
+    )
+    # A mock that answers everybody at once never breaks: the steps are bounded, each half as fast again.
+    assert [step["rate"] for step in easy] == pytest.approx([20.0 * 1.5**n for n in range(sweep.MOST_STEPS)])
+    assert all(step["share"] == 1.0 and step["goodput"] > 1.0 for step in easy)
+    hard = sweep.sweep(
+        target, tmp_path / "log", tokens=3, start=20.0, objective=Objective(0.1, 5.0), seconds=0.3
+    )
+    assert [(step["share"], step["goodput"]) for step in hard] == [(0.0, 0.0)]
+
+
+def test_bandwidth_is_of_this_world() -> None:
+    found = roofline.bandwidth(2**24, 2, seconds=0.05)
+    assert found.size == 2**24 and found.threads == 2
+    assert 1e8 < found.median <= found.best < 1e13
+
+
+def test_bytes_per_token_count_each_weight_once(tmp_path: Path) -> None:
+    header = read_header(tiny_llama.write(tmp_path / "m.gguf"))
+    whole = header.weights_bytes
+    heads = header.head_count_kv * (header.key_length + header.value_length)
+    kv = header.block_count * heads * 2
+    table = header.tensors["token_embd.weight"].bytes
+    unread = table if "output.weight" in header.tensors else 0
+    assert roofline.bytes_per_token(header, 0) == whole - unread
+    assert roofline.bytes_per_token(header, 100) == whole - unread + 100 * kv
+    found = roofline.Bandwidth(1e10, 9e9, 1, 2)
+    assert roofline.ceiling(found, 10**8) == pytest.approx(100.0)
+    assert roofline.context_of([80, 100], 64) == 122.0
+
+
+def test_axes() -> None:
+    assert Axis(0, 100).ticks() == [0, 20, 40, 60, 80, 100]
+    assert Axis(0.1, 10, log=True).ticks() == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
+    assert Axis(1, 100, log=True).at(10) == pytest.approx(0.5)
+    assert Axis(3, 3).at(3) == 0.5 and Axis(3, 3).ticks() == [3]
+
+
+def test_charts_are_well_formed_and_say_their_values() -> None:
+    svg = charts.bars("标题 <1>", "tokens/s", {"1 client": {"a & b": 10.0, "c": 95.0}, "8": {"c": 160.0}})
+    root = ET.fromstring(svg)
+    heights = [float(r.get("height", 0)) for r in root.iter("{http://www.w3.org/2000/svg}rect")][:3]
+    assert heights[1] / heights[0] == pytest.approx(9.5, rel=0.01)
+    assert heights[2] / heights[1] == pytest.approx(160 / 95, rel=0.01)
+    assert "a &amp; b 10, c 95; 8: c 160" in svg and "标题 &lt;1&gt;" in svg
+    ET.fromstring(charts.lines("t", "s", "x", {"a": [(1, 0.1), (8, 2.0)]}, log_x=True, log_y=True))
+    assert charts.lines("t", "s", "x", {"a": []}) == ""
+    assert charts.number(1234.5) == "1,234" and charts.number(0.01234) == "0.0123"
+
+
+def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
+    """Two targets, two numbers of clients; edge answers in 0.1 s, times `scale`, with a little spread."""
+
+    def measured(name: str, seconds: float) -> Measured:
+        def sample(client: int, number: int) -> Sample:
+            end = seconds * (1 + 0.01 * number)
+            return Sample(client, client, 4, 0.0, end, [(end / 2, 1), (end, 3)], 7, 4, "length", 200)
+
+        cases = {
+            ("mixed", n): [
+                Round([sample(c, k) for c in range(n)], [0.01], 0, 0.0, 0.1) for k in range(rounds)
+            ]
+            for n in (1, 4)
+        }
+        target = Target(name, ["x", "y"], Ours(), "/ready", "/info", reads_gguf=name == "edge")
+        return Measured(target, 1.0, 2**21, 2**20, {"dtype": "float32"}, cases)
+
+    return report.build(
+        [measured("baseline", 1.0), measured("edge", 0.1 * scale)],
+        plan=Plan(tokens=4, clients=(1, 4)),
+        asked_tokens=4,
+        command="edge bench runs/x",
+        model={
+            "run": "贝壳 <x>",
+            "base_model": "b",
+            "merged": {"digest": "sha256:1", "bytes": 2**21},
+            "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
+        },
+        noise=(Noise(0.0, 0.0), Noise(0.0, 0.0)),
+        memory=None,
+        header=None,
+        sweeps={"edge": [{"rate": 1.0, "goodput": 0.9, "share": 0.9}], "baseline": []},
+        together=True,
+        seconds=1.0,
+    )
+
+
+def test_the_page_stands_alone() -> None:
+    text = html.page(made_report())
+    assert text.startswith("<!doctype html>") and "贝壳 &lt;x&gt;" in text and "<x>" not in text
+    assert not re.search(r"(src|href)=|<script|@import|url\(", text)
+    assert text.count("<svg") == len(html.pictures(made_report())) == 4
+    assert "(10.0 x" in text
+
+
+def test_compare_tells_change_from_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same, slower = compare.compare(made_report(), made_report()), made_report(scale=1.5)
+    assert {row["verdict"] for row in same} == {"within noise"}
+    rows = compare.compare(made_report(), slower)
+    verdicts = {(row["target"], row["figure"]): row["verdict"] for row in rows}
+    assert verdicts["edge", "whole answer"] == verdicts["edge", "tokens/s of a round"] == "WORSE"
+    assert verdicts["baseline", "whole answer"] == "within noise"
+    better = compare.judge([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], more_is_better=False)
+    assert better["verdict"] == "better" and better["low"] < better["ratio"] < better["high"]
+    assert compare.judge([1.0], [2.0], more_is_better=True)["verdict"] == "too few rounds"
+    for name, made in (("a", made_report()), ("b", slower)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made), encoding="utf-8")
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "WORSE" in shown and json.loads(shown.splitlines()[-1])["rows"]
+
+
+def test_compare_says_what_else_differs_and_refuses_what_is_no_report(tmp_path: Path) -> None:
+    other = copy.deepcopy(made_report())
+    other["machine"]["cpu"] = "another"
+    other["settings"]["tokens"] = 9
+    said = compare.differences(made_report(), other)
+    assert len(said) == 2 and "another machine" in said[0] and "4 before, 9 after" in said[1]
+    for text in ("no json", "[]", '{"kind": "bench", "schema": 1}'):
+        (tmp_path / "x.json").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=r"x\.json"):
+            compare.read(tmp_path / "x.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        compare.read(tmp_path / "missing.json")
