@@ -33,7 +33,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
 
     def ticks(self) -> list[float]:
-        """Round numbers on the axis: powers of ten (with 2 and 5 between few of them), or about five steps."""
+        """Round numbers: powers of ten (with 2 and 5 between few of them), or about five steps."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             steps = (1, 2, 5) if last - first <= 3 else (1,)
