@@ -86,10 +86,8 @@ def main(argv: list[str]) -> int:
         bench = _Bench(found.path, args.threads, Path(logs), console)
         if args.only in (None, "streams"):
             made += bench.streams(args.streams, args.rounds, peer=not args.no_peers, data=data)
-            _tell(made, console)
         if args.only in (None, "others") and not args.no_peers:
             made += bench.others(args.rounds, data)
-            _tell(made, console)
         if args.only in (None, "features"):
             made += bench.features(args.rounds, args.requests, data)
     table = Table(title=f"{found.path.name}, {args.threads} threads", title_justify="left")
@@ -107,12 +105,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _tell(rows: list[Row], console: Console) -> None:
-    """What is known so far, so that a later failure does not lose it."""
-    for row in rows:
-        console.print(f"{row.what}: {row.value}", highlight=False)
-
-
 class _Bench:
     def __init__(self, path: Path, threads: int, logs: Path, console: Console) -> None:
         self._path = path
@@ -120,6 +112,12 @@ class _Bench:
         self._logs = logs
         self._console = console
         self._number = 0
+
+    def _tell(self, rows: list[Row]) -> list[Row]:
+        """Say at once what is known, so that a later failure does not lose it."""
+        for row in rows:
+            self._console.print(f"{row.what}: {row.value}", highlight=False)
+        return rows
 
     def _jobs(self, count: int, tokens: int = TOKENS) -> list[Job]:
         """Prompts never asked before in this run."""
@@ -156,6 +154,7 @@ class _Bench:
                 other = stack.enter_context(started(target, self._logs / "peer.log", watch=False))
                 runs["llama-server"] = lambda n: self._rate(other, target.dialect, n)
             rates: dict[int, dict[str, list[float]]] = {}
+            rows: list[Row] = []
             for run in runs.values():
                 run(min(2, slots))
             for n in streams:
@@ -165,21 +164,25 @@ class _Bench:
                         self._console.print(f"{name}: {n} streams, round {turn + 1} of {rounds}")
                         time.sleep(PAUSE_S)
                         rates[n][name].append(run(n))
+                rows += self._tell(self._stream_rows(n, rates[n]))
         data["rates"] = rates
-        return self._stream_rows(rates)
+        return rows + self._tell(self._growth_rows(rates))
 
-    def _stream_rows(self, rates: dict[int, dict[str, list[float]]]) -> list[Row]:
+    def _stream_rows(self, n: int, found: dict[str, list[float]]) -> list[Row]:
         rows = []
-        for n, found in rates.items():
-            mine = found["edge"]
-            shown = ", ".join(f"{name} {median(values):.1f}" for name, values in found.items())
-            rows.append(Row(f"{n} streams, total tokens/s", shown, ""))
-            for name, goal in (("bare loop", 0.85 if n == 1 else None), ("llama-server", 1.0)):
-                against = ratio(mine, found[name]) if name in found else None
-                if against is not None:
-                    value = f"{against.value:.2f} x ({against.low:.2f} to {against.high:.2f})"
-                    reached = None if goal is None else against.value >= goal
-                    rows.append(Row(f"  against {name}", value, f"{goal:.2f} x" if goal else "", reached))
+        mine = found["edge"]
+        shown = ", ".join(f"{name} {median(values):.1f}" for name, values in found.items())
+        rows.append(Row(f"{n} streams, total tokens/s", shown, ""))
+        for name, goal in (("bare loop", 0.85 if n == 1 else None), ("llama-server", 1.0)):
+            against = ratio(mine, found[name]) if name in found else None
+            if against is not None:
+                value = f"{against.value:.2f} x ({against.low:.2f} to {against.high:.2f})"
+                reached = None if goal is None else against.value >= goal
+                rows.append(Row(f"  against {name}", value, f"{goal:.2f} x" if goal else "", reached))
+        return rows
+
+    def _growth_rows(self, rates: dict[int, dict[str, list[float]]]) -> list[Row]:
+        rows = []
         if 8 in rates:
             base = median(rates[8]["edge"]) or 0.0
             for n in sorted(m for m in rates if m > 8):
@@ -215,7 +218,8 @@ class _Bench:
             assert found is not None
             shown = ", ".join(f"{name} {median(values):.1f}" for name, values in rates.items())
             value = f"{found.value:.2f} x ({found.low:.2f} to {found.high:.2f}; {shown} tok/s)"
-            rows.append(Row(f"8 streams against {target.name}", value, f"{goal:g} x", found.value >= goal))
+            row = Row(f"8 streams against {target.name}", value, f"{goal:g} x", found.value >= goal)
+            rows += self._tell([row])
         return rows
 
     def _rate(self, server: Running, dialect: Any, streams: int) -> float:
@@ -235,16 +239,16 @@ class _Bench:
         context = min(LONG_CONTEXT, artefact.resolve(self._path).header.context_length)
         with self._ours("--ctx", str(context)) as server:
             asyncio.run(closed_loop(server.url, Tuned(), self._jobs(2), 2))
-            rows = [
-                self._prefix(server, rounds),
-                self._gap(server, context),
-                self._overhead(server),
-                *self._lookup(server, rounds),
-                *self._cancel(server, rounds),
+            parts: list[Callable[[], list[Row]]] = [
+                lambda: [self._prefix(server, rounds)],
+                lambda: [self._gap(server, context)],
+                lambda: [self._overhead(server)],
+                lambda: self._lookup(server, rounds),
+                lambda: self._cancel(server, rounds),
             ]
             if requests:
-                rows.append(self._memory(server, requests))
-        return rows
+                parts.append(lambda: [self._memory(server, requests)])
+            return [row for part in parts for row in self._tell(part())]
 
     def _prefix(self, server: Running, rounds: int) -> Row:
         cold, warm = [], []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A step with prompt tokens takes at most this share longer than a step of the running streams alone.
+# A step with prompt tokens takes at most this share longer than a step of the running streams alone, or
+# this many seconds in all: text is shown every 40 ms at most, so that shorter steps are not felt.
 PREFILL_SHARE = 0.7
+UNFELT_S = 0.06
 # So many times as many streams must run as prompts wait, for several prompts to be read politely.
 MANY_MORE = 4
 # A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer; a burst of them,
@@ -13,7 +15,7 @@ MANY_MORE = 4
 ALONE_S = 0.4
 BURST_SHARE = 0.5
 BURST_S = 1.5
-SMALLEST_CHUNK = 8
+SMALLEST_CHUNK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class Pace:
         quiet = self.quiet(decoding) if decoding else None
         if quiet is None:
             return self._bounded(ALONE_S, self._alone)
-        return self._bounded(min(PREFILL_SHARE * quiet, ALONE_S), self._mixed or self._alone)
+        seconds = max(PREFILL_SHARE * quiet, UNFELT_S - quiet)
+        return self._bounded(min(seconds, ALONE_S), self._mixed or self._alone)
 
     def quiet(self, rows: int) -> float | None:
         """Expected seconds of a step of `rows` decoding rows alone, between or beyond what was seen."""

@@ -23,7 +23,11 @@ from edge.backends.base import Row
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.errors import EdgeError
 
-PROMPT = 256
+# Tokens of the prompt: as many as take PROMPT_S to read, within these bounds. Flash attention is often the
+# faster one after a hundred tokens and the slower one after many.
+PROMPT_LEAST, PROMPT_MOST = 128, 512
+PROMPT_S = 1.2
+PROBE = 32
 STREAMS = 8
 ROUNDS = 8
 PROMPT_ROUNDS = 2
@@ -32,7 +36,8 @@ ENOUGH_S = (3.0, 8.0)
 LEAST_ROUNDS = 3
 # A machine on which this is not enough is too busy to measure anything.
 BUDGET_S = 20.0
-_CELLS = STREAMS * (PROMPT + 2 * ROUNDS + 16)
+# Where two layouts are this near, a part for each slot is taken: its steps do not grow with the streams.
+_TIE = 1.03
 # Weights of one stream, eight streams and prompt in the score: latency for one reader is the main thing.
 _WEIGHTS = (0.5, 0.3, 0.2)
 
@@ -88,21 +93,36 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
     Raises TimeoutError past BUDGET_S, and what making a context raises.
     """
     began = time.monotonic()
+    prompt = _prompt_length(model, asked)
     layouts = [(asked.threads, flash, unified) for flash in _flash(asked) for unified in _unified(asked)]
-    trials = _race(model, asked, layouts, began + BUDGET_S)
+    trials = _race(model, asked, prompt, layouts, began + BUDGET_S)
     winner = _best(trials)
     if asked.threads > 2:
         fewer = (asked.threads - 1, winner.flash_attention, winner.unified)
         same = (asked.threads, winner.flash_attention, winner.unified)
-        again = _race(model, asked, [same, fewer], began + 2 * BUDGET_S)
+        again = _race(model, asked, prompt, [same, fewer], began + 2 * BUDGET_S)
         trials += again[1:]
         winner = _best(again)
     return {
         "trials": [dataclasses.asdict(trial) for trial in trials],
         "chosen": dataclasses.asdict(winner),
+        "prompt": prompt,
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _prompt_length(model: Model, asked: Settings) -> int:
+    """How many tokens to read in each trial, from the time that a short prompt takes."""
+    room = dataclasses.replace(asked, slots=1, context=2 * PROBE, capacity=2 * PROBE)
+    context = LlamaCpp(model, room)
+    try:
+        token = context.encode("the", special=False)[0]
+        per_token = min(_timed(context, [Row(0, at, [token] * PROBE, 0)]) for at in (0, PROBE)) / PROBE
+    finally:
+        context.close()
+    most = min(PROMPT_MOST, asked.context - 2 * ROUNDS)
+    return max(min(PROMPT_LEAST, most), min(most, int(PROMPT_S / per_token)))
 
 
 def _flash(asked: Settings) -> list[bool]:
@@ -117,22 +137,25 @@ def _unified(asked: Settings) -> list[bool]:
 
 def _best(trials: list[Trial]) -> Trial:
     best = (min(t.one for t in trials), min(t.eight for t in trials), min(t.prompt for t in trials))
-    return min(trials, key=lambda trial: trial.score(best))
+    scores = [trial.score(best) for trial in trials]
+    near = [t for t, score in zip(trials, scores, strict=True) if score <= _TIE * min(scores)]
+    return min(near, key=lambda trial: (trial.unified, trial.score(best)))
 
 
 def _race(
-    model: Model, asked: Settings, combinations: list[tuple[int, bool, bool]], until: float
+    model: Model, asked: Settings, prompt: int, combinations: list[tuple[int, bool, bool]], until: float
 ) -> list[Trial]:
     """Time the combinations in turn, round by round, so that a busy moment hits all of them alike."""
     streams = min(STREAMS, asked.slots)
+    each = prompt + 2 * ROUNDS + 16
     contexts = [
         LlamaCpp(
             model,
             dataclasses.replace(
                 asked,
                 slots=streams,
-                context=_CELLS // STREAMS,
-                capacity=_CELLS,
+                context=each,
+                capacity=STREAMS * each,
                 threads=threads,
                 threads_batch=threads,
                 flash_attention=flash,
@@ -151,11 +174,11 @@ def _race(
             for i, context in enumerate(contexts):
                 _check_time(until)
                 context.truncate(0, 0)
-                prompts[i].append(_timed(context, [Row(0, 0, [token] * PROMPT, 0)]))
+                prompts[i].append(_read_prompt(context, [token] * prompt, asked.batch))
         for context in contexts:
             cells = context.save(0)
             for slot in range(1, streams):
-                context.restore(slot, cells, PROMPT)
+                context.restore(slot, cells, prompt)
         ones: list[list[float]] = [[] for _ in contexts]
         eights: list[list[float]] = [[] for _ in contexts]
         for turn in range(ROUNDS):
@@ -163,14 +186,14 @@ def _race(
                 break
             for i, context in enumerate(contexts):
                 _check_time(until)
-                at = PROMPT + turn
+                at = prompt + turn
                 ones[i].append(_timed(context, [Row(0, at + turn, [token], 1)]))
                 rows = [Row(0, at + turn + 1, [token], 1)]
                 rows += [Row(slot, at, [token], 1) for slot in range(1, streams)]
                 eights[i].append(_timed(context, rows))
         # The shortest: whatever else runs on the machine can only make a step longer.
         return [
-            Trial(*combination, min(ones[i]), min(eights[i]), min(prompts[i]) / PROMPT)
+            Trial(*combination, min(ones[i]), min(eights[i]), min(prompts[i]) / prompt)
             for i, combination in enumerate(combinations)
         ]
     finally:
@@ -181,6 +204,12 @@ def _race(
 def _check_time(until: float) -> None:
     if time.monotonic() > until:
         raise TimeoutError
+
+
+def _read_prompt(context: LlamaCpp, tokens: list[int], batch: int) -> float:
+    """Seconds to read a prompt, in the chunks that the engine would use."""
+    starts = range(0, len(tokens), batch)
+    return sum(_timed(context, [Row(0, at, tokens[at : at + batch], 0)]) for at in starts)
 
 
 def _timed(context: LlamaCpp, rows: list[Row]) -> float:

@@ -237,6 +237,14 @@ def test_a_machine_too_busy_to_measure_is_served_as_asked(
     model.close()
 
 
+def test_of_two_layouts_that_are_near_the_parts_are_taken() -> None:
+    def trial(unified: bool, one: float) -> tune.Trial:
+        return tune.Trial(2, False, unified, one, 1.0, 1.0)
+
+    assert not tune._best([trial(True, 1.0), trial(False, 1.02)]).unified
+    assert tune._best([trial(True, 1.0), trial(False, 1.2)]).unified
+
+
 def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "edge.cli", "tune", str(run), "--threads", "1"],
