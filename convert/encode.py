@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from convert.data import Message, Report, Row
 from convert.template import ChatFormat, split_thought, thinking_mode, with_thought
-from edge.chat import opens_thought
 from edge.errors import InputError, UsageError
+from edge.thought import opens_thought
 
 IGNORED = -100
 

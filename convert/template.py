@@ -15,8 +15,9 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from edge.chat import THINK, THINK_END, ChatTemplate, opens_thought
+from edge.chat import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
+from edge.thought import THINK, THINK_END, opens_thought
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -1,27 +1,40 @@
-"""Chat templates, rendered as transformers renders them, in a sandbox; and the split of a thought.
+"""Chat templates, rendered as transformers renders them, in a sandbox.
 
 A template is untrusted text from a model file: it runs in jinja2's immutable sandbox, with the functions that
-templates use. There is no fallback template: a model without one can only be asked `raw`.
+templates use, and bounds on time and size. There is no fallback template: a model without one can only be
+asked `raw`.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2 import meta, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge.errors import InputError, RequestError
+from edge.thought import THINK_END, opens_thought
 
-THINK, THINK_END = "<think>", "</think>"
 _LONGEST_PROMPT = 8 * 2**20
+_LARGEST_EXPONENT = 64
+# A prompt is rendered on the thread that answers HTTP; real templates take milliseconds.
+RENDER_S = 2.0
+_TICK = "_edge_tick"
 
 
 class _Raised(Exception):
     """What a template said through `raise_exception`."""
+
+
+class _TooLarge(Exception):
+    """The rendered prompt, or the time that it took, is over its bound."""
 
 
 def _raise(message: str) -> None:
@@ -37,21 +50,43 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().astimezone().strftime(pattern)
 
 
+def _small(value: Any, bound: int) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= bound
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, with a bound on what multiplication and powers may make."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and not (_small(left, 2**64) and _small(right, _LARGEST_EXPONENT)):
+            raise SecurityError("a power of large numbers")
+        for one, other in ((left, right), (right, left)):
+            if isinstance(one, Sequence) and isinstance(other, int) and len(one) * other > _LONGEST_PROMPT:
+                raise SecurityError(f"a repetition of {other} times")
+        return super().call_binop(context, operator, left, right)
+
+
 class ChatTemplate:
-    """A compiled chat template. Raises InputError where `source` is no valid template."""
+    """A compiled chat template. variables: the names it reads. Raises InputError where it is not valid."""
 
     def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
+        environment.globals[_TICK] = self._tick
         self.source = source
         self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._deadline = 0.0
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            tree = environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree))
+            _watch_loops(tree)
+            code = environment.compile(tree)
+            self._template = environment.template_class.from_code(environment, code, environment.globals)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise InputError(
                 f"the model's chat template is not valid: {error}", "ask with raw: true"
             ) from error
@@ -59,97 +94,57 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, Any]], *, thinking: str | None = None, **extra: Any) -> str:
         """The prompt for `messages`, with the beginning of the assistant's turn.
 
-        thinking: the artefact's mode, "off" closes an empty thought. extra: the template's own variables
+        thinking: the mode, "off" closes an empty thought. extra: the template's own variables
         (tools, enable_thinking, ...). Raises RequestError (400) with the template's own words.
         """
         if thinking in ("on", "off"):
             extra.setdefault("enable_thinking", thinking == "on")
         try:
-            prompt = self._template.render(
-                messages=messages, add_generation_prompt=True, **self._tokens, **extra
-            )
+            prompt = self._render({"messages": messages, "add_generation_prompt": True, **extra})
         except _Raised as error:
-            raise RequestError(
-                f"the model's chat template refuses these messages: {error}",
-                code="chat_template_error",
-                param="messages",
-            ) from error
+            raise _refused(f"refuses these messages: {error}") from error
+        except _TooLarge as error:
+            raise _refused(str(error), code="prompt_too_long") from error
         except (
             jinja2.TemplateError,
             TypeError,
             ValueError,
             KeyError,
             AttributeError,
-            OverflowError,
+            ArithmeticError,
+            RecursionError,
         ) as error:
-            raise RequestError(
-                f"the model's chat template cannot be applied to these messages: {error}",
-                code="chat_template_error",
-                param="messages",
-            ) from error
-        if len(prompt) > _LONGEST_PROMPT:
-            raise RequestError("the rendered prompt is too long", code="prompt_too_long", param="messages")
+            raise _refused(f"cannot be applied to these messages: {error}") from error
         if thinking == "off" and opens_thought(prompt):
             # The template opens a thought whatever it is told; the model was trained with an empty one.
             prompt = prompt.rstrip() + f"\n\n{THINK_END}\n\n"
         return prompt
 
+    def _render(self, variables: dict[str, Any]) -> str:
+        self._deadline = time.monotonic() + RENDER_S
+        parts, length = [], 0
+        for part in self._template.generate(**self._tokens, **variables):
+            length += len(part)
+            if length > _LONGEST_PROMPT:
+                raise _TooLarge(f"makes a prompt of more than {_LONGEST_PROMPT} characters of these messages")
+            parts.append(part)
+        return "".join(parts)
 
-def opens_thought(prompt: str) -> bool:
-    """Whether the prompt ends inside a thought that the model is to finish."""
-    return prompt.rstrip().endswith(THINK)
+    def _tick(self) -> str:
+        if time.monotonic() > self._deadline:
+            raise _TooLarge(f"takes more than {RENDER_S:g} s for these messages")
+        return ""
 
 
-class ThoughtSplit:
-    """Parts a stream of text into (thought, answer), whoever opened the thought.
+def _watch_loops(tree: nodes.Template) -> None:
+    """Make every turn of a loop, and every call of a macro, look at the clock."""
+    assert tree.environment is not None
+    found: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
+    for node in found:
+        call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
+        tick = nodes.Output([call], lineno=node.lineno)
+        node.body.insert(0, tick.set_environment(tree.environment))
 
-    inside: the template has opened it already. Joined over all pushes and `finish`, `a</think>b` gives
-    ("a", "b"). Blank space around the tags belongs to neither.
-    """
 
-    def __init__(self, *, inside: bool) -> None:
-        self._inside = inside
-        self._held = ""
-        self._begun = inside
-        self._strip = inside
-
-    def push(self, text: str) -> tuple[str, str]:
-        """What is certain after `text`: (more of the thought, more of the answer)."""
-        self._held += text
-        thought = answer = ""
-        while True:
-            if not self._begun:
-                bare = self._held.lstrip()
-                if bare.startswith(THINK):
-                    self._held = bare[len(THINK) :]
-                    self._begun = self._inside = self._strip = True
-                    continue
-                if THINK.startswith(bare):
-                    return thought, answer
-                self._begun = True
-                continue
-            if self._strip:
-                self._held = self._held.lstrip()
-                if not self._held:
-                    return thought, answer
-                self._strip = False
-            if not self._inside:
-                answer, self._held = answer + self._held, ""
-                return thought, answer
-            at = self._held.find(THINK_END)
-            if at < 0:
-                # A tag that may have begun, and blank space that may stand before it, are held back.
-                keep = len(self._held) - max(
-                    (n for n in range(len(THINK_END)) if self._held.endswith(THINK_END[:n])), default=0
-                )
-                keep = len(self._held[:keep].rstrip())
-                thought, self._held = thought + self._held[:keep], self._held[keep:]
-                return thought, answer
-            thought += self._held[:at].rstrip()
-            self._held = self._held[at + len(THINK_END) :]
-            self._inside, self._strip = False, True
-
-    def finish(self) -> tuple[str, str]:
-        """What was held back when the stream ended."""
-        held, self._held = self._held, ""
-        return (held, "") if self._inside else ("", held)
+def _refused(why: str, code: str = "chat_template_error") -> RequestError:
+    return RequestError(f"the model's chat template {why}", code=code, param="messages")

@@ -12,10 +12,11 @@ from typing import Any
 
 from edge import artefact, planning
 from edge import messages as msg
-from edge.chat import ChatTemplate, ThoughtSplit, opens_thought
+from edge.chat import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.sampling import Params
 from edge.supervisor import EngineProcess
+from edge.thought import ThoughtSplit, opens_thought
 from edge.worker import Load
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system prompt, /exit (or Ctrl-D) ends"

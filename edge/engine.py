@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import messages as msg
-from edge.backends.base import Backend, Logits, Row, StepInterrupted
-from edge.errors import RequestError
+from edge.backends.base import Backend, Embeds, Logits, Row, StepInterrupted
+from edge.errors import EdgeError, RequestError
 from edge.grammar import Grammars, Matcher
+from edge.guide import Guide
 from edge.kvcache import KVCache
 from edge.pace import Pace
 from edge.prefixes import PrefixStore
@@ -46,6 +48,7 @@ class Job:
     stop_ids: frozenset[int]
     lookup: Lookup | None
     matcher: Matcher | None
+    guide: Guide | None
     arrived: float
     started: float = 0.0
     first: float = 0.0
@@ -64,6 +67,12 @@ class _Cancelled:
 @dataclass(slots=True)
 class _Drain:
     until: float
+
+
+@dataclass(slots=True)
+class _Embed:
+    key: int
+    tokens: list[int]
 
 
 class Engine:
@@ -93,8 +102,9 @@ class Engine:
         self._grammars = Grammars(backend)
         # Masks are computed beside the model's step; llguidance lets go of the GIL.
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="mask")
-        self._inbox: queue.SimpleQueue[Job | _Cancelled | _Drain] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | _Cancelled | _Drain | _Embed] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
+        self._embeds: deque[_Embed] = deque()
         self._of: dict[Sequence, Job] = {}
         self._events: list[msg.Event] = []
         self._flushed = clock()
@@ -116,6 +126,15 @@ class Engine:
         except RequestError as error:
             self._refuse(request.key, error)
 
+    def embed(self, request: msg.Embed) -> None:
+        """Take in a text to be turned into a vector, between steps; answered with Embedded or Refused."""
+        try:
+            if not isinstance(self._backend, Embeds) or not self._backend.info.embedding:
+                raise RequestError("this backend gives no embeddings", code="unsupported", param="model")
+            self._inbox.put(_Embed(request.key, self.prompt_tokens(request.prompt)))
+        except RequestError as error:
+            self._refuse(request.key, error)
+
     def cancel(self, key: int) -> None:
         """End a request in whatever phase it is; a long step that reads its prompt is cut short."""
         self._inbox.put(_Cancelled(key))
@@ -126,15 +145,16 @@ class Engine:
         """Admit nothing more and let `run` return when all is done, or after `seconds`."""
         self._inbox.put(_Drain(self._clock() + seconds))
 
-    def _admit(self, request: msg.Submit) -> Job:
+    def prompt_tokens(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
+        """The ids of a prompt, with one begin token where the model wants it. Raises RequestError."""
         info = self._backend.info
-        if isinstance(request.prompt, str):
-            tokens = self._backend.encode(request.prompt, special=request.special)
-            begins = bool(info.bos_text) and request.special and request.prompt.startswith(info.bos_text)
+        if isinstance(prompt, str):
+            tokens = self._backend.encode(prompt, special=special)
+            begins = bool(info.bos_text) and special and prompt.startswith(info.bos_text)
             if info.add_bos and info.bos_id is not None and not begins:
                 tokens.insert(0, info.bos_id)
         else:
-            tokens = list(request.prompt)
+            tokens = list(prompt)
             if any(not 0 <= t < info.vocab for t in tokens):
                 raise RequestError(f"token ids must lie in 0..{info.vocab - 1}", param="prompt")
         if not tokens:
@@ -147,6 +167,11 @@ class Engine:
                 param="messages",
                 hint="shorten the prompt, or serve with a larger --ctx",
             )
+        return tokens
+
+    def _admit(self, request: msg.Submit) -> Job:
+        info = self._backend.info
+        tokens = self.prompt_tokens(request.prompt, special=request.special)
         params = request.params
         bad = [i for i in (*params.logit_bias, *params.stop_ids) if not 0 <= i < info.vocab]
         if bad:
@@ -154,8 +179,13 @@ class Engine:
         limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
         stop_ids = info.stop_ids | frozenset(params.stop_ids)
         matcher = self._grammars.compile(request.constraint) if request.constraint is not None else None
-        # A draft of a constrained answer would need a mask for each of its tokens.
-        speculate = self._speculate and request.speculate and matcher is None
+        guide = None
+        if request.guidance is not None:
+            guide = Guide(request.guidance, self._backend, stop_ids, matcher)
+            if request.guidance.after:
+                matcher = None
+        # A draft of a guided answer would need a mask for each of its tokens.
+        speculate = self._speculate and request.speculate and matcher is None and guide is None
         return Job(
             request=request,
             sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
@@ -164,6 +194,7 @@ class Engine:
             stop_ids=stop_ids,
             lookup=Lookup(tokens) if speculate else None,
             matcher=matcher,
+            guide=guide,
             arrived=self._clock(),
         )
 
@@ -181,7 +212,7 @@ class Engine:
 
     def turn(self, *, wait: bool = False) -> bool:
         """One round: take in what has come, run one step, send events. False when drained."""
-        idle = not self._jobs
+        idle = not self._jobs and not self._embeds
         if idle:
             self._report(force=True)
         self._receive(block=wait and idle and self._draining is None)
@@ -189,6 +220,8 @@ class Engine:
         if self._draining is not None and not self._jobs:
             self._report(force=True)
             return False
+        if self._embeds:
+            self._embed_one(self._embeds.popleft())
         decoding, newcomers = self._scheduler.load()
         chunk = self._pace.chunk(decoding, newcomers)
         plan = self._scheduler.plan(chunk, self._draft if self._speculate else None)
@@ -210,6 +243,8 @@ class Engine:
                 job = self._jobs.get(item.key)
                 if job is not None:
                     self._finish(job, "cancelled")
+            elif isinstance(item, _Embed):
+                self._embeds.append(item)
             else:
                 self._draining = item.until
 
@@ -240,6 +275,15 @@ class Engine:
         for job in list(self._jobs.values()):
             if job.request.timeout_s is not None and now - job.arrived >= job.request.timeout_s:
                 self._finish(job, "timeout")
+
+    def _embed_one(self, item: _Embed) -> None:
+        assert isinstance(self._backend, Embeds)
+        try:
+            vector = self._backend.embed(item.tokens)
+        except EdgeError as error:
+            self._refuse(item.key, RequestError(str(error), status=503, code="embedding_failed"))
+            return
+        self._emit([msg.Embedded(item.key, vector.astype("<f4").tobytes(), len(item.tokens))])
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
         lookup = self._of[sequence].lookup
@@ -302,6 +346,8 @@ class Engine:
             except RequestError as error:
                 self._fail(job, error)
                 return True
+        elif job.guide is not None:
+            mask = job.guide.mask()
         urgent = False
         right = 0
         reason: str | None = None
@@ -310,7 +356,11 @@ class Engine:
             urgent = True
         for i in range(len(work.draft) + 1):
             choice = job.sampler.pick(logits[i], mask)
-            reason = self._take(job, choice)
+            try:
+                reason = self._take(job, choice)
+            except RequestError as error:
+                self._fail(job, error)
+                return True
             drafted = i < len(work.draft) and choice.token == work.draft[i]
             if drafted:
                 right += 1
@@ -344,6 +394,8 @@ class Engine:
             job.logprobs.append(msg.Logprob(data, choice.logprob, top))
         job.pending += job.text.push(data)
         complete = job.matcher is not None and job.matcher.accept(token)
+        if job.guide is not None:
+            job.matcher = job.guide.take(token, data) or job.matcher
         if complete or job.text.stopped is not None:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.limit else None

@@ -21,7 +21,7 @@ from edge.errors import RequestError
 MAX_CHARACTERS = 65_536
 MAX_DEPTH = 64
 # Without a bound a model may write blank space for ever; this is enough for any indentation.
-_WHITESPACE = r"[ ]?|\n[ ]{0,32}"
+WHITESPACE = r"[ ]?|\n[ ]{0,32}"
 _OPENING, _CLOSING = "([{", ")]}"
 
 
@@ -64,7 +64,7 @@ class Grammars:
         try:
             if constraint.kind == "json_schema":
                 grammar = maker.grammar_from_json_schema(
-                    constraint.text, overrides={"whitespace_pattern": _WHITESPACE}
+                    constraint.text, overrides={"whitespace_pattern": WHITESPACE}
                 )
             elif constraint.kind == "regex":
                 grammar = maker.grammar_from_regex(constraint.text)
@@ -98,6 +98,10 @@ class Matcher:
         self._check()
         flags = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return flags[: self._vocab].view(np.bool_)
+
+    def allows(self, token: int) -> bool:
+        """Whether `token` may come next."""
+        return bool(self._native.validate_tokens([token]) == 1)
 
     def accept(self, token: int) -> bool:
         """Take a token that the mask allowed. True when the answer is complete."""

@@ -11,6 +11,7 @@ import struct
 import msgspec
 
 from edge.grammar import Constraint
+from edge.guide import Guidance
 from edge.sampling import Params
 
 MAX_FRAME = 64 * 2**20
@@ -22,6 +23,7 @@ class Submit(msgspec.Struct, tag="submit"):
 
     timeout_s: the whole request, queue included. reuse: take over KV cells of requests before.
     constraint: what the answer must match. speculate: whether prompt lookup may draft for it.
+    guidance: a budget for its thought, and from where on the constraint rules.
     """
 
     key: int
@@ -32,6 +34,7 @@ class Submit(msgspec.Struct, tag="submit"):
     timeout_s: float | None = None
     constraint: Constraint | None = None
     speculate: bool = True
+    guidance: Guidance | None = None
 
 
 class Cancel(msgspec.Struct, tag="cancel"):
@@ -39,9 +42,26 @@ class Cancel(msgspec.Struct, tag="cancel"):
 
 
 class Encode(msgspec.Struct, tag="encode"):
+    """Token ids of `text`; whole: as a prompt of its own, begin token included."""
+
     key: int
     text: str
     special: bool
+    whole: bool = False
+
+
+class Decode(msgspec.Struct, tag="decode"):
+    """The pieces of token ids; answered with Encoded."""
+
+    key: int
+    ids: list[int]
+
+
+class Embed(msgspec.Struct, tag="embed"):
+    """The vector of a prompt (see Submit): answered with Embedded, or Refused."""
+
+    key: int
+    prompt: str | list[int]
 
 
 class Drain(msgspec.Struct, tag="drain"):
@@ -50,7 +70,7 @@ class Drain(msgspec.Struct, tag="drain"):
     seconds: float
 
 
-ToEngine = Submit | Cancel | Encode | Drain
+ToEngine = Submit | Cancel | Encode | Decode | Embed | Drain
 
 
 class Logprob(msgspec.Struct, array_like=True):
@@ -110,6 +130,14 @@ class Encoded(msgspec.Struct, tag="encoded"):
     pieces: list[bytes]
 
 
+class Embedded(msgspec.Struct, tag="embedded"):
+    """A text's vector: float32, little-endian, of length 1. tokens: how many it was made of."""
+
+    key: int
+    vector: bytes
+    tokens: int
+
+
 class Ready(msgspec.Struct, tag="ready"):
     """The model is loaded: what it is, where it runs, and how it was set."""
 
@@ -128,6 +156,7 @@ class Ready(msgspec.Struct, tag="ready"):
     chat_template: str | None
     settings: dict[str, str]
     load_s: float
+    embedding: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed"):
@@ -153,7 +182,7 @@ class Stats(msgspec.Struct, tag="stats"):
     up_s: float
 
 
-Event = Delta | Done | Refused | Encoded | Ready | Failed | Stats
+Event = Delta | Done | Refused | Encoded | Embedded | Ready | Failed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

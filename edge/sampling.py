@@ -45,6 +45,12 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     stop: list[str] = []
     stop_ids: list[int] = []
 
+    def with_seed(self, i: int) -> Params:
+        """For the `i`th of several answers: another seed, where one was given."""
+        if self.seed is None or i == 0:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + i) % 2**63)
+
 
 @dataclass(slots=True)
 class Choice:

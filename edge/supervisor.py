@@ -16,12 +16,13 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from edge import messages as msg
 from edge.errors import EdgeError, RequestError
 from edge.grammar import Constraint
+from edge.guide import Guidance
 from edge.sampling import Params
 from edge.worker import Load
 
@@ -63,13 +64,7 @@ class Stream:
                 if isinstance(event, RequestError):
                     raise event
                 if isinstance(event, msg.Refused):
-                    raise RequestError(
-                        event.message,
-                        status=event.status,
-                        code=event.code,
-                        param=event.param,
-                        retry_after=event.retry_after,
-                    )
+                    raise _refused(event)
                 if isinstance(event, (msg.Delta, msg.Done)):
                     yield event
                     if isinstance(event, msg.Done):
@@ -78,18 +73,32 @@ class Stream:
             self._engine.forget(self._key)
 
 
-class EngineProcess:
-    """A supervised worker. `start` returns at once; `wait_ready` when the model is loaded or cannot be."""
+def _refused(event: msg.Refused) -> RequestError:
+    return RequestError(
+        event.message,
+        status=event.status,
+        code=event.code,
+        param=event.param,
+        retry_after=event.retry_after,
+    )
 
-    def __init__(self, load: Load) -> None:
+
+class EngineProcess:
+    """A supervised worker. `start` returns at once; `wait_ready` when the model is loaded or cannot be.
+
+    on_done: told of every request that ends.
+    """
+
+    def __init__(self, load: Load, on_done: Callable[[msg.Done], None] | None = None) -> None:
         self.load = load
+        self._on_done = on_done
         self.ready: msg.Ready | None = None
         self.stats: msg.Stats | None = None
         self.failure: EdgeError | None = None
         self.restarts = 0
         self._keys = itertools.count(1)
         self._streams: dict[int, Stream] = {}
-        self._encodes: dict[int, asyncio.Future[msg.Encoded]] = {}
+        self._asked: dict[int, asyncio.Future[Any]] = {}
         self._settled = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -107,6 +116,11 @@ class EngineProcess:
     def pid(self) -> int | None:
         """The worker's process id, None between two workers."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is in flight."""
+        return bool(self._streams or self._asked)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise())
@@ -129,22 +143,42 @@ class EngineProcess:
         timeout_s: float | None = None,
         constraint: Constraint | None = None,
         speculate: bool = True,
+        guidance: Guidance | None = None,
     ) -> Stream:
         """Start a request. Raises RequestError (503) while no model is loaded."""
         self._check_ready()
         key = next(self._keys)
+        # Packed first: a text that is no text (half a surrogate pair) must leave nothing behind.
+        frame = msg.pack(
+            msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate, guidance)
+        )
         stream = self._streams[key] = Stream(self, key)
-        self._send(msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate))
+        assert self._writer is not None
+        self._writer.write(frame)
         return stream
 
-    async def encode(self, text: str, *, special: bool) -> msg.Encoded:
-        """Token ids and pieces of `text`. Raises RequestError (503) while no model is loaded."""
-        self._check_ready()
-        key = next(self._keys)
-        future = self._encodes[key] = asyncio.get_running_loop().create_future()
-        self._send(msg.Encode(key, text, special))
-        encoded: msg.Encoded = await future
+    async def encode(self, text: str, *, special: bool, whole: bool = False) -> msg.Encoded:
+        """Token ids and pieces of `text` (whole: as a prompt). Raises RequestError (503) without a model."""
+        encoded: msg.Encoded = await self._ask(msg.Encode(next(self._keys), text, special, whole))
         return encoded
+
+    async def decode(self, ids: list[int]) -> msg.Encoded:
+        """The pieces of `ids`. Raises RequestError for one outside the vocabulary."""
+        decoded: msg.Encoded = await self._ask(msg.Decode(next(self._keys), ids))
+        return decoded
+
+    async def embed(self, prompt: str | list[int]) -> msg.Embedded:
+        """The vector of `prompt`. Raises RequestError where the model gives none, or it does not fit."""
+        embedded: msg.Embedded = await self._ask(msg.Embed(next(self._keys), prompt))
+        return embedded
+
+    async def _ask(self, request: msg.Encode | msg.Decode | msg.Embed) -> Any:
+        self._check_ready()
+        assert self._writer is not None
+        frame = msg.pack(request)
+        future = self._asked[request.key] = asyncio.get_running_loop().create_future()
+        self._writer.write(frame)
+        return await future
 
     def cancel(self, key: int) -> None:
         if key in self._streams:
@@ -260,7 +294,10 @@ class EngineProcess:
                     self._dispatch(event)
 
     def _dispatch(self, event: msg.Event) -> None:
-        if isinstance(event, msg.Stats):
+        if isinstance(event, msg.Delta):
+            if (reader := self._streams.get(event.key)) is not None:
+                reader.put(event)
+        elif isinstance(event, msg.Stats):
             self.stats = event
         elif isinstance(event, msg.Ready):
             self.ready = event
@@ -268,15 +305,19 @@ class EngineProcess:
         elif isinstance(event, msg.Failed):
             self.failure = EdgeError(event.message, event.hint)
             self._settled.set()
-        elif isinstance(event, msg.Encoded):
-            future = self._encodes.pop(event.key, None)
-            if future is not None and not future.done():
+        elif (future := self._asked.pop(event.key, None)) is not None:
+            if future.done():
+                return
+            if isinstance(event, msg.Refused):
+                future.set_exception(_refused(event))
+            else:
                 future.set_result(event)
         else:
+            if isinstance(event, msg.Done) and self._on_done is not None:
+                self._on_done(event)
             stream = self._streams.get(event.key)
             if stream is not None:
-                if not isinstance(event, msg.Delta):
-                    del self._streams[event.key]
+                del self._streams[event.key]
                 stream.put(event)
 
     def _lost(self) -> None:
@@ -290,7 +331,7 @@ class EngineProcess:
         for stream in self._streams.values():
             stream.put(error)
         self._streams.clear()
-        for future in self._encodes.values():
+        for future in self._asked.values():
             if not future.done():
                 future.set_exception(error)
-        self._encodes.clear()
+        self._asked.clear()

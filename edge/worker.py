@@ -25,7 +25,7 @@ import msgspec
 from edge import messages as msg
 from edge.backends.base import Backend, BackendInfo
 from edge.engine import Engine
-from edge.errors import EdgeError
+from edge.errors import EdgeError, RequestError
 from edge.prefixes import PrefixStore
 
 
@@ -95,6 +95,7 @@ def _ready(info: BackendInfo, seconds: float) -> msg.Ready:
         chat_template=info.chat_template,
         settings=info.settings,
         load_s=seconds,
+        embedding=info.embedding,
     )
 
 
@@ -137,10 +138,26 @@ def _serve_requests(link: Link, engine: Engine, backend: Backend) -> None:
             engine.cancel(request.key)
         elif isinstance(request, msg.Drain):
             engine.drain(request.seconds)
+        elif isinstance(request, msg.Embed):
+            engine.embed(request)
+        else:
+            link.send([_tokens(request, engine, backend)])
+    engine.drain(0.0)
+
+
+def _tokens(request: msg.Encode | msg.Decode, engine: Engine, backend: Backend) -> msg.Event:
+    try:
+        if isinstance(request, msg.Decode):
+            ids = request.ids
+            if any(not 0 <= i < backend.info.vocab for i in ids):
+                raise RequestError(f"token ids must lie in 0..{backend.info.vocab - 1}", param="tokens")
+        elif request.whole:
+            ids = engine.prompt_tokens(request.text, special=request.special)
         else:
             ids = backend.encode(request.text, special=request.special)
-            link.send([msg.Encoded(request.key, ids, [backend.decode(i) for i in ids])])
-    engine.drain(0.0)
+    except RequestError as error:
+        return msg.Refused(request.key, error.status, error.code, str(error), error.param)
+    return msg.Encoded(request.key, ids, [backend.decode(i) for i in ids])
 
 
 def _end_with_parent() -> None:

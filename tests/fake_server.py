@@ -1,12 +1,15 @@
 """A whole server over the fake backend, in processes of its own, as a user would run it.
 
-As a script: `python -m tests.fake_server SETTINGS_JSON` (keywords of FakeBackend; "keys": API
-keys, "max_queue", "drain").
+As a script: `python -m tests.fake_server SETTINGS_JSON` (keywords of FakeBackend; "keys", "admin_keys",
+"origins", "max_queue", "drain", "budget", "keep_alive"; "models": settings by name, in place of one "fake";
+"bytes": what a model is said to take; "file": a JSON file whose settings are read at each load).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -20,7 +23,10 @@ import httpx
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}"
     "{% if messages[-1].role == 'assistant' %}{{ raise_exception('the last turn must be yours') }}{% endif %}"
     "<assistant>"
 )
@@ -105,16 +111,39 @@ def fake_server(**settings: Any) -> Iterator[Server]:
 
 def main() -> int:
     from edge.cli import guarded
+    from edge.server.guard import Access
+    from edge.server.registry import Planned
     from edge.server.run import bind, serve
     from edge.worker import Load
 
     settings = json.loads(sys.argv[1])
-    keys = settings.pop("keys", [])
+    access = Access(*(tuple(settings.pop(name, [])) for name in ("keys", "admin_keys", "origins")))
+    serving = {name: settings.pop(name) for name in ("budget", "keep_alive", "drain") if name in settings}
     max_queue = settings.pop("max_queue", 64)
-    drain = settings.pop("drain", 2.0)
-    settings.setdefault("chat_template", TEMPLATE)
-    load = Load(kind="fake", settings=settings, max_queue=max_queue)
-    return guarded(lambda _: serve(bind("127.0.0.1", 0), load, name="fake", keys=keys, drain=drain), [])
+
+    def planned(given: dict[str, Any]) -> Planned:
+        given = dict(given)
+        if (file := given.pop("file", None)) is not None:
+            given |= json.loads(Path(file).read_text(encoding="utf-8"))
+        size, digest = given.pop("bytes", 0), given.pop("digest", "")
+        given.setdefault("chat_template", TEMPLATE)
+        load = Load(kind="fake", settings=given, max_queue=max_queue)
+        return Planned(load, FakeArtefact(digest) if digest else None, size)  # type: ignore[arg-type]
+
+    models = settings.pop("models", {"fake": settings})
+    plans = {name: functools.partial(planned, given) for name, given in models.items()}
+    return guarded(
+        lambda _: serve(bind("127.0.0.1", 0), plans, access=access, **{"drain": 2.0, **serving}), []
+    )
+
+
+@dataclasses.dataclass
+class FakeArtefact:
+    """What the server reads of an artefact."""
+
+    digest: str
+    thinking: str | None = None
+    header: None = None
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.chat import ChatTemplate, ThoughtSplit, opens_thought
+from edge import chat
+from edge.chat import ChatTemplate
 from edge.errors import InputError, RequestError
+from edge.thought import ThoughtSplit, opens_thought
 
 CHATML = (
     "{% for message in messages %}"
@@ -109,3 +111,33 @@ def test_any_chunking_gives_the_same_split(text: str, inside: bool, size: int) -
         return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
 
     assert joined(size) == joined(1000)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ 'x' * 10**9 }}",
+        "{{ [0] * 10**9 }}",
+        "{{ 10 ** 65 }}",
+        "{{ 10 ** 30 ** 30 }}",
+        "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+    ],
+)
+def test_a_template_is_bounded_in_time_and_size(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "RENDER_S", 0.05)
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate(source).render(user("x"))
+    assert caught.value.status == 400
+
+
+def test_watching_the_clock_changes_no_output() -> None:
+    source = (
+        "{%- for m in messages if m.role == 'user' %}{% if loop.first %}<{% endif %}{{ m.content }},"
+        "{% else %}none{% endfor %}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(3 * 2 ** 2) }}{{ '-' * 3 }}"
+    )
+    template = ChatTemplate(source)
+    assert template.render([*user("a"), *user("b")]) == "<a,b,[12]---"
+    assert template.render([{"role": "system", "content": "s"}]) == "none[12]---"
+    assert template.variables == {"messages"}

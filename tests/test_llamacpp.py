@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
+from edge import hardware
 from edge import messages as msg
+from edge.backends import embedder
 from edge.backends.base import Row, StepInterrupted
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.engine import Engine
@@ -199,3 +202,36 @@ def test_s20_exactly_one_begin_of_text_token(model: Model) -> None:
     for prompt in ("x", "<s>x"):
         assert engine._admit(msg.Submit(1, prompt, Params())).sequence.tokens == [1, *ids("x")]
     made.close()
+
+
+def test_a_vector_is_the_mean_of_the_last_hidden_states(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = LlamaCpp(model, SMALL)
+    tokens = ids("the same words, twice")
+    whole = backend.embed(tokens)
+    assert whole.shape == (tiny_llama.WIDTH,) == (backend.info.embedding,)
+    assert np.linalg.norm(whole) == pytest.approx(1, abs=1e-5)
+    # The output matrix maps each state to its logits: so it maps their mean to the mean of the logits.
+    [matrix] = [t.data for t in gguf.GGUFReader(model.path).tensors if t.name == "output.weight"]
+    logits = backend.step([Row(0, 0, tokens, len(tokens))]).mean(axis=0)
+    found = matrix @ whole
+    assert found @ logits == pytest.approx(np.linalg.norm(found) * np.linalg.norm(logits), rel=1e-3)
+    # However a long text is cut into batches, the vector is the same, and another order gives another.
+    monkeypatch.setattr(embedder, "_BATCH", 7)
+    other = LlamaCpp(model, SMALL)
+    assert np.allclose(other.embed(tokens), whole, atol=1e-3)
+    assert np.allclose(other.embed(tokens), whole, atol=1e-3)
+    assert np.abs(other.embed(tokens[::-1]) - whole).max() > 0.01
+    with pytest.raises(ValueError, match="embed"):
+        backend.embed([])
+    backend.close()
+    other.close()
+
+
+def test_vectors_need_memory_of_their_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda: hardware.Memory(2**20, 2**10))
+    backend = LlamaCpp(model, SMALL)
+    with pytest.raises(EdgeError, match="MiB are free"):
+        backend.embed([5, 6])
+    backend.close()

@@ -187,7 +187,8 @@ def test_s19_content_parts_and_null(spelling: Server) -> None:
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
     joined = spelling.post(CHAT, {"messages": user(parts)}).json()
     assert joined["usage"]["prompt_tokens"] == len("<user>hello<assistant>")
-    calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, *user()]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calls = [{"role": "assistant", "content": None, "tool_calls": [call]}, *user()]
     assert spelling.post(CHAT, {"messages": calls}).status_code == 200
     for messages in (user(None), user([{"type": "image_url"}]), user(5), "x", [], None, [{"role": "user"}]):
         assert spelling.post(CHAT, {"messages": messages}).status_code == 400, messages
@@ -204,7 +205,8 @@ def test_what_cannot_be_honoured_is_refused(spelling: Server) -> None:
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "xml"}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
-        {"n": 2},
+        {"n": 17},
+        {"functions": [{"name": "f"}]},
         {"stream_options": {"include_usage": True}},
     ):
         assert spelling.post(CHAT, {"messages": user(), **extra}).status_code == 400, extra
@@ -336,9 +338,9 @@ def test_a_full_queue_answers_429_with_retry_after(slow: Server) -> None:
         assert [future.result().status_code for future in queued] == [200] * 3
 
 
-def test_a_deadline_answers_504(slow: Server) -> None:
+def test_a_deadline_answers_408(slow: Server) -> None:
     response = slow.post("/generate", {"prompt": "x", "timeout": 0.2})
-    assert (response.status_code, error(response)["code"]) == (504, "timeout")
+    assert (response.status_code, error(response)["code"]) == (408, "timeout")
 
 
 # -- who gets in ---------------------------------------------------------------------------------------

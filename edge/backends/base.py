@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ class BackendInfo:
     capacity: KV cells in all; with `shared` the slots draw on one pool of them, and `copy` costs no cells.
     batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
     chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
+    embedding: length of the vectors that `Embeds.embed` gives; 0 where the backend has none.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class BackendInfo:
     add_bos: bool = False
     bos_text: str = ""
     eos_text: str = ""
+    embedding: int = 0
     chat_template: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
 
@@ -107,6 +109,18 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A backend that can also turn a text into a vector. Called on the thread that owns it."""
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The mean of the last hidden states of `tokens` (1 to context), of length 1. [embedding]
+
+        Raises EdgeError where the memory does not suffice.
+        """
+        ...
 
 
 def check_rows(rows: Sequence[Row], info: BackendInfo, lengths: Sequence[int]) -> int:

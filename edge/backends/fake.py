@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
 
@@ -23,6 +24,8 @@ class FakeBackend:
     """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i].
 
     reply: what is answered, a text or the ids for all ids so far, then the end token; None: a hash decides.
+    script: pairs of texts, the first of which names the prompts (by a part of them) that the second answers.
+    embedding: length of its vectors, which count tokens by their ids.
     step_s: seconds a step takes; token_s: seconds for each token of it.
     """
 
@@ -34,8 +37,10 @@ class FakeBackend:
         capacity: int | None = None,
         batch: int = 32,
         reply: Callable[[list[int]], list[int]] | str | None = None,
+        script: Sequence[Sequence[str]] = (),
         pieces: Sequence[bytes] | None = None,
         chat_template: str | None = None,
+        embedding: int = 16,
         step_s: float = 0.0,
         token_s: float = 0.0,
     ) -> None:
@@ -53,8 +58,10 @@ class FakeBackend:
             vocab=VOCAB,
             stop_ids=frozenset({EOS}),
             chat_template=chat_template,
+            embedding=embedding,
         )
         self._reply = (lambda _: list(reply.encode("utf-8"))) if isinstance(reply, str) else reply
+        self._script = [(part.encode("utf-8"), list(answer.encode("utf-8"))) for part, answer in script]
         self._pieces = pieces
         self._step_s = step_s
         self._token_s = token_s
@@ -109,12 +116,18 @@ class FakeBackend:
             logits[(state >> (8 * rank + 3)) % 256] += 8.0 / (rank + 1)
         if (state >> 40) % 23 == 0:
             logits[EOS] += 20.0
-        if self._reply is not None:
-            ids = [token for token, _, _ in held]
-            answer = self._reply(ids)
+        ids = [token for token, _, _ in held] if self._reply or self._script else []
+        answer = self._scripted(ids) or (self._reply(ids) if self._reply is not None else None)
+        if answer is not None:
             done = next(n for n in range(len(answer), -1, -1) if ids[len(ids) - n :] == answer[:n])
             logits[:] = 0.0
             logits[answer[done] if done < len(answer) else EOS] = 20.0
+
+    def _scripted(self, ids: list[int]) -> list[int] | None:
+        if not self._script:
+            return None
+        text = bytes(token for token in ids if token < 256)
+        return next((answer for part, answer in self._script if part in text), None)
 
     def used(self) -> int:
         """Cells in use; one that several slots hold counts once."""
@@ -129,6 +142,10 @@ class FakeBackend:
         if not 0 <= n <= len(self._held[slot]):
             raise ValueError(f"truncate slot {slot} to {n} of {len(self._held[slot])}")
         del self._held[slot][n:]
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        vector = np.bincount(np.asarray(tokens) % self.info.embedding, minlength=self.info.embedding)
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
 
     def save(self, slot: int) -> bytes:
         return json.dumps([(token, state) for token, state, _ in self._held[slot]]).encode("ascii")

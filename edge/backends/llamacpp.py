@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.embedder import Embedder
 from edge.backends.governor import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 
@@ -107,6 +108,12 @@ class LlamaCpp:
         self._lengths = [0] * settings.slots
         # On a card the CPU's threads do next to nothing.
         self._governor = Governor(settings.threads) if settings.gpu_layers == 0 else None
+        self._embedder = Embedder(
+            lib,
+            model.pointer,
+            threads=settings.threads_batch,
+            flash_attention=settings.flash_attention,
+        )
         self._interrupted = False
         self._abort = lib.ggml_abort_callback(lambda _: self._interrupted)
         self._no_abort = lib.ggml_abort_callback()
@@ -182,6 +189,7 @@ class LlamaCpp:
             add_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
             bos_text=self._token_text(bos),
             eos_text=self._token_text(eos),
+            embedding=self._embedder.width,
             chat_template=template.decode("utf-8") if template else None,
             settings={
                 "threads": str(settings.threads),
@@ -283,6 +291,12 @@ class LlamaCpp:
     def interrupt(self) -> None:
         self._interrupted = True
 
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """See `Embeds`. Raises EdgeError where the memory does not suffice."""
+        if not 0 < len(tokens) <= self.info.context or not all(0 <= t < self.info.vocab for t in tokens):
+            raise ValueError(f"cannot embed {len(tokens)} tokens")
+        return self._embedder.embed(tokens)
+
     def save(self, slot: int) -> bytes:
         """The KV cells of a slot in llama.cpp's own format, for `restore` into a like context."""
         size = self._lib.llama_state_seq_get_size(self._context, slot)
@@ -304,6 +318,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Free the context; the model stays, for others may use it."""
+        self._embedder.close()
         if self._context:
             self._lib.llama_free(self._context)
         self._context = None

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, error bodies, health."""
+"""The FastAPI application: routes, error bodies, what is said of each in /openapi.json."""
 
 from __future__ import annotations
 
@@ -7,96 +7,113 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 import edge
 from edge.errors import RequestError
-from edge.server import generate, openai
-from edge.server.guard import Guard
-from edge.server.serving import Serving
+from edge.server import (
+    admin,
+    anthropic,
+    completions,
+    embeddings,
+    faults,
+    generate,
+    ollama,
+    ollama_models,
+    openai,
+    page,
+    responses,
+    state,
+    tokens,
+)
+from edge.server.guard import Access, Guard
+from edge.server.registry import Registry
+from edge.server.trace import Trace
+
+_ROUTERS = (
+    generate,
+    openai,
+    completions,
+    embeddings,
+    responses,
+    anthropic,
+    ollama,
+    ollama_models,
+    tokens,
+    state,
+    admin,
+    page,
+)
+_ERRORS = {
+    "400": "The request cannot be honoured; the message names the field and its bound.",
+    "401": "A key is needed, or this one is not valid.",
+    "403": "The host name, the page or the route is not open to this client.",
+    "404": "No such model.",
+    "408": "The request ran out of the time that it gave itself.",
+    "413": "The body is too large.",
+    "429": "The queue is full; see Retry-After.",
+    "500": "A fault of the server.",
+    "503": "No model is loaded, or its engine has died.",
+}
+_STREAMS: dict[str, Any] = {"text/event-stream": {}, "application/x-ndjson": {}}
 
 
-def create_app(serving: Serving, *, keys: list[str] | None = None) -> FastAPI:
-    """An application over a started engine. keys: API keys; none needed where the list is empty."""
-    app = FastAPI(title="edge", version=edge.__version__, description=f"Serves {serving.name}.")
-    app.state.serving = serving
-    app.add_middleware(Guard, keys=keys or [])
+def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
+    """An application over the models of `registry`."""
+    app = FastAPI(title="edge", version=edge.__version__, description=f"Serves {', '.join(registry.names)}.")
+    app.state.registry = registry
+    app.add_middleware(Guard, access=access or Access())
+    # Added last, so it is the outermost.
+    app.add_middleware(Trace, metrics=registry.metrics)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.include_router(generate.router)
-    app.include_router(openai.router)
-    app.add_api_route("/health", health, methods=["GET"], tags=["state"])
-    app.add_api_route("/ready", ready, methods=["GET"], tags=["state"])
-    app.add_api_route("/info", info, methods=["GET"], tags=["state"])
+    app.add_exception_handler(UnicodeEncodeError, _no_text)
+    app.add_exception_handler(Exception, _fault)
+    for module in _ROUTERS:
+        app.include_router(module.router)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
 
-async def health(request: Request) -> dict[str, Any]:
-    """Alive, and what it serves on which device."""
-    serving: Serving = request.app.state.serving
-    engine = serving.engine
-    return {
-        "status": engine.state,
-        "model": serving.name,
-        "device": engine.ready.device if engine.ready else None,
-        "why": engine.ready.why if engine.ready else None,
-        "error": str(engine.failure) if engine.failure else None,
+def _described(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with the answers that are really given."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path, methods in document["paths"].items():
+            for about in methods.values():
+                about["responses"].pop("422", None)
+                for status, text in _ERRORS.items():
+                    content = {"application/json": {"schema": {"type": "object"}}}
+                    about["responses"].setdefault(status, {"description": text, "content": content})
+                if path in _STREAMING:
+                    about["responses"]["200"].setdefault("content", {}).update(_STREAMS)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+_STREAMING = frozenset(
+    {
+        "/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+        "/api/generate", "/api/chat",
     }
-
-
-async def ready(request: Request) -> dict[str, str]:
-    """200 when the model is loaded, 503 before."""
-    serving: Serving = request.app.state.serving
-    return {"status": "ready", "model": serving.ready.name}
-
-
-async def info(request: Request) -> dict[str, Any]:
-    """The artefact, how it is loaded, and what it does now."""
-    serving: Serving = request.app.state.serving
-    loaded, stats = serving.ready, serving.engine.stats
-    return {
-        "model": serving.name,
-        "digest": serving.digest or None,
-        "file": loaded.name,
-        "backend": loaded.kind,
-        "device": loaded.device,
-        "why": loaded.why,
-        "context": loaded.context,
-        "slots": loaded.slots,
-        "kv_cells": loaded.capacity,
-        "vocab": loaded.vocab,
-        "stop_ids": loaded.stop_ids,
-        "thinking": serving.thinking,
-        "settings": loaded.settings,
-        "load_s": round(loaded.load_s, 3),
-        "restarts": serving.engine.restarts,
-        "running": stats.running if stats else 0,
-        "waiting": stats.waiting if stats else 0,
-        "busy_slots": stats.busy_slots if stats else 0,
-        "kv_tokens": stats.kv_tokens if stats else 0,
-        "steps": stats.steps if stats else 0,
-        "step_tokens": stats.step_tokens if stats else 0,
-        "step_s": round(stats.step_s, 4) if stats else 0.0,
-        "up_s": round(stats.up_s, 4) if stats else 0.0,
-    }
+)  # fmt: skip
 
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    headers = {}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    return faults.respond(request.url.path, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query")]
-    where = ".".join(path) or "body"
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    where = ".".join(path)[:200] or "body"
     refused = RequestError(f"{where}: {first['msg']}", code=str(first["type"]), param=where)
-    return JSONResponse(refused.body(), status_code=400)
+    return faults.respond(request.url.path, refused)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -105,4 +122,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     said = RequestError(
         f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code
     )
-    return JSONResponse(said.body(), status_code=error.status_code, headers=error.headers)
+    response = faults.respond(request.url.path, said)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _no_text(request: Request, error: Exception) -> Response:
+    said = RequestError("a text holds half of a surrogate pair, which is no character", code="invalid_text")
+    return faults.respond(request.url.path, said)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    name = request.scope.get("edge.id", "")
+    said = RequestError(
+        f"a fault of the server; its log has it under the request id {name}", status=500, code="server_error"
+    )
+    response = faults.respond(request.url.path, said)
+    response.headers["x-request-id"] = name
+    return response

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.errors import RequestError
 from edge.sampling import Params
+from edge.server.tools import Tool
+from edge.server.turn import EFFORTS
 
 MAX_TOKENS = 1_000_000
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 2048
+MAX_CALLS = 128
+MAX_BIASES = 1024
 
 # Numbers are taken as numbers only: "0.7" and true are refused, NaN and infinity too.
 Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
@@ -43,7 +48,7 @@ class Sampled(BaseModel):
     repetition_penalty: Repetition | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Seed | None = None
     stop: Stop | Stops | None = None
     stop_token_ids: TokenIds | None = None
@@ -99,6 +104,67 @@ class Sampled(BaseModel):
         return bias
 
 
+class Thinking(BaseModel):
+    """How a reasoning model is to think: Qwen's names, OpenAI's `reasoning_effort`, llama.cpp's format.
+
+    enable_thinking: asks for a thought, or for none. thinking_budget: tokens that it may have.
+    reasoning_format none: the thought stays in the content, tags and all.
+    """
+
+    enable_thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def thinking(self) -> dict[str, Any]:
+        """Keywords of `Conversation`. Raises RequestError where two fields contradict."""
+        extra = dict(self.chat_template_kwargs or {})
+        switch = self.enable_thinking
+        if (given := extra.pop("enable_thinking", None)) is not None:
+            if not isinstance(given, bool):
+                raise RequestError("enable_thinking must be true or false", param="chat_template_kwargs")
+            switch = given if switch is None else switch
+        budget = self.thinking_budget
+        if self.reasoning_effort == "none":
+            switch = False if switch is None else switch
+        elif self.reasoning_effort is not None and budget is None:
+            budget = EFFORTS[self.reasoning_effort]
+        raw = self.reasoning_format == "none"
+        return {"thinking": switch, "budget": budget, "raw": raw, "extra": extra}
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    arguments: str | dict[str, Any] = "{}"
+
+
+class PastCall(BaseModel):
+    """A tool call of an earlier turn. arguments: a JSON object, or its text."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+    def flat(self, where: str) -> dict[str, Any]:
+        """As templates read it, the arguments as JSON text. Raises RequestError where they are no object."""
+        arguments = self.function.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise RequestError(f"{where}.function.arguments is not JSON: {error}", param=where) from error
+        if not isinstance(arguments, dict):
+            raise RequestError(f"{where}.function.arguments must be a JSON object", param=where)
+        text = json.dumps(arguments, ensure_ascii=False)
+        call = {"type": self.type, "function": {"name": self.function.name, "arguments": text}}
+        return {"id": self.id, **call} if self.id else call
+
+
 Content = str | list[dict[str, Any]] | None
 
 
@@ -109,24 +175,34 @@ class Message(BaseModel):
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Content = None
+    tool_calls: Annotated[list[PastCall], Field(max_length=MAX_CALLS)] | None = None
 
     def flat(self, index: int) -> dict[str, Any]:
         """The message as chat templates read it, text parts joined."""
-        content = self.content
-        where = f"messages[{index}].content"
-        if content is None:
-            if not (self.model_extra or {}).get("tool_calls"):
-                raise RequestError(f"{where} is null; only a message with tool_calls may be", param=where)
-            content = ""
-        if isinstance(content, list):
-            for part in content:
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    kind = part.get("type")
-                    raise RequestError(
-                        f"{where} has a part of type {kind!r}; this is a text model", param=where
-                    )
-            content = "".join(part["text"] for part in content)
-        return {"role": self.role, "content": content, **(self.model_extra or {})}
+        where = f"messages[{index}]"
+        if self.content is None and not self.tool_calls:
+            raise RequestError(
+                f"{where}.content is null; only a message with tool_calls may be", param=f"{where}.content"
+            )
+        # OpenAI calls the system's role so for its newer models; no template knows the name.
+        role = "system" if self.role == "developer" else self.role
+        flat = {**(self.model_extra or {}), "role": role, "content": joined(self.content, f"{where}.content")}
+        if self.tool_calls:
+            calls = enumerate(self.tool_calls)
+            flat["tool_calls"] = [call.flat(f"{where}.tool_calls[{i}]") for i, call in calls]
+        return flat
+
+
+def joined(content: Content, where: str) -> str:
+    """The text of a content. Raises RequestError for a part that is no text."""
+    if not isinstance(content, list):
+        return content or ""
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"{where} has a part of type {part.get('type')!r}; this is a text model", param=where
+            )
+    return "".join(part["text"] for part in content)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -134,3 +210,18 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)
 
 def flat(messages: list[Message]) -> list[dict[str, Any]]:
     return [message.flat(i) for i, message in enumerate(messages)]
+
+
+class Function(BaseModel):
+    """A tool's definition. parameters: the JSON schema of its arguments."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def tool(self) -> Tool:
+        given = {} if self.parameters is None else {"parameters": self.parameters}
+        return Tool(self.name, self.description or "", strict=bool(self.strict), **given)

@@ -17,9 +17,11 @@ from starlette.responses import Response
 from edge import messages as msg
 from edge.errors import RequestError
 from edge.grammar import Constraint, json_constraint
-from edge.server.fields import MAX_TOKENS, Messages, Sampled, flat
+from edge.server.fields import MAX_TOKENS, Messages, Sampled, Thinking, flat
 from edge.server.live import DONE, Answer, EventStream, event
+from edge.server.registry import serving_for
 from edge.server.serving import Serving, finish_reason, timings, usage
+from edge.server.turn import Conversation, Turn
 from edge.supervisor import Stream
 
 DEFAULT_MAX_TOKENS = 512
@@ -27,7 +29,7 @@ DEFAULT_MAX_TOKENS = 512
 router = APIRouter(tags=["generate"])
 
 
-class Generate(Sampled):
+class Generate(Sampled, Thinking):
     """prompt: a text; or messages: a conversation. raw: the prompt is not put through the chat template.
 
     json_schema (a schema, or true for any object), regex or grammar (Lark): what the answer must match.
@@ -65,34 +67,33 @@ async def get_generate(
     stream: bool = False,
 ) -> Response:
     body = Generate(prompt=prompt, max_tokens=max_tokens, temperature=temperature, raw=raw, stream=stream)
-    return _respond(request, body)
+    return await _respond(request, body)
 
 
 @router.post("/generate", summary="Answer a prompt or a conversation")
 async def post_generate(request: Request, body: Generate) -> Response:
-    return _respond(request, body)
+    return await _respond(request, body)
 
 
-def _respond(request: Request, body: Generate) -> Response:
-    serving: Serving = request.app.state.serving
+async def _respond(request: Request, body: Generate) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
+    constraint = body.constraint()
+    params = body.params(temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS)
     if body.raw:
         if body.prompt is None:
             raise RequestError("raw needs prompt, not messages", param="raw")
-        prompt = body.prompt
+        serving = await serving_for(request, body.model)
+        stream = serving.engine.submit(body.prompt, params, constraint=constraint, **body.run())
     else:
         turns = flat(body.messages) if body.messages else [{"role": "user", "content": body.prompt}]
-        prompt = serving.prompt(turns)
-    stream = serving.engine.submit(
-        prompt,
-        body.params(temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS),
-        constraint=body.constraint(),
-        **body.run(),
-    )
+        # The thought stays in the text: there is no other field that this interface could put it into.
+        asked = Conversation(turns, constraint=constraint, **{**body.thinking(), "raw": True})
+        serving = await serving_for(request, body.model)
+        [stream] = Turn(serving, asked).start(params, **body.run())
     if body.stream:
-        return EventStream(stream, lambda s: _events(serving, s), serving.headers())
-    return Answer(stream, lambda s: _answer(serving, s), serving.headers())
+        return EventStream([stream], _events(serving, stream), serving.headers())
+    return Answer([stream], lambda: _answer(serving, stream), serving.headers())
 
 
 async def _answer(serving: Serving, stream: Stream) -> dict[str, Any]:

@@ -1,46 +1,56 @@
-"""OpenAI's chat completions, completions and models."""
+"""OpenAI's chat completions, and the list of models."""
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from edge import messages as msg
-from edge.chat import THINK, ThoughtSplit, opens_thought
 from edge.errors import RequestError
 from edge.grammar import Constraint, json_constraint
-from edge.server.fields import Count, Messages, Sampled, flat
-from edge.server.live import DONE, Answer, EventStream, event
-from edge.server.serving import Serving, finish_reason, usage
+from edge.server.fields import Count, Function, Messages, Sampled, Thinking, flat
+from edge.server.live import DONE, Answer, EventStream, dump
+from edge.server.registry import Registry, serving_for
+from edge.server.serving import finish_reason
+from edge.server.shapes import Shape, chat_logprobs, usage
+from edge.server.tools import MAX_TOOLS, Call
+from edge.server.turn import Conversation, Reader, Turn, collect, merged
 from edge.supervisor import Stream
 
-DEFAULT_COMPLETION_TOKENS = 512
+MAX_CHOICES = 16
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-# What changes the answer and is not honoured here is refused; what does not (user, metadata) is let pass.
-_REFUSED = (
-    "tools", "tool_choice", "functions", "function_call", "modalities", "audio",
-    "prediction", "web_search_options", "suffix", "best_of", "guided_json", "guided_regex", "grammar",
-)  # fmt: skip
+# What changes the answer and cannot be honoured is refused; what does not (user, metadata) is let pass.
+_REFUSED = ("modalities", "audio", "prediction", "web_search_options", "suffix", "functions", "function_call")
 
 
-class _OpenAI(Sampled):
+class OpenAI(Sampled):
+    """Fields of both kinds of completions. guided_*: vLLM's names for what an answer must match."""
+
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    n: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream_options: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    guided_grammar: str | None = None
 
     def constraint(self) -> Constraint | None:
-        """What response_format asks for. Raises RequestError for a type that is not known."""
+        """What the answer must match. Raises RequestError for a type that is not known, or for several."""
+        found = [c for c in (self._format(), *self._guided()) if c is not None]
+        if len(found) > 1:
+            raise RequestError(f"give one of {found[0].param} and {found[1].param}", param=found[1].param)
+        return found[0] if found else None
+
+    def _format(self) -> Constraint | None:
         wanted = self.response_format or {"type": "text"}
         kind = wanted.get("type")
         if kind == "text":
@@ -54,17 +64,22 @@ class _OpenAI(Sampled):
             f"response_format of type {kind!r} is not known", code="unsupported", param="response_format"
         )
 
-    def check(self, serving: Serving) -> None:
+    def _guided(self) -> list[Constraint]:
+        found = []
+        if isinstance(self.guided_json, str):
+            found.append(Constraint("json_schema", self.guided_json, "guided_json"))
+        elif self.guided_json is not None:
+            found.append(json_constraint(self.guided_json, "guided_json"))
+        if self.guided_regex is not None:
+            found.append(Constraint("regex", self.guided_regex, "guided_regex"))
+        if self.guided_choice is not None:
+            found.append(json_choice(self.guided_choice))
+        if self.guided_grammar is not None:
+            found.append(Constraint("lark", self.guided_grammar, "guided_grammar"))
+        return found
+
+    def check(self) -> None:
         """Raise RequestError for what cannot be honoured."""
-        if self.model is not None and self.model != serving.name:
-            raise RequestError(
-                f"the model '{self.model}' is not served here, '{serving.name}' is",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
-        if self.n not in (None, 1):
-            raise RequestError("n other than 1 is not supported", param="n")
         extra = self.model_extra or {}
         for name in _REFUSED:
             value = extra.get(name)
@@ -79,209 +94,193 @@ class _OpenAI(Sampled):
         return bool((self.stream_options or {}).get("include_usage"))
 
 
-class ChatCompletion(_OpenAI):
+def json_choice(choices: list[str]) -> Constraint:
+    """A constraint to answer with one of `choices`."""
+    rows = " | ".join(dump(choice).decode("utf-8") for choice in choices)
+    return Constraint("lark", f"start: {rows}", "guided_choice")
+
+
+class FunctionTool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatCompletion(OpenAI, Thinking):
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
-
-class Completion(_OpenAI):
-    prompt: str | Annotated[list[int], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: bool | None = None
+    def conversation(self) -> Conversation:
+        choice = self.tool_choice or "auto"
+        return Conversation(
+            flat(self.messages),
+            tools=[one.function.tool() for one in self.tools or []],
+            choice=choice if isinstance(choice, str) else choice.function.name,
+            parallel=self.parallel_tool_calls is not False,
+            constraint=self.constraint(),
+            **self.thinking(),
+        )
 
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    serving: Serving = request.app.state.serving
-    row = {"id": serving.name, "object": "model", "created": serving.created, "owned_by": "edge"}
-    return {"object": "list", "data": [row]}
+    registry: Registry = request.app.state.registry
+    return {"object": "list", "data": [_model(registry, name) for name in registry.names]}
+
+
+@router.get("/models/{name}")
+async def one_model(request: Request, name: str) -> dict[str, Any]:
+    registry: Registry = request.app.state.registry
+    return _model(registry, registry.known(name).name)
+
+
+def _model(registry: Registry, name: str) -> dict[str, Any]:
+    known = registry.known(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": known.created,
+        "owned_by": "edge",
+        "digest": known.digest or None,
+        "loaded": known.serving is not None,
+    }
 
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request, body: ChatCompletion) -> Response:
-    serving: Serving = request.app.state.serving
-    body.check(serving)
+    body.check()
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
-    extra = dict(body.chat_template_kwargs or {})
-    reserved = {"messages", "add_generation_prompt", "bos_token", "eos_token", "thinking"} & set(extra)
-    if reserved:
-        raise RequestError(
-            f"chat_template_kwargs may not set {sorted(reserved)}", param="chat_template_kwargs"
-        )
-    prompt = serving.prompt(flat(body.messages), **extra)
+    asked = body.conversation()
     params = body.params(
         temperature=1.0,
         max_tokens=body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    stream = serving.engine.submit(
-        prompt,
-        params,
-        constraint=body.constraint(),
-        **body.run(),
-    )
-    split = ThoughtSplit(inside=opens_thought(prompt)) if THINK in serving.template().source else None
-    shape = _Shape(serving, "chat.completion", "chatcmpl")
-    if body.stream:
-        return EventStream(
-            stream, lambda s: _chat_events(shape, s, split, body.include_usage), serving.headers()
+    serving = await serving_for(request, body.model)
+    turn = Turn(serving, asked)
+    streams = turn.start(params, body.n or 1, **body.run())
+    shape = Shape(serving, "chat.completion", "chatcmpl")
+    if not body.stream:
+        return Answer(streams, lambda: _answer(shape, turn, streams), serving.headers())
+    if len(streams) == 1:
+        events = _events(shape, turn.reader(), streams[0], body.include_usage)
+    else:
+        events = _many(shape, turn, streams, body.include_usage)
+    return EventStream(streams, events, serving.headers())
+
+
+async def _answer(shape: Shape, turn: Turn, streams: list[Stream]) -> dict[str, Any]:
+    choices, dones = [], []
+    for index, stream in enumerate(streams):
+        reader = turn.reader()
+        whole = await collect(stream, reader)
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text}
+        if turn.splits:
+            message["reasoning_content"] = whole.thought or None
+        if whole.calls:
+            message["content"] = whole.text or None
+            message["tool_calls"] = [_call(call) for call in whole.calls]
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": chat_logprobs(whole.logprobs),
+                "finish_reason": _reason(whole.done, called=bool(whole.calls)),
+            }
         )
-    return Answer(stream, lambda s: _chat_answer(shape, s, split), serving.headers())
+        dones.append(whole.done)
+    return shape.whole(choices, usage(dones))
 
 
-@router.post("/completions")
-async def completions(request: Request, body: Completion) -> Response:
-    serving: Serving = request.app.state.serving
-    body.check(serving)
-    if body.echo:
-        raise RequestError("echo is not supported", code="unsupported", param="echo")
-    params = body.params(temperature=1.0, max_tokens=DEFAULT_COMPLETION_TOKENS, logprobs=body.logprobs)
-    stream = serving.engine.submit(
-        body.prompt,
-        params,
-        constraint=body.constraint(),
-        **body.run(),
-    )
-    shape = _Shape(serving, "text_completion", "cmpl")
-    if body.stream:
-        return EventStream(stream, lambda s: _text_events(shape, s, body.include_usage), serving.headers())
-    return Answer(stream, lambda s: _text_answer(shape, s), serving.headers())
-
-
-class _Shape:
-    """The fields that every object of one response shares."""
-
-    def __init__(self, serving: Serving, kind: str, prefix: str) -> None:
-        self._kind = kind
-        self._base = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": serving.name,
-            "system_fingerprint": serving.digest or None,
-        }
-
-    def whole(self, choice: dict[str, Any], done: msg.Done) -> dict[str, Any]:
-        return {**self._base, "object": self._kind, "choices": [choice], "usage": usage(done)}
-
-    def chunk(self, choice: dict[str, Any] | None, done: msg.Done | None = None) -> bytes:
-        kind = "chat.completion.chunk" if self._kind == "chat.completion" else self._kind
-        body = {**self._base, "object": kind, "choices": [] if choice is None else [choice]}
-        if done is not None:
-            body["usage"] = usage(done)
-        return event(body)
-
-
-async def _collect(stream: Stream) -> tuple[str, list[msg.Logprob], msg.Done]:
-    text, logprobs = "", []
-    async for item in stream:
-        text += item.text
-        logprobs += item.logprobs or []
-    assert isinstance(item, msg.Done)
-    return text, logprobs, item
-
-
-async def _chat_answer(shape: _Shape, stream: Stream, split: ThoughtSplit | None) -> dict[str, Any]:
-    text, logprobs, done = await _collect(stream)
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    if split is not None:
-        first, last = split.push(text), split.finish()
-        message["content"] = first[1] + last[1]
-        message["reasoning_content"] = (first[0] + last[0]) or None
-    choice = {
-        "index": 0,
-        "message": message,
-        "logprobs": _chat_logprobs(logprobs),
-        "finish_reason": finish_reason(done),
-    }
-    return shape.whole(choice, done)
-
-
-async def _chat_events(
-    shape: _Shape, stream: Stream, split: ThoughtSplit | None, include_usage: bool
+async def _events(
+    shape: Shape, reader: Reader | None, stream: Stream, include_usage: bool
 ) -> AsyncIterator[bytes]:
-    def chunk(delta: dict[str, Any], reason: str | None, logprobs: list[msg.Logprob] | None) -> bytes:
-        return shape.chunk(
-            {"index": 0, "delta": delta, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
-        )
-
-    opening = True
+    choice = _Choice(shape, reader, 0)
     async for item in stream:
-        thought, answer = split.push(item.text) if split else ("", item.text)
-        if isinstance(item, msg.Done) and split:
-            late = split.finish()
-            thought, answer = thought + late[0], answer + late[1]
-        delta: dict[str, Any] = {"role": "assistant", "content": ""} if opening else {}
+        chunk = choice.take(item)
+        if isinstance(item, msg.Done):
+            chunk += (shape.chunk(None, usage([item])) if include_usage else b"") + DONE
+        if chunk:
+            yield chunk
+
+
+async def _many(shape: Shape, turn: Turn, streams: list[Stream], include_usage: bool) -> AsyncIterator[bytes]:
+    choices = [_Choice(shape, turn.reader(), i) for i in range(len(streams))]
+    dones: dict[int, msg.Done] = {}
+    async for i, item in merged(streams):
+        chunk = choices[i].take(item)
+        if isinstance(item, msg.Done):
+            dones[i] = item
+        if len(dones) == len(streams):
+            last = usage([dones[k] for k in sorted(dones)])
+            chunk += (shape.chunk(None, last) if include_usage else b"") + DONE
+        if chunk:
+            yield chunk
+
+
+class _Choice:
+    """One choice of a stream: what the engine says, as chunks."""
+
+    def __init__(self, shape: Shape, reader: Reader | None, index: int) -> None:
+        self._shape = shape
+        self._reader = reader
+        self._index = index
+        self._calls = 0
+        self._opened = False
+
+    def take(self, item: msg.Delta | msg.Done) -> bytes:
+        last = isinstance(item, msg.Done)
+        thought, answer, calls = "", item.text, list[Call]()
+        if self._reader is not None:
+            thought, answer, calls = self._reader.push(item.text, last=last)
+        if self._opened and not calls and not last and item.logprobs is None:
+            chunk = self._shape.text(self._index, "reasoning_content", thought) if thought else b""
+            return chunk + (self._shape.text(self._index, "content", answer) if answer else b"")
+        delta: dict[str, Any] = {} if self._opened else {"role": "assistant", "content": ""}
+        self._opened = True
         if thought:
             delta["reasoning_content"] = thought
         if answer:
             delta["content"] = answer
-        if delta or item.logprobs:
-            yield chunk(delta, None, item.logprobs)
-        opening = False
+        if calls:
+            delta["tool_calls"] = [{"index": self._calls + i, **_call(call)} for i, call in enumerate(calls)]
+            self._calls += len(calls)
+        chunk = self._chunk(delta, None, item.logprobs) if delta or item.logprobs else b""
         if isinstance(item, msg.Done):
-            tail = chunk({}, finish_reason(item), None)
-            yield tail + (shape.chunk(None, item) if include_usage else b"") + DONE
+            chunk += self._chunk({}, _reason(item, called=self._calls > 0), None)
+        return chunk
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None, logprobs: list[msg.Logprob] | None) -> bytes:
+        choice = {"index": self._index, "delta": delta, "logprobs": chat_logprobs(logprobs)}
+        return self._shape.chunk({**choice, "finish_reason": reason})
 
 
-async def _text_answer(shape: _Shape, stream: Stream) -> dict[str, Any]:
-    text, logprobs, done = await _collect(stream)
-    choice = {
-        "index": 0,
-        "text": text,
-        "logprobs": _text_logprobs(logprobs, 0),
-        "finish_reason": finish_reason(done),
-    }
-    return shape.whole(choice, done)
-
-
-async def _text_events(shape: _Shape, stream: Stream, include_usage: bool) -> AsyncIterator[bytes]:
-    shown = 0
-    async for item in stream:
-        if item.text or item.logprobs:
-            logprobs = _text_logprobs(item.logprobs, shown)
-            yield shape.chunk({"index": 0, "text": item.text, "logprobs": logprobs, "finish_reason": None})
-            shown += len(item.text)
-        if isinstance(item, msg.Done):
-            tail = shape.chunk(
-                {"index": 0, "text": "", "logprobs": None, "finish_reason": finish_reason(item)}
-            )
-            yield tail + (shape.chunk(None, item) if include_usage else b"") + DONE
-
-
-def _token(piece: bytes) -> dict[str, Any]:
-    return {"token": piece.decode("utf-8", "replace"), "bytes": list(piece)}
-
-
-def _chat_logprobs(logprobs: list[msg.Logprob] | None) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
-    rows = [
-        {
-            **_token(entry.token),
-            "logprob": entry.logprob,
-            "top_logprobs": [{**_token(piece), "logprob": value} for piece, value in entry.top],
-        }
-        for entry in logprobs
-    ]
-    return {"content": rows, "refusal": None}
-
-
-def _text_logprobs(logprobs: list[msg.Logprob] | None, offset: int) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
-    tokens = [entry.token.decode("utf-8", "replace") for entry in logprobs]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    tops = [{piece.decode("utf-8", "replace"): value for piece, value in entry.top} for entry in logprobs]
+def _call(call: Call) -> dict[str, Any]:
     return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": tops,
-        "text_offset": offsets,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
     }
+
+
+def _reason(done: msg.Done, *, called: bool) -> str:
+    reason = finish_reason(done)
+    return "tool_calls" if called and reason == "stop" else reason

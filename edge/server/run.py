@@ -1,4 +1,4 @@
-"""`edge serve RUN_OR_FILE`: binds first, loads then, drains at the end."""
+"""`edge serve RUN_OR_FILE ...`: binds first, loads then, drains at the end."""
 
 from __future__ import annotations
 
@@ -6,29 +6,35 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from edge import artefact, planning
 from edge.errors import EdgeError, InputError, UsageError
-from edge.server.guard import is_loopback
-from edge.supervisor import EngineProcess
+from edge.server.guard import Access, is_loopback
+from edge.server.registry import Planned, Registry
 from edge.worker import Load
 
 KEY_VARIABLE = "EDGE_API_KEY"
+ADMIN_KEY_VARIABLE = "EDGE_ADMIN_KEY"
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge serve", description="Serve a model over HTTP.")
-    parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="path", help="a run, a folder with a GGUF, or a .gguf file"
+    )
+    parser.add_argument("--default", help="with several: the id of the one for requests that name none")
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--name", help="the model's id in requests (default: the artefact's name)")
+    parser.add_argument("--name", help="the id in requests, of a single model (default: the artefact's name)")
     parser.add_argument("--ctx", type=int, help="tokens that one request may hold, answer included")
     parser.add_argument("--slots", type=int, help="requests that run at once")
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
@@ -37,49 +43,90 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait")
     parser.add_argument("--api-key-file", type=Path, help=f"one key a line (or set {KEY_VARIABLE})")
+    parser.add_argument("--admin-key-file", type=Path, help=f"opens /admin/ (or set {ADMIN_KEY_VARIABLE})")
+    parser.add_argument("--cors-origin", action="append", default=[], help="a page's origin that may call")
+    parser.add_argument("--memory-budget", type=int, metavar="MIB", help="what loaded models may take")
+    parser.add_argument("--keep-alive", type=float, metavar="SECONDS", help="unload a model idle for so long")
     parser.add_argument("--kv-store", type=Path, help="a folder that keeps prefixes over restarts")
     parser.add_argument("--kv-store-mib", type=int, default=1024, help="how much it may hold")
     parser.add_argument("--drain", type=float, default=10.0, help="seconds that requests may finish in")
     args = parser.parse_args(argv)
 
-    keys = read_keys(args.api_key_file)
-    if not is_loopback(args.host) and not keys:
+    access = Access(
+        keys=tuple(read_keys(args.api_key_file, KEY_VARIABLE)),
+        admin_keys=tuple(read_keys(args.admin_key_file, ADMIN_KEY_VARIABLE)),
+        origins=tuple(check_origin(origin) for origin in args.cors_origin),
+    )
+    if not is_loopback(args.host) and not access.keys:
         raise UsageError(
             f"--host {args.host} is reachable by others; that needs an API key",
             f"set {KEY_VARIABLE} or give --api-key-file",
         )
     bound = bind(args.host, args.port)
     with bound:
-        found = artefact.resolve(args.path)
-        settings = planning.plan(
-            found,
-            planning.Options(
-                context=args.ctx,
-                slots=args.slots,
-                threads=args.threads,
-                device=args.device,
-                kv_type=args.kv_type,
-            ),
-        )
-        load = Load(
-            kind="llamacpp",
-            path=str(found.path),
-            settings=dataclasses.asdict(settings),
-            stop_ids=sorted(found.stop_ids),
-            max_queue=args.max_queue,
-            tune=not args.no_tune,
-            store=str(args.kv_store.absolute()) if args.kv_store else "",
-            store_mib=args.kv_store_mib,
-            digest=found.digest,
-        )
+        models = sources(args)
+        if args.default is not None and args.default not in models:
+            raise UsageError(f"--default {args.default} is none of: {', '.join(models)}")
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        name = args.name or found.name
-        return serve(bound, load, name=name, found=found, keys=keys, drain=args.drain)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        return serve(
+            bound,
+            models,
+            default=args.default,
+            access=access,
+            budget=None if args.memory_budget is None else args.memory_budget * 2**20,
+            keep_alive=args.keep_alive,
+            drain=args.drain,
+        )
 
 
-def read_keys(path: Path | None) -> list[str]:
+def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
+    """What each id stands for, each looked at once already. Raises EdgeError for what cannot be served."""
+    models: dict[str, Callable[[], Planned]] = {}
+    if args.name is not None and len(args.paths) > 1:
+        raise UsageError("--name goes with a single model", "the ids of several are their artefacts' names")
+    for path in args.paths:
+        name = args.name or artefact.resolve(path).name
+        if name in models:
+            raise UsageError(f"two of the models have the id '{name}'", "serve them one by one, with --name")
+        plan = functools.partial(planned, path, args)
+        # A path that cannot be served is said at once, not when it is first asked for.
+        plan()
+        models[name] = plan
+    return models
+
+
+def planned(path: Path, args: argparse.Namespace) -> Planned:
+    """How the artefact at `path` is to be loaded on this machine now. Raises EdgeError."""
+    found = artefact.resolve(path)
+    settings = planning.plan(
+        found,
+        planning.Options(
+            context=args.ctx,
+            slots=args.slots,
+            threads=args.threads,
+            device=args.device,
+            kv_type=args.kv_type,
+        ),
+    )
+    load = Load(
+        kind="llamacpp",
+        path=str(found.path),
+        settings=dataclasses.asdict(settings),
+        stop_ids=sorted(found.stop_ids),
+        max_queue=args.max_queue,
+        tune=not args.no_tune,
+        store=str(args.kv_store.absolute()) if args.kv_store else "",
+        store_mib=args.kv_store_mib,
+        digest=found.digest,
+    )
+    need = planning.estimate(found, kv_type=args.kv_type, slots=settings.slots)
+    return Planned(load, found, need.total(settings.capacity))
+
+
+def read_keys(path: Path | None, variable: str) -> list[str]:
     """API keys from a file (one a line) and the environment. Raises InputError for an empty file."""
-    keys = [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
+    keys = [key] if (key := os.environ.get(variable, "").strip()) else []
     if path is not None:
         if not path.is_file():
             raise InputError(f"no such file: {path}", "write one API key a line into it")
@@ -87,6 +134,20 @@ def read_keys(path: Path | None) -> list[str]:
         if not keys:
             raise InputError(f"{path} holds no key", "write one API key a line into it")
     return keys
+
+
+def check_origin(origin: str) -> str:
+    """A page's origin as browsers send it. Raises UsageError for anything else."""
+    parts = urlsplit(origin)
+    if (
+        parts.scheme not in ("http", "https")
+        or origin != f"{parts.scheme}://{parts.netloc}"
+        or not parts.netloc
+    ):
+        raise UsageError(
+            f"--cors-origin {origin} is no origin", "give it as https://host or http://host:port"
+        )
+    return origin
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -118,30 +179,28 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(
     bound: socket.socket,
-    load: Load,
+    models: dict[str, Callable[[], Planned]],
     *,
-    name: str,
-    found: artefact.Artefact | None = None,
-    keys: list[str] | None = None,
+    default: str | None = None,
+    access: Access | None = None,
+    budget: int | None = None,
+    keep_alive: float | None = None,
     drain: float = 10.0,
 ) -> int:
-    """Serve on `bound` until a signal comes; the exit code. Raises EdgeError where the model cannot load."""
-    return asyncio.run(_serve(bound, load, name, found, keys or [], drain))
+    """Serve `models` on `bound` until a signal comes; the exit code.
+
+    budget: bytes that loaded models may take. keep_alive, drain: seconds. Raises EdgeError where the default
+    model cannot be loaded.
+    """
+    registry = Registry(models, default=default, budget=budget, keep_alive=keep_alive)
+    return asyncio.run(_serve(bound, registry, access or Access(), drain))
 
 
-async def _serve(
-    bound: socket.socket,
-    load: Load,
-    name: str,
-    found: artefact.Artefact | None,
-    keys: list[str],
-    drain: float,
-) -> int:
+async def _serve(bound: socket.socket, registry: Registry, access: Access, drain: float) -> int:
     # Imported late: a port that is taken must be said before a second has passed.
     import uvicorn
 
     from edge.server.app import create_app
-    from edge.server.serving import Serving
 
     class Server(uvicorn.Server):
         # uvicorn raises the signal that ended it once more; a drained server ends with code 0.
@@ -154,8 +213,7 @@ async def _serve(
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    engine = EngineProcess(load)
-    app = create_app(Serving(found, engine, name), keys=keys)
+    app = create_app(registry, access)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -167,15 +225,15 @@ async def _serve(
     server = Server(config)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    _say(f"{name}: http://{shown}:{port}  (loading; /docs describes the interface, Ctrl-C ends it)")
-    engine.start()
+    names = ", ".join(registry.names)
+    _say(f"{names}: http://{shown}:{port}  (loading; /docs describes the interface, Ctrl-C ends it)")
+    loading = registry.start()
     serving = asyncio.create_task(server.serve(sockets=[bound]))
-    loading = asyncio.create_task(engine.wait_ready())
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             if loading.exception() is None:
-                ready = loading.result()
+                ready = loading.result().ready
                 _say(
                     f"ready in {ready.load_s:.1f} s on {ready.device} ({ready.why}), "
                     f"{ready.settings.get('threads', '?')} threads, context {ready.context}, "
@@ -185,11 +243,9 @@ async def _serve(
                 server.should_exit = True
         await serving
     finally:
-        await engine.stop(0.5)
-    if not loading.done():
-        loading.cancel()
-        return 0
-    loading.result()
+        await registry.close(0.5)
+    if not loading.cancelled():
+        loading.result()
     return 0
 
 

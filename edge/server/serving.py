@@ -19,6 +19,7 @@ class Serving:
         self.engine = engine
         self.name = name
         self.digest = artefact.digest if artefact else ""
+        self.artefact = artefact
         self.thinking = artefact.thinking if artefact else None
         self.created = int(time.time())
         self._template: tuple[str, ChatTemplate] | None = None
@@ -46,10 +47,6 @@ class Serving:
             compiled = ChatTemplate(ready.chat_template, bos=ready.bos_text, eos=ready.eos_text)
             self._template = (ready.chat_template, compiled)
         return self._template[1]
-
-    def prompt(self, messages: list[dict[str, Any]], **extra: Any) -> str:
-        """The prompt for `messages` by the chat template, in the artefact's thinking mode."""
-        return self.template().render(messages, thinking=self.thinking, **extra)
 
     def headers(self) -> dict[str, str]:
         """Which model answered, and on what device."""
@@ -87,9 +84,9 @@ def timings(done: msg.Done) -> dict[str, float]:
 
 
 def finish_reason(done: msg.Done) -> str:
-    """stop or length. Raises RequestError (504) where the request ran out of its time."""
+    """stop or length. Raises RequestError (408) where the request ran out of the time that it gave itself."""
     if done.reason == "timeout":
-        raise RequestError("the request ran out of its time", status=504, code="timeout", param="timeout")
+        raise RequestError("the request ran out of its time", status=408, code="timeout", param="timeout")
     if done.reason == "cancelled":
         raise RequestError("the server is shutting down", status=503, code="shutting_down")
     return done.reason

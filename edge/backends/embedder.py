@@ -1,0 +1,108 @@
+"""Vectors of texts out of a llama.cpp model that generates: the mean of its last hidden states.
+
+A context of its own over the loaded model, made at the first request and only as large as the texts are:
+the one that generates keeps its slots. Used by the same thread, so that no two steps share the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge import hardware
+from edge.errors import EdgeError
+
+_BATCH = 512
+
+
+class Embedder:
+    """lib, model: llama.cpp's bindings and a loaded model. Not thread-safe."""
+
+    def __init__(self, lib: Any, model: Any, *, threads: int, flash_attention: bool) -> None:
+        self._lib = lib
+        self._model = model
+        self._threads = threads
+        self._flash_attention = flash_attention
+        self._context: Any = None
+        self._cells = 0
+        self._batch: Any = None
+        self.width = int(lib.llama_model_n_embd(model))
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The mean over `tokens` of the last layer's output, of length 1, [width].
+
+        Raises EdgeError where there is no memory for a context of that many tokens.
+        """
+        self._reserve(len(tokens))
+        lib = self._lib
+        total = np.zeros(self.width, np.float64)
+        try:
+            for at in range(0, len(tokens), _BATCH):
+                chunk = tokens[at : at + _BATCH]
+                self._fill(chunk, at)
+                if (code := lib.llama_decode(self._context, self._batch)) != 0:
+                    raise EdgeError(f"llama.cpp failed to embed {len(tokens)} tokens (code {code})")
+                total += self._states(len(chunk)).sum(axis=0, dtype=np.float64)
+        finally:
+            lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, -1, -1)
+        length = float(np.linalg.norm(total))
+        return (total / length if length > 0 else total).astype(np.float32)
+
+    def _states(self, count: int) -> NDArray[np.float32]:
+        pointer = self._lib.llama_get_embeddings(self._context)
+        if not pointer:
+            raise EdgeError("llama.cpp gives no hidden states of this model")
+        states: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (count, self.width))
+        return states
+
+    def _fill(self, tokens: Sequence[int], at: int) -> None:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = at + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = 1
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens <= self._cells:
+            return
+        cells = -(-tokens // _BATCH) * _BATCH
+        lib, model = self._lib, self._model
+        heads = max(1, lib.llama_model_n_head(model))
+        # Keys and values in 16 bits; then a step's hidden states, several times over, in 32.
+        cell = 2 * 2 * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * self.width // heads
+        need = cells * cell + 4 * _BATCH * self.width * 24
+        free = hardware.memory().available
+        if need > free:
+            raise EdgeError(
+                f"embedding {tokens} tokens needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
+                "send shorter texts, or free some memory",
+            )
+        self.close()
+        params = lib.llama_context_default_params()
+        params.n_ctx = cells
+        params.n_batch = params.n_ubatch = params.n_outputs_max = _BATCH
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = self._threads
+        params.flash_attn_type = 1 if self._flash_attention else 0
+        params.embeddings = True
+        # No pooling: llama.cpp would pool each batch by itself.
+        params.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
+        params.no_perf = True
+        self._context = lib.llama_init_from_model(model, params)
+        if not self._context:
+            raise EdgeError(f"llama.cpp cannot make a context of {cells} tokens for embeddings")
+        self._batch = lib.llama_batch_init(_BATCH, 0, 1)
+        self._cells = cells
+
+    def close(self) -> None:
+        if self._context:
+            self._lib.llama_batch_free(self._batch)
+            self._lib.llama_free(self._context)
+        self._context = self._batch = None
+        self._cells = 0

@@ -1,0 +1,92 @@
+"""A thought's budget, and constraints that begin behind a mark."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from edge import messages as msg
+from edge.backends.fake import EOS, FakeBackend
+from edge.engine import Engine
+from edge.grammar import Constraint
+from edge.guide import Guidance
+from edge.sampling import Params
+from edge.thought import THINK_END
+
+
+def answer(
+    reply: str, guidance: Guidance, constraint: Constraint | None = None, **given: Any
+) -> tuple[str, msg.Done]:
+    """The text that comes of a model that wants to say `reply`."""
+    backend = FakeBackend(reply=reply, context=1024, batch=256)
+    events: list[msg.Event] = []
+    engine = Engine(backend, events.extend)
+    params = Params(temperature=0.0, **given)
+    engine.submit(msg.Submit(1, "?", params, guidance=guidance, constraint=constraint))
+    while not any(isinstance(event, (msg.Done, msg.Refused)) for event in events):
+        engine.turn()
+    done = (
+        events[-1] if isinstance(events[-1], msg.Done) else next(e for e in events if isinstance(e, msg.Done))
+    )
+    text = "".join(event.text for event in events if isinstance(event, (msg.Delta, msg.Done)))
+    return text, done
+
+
+SEVEN = Constraint("json_schema", json.dumps({"enum": [7]}))
+
+
+def test_a_thought_within_its_budget_is_left_alone() -> None:
+    text, done = answer("mm</think>yes", Guidance(inside=True, budget=50))
+    assert (text, done.reason) == ("mm</think>yes", "stop")
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_a_thought_over_its_budget_is_closed(budget: int) -> None:
+    # Closed by force, the fake has lost its thread: what it says then does not matter here.
+    text, _ = answer("m" * 200, Guidance(inside=True, budget=budget), max_tokens=40)
+    assert text.startswith("m" * budget + f"\n{THINK_END}\n\n")
+
+
+def test_a_thought_that_the_model_opens_has_a_budget_too() -> None:
+    text, _ = answer("<think>" + "m" * 200, Guidance(budget=10), max_tokens=40)
+    thought, mark, _ = text.partition(f"\n{THINK_END}\n\n")
+    assert mark
+    # The token that completes the tag is counted: 7 bytes of it, then 9 more tokens.
+    assert thought == "<think>" + "m" * 9
+
+
+def test_an_answer_without_a_thought_has_no_budget() -> None:
+    text, _ = answer("just an answer that is long", Guidance(budget=3))
+    assert text == "just an answer that is long"
+
+
+def test_a_schema_is_for_the_answer_not_for_the_thought() -> None:
+    text, done = answer("free thought</think>\n\n7", Guidance(inside=True, after=THINK_END), SEVEN)
+    assert text == "free thought</think>\n\n7" or text == "free thought</think>7"
+    assert done.reason == "stop"
+
+
+def test_a_model_that_would_end_in_its_thought_must_answer() -> None:
+    # It wants to stop after "hm"; the end token is masked until the answer is there.
+    text, done = answer("hm", Guidance(inside=True, budget=8, after=THINK_END), SEVEN, max_tokens=60)
+    assert text.endswith("7")
+    assert THINK_END in text
+    assert done.reason == "stop"
+
+
+def test_a_budget_and_a_schema_together() -> None:
+    text, _ = answer("m" * 99, Guidance(inside=True, budget=4, after=THINK_END), SEVEN)
+    assert text == f"mmmm\n{THINK_END}7"
+
+
+def test_a_mark_of_many_bytes_is_found_though_tokens_cut_its_characters() -> None:
+    text, _ = answer("say <｜call｜>9", Guidance(after="<｜call｜>"), SEVEN, max_tokens=60)
+    assert text == "say <｜call｜>7"
+
+
+def test_without_its_mark_a_constraint_never_begins() -> None:
+    text, done = answer("prose only", Guidance(after="<tool_call>"), SEVEN)
+    assert (text, done.reason) == ("prose only", "stop")
+    assert EOS in FakeBackend().info.stop_ids
