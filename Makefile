@@ -19,7 +19,7 @@ STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
 REPLACE := $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check pull qlora merge export-gguf serve bench chat doctor clean
+.PHONY: help install demo test check conformance pull qlora merge export-gguf serve bench chat doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -35,6 +35,7 @@ help:
 	@echo "make bench         RUN against the slow baseline"
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
+	@echo "make conformance   other projects' clients and suites against a running server"
 	@echo "make clean         remove caches (models, runs and .venv stay)"
 	@echo
 	@echo "OVERWRITE=1 lets a stage replace its earlier result."
@@ -73,6 +74,19 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+# Each client's own environment, made anew when its pins change; the server runs in .venv.
+.venv-conformance/installed .venv-conformance-openai1/installed: .venv-conformance%/installed: \
+    tests/conformance/requirements%.txt
+	rm -rf $(@D)
+	python3 -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@touch $@
+
+conformance: install .venv-conformance/installed .venv-conformance-openai1/installed
+	PYTHONPATH=. .venv-conformance/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . tests/conformance
+	PYTHONPATH=. .venv-conformance-openai1/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . \
+	    -p no:asyncio tests/conformance/conform_openai.py
 
 pull: install
 	$(BIN)/edge pull $(MODEL) $(REPLACE)
