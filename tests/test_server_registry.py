@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.fake_server import Server, fake_server
@@ -129,3 +131,15 @@ def test_an_id_is_never_a_path(name: str) -> None:
     with pytest.raises(RequestError) as caught:
         registry.known(name)
     assert caught.value.status == 404
+
+
+@pytest.mark.slow
+def test_many_at_once_load_a_model_once_and_keep_to_the_budget() -> None:
+    models = {name: {"reply": name, "context": 64, "bytes": 60} for name in ("a", "b", "c")}
+    with fake_server(models=models, budget=100) as server, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: ask(server, "bc"[i % 2]), range(8)))
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        assert all(a.json()["generate_text"] == a.json()["model"] for a in answers if a.status_code == 200)
+        until(lambda: list(statuses(server).values()).count("ready") == 1)
+        process = psutil.Process(server.process.pid)
+        until(lambda: len(process.children()) == 1)

@@ -7,7 +7,6 @@ A reload loads the artefact anew beside the running one and swaps them; streams 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -137,8 +136,10 @@ class Registry:
         self._touch(known, keep_alive)
         if known.serving is not None:
             return known.serving
-        if known.loading is None and (no := await self._make_room(known)) is not None:
-            raise no
+        if known.loading is None:
+            await self._make_room(known)
+        if known.serving is not None:
+            return known.serving
         task = known.loading or self._load(known)
         try:
             # A client that goes away must not end the loading for others.
@@ -148,13 +149,14 @@ class Registry:
         self._touch(known, keep_alive)
         return serving
 
-    async def unload(self, name: str | None) -> None:
-        """Let go of a model; what it is answering it may finish."""
+    async def unload(self, name: str | None) -> asyncio.Task[None] | None:
+        """Let go of a model; what it is answering it may finish. The task ends with its process."""
         known = self.known(name)
-        if known.serving is not None:
-            serving, known.serving = known.serving, None
-            known.bytes = 0
-            self._retire(serving.engine)
+        if known.serving is None:
+            return None
+        serving, known.serving = known.serving, None
+        known.bytes = 0
+        return self._retire(serving.engine)
 
     async def reload(self, name: str | None) -> tuple[str, str]:
         """Load the artefact anew and swap it in; the digests before and after.
@@ -200,6 +202,8 @@ class Registry:
                 return await self._open(known)
             finally:
                 known.loading = None
+                if known.serving is None:
+                    known.bytes = 0
 
         known.loading = asyncio.create_task(load())
         # Somebody waits for it, or the server ends: an error is never lost, and must not be warned about.
@@ -224,26 +228,31 @@ class Registry:
         self._touch(known, None)
         return serving
 
-    async def _make_room(self, wanted: Known) -> RequestError | None:
-        """Unload what was asked for longest ago until `wanted` fits; the error where it cannot."""
+    async def _make_room(self, wanted: Known) -> None:
+        """Unload what was asked for longest ago until `wanted` fits, and begin to load it.
+
+        Raises RequestError (503) where there is no room for it.
+        """
         if self._budget is None:
-            return None
+            return
         async with self._room:
+            if wanted.serving is not None or wanted.loading is not None:
+                return
             try:
                 need = (await asyncio.to_thread(wanted.plan)).bytes
             except EdgeError as error:
-                return _failed(error)
+                raise _failed(error) from error
             if need > self._budget:
-                return RequestError(
+                raise RequestError(
                     f"{wanted.name} needs about {need / 2**20:,.0f} MiB, the memory budget is "
                     f"{self._budget / 2**20:,.0f} MiB",
                     status=503,
                     code="memory_budget",
                 )
-            while sum(known.bytes for known in self.loaded) + need > self._budget:
+            while sum(known.bytes for known in self._known.values()) + need > self._budget:
                 idle = [k for k in self.loaded if k.serving and not k.serving.engine.busy]
                 if not idle:
-                    return RequestError(
+                    raise RequestError(
                         f"no room for {wanted.name} now: the loaded models are at work",
                         status=503,
                         code="memory_budget",
@@ -251,10 +260,14 @@ class Registry:
                     )
                 oldest = min(idle, key=lambda k: k.used)
                 log.info("unloading %s to make room for %s", oldest.name, wanted.name)
-                await self.unload(oldest.name)
-        return None
+                ended = await self.unload(oldest.name)
+                if ended is not None:
+                    # Its memory must be free before the next one is planned and loaded.
+                    await asyncio.shield(ended)
+            wanted.bytes = need
+            self._load(wanted)
 
-    def _retire(self, engine: EngineProcess) -> None:
+    def _retire(self, engine: EngineProcess) -> asyncio.Task[None]:
         async def end() -> None:
             until = time.monotonic() + RETIRE_S
             try:
@@ -266,6 +279,7 @@ class Registry:
         task = asyncio.create_task(end())
         self._retired.add(task)
         task.add_done_callback(self._retired.discard)
+        return task
 
     async def _sweep(self) -> None:
         """Unload what has been idle for longer than its keep_alive."""
@@ -279,8 +293,7 @@ class Registry:
                     self._touch(known, None)
                 elif time.monotonic() >= known.expires:
                     log.info("unloading %s: idle for its keep_alive", known.name)
-                    with contextlib.suppress(RequestError):
-                        await self.unload(known.name)
+                    await self.unload(known.name)
 
 
 async def serving_for(request: Request, model: str | None) -> Serving:
