@@ -256,3 +256,32 @@ def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "taken" in done.stdout
+
+
+# -- several artefacts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_several_artefacts_by_their_names(tmp_path: Path) -> None:
+    paths = [str(publish(tmp_path / name, name=name)) for name in ("one", "two")]
+    serve = [sys.executable, "-m", "edge.cli", "serve", "--port", "0", "--no-tune", "--ctx", "128", *paths]
+    with launch([*serve, "--default", "two", "--memory-budget", "1500"]) as server:
+        server.wait()
+        assert server.get("/health").json()["models"] == {"one": "unloaded", "two": "ready"}
+        body = {"prompt": "hi", "max_tokens": 2}
+        assert server.post("/generate", body).headers["x-edge-model"] == "two"
+        first = server.post("/generate", {**body, "model": "one"})
+        assert (first.status_code, first.headers["x-edge-model"]) == (200, "one")
+        shown = server.post("/api/show", {"model": "one"}).json()
+        assert shown["details"]["format"] == "gguf"
+        assert (
+            server.post("/v1/embeddings", {"model": "one", "input": "hi"}).json()["usage"]["total_tokens"] > 0
+        )
+    for extra, said in (
+        (["--default", "x"], "none of"),
+        (["--name", "n"], "single model"),
+        (paths, "the id"),
+    ):
+        done = subprocess.run([*serve, *extra], capture_output=True, text=True, encoding="utf-8", timeout=60)
+        assert done.returncode == 2
+        assert said in done.stderr
