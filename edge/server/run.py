@@ -26,6 +26,9 @@ KEY_VARIABLE = "EDGE_API_KEY"
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge serve", description="Serve a model over HTTP.")
     parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument(
+        "--lora", type=Path, help="an adapter (edge export lora), put on top for every request of this server"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--name", help="the model's id in requests (default: the artefact's name)")
@@ -51,6 +54,8 @@ def main(argv: list[str]) -> int:
     bound = bind(args.host, args.port)
     with bound:
         found = artefact.resolve(args.path)
+        if args.lora is not None:
+            found = artefact.with_lora(found, args.lora)
         settings = planning.plan(
             found,
             planning.Options(
@@ -71,6 +76,7 @@ def main(argv: list[str]) -> int:
             store=str(args.kv_store.absolute()) if args.kv_store else "",
             store_mib=args.kv_store_mib,
             digest=found.digest,
+            lora=str(found.lora or ""),
         )
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         name = args.name or found.name
