@@ -80,8 +80,14 @@ def take_apart(template: ChatTemplate, bos: str) -> Shape:
                 opening = middle[len(close) :], between[: len(between) - len(lead)]
                 around = _system(system, begin_of_text, lead)
                 shapes.append(Shape(around, (lead, close), opening, begin, begin_of_text, head[:cut]))
-    # Several say the same; the one that ends all turns alike is the one that people would write.
-    shapes.sort(key=lambda shape: not shape.user[1] or shape.user[1] != shape.assistant[1])
+
+    # Several say the same; people would write the one that ends all turns alike and begins them with a token.
+    def odd(shape: Shape) -> tuple[bool, bool, int]:
+        alike = bool(shape.user[1]) and shape.user[1] == shape.assistant[1]
+        length = len(shape.user[1])
+        return not alike, shape.user[0][0] not in "<[", -length if alike else length
+
+    shapes.sort(key=odd)
     for shape in shapes:
         if _says_the_same(shape, template.render):
             return shape

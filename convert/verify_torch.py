@@ -184,6 +184,8 @@ class TorchModel:
         with warnings.catch_warnings():
             # peft asks transformers by an old name.
             warnings.simplefilter("ignore", FutureWarning)
+            # A table trained apart from its twin is what the merge undoes the tie for.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")
             return PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=not self.whole)
 
     # Layers in turn
