@@ -56,7 +56,11 @@ class Shape:
 
 
 def take_apart(template: ChatTemplate, bos: str) -> Shape:
-    """The shape of `template`. Raises InputError where no Go template of this kind says the same."""
+    """The shape of `template`. Raises InputError where no Go template of this kind says the same.
+
+    bos: the token that the runtime puts in front by itself, which the Go template must then not write; "" for
+    none.
+    """
     texts = {
         "one": _render(template, [("user", _ASKED)]),
         "two": _render(template, [("user", _ASKED), ("assistant", _SAID), ("user", _AGAIN)]),
@@ -163,7 +167,12 @@ def run(given: Path, *, context: int = 4096) -> Path:
     words = tokens.values()  # type: ignore[union-attr]
     bos, eos = (found.header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
     bos_text, eos_text = (str(words[one]) if isinstance(one, int) else "" for one in (bos, eos))
-    shape = take_apart(ChatTemplate(found.chat_template, bos=bos_text, eos=eos_text), bos_text)
+    # What a file leaves open, its kind of vocabulary decides, as in llama.cpp.
+    added = found.header.metadata.get("tokenizer.ggml.add_bos_token")
+    if not isinstance(added, bool):
+        added = found.header.metadata.get("tokenizer.ggml.model") == "llama"
+    template = ChatTemplate(found.chat_template, bos=bos_text, eos=eos_text)
+    shape = take_apart(template, bos_text if added else "")
     ends = sorted(found.stop_ids) or [one for one in (eos,) if isinstance(one, int)]
     stops = [str(words[one]) for one in ends]
     path = found.path.parent / FILE

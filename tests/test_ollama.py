@@ -55,6 +55,9 @@ def test_a_distill_with_a_begin_token() -> None:
     assert (found.user, found.assistant) == (("<｜User｜>", ""), ("<｜Assistant｜>", "</s>"))
     # Ollama adds the begin-of-text token itself: two would be one too many.
     assert found.bos == "<s>" and "<s>" not in found.go() and found.system == ("", "")
+    # Where the runtime adds none, it is the template's to write, with a system text and without.
+    own = ollama.take_apart(ChatTemplate(DISTILL, bos="<s>", eos="</s>"), "")
+    assert (own.default, own.system, own.user) == ("<s>", ("<s>", ""), ("<｜User｜>", ""))
 
 
 @pytest.mark.parametrize(
