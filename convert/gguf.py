@@ -46,7 +46,7 @@ QUANTS = (
     "IQ1_M", "IQ1_S", "Q1_0",
 )  # fmt: skip
 # Below three bits rounding is blind without one: the quantiser refuses.
-NEED_MATRIX = ("IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 TEMPLATE = "chat_template.jinja"
 
