@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from convert import gguf
+from convert import gguf, gguf_lora, ladder, ollama
+from convert.folder import shell
+from edge.errors import UsageError
 
 
 def main(argv: list[str]) -> int:
@@ -13,10 +16,35 @@ def main(argv: list[str]) -> int:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     to_gguf = formats.add_parser("gguf", help="RUN/merged -> RUN/gguf, for llama.cpp")
     to_gguf.add_argument("run", type=Path, metavar="RUN", help="the run folder, with merged/ in it")
+    to_gguf.add_argument("--quant", help=f"one of {', '.join(gguf.QUANTS)} (default: {gguf.DEFAULT})")
     to_gguf.add_argument(
-        "--quant", default=gguf.DEFAULT, help=f"one of {', '.join(gguf.QUANTS)} (%(default)s)"
+        "--ladder", action="store_true", help="measure several types here, export the one that fits best"
+    )
+    to_gguf.add_argument(
+        "--imatrix", action="store_true", help="weigh by the data set's activations, where that is closer"
     )
     to_gguf.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    to_lora = formats.add_parser("lora", help="an adapter as GGUF, for edge serve BASE.gguf --lora")
+    to_lora.add_argument("run", type=Path, metavar="RUN", help="the run folder, with adapter/ in it")
+    to_lora.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    to_ollama = formats.add_parser("ollama", help="a Modelfile beside the GGUF, for ollama create")
+    to_ollama.add_argument("run", type=Path, metavar="RUN", help="a run, a folder with a GGUF, or the file")
+    to_ollama.add_argument("--ctx", type=int, default=4096, help="tokens of a conversation (%(default)s)")
     options = parser.parse_args(argv)
-    gguf.run(options.run, quant=options.quant, overwrite=options.overwrite)
+    if options.format == "lora":
+        made = gguf_lora.run(options.run, overwrite=options.overwrite)
+        sys.stdout.write(f"{made}\n  serve it: edge serve BASE.gguf --lora {shell(made)}\n")
+        return 0
+    if options.format == "ollama":
+        made = ollama.run(options.run, context=options.ctx)
+        name = shell(made.parent.absolute().parent.name.lower())
+        sys.stdout.write(f"{made}\n  take it: ollama create {name} -f {shell(made)}\n")
+        return 0
+    if options.ladder:
+        if options.quant or options.imatrix:
+            raise UsageError("--ladder chooses type and matrix itself", "leave --quant and --imatrix out")
+        ladder.run(options.run, overwrite=options.overwrite)
+        return 0
+    quant = options.quant or gguf.DEFAULT
+    gguf.run(options.run, quant=quant, imatrix=options.imatrix, overwrite=options.overwrite)
     return 0

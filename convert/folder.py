@@ -6,6 +6,7 @@ Weights are safetensors only: no pickle is read, no code from a repository is ru
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -19,6 +20,11 @@ INDEX = "model.safetensors.index.json"
 # What a model needs; subfolders (other formats, original checkpoints) and pickles stay where they are.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
 _SAFETENSORS_HEADER = 100 * 2**20  # the format's own limit
+_SAFETENSORS_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
         )
     weights = _weights(folder, shown)
     for path in weights:
-        _check_safetensors(path)
+        check_safetensors(path)
     if not (folder / "tokenizer.json").is_file():
         files = f"into it, from {converts('AutoTokenizer', folder)}"
         raise InputError(f"{shown} has no tokenizer.json", f"put tokenizer.json {files}")
@@ -95,8 +101,12 @@ def _weights(folder: Path, shown: str) -> tuple[Path, ...]:
     raise InputError(f"{shown} has no model.safetensors", "get the model again, with its weights")
 
 
-def _check_safetensors(path: Path) -> None:
-    """Raise InputError unless the file is as long as its header says (a download may have been cut)."""
+def check_safetensors(path: Path) -> None:
+    """Raise InputError unless the header of `path` is one that native code can be given.
+
+    Every tensor has a known type, a shape, and exactly its bytes; they fill the file without gap or overlap
+    (github.com/huggingface/safetensors, "Format"). A download that was cut off is found by the same.
+    """
     size = path.stat().st_size
     with path.open("rb") as handle:
         start = handle.read(8)
@@ -106,15 +116,44 @@ def _check_safetensors(path: Path) -> None:
         if len(start) < 8 or length > min(_SAFETENSORS_HEADER, size - 8):
             raise InputError(f"{path} is damaged or no safetensors file", "get it again")
         try:
-            tensors = json.loads(handle.read(length))
+            tensors = json.loads(handle.read(length), object_pairs_hook=_no_twice)
             tensors.pop("__metadata__", None)
-            end = max(tensor["data_offsets"][1] for tensor in tensors.values())
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{path} has a damaged header: {error!r}", "get it again") from error
+            spans = sorted(_span(name, entry) for name, entry in tensors.items())
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} has a damaged header: {error}", "get it again") from error
+    end = 0
+    for begin, stop, name in spans:
+        if begin != end:
+            raise InputError(
+                f"{path} has a damaged header: {name!r} begins at {begin}, {end} was expected", "get it again"
+            )
+        end = stop
     if 8 + length + end != size:
         raise InputError(
             f"{path} has {size:,} bytes, its header says {8 + length + end:,}: it was cut off", "get it again"
         )
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _span(name: str, entry: Any) -> tuple[int, int, str]:
+    """(begin, end, name) of a tensor. Raises ValueError or TypeError for an entry that is none."""
+    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if kind not in _SAFETENSORS_BITS:
+        raise ValueError(f"{name!r} has the unknown type {kind!r}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or any(type(one) is not int or one < 0 for one in numbers):
+            raise ValueError(f"{name!r} has the {what} {str(numbers)[:60]}")
+    # Python's numbers do not overflow: a product beyond the file is simply not its bytes.
+    bits = math.prod(shape) * _SAFETENSORS_BITS[kind]
+    if len(offsets) != 2 or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise ValueError(f"{name!r} of {kind} {str(shape)[:60]} has the bytes {str(offsets)[:60]}")
+    return offsets[0], offsets[1], name
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,59 +9,108 @@ the merged model: chat template byte for byte, vocabulary, end tokens, and the t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from convert import template, verify
+from convert import verify_probes as probes
+from convert.folder import check_folder
+from convert.verify_probes import TEXTS as PROBES
+from convert.verify_readers import GgufReader, TorchReader
 from edge import hardware, manifest
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.gguf_header import FILE_TYPES, GGUFHeader, read_header
 from edge.sdist import sdist
 
+if TYPE_CHECKING:
+    from convert.imatrix import Matrix
+
 DEFAULT = "Q4_K_M"
-# Types that need no importance matrix, best quality first within a size.
+# All that the quantiser knows, best quality first within a size (MXFP4 is for mixtures of experts).
 QUANTS = (
     "F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
-    "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_1", "Q4_0", "MXFP4_MOE",
+    "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS",
+    "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "Q2_0", "TQ2_0", "TQ1_0",
+    "IQ1_M", "IQ1_S", "Q1_0",
 )  # fmt: skip
+# Below three bits rounding is blind without one: the quantiser refuses.
+NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 TEMPLATE = "chat_template.jinja"
 
-# Texts in which pre-tokenizers, byte fallback and space handling differ.
-PROBES = (
-    "Hello, world! I'm the conch; WE'LL see, don't you?",
-    "请问你是谁？我是海底的神奇海螺，今天（星期三）卖汉堡。",
-    "你好👩‍🚀🇨🇳 🍔🐚 café naïve Ǆ ﬁ",
-    "def f(x):\n    return x**2  # 平方\n\n\n\tif x >= 10 and y != 'a':\r\n",
-    "a  3",
-    "2026年11月25日 12345.678 1,000,000 0x1F 3.14e-10 ½ ٣",
-    "  leading, trailing  \n \n\n   \t ",
-    "日本語テスト한국어עברית العربية ไทย हिन्दी",
-    '{"key": [1, 2.5, null], "嵌套": {"a\\n": "b"}}',
-    "",
-)
+
+@dataclass(frozen=True)
+class Source:
+    """The transformers folder that is exported, and what is known of it."""
+
+    path: Path
+    known: manifest.Manifest
+    config: dict[str, Any]
+    template: str
+    weights: int
+
+    @property
+    def file_name(self) -> str:
+        """The model's name as far as a file may be called so."""
+        return re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", self.known.name).strip(" .-") or "model"
+
+    @property
+    def whole(self) -> str:
+        """The GGUF type that keeps the precision of the weights."""
+        dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+        return {"bfloat16": "BF16", "float32": "F32"}.get(dtype, "F16")
+
+    def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
+        """The manifest of `file` in the type `quant`, without its verification."""
+        return manifest.Manifest(
+            stage="gguf",
+            name=self.known.name,
+            base_model=self.known.base_model,
+            parents=[self.known.parent(self.path)],
+            settings={"quant": quant, "file": file.name, **settings},
+            chat_template=manifest.text_digest(self.template),
+            stop_ids=self.known.stop_ids,
+            thinking=self.known.thinking,
+            versions=manifest.versions("edge", "llama-cpp-python", "torch", "transformers", "tokenizers"),
+        )
 
 
 def run(
-    run_folder: Path, *, quant: str = DEFAULT, overwrite: bool = False, console: Console | None = None
+    run_folder: Path,
+    *,
+    quant: str = DEFAULT,
+    imatrix: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> Path:
-    """Export `run_folder/merged` to `run_folder/gguf`. Returns the path of the GGUF file.
+    """Export `run_folder/merged`, or a transformers folder itself, to its `gguf` folder.
 
-    Raises UsageError for an unknown quant, InputError for a run without a usable merged model or an artefact
-    that differs from it, ExistsError without `overwrite`.
+    Returns the path of the GGUF file. Raises UsageError for an unknown quant, InputError for a run without a
+    usable merged model or an artefact that differs from it, ExistsError without `overwrite`.
     """
-    merged = run_folder / "merged"
-    if run_folder.is_dir() and not merged.is_dir():
-        raise InputError(f"{run_folder} has no merged model", f"make it: edge merge {run_folder}")
-    return export(merged, run_folder / "gguf", quant=quant, overwrite=overwrite, console=console)
+    source, target = folders(run_folder)
+    return export(source, target, quant=quant, imatrix=imatrix, overwrite=overwrite, console=console)
+
+
+def folders(given: Path) -> tuple[Path, Path]:
+    """(what to export, where to) for a run or a transformers folder."""
+    if (given / "config.json").is_file():
+        return given, given / "gguf"
+    if given.is_dir() and not (given / "merged").is_dir():
+        raise InputError(f"{given} has no merged model", f"make it: edge merge {given}")
+    return given / "merged", given / "gguf"
 
 
 def export(
@@ -69,67 +118,144 @@ def export(
     target: Path,
     *,
     quant: str = DEFAULT,
+    imatrix: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Export the transformers folder `source` (with edge.json) to the folder `target`; as `run`."""
-    console = console or Console(markup=False, highlight=False, soft_wrap=True)
-    quant = quant.upper()
-    if quant not in QUANTS:
-        raise UsageError(f"--quant {quant}: no such type", f"types: {' '.join(QUANTS)}")
-    origin = manifest.read(source)
-    source, target = source.resolve(), target.absolute()
-    template = _template(source, origin)
-    config = _json(source / "config.json")
-    manifest.check_target(target, overwrite)
-    weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{source} has no *.safetensors file", "merge again: edge merge RUN")
-    manifest.check_free(target.parent, 2 * weights)
-    name = re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", origin.name).strip(" .-") or "model"
+    """Export the transformers folder `source` to the folder `target`; as `run`.
 
+    imatrix: quantise with and without an importance matrix, and keep what is closer to the source.
+    """
+    console = console or Console(markup=False, highlight=False, soft_wrap=True)
+    quant = check_quant(quant)
+    origin = open_source(source)
+    target = target.absolute()
+    manifest.check_target(target, overwrite)
+    if imatrix and quant in WHOLE:
+        raise UsageError(f"--imatrix: {quant} is not quantised", "leave it out, or choose a smaller type")
     with manifest.publish(target, overwrite=overwrite) as partial:
-        final = partial / f"{name}-{quant}.gguf"
-        # The first file keeps the precision of the weights; 16-bit ones are not converted on the way.
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
-        first_type = WHOLE.get(quant) or {"bfloat16": "bf16", "float32": "f32"}.get(dtype, "f16")
-        first = final if quant in WHOLE else partial / f"first-{first_type}.gguf"
-        with console.status(f"converting {source} with llama.cpp's converter"):
-            _convert(source, first, first_type, origin.name)
+        final = partial / f"{origin.file_name}-{quant}.gguf"
+        settings: dict[str, Any] = {}
+        first = final if quant in WHOLE else partial / f"first-{origin.whole}.gguf"
+        check_space(origin, target, quant)
+        with console.status(f"converting {origin.path} with llama.cpp's converter"):
+            convert(origin, first, quant if quant in WHOLE else origin.whole)
         fallbacks: list[str] = []
         if first is not final:
+            matrix = None
+            if imatrix or quant in NEED_MATRIX:
+                with console.status("gathering the importance matrix"):
+                    matrix = gather(origin, first, partial / "imatrix.npz")
+                settings["imatrix"] = {"tokens": matrix.tokens, "from": matrix.source}
             with console.status(f"quantising to {quant}"):
-                fallbacks = _quantize(first, final, quant)
+                fallbacks = quantize(first, final, quant, matrix and partial / "imatrix.npz")
+                plain = None
+                if matrix and quant not in NEED_MATRIX:
+                    plain = partial / "plain.gguf"
+                    quantize(first, plain, quant)
             first.unlink()
+            if plain is not None:
+                settings["imatrix"] |= _choose(origin, final, plain, console)
+            (partial / "imatrix.npz").unlink(missing_ok=True)
         with console.status("comparing with the merged model"):
             header = read_header(final)
-            verify = _verify(header, source, config, template, origin.stop_ids)
+            found = check(header, origin)
         types = dict(Counter(tensor.type for tensor in header.tensors.values()).most_common())
-        manifest.write(
-            partial,
-            manifest.Manifest(
-                stage="gguf",
-                name=origin.name,
-                base_model=origin.base_model,
-                parents=[origin.parent(source)],
-                settings={"quant": quant, "file": final.name, "types": types, "fallbacks": len(fallbacks)},
-                chat_template=manifest.text_digest(template),
-                stop_ids=origin.stop_ids or verify["ends"],
-                thinking=origin.thinking,
-                verify=verify,
-                versions=manifest.versions("edge", "llama-cpp-python", "torch", "transformers", "tokenizers"),
-            ),
-        )
+        made = origin.manifest(quant, final, types=types, fallbacks=len(fallbacks), **settings)
+        made.stop_ids = made.stop_ids or found["ends"]
+        made.verify = found
+        manifest.write(partial, made)
+        report = compare(origin, final, console)
     result = target / final.name
     size = result.stat().st_size
-    console.print(f"{result}: {quant}, {size / 2**20:.0f} MiB ({weights / size:.1f} times smaller)")
+    console.print(f"{result}: {quant}, {size / 2**20:.0f} MiB ({origin.weights / size:.1f} times smaller)")
     console.print("  " + ", ".join(f"{count} x {kind}" for kind, count in types.items()))
     if fallbacks:
         console.print(
             f"  {len(fallbacks)} of {len(header.tensors)} tensors have rows that {quant} cannot hold "
             f"and took a larger type: {fallbacks[0]}"
         )
+    verify.summary(report, console)
     return result
+
+
+def check_quant(quant: str) -> str:
+    """`quant` in capitals. Raises UsageError for a type that is not known."""
+    if quant.upper() not in QUANTS:
+        raise UsageError(f"--quant {quant}: no such type", f"types: {' '.join(QUANTS)}")
+    return quant.upper()
+
+
+def open_source(path: Path) -> Source:
+    """The folder to export, checked. Raises InputError where something is missing or was changed.
+
+    A folder without edge.json was made elsewhere: its own files say where a turn ends.
+    """
+    if (path / manifest.FILE).is_file() or not (path / "config.json").is_file():
+        known = manifest.read(path)
+    else:
+        form = template.load(check_folder(path).path)
+        digest = manifest.text_digest(form.source)
+        known = manifest.Manifest("model", path.resolve().name, chat_template=digest, stop_ids=form.stop_ids)
+    path = path.resolve()
+    text = _template(path, known)
+    config = _json(path / "config.json")
+    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{path} has no *.safetensors file", "merge again: edge merge RUN")
+    return Source(path, known, config, text, weights)
+
+
+def check_space(origin: Source, target: Path, quant: str) -> None:
+    """Raise InputError unless the disk holds the first file and what is quantised from it."""
+    wide = 2 if quant == "F32" and origin.whole != "F32" else 1
+    manifest.check_free(target.parent, int(origin.weights * (wide if quant in WHOLE else 1.7)))
+
+
+def gather(origin: Source, first: Path, archive: Path) -> Matrix:
+    """The importance matrix of the source, for the file `first`; kept in `archive`."""
+    # Imported late: torch, and nobody who only converts needs it.
+    from convert import imatrix
+
+    matrix = imatrix.gather(origin.path, origin.known, read_header(first))
+    matrix.save(archive)
+    return matrix
+
+
+def _choose(origin: Source, final: Path, plain: Path, console: Console) -> dict[str, Any]:
+    """Leave the closer of two files at `final`; what each diverges by, for the manifest."""
+    found = {}
+    with console.status("measuring what the importance matrix brings"), contextlib.ExitStack() as stack:
+        source = stack.enter_context(contextlib.closing(TorchReader(origin.path)))
+        readers = {}
+        for name, path in (("with", final), ("without", plain)):
+            readers[name] = stack.enter_context(contextlib.closing(GgufReader(path)))
+            readers[name].thinking = origin.known.thinking
+        reference = stack.enter_context(contextlib.closing(verify.Reference(source, readers["with"])))
+        for name, reader in readers.items():
+            found[name] = reference.against(reader)["kl_mean"]
+    factor = found["without"] / found["with"] if found["with"] else 1.0
+    kept = "with" if factor >= 1 else "without"
+    console.print(
+        f"importance matrix: mean KL {found['with']:.2e} with it, {found['without']:.2e} without "
+        f"({factor:.2f} times); the file {kept} it is kept"
+    )
+    if kept == "without":
+        plain.replace(final)
+    plain.unlink(missing_ok=True)
+    return {"kl_with": found["with"], "kl_without": found["without"], "factor": factor, "kept": kept}
+
+
+def compare(origin: Source, final: Path, console: Console) -> verify.Report:
+    """Compare the file with its source; the report is kept beside it, a difference refuses it."""
+    with (
+        contextlib.closing(TorchReader(origin.path)) as a,
+        contextlib.closing(GgufReader(final)) as b,
+    ):
+        report = verify.compare(a, b, console=console)
+    report.refuse()
+    verify.keep(report)
+    return report
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -161,10 +287,16 @@ def _template(source: Path, origin: manifest.Manifest) -> str:
     return text
 
 
-def _convert(source: Path, target: Path, outtype: str, name: str) -> None:
-    script = sdist() / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
-    command = [sys.executable, str(script), str(source), "--outfile", str(target)]
-    command += ["--outtype", outtype, "--model-name", name]
+def convert(origin: Source, target: Path, quant: str) -> None:
+    """Write the source as the unquantised GGUF `target` of the type `quant`, one of WHOLE."""
+    options = ["--outtype", WHOLE[quant], "--model-name", origin.known.name]
+    run_converter("convert_hf_to_gguf.py", origin.path, target, options)
+
+
+def run_converter(script_name: str, source: Path, target: Path, options: list[str]) -> None:
+    """Run one of llama.cpp's converters. Raises EdgeError that says what it could not do."""
+    script = sdist() / "vendor" / "llama.cpp" / script_name
+    command = [sys.executable, str(script), str(source), "--outfile", str(target), *options]
     env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     env.pop("NO_LOCAL_GGUF", None)
     done = subprocess.run(command, capture_output=True, env=env, cwd=target.parent, check=False)
@@ -213,26 +345,25 @@ def _native(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any],
     return answer, log
 
 
-def _quantize(source: Path, target: Path, quant: str) -> list[str]:
+def quantize(source: Path, target: Path, quant: str, matrix: Path | None = None) -> list[str]:
     """Quantise; returns a line for each tensor that took another type than the recipe's."""
     ftype = next(number for number, name in FILE_TYPES.items() if name == quant)
-    answer, log = _native("quantize", {"source": str(source), "target": str(target), "ftype": ftype}, target)
+    job = {"source": str(source), "target": str(target), "ftype": ftype, "imatrix": str(matrix or "")}
+    answer, log = _native("quantize", job, target)
     if answer["code"] != 0:
         raise EdgeError(f"llama.cpp could not quantise to {quant}:\n{_tail(log)}", "try another --quant")
     found = re.findall(r"ncols\s+(\d+) not divisible by\s+(\d+).*?-> falling back to\s+(\S+)", log)
     return [f"rows of {columns} are no multiple of {block}, so {kind}" for columns, block, kind in found]
 
 
-def _verify(
-    header: GGUFHeader, source: Path, config: dict[str, Any], template: str, stop_ids: list[int]
-) -> dict[str, Any]:
-    """Compare the file with the folder it was made from. Raises InputError that names the difference.
+def check(header: GGUFHeader, origin: Source) -> dict[str, Any]:
+    """What of a file must be as in the folder it was made from. Raises InputError that names the difference.
 
     Returns what was compared; `ends` are the tokens at which llama.cpp itself would stop.
     """
-    path = header.path
+    path, source, config, stop_ids = header.path, origin.path, origin.config, origin.known.stop_ids
     again = "the file was not published; this model needs a tokenizer or converter that agree"
-    if header.chat_template != template:
+    if header.chat_template != origin.template:
         raise InputError(f"{path.name}: the chat template differs from {source / TEMPLATE}", again)
     text_config = config.get("text_config") or config
     tied = bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False)))
@@ -243,7 +374,7 @@ def _verify(
         )
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     added = [str(token) for token in tokenizer.get_added_tokens_decoder().values()]
-    prompts = [*PROBES, *(f"a {token}b\n{token} 你" for token in _spread(added, 24)), template]
+    prompts = [*PROBES, *probes.special_texts(added), origin.template]
     answer, _ = _native("inspect", {"path": str(path), "prompts": prompts}, path)
     vocab = int(text_config.get("vocab_size", 0))
     if not answer["vocab_size"] == header.vocab_size == vocab:
@@ -269,10 +400,3 @@ def _verify(
         "token_ids": "equal",
         "ends": answer["ends"],
     }
-
-
-def _spread(items: list[str], count: int) -> list[str]:
-    """At most `count` of `items`, evenly spread, with the first and the last."""
-    if len(items) <= count:
-        return items
-    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]

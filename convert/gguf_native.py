@@ -13,13 +13,28 @@ import sys
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
+import numpy as np
 
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
-    """`source`, `target`: paths; `ftype`: llama_ftype; `threads`."""
+    """`source`, `target`: paths; `ftype`: llama_ftype; `threads`; `imatrix`: an archive of Matrix.save."""
     params = lib.llama_model_quantize_default_params()
     params.ftype = job["ftype"]
     params.nthread = job["threads"]
+    # A 7B model's largest tensor in float32, in parts of this size.
+    params.max_buf_size = 1 << 30
+    held = []
+    if job.get("imatrix"):
+        with np.load(job["imatrix"], allow_pickle=False) as archive:
+            names = [str(name) for name in archive["names"]]
+            held = [np.ascontiguousarray(archive[f"t{n}"], np.float32) for n in range(len(names))]
+        # The list ends with an entry without a name.
+        entries = (lib.llama_model_imatrix_data * (len(held) + 1))()
+        for entry, name, values in zip(entries, names, held, strict=False):
+            entry.name = name.encode("utf-8")
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = values.size
+        params.imatrix = entries
     code = lib.llama_model_quantize(job["source"].encode("utf-8"), job["target"].encode("utf-8"), params)
     return {"code": code}
 

@@ -4,16 +4,16 @@
 
 Training saw the base through 4 bits, so the adapter is added to the dequantised 4-bit weights (--into nf4),
 in float32, and the sum is rounded once: to float16, which loses an eighth of what bfloat16 does, and what
-does not fit into it is said. Tensors are read, changed and written one shard at a time.
+does not fit into it is said. Tensors are read, changed and written one shard at a time. Before the folder is
+published it is compared with the adapter over its base.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import logging
 import math
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,28 +26,24 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from convert import template
-from convert.folder import check_folder
+from convert import template, verify
+from convert.folder import Folder, check_folder
+from convert.merge_adapter import (
+    EMBEDDINGS,
+    HEAD,
+    Adapter,
+    find_base,
+    known_adapter,
+    read_adapter,
+)
+from convert.seen import DTYPES, Seen
+from convert.verify_readers import TorchReader
 from edge import manifest
 from edge.errors import EdgeError, InputError, UsageError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INTO = ("nf4", "original")
 SHARD = 2 * 2**30
 _PACKAGES = ("torch", "bitsandbytes", "safetensors")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """One layer's update: scaling * b @ a. a: (rank, inputs), b: (outputs, rank)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-
-    def delta(self) -> torch.Tensor:
-        """The update in float32, (outputs, inputs)."""
-        return self.scaling * (self.b.float() @ self.a.float())
 
 
 @dataclass
@@ -66,63 +62,14 @@ class Drift:
         }
 
 
-def scaling(config: dict[str, Any], layer: str) -> float:
-    """alpha/r, or alpha/sqrt(r) for a rank-stabilised adapter (arXiv:2312.03732), by adapter_config.json."""
+@dataclass(frozen=True)
+class Part:
+    """One tensor to write: its name, its size there, and the name and the file of its base."""
 
-    def of(pattern: str, default: str) -> float:
-        # As peft does it: the first pattern that matches the end of a layer's name.
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", layer):
-                return float(value)
-        return float(config[default])
-
-    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def read_adapter(folder: Path) -> dict[str, Lora]:
-    """Updates by the name of the layer's weight in the base. Raises InputError for what is no plain LoRA."""
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not path.is_file() or not weights.is_file():
-        raise InputError(f"{folder} lacks {path.name} or {weights.name}", "train again: edge train")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("use_dora", "modules_to_save", "fan_in_fan_out"):
-        if config.get(key):
-            raise InputError(f"{path}: {key} is {config[key]!r}, which cannot be merged yet")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise InputError(f"{path}: only plain LoRA adapters can be merged")
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(weights, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)
-            if found is None:
-                raise InputError(f"{weights}: {key} is no LoRA weight of a linear layer")
-            halves.setdefault(found[1], {})[found[2]] = file.get_tensor(key)
-    return {
-        f"{layer}.weight": Lora(two["A"], two["B"], scaling(config, layer)) for layer, two in halves.items()
-    }
-
-
-def find_base(known: manifest.Manifest, adapter: Path) -> Path:
-    """The base's folder by the adapter's manifest. Raises InputError where it is gone or was changed."""
-    parent = known.parents[0] if known.parents else {"path": "", "digest": ""}
-    name = str(known.settings.get("model_name_or_path", ""))
-    folder = next((Path(one) for one in (parent["path"], name) if one and Path(one).is_dir()), None)
-    if folder is None and name:
-        from convert.pull import resolve
-
-        folder = resolve(name, known.settings.get("model_revision"))
-    if folder is None:
-        raise InputError(f"{adapter / manifest.FILE} does not say which base it was trained on")
-    if parent["digest"]:
-        now = manifest.read(folder).digest
-        if now != parent["digest"]:
-            raise InputError(
-                f"{folder} is not the base that {adapter} was trained on: its digest is {now[:19]}..., "
-                f"not {parent['digest'][:19]}...",
-                "put that base back, or train again",
-            )
-    return folder
+    name: str
+    bytes: int
+    base: str
+    path: Path
 
 
 def run(
@@ -135,6 +82,7 @@ def run(
 ) -> Path:
     """Merge run_folder/adapter with its base into run_folder/merged, whose path is returned.
 
+    An adapter's own folder, as other trainers leave it, is taken as well; `merged` then lies inside it.
     into: "nf4" adds to the dequantised weights that training saw, "original" to the base as it is. An adapter
     that was trained over 16-bit weights is added to these either way.
     Raises UsageError for an unknown dtype or into, InputError for an adapter or base that cannot be used,
@@ -145,38 +93,33 @@ def run(
         raise UsageError(
             f"--dtype {dtype} --into {into}: no such choice", f"{', '.join(DTYPES)}; {', '.join(INTO)}"
         )
-    adapter, target = run_folder / "adapter", run_folder / "merged"
+    foreign = (run_folder / "adapter_config.json").is_file()
+    adapter, target = run_folder if foreign else run_folder / "adapter", run_folder / "merged"
     if run_folder.is_dir() and not adapter.is_dir():
         raise InputError(f"{run_folder} has no adapter", "make it: edge train CONFIG.yaml")
-    known = manifest.read(adapter)
-    if known.stage != "adapter":
-        raise InputError(f"{adapter} is a {known.stage}, not an adapter", "give the run folder of edge train")
+    known = known_adapter(adapter)
     manifest.check_target(target, overwrite)
-    loras = read_adapter(adapter)
+    found = read_adapter(adapter)
     base = check_folder(find_base(known, adapter))
     chat_template = _chat_template(adapter, base.path, known)
-    quantized = known.settings.get("quantized") or []
-    into = into if quantized else "original"
-    tied = bool(base.config.get("tie_word_embeddings"))
-    shards = _plan(base.weights, DTYPES[dtype], tied)
-    missing = sorted(set(loras) - {name for shard in shards for name, _ in shard})
-    if missing:
-        tie = " (it is tied to the embeddings)" if tied and missing[0].startswith("lm_head") else ""
-        raise InputError(f"{base.path} has no {missing[0]}{tie}, which the adapter changes", "train again")
-    manifest.check_free(target, sum(_size(path) for path in base.weights))
-    quantize = _Quantize(known.settings, set(quantized)) if into == "nf4" else None
+    seen = Seen(known.settings) if into == "nf4" else None
+    into = into if known.settings.get("quantized") else "original"
+    config = dict(base.config)
+    shards = _plan(base, found, config, DTYPES[dtype])
+    # Everything else stays as the base has it: other readers know these keys.
+    config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = dtype
+    manifest.check_free(target, sum(part.bytes for shard in shards for part in shard))
     drift = Drift()
-    with manifest.publish(target, overwrite=overwrite) as partial, console.status(f"merging into {target}"):
-        _write(shards, partial, loras, quantize, DTYPES[dtype], drift)
-        config = dict(base.config)
-        # Everything else stays as the base has it: other readers know these keys.
-        config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = dtype
+    with manifest.publish(target, overwrite=overwrite) as partial:
+        with console.status(f"merging into {target}"):
+            _write(shards, partial, found, seen, DTYPES[dtype], drift)
         _dump(partial / "config.json", config)
         generation = _load(base.path / "generation_config.json")
         _dump(partial / "generation_config.json", {**generation, "eos_token_id": known.stop_ids})
+        words = adapter if (adapter / "tokenizer.json").is_file() else base.path
         for name in template.FILES:
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
+            if (words / name).is_file():
+                shutil.copyfile(words / name, partial / name)
         (partial / "chat_template.jinja").write_bytes(chat_template)
         manifest.write(
             partial,
@@ -192,64 +135,89 @@ def run(
                 versions=manifest.versions(*_PACKAGES),
             ),
         )
+        report = _compare(adapter, partial, console)
     numbers = drift.numbers()
     kind = "dequantised NF4" if into == "nf4" else "original"
     console.print(
-        f"{target}: {len(loras)} layers changed by {numbers['update']:.2%} of their weights, added to the "
-        f"{kind} base; {dtype} rounds off {numbers['rounding']:.1%} of that"
+        f"{target}: {len(found.updates)} layers changed by {numbers['update']:.2%} of their weights, "
+        f"added to the {kind} base; {dtype} rounds off {numbers['rounding']:.1%} of that"
     )
+    if found.whole:
+        console.print(f"  taken whole from the adapter: {', '.join(sorted(found.whole)[:4])}")
+    verify.summary(report, console)
     return target
 
 
-class _Quantize:
-    """Sends a weight through 4 bits as training did: same type, blocks, scales and device."""
-
-    def __init__(self, settings: dict[str, Any], layers: set[str]) -> None:
-        # It would advise to install a kernel that only serves inference.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        self._layers = layers
-        self._dtype = DTYPES[settings["compute_dtype"]]
-        self._how = {
-            "blocksize": settings["quant_block"],
-            "compress_statistics": settings["double_quantization"],
-        }
-        self._device = "cuda" if settings["device"] == "cuda" and torch.cuda.is_available() else "cpu"
-
-    def holds(self, name: str) -> bool:
-        return name.endswith(".weight") and re.sub(r"\.\d+\.", ".*.", name[: -len(".weight")]) in self._layers
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        data = weight.to(self._device, self._dtype).contiguous()
-        packed, state = quantize_4bit(data, quant_type="nf4", **self._how)
-        return dequantize_4bit(packed, state).cpu()
+def _compare(adapter: Path, merged: Path, console: Console) -> verify.Report:
+    """Compare with what was trained; the report is kept in the merged folder, a difference refuses it."""
+    with contextlib.closing(TorchReader(adapter)) as a, contextlib.closing(TorchReader(merged)) as b:
+        report = verify.compare(a, b, console=console)
+    report.refuse()
+    verify.keep(report)
+    return report
 
 
-def _plan(weights: tuple[Path, ...], dtype: torch.dtype, tied: bool) -> list[list[tuple[str, Path]]]:
-    """(tensor, file it is in) for each shard to write, of at most SHARD bytes or one tensor."""
-    shards: list[list[tuple[str, Path]]] = [[]]
-    size = 0
-    for path in weights:
+def _plan(base: Folder, adapter: Adapter, config: dict[str, Any], dtype: torch.dtype) -> list[list[Part]]:
+    """The parts of each shard, of at most SHARD bytes or one tensor; `config` is brought up to date.
+
+    An output head that was trained apart from the embeddings it was tied to is written, and the tie undone.
+    Added tokens need both tables whole in the adapter, or a tie. Raises InputError where something lacks.
+    """
+    # tensor -> (file, shape, its name there)
+    where: dict[str, tuple[Path, list[int], str]] = {}
+    for path in base.weights:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                if tied and name == "lm_head.weight":
-                    # A copy of the embeddings: readers tie it, and some refuse a second one.
-                    continue
-                bytes_ = math.prod(file.get_slice(name).get_shape()) * dtype.itemsize
-                if shards[-1] and size + bytes_ > SHARD:
-                    shards.append([])
-                    size = 0
-                shards[-1].append((name, path))
-                size += bytes_
+                where[name] = (path, file.get_slice(name).get_shape(), name)
+    tied = bool(config.get("tie_word_embeddings"))
+    if tied:
+        # A copy of the embeddings: readers tie it, and some refuse a second one.
+        where.pop(HEAD, None)
+        # peft trains a copy of a table that is named alone, and leaves its twin as it was.
+        apart = adapter.names & {EMBEDDINGS, HEAD}
+        if apart and not adapter.config.get("ensure_weight_tying") and not _same_tables(adapter):
+            where[HEAD] = where[EMBEDDINGS]
+            config["tie_word_embeddings"] = tied = False
+    rows = adapter.rows()
+    tables = [EMBEDDINGS] if tied else [EMBEDDINGS, HEAD]
+    if rows and rows != where[EMBEDDINGS][1][0]:
+        lacking = [name for name in tables if name not in adapter.whole]
+        if lacking:
+            raise InputError(
+                f"{adapter.folder} has {rows} tokens, {base.path} has {where[EMBEDDINGS][1][0]}, and the "
+                f"adapter does not hold {lacking[0]} with the added ones",
+                "train again with additional_target: embed_tokens,lm_head",
+            )
+        config["vocab_size"] = rows
+    missing = sorted(adapter.names - set(where) - ({HEAD} if tied else set()))
+    if missing:
+        raise InputError(f"{base.path} has no {missing[0]}, which the adapter changes", "train again")
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for name, (path, shape, base_name) in where.items():
+        if name in adapter.whole and name in tables:
+            shape = [rows, *shape[1:]]
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + bytes_ > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(Part(name, bytes_, base_name, path))
+        size += bytes_
     return shards
 
 
+def _same_tables(adapter: Adapter) -> bool:
+    """Whether the adapter holds embeddings and head whole, and they are one table."""
+    if not {EMBEDDINGS, HEAD} <= set(adapter.whole):
+        return False
+    return torch.equal(adapter.read(EMBEDDINGS), adapter.read(HEAD))
+
+
 def _write(
-    shards: list[list[tuple[str, Path]]],
+    shards: list[list[Part]],
     folder: Path,
-    loras: dict[str, Lora],
-    quantize: _Quantize | None,
+    adapter: Adapter,
+    seen: Seen | None,
     dtype: torch.dtype,
     drift: Drift,
 ) -> None:
@@ -261,7 +229,7 @@ def _write(
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        tensors = dict(_tensors(shard, loras, quantize, dtype, drift))
+        tensors = dict(_tensors(shard, adapter, seen, dtype, drift))
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -273,28 +241,28 @@ def _write(
 
 
 def _tensors(
-    shard: list[tuple[str, Path]],
-    loras: dict[str, Lora],
-    quantize: _Quantize | None,
-    dtype: torch.dtype,
-    drift: Drift,
+    shard: list[Part], adapter: Adapter, seen: Seen | None, dtype: torch.dtype, drift: Drift
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, path in shard:
-        with safe_open(path, framework="pt") as file:
-            weight = file.get_tensor(name)
-        if quantize is not None and quantize.holds(name):
-            weight = quantize(weight)
-        lora = loras.get(name)
+    for part in shard:
+        name = part.name
+        if name in adapter.whole:
+            weight = adapter.read(name)
+        else:
+            with safe_open(part.path, framework="pt") as file:
+                weight = file.get_tensor(part.base)
+            if seen is not None:
+                weight = seen(part.base, weight)
+        lora = adapter.updates.get(name)
         if lora is not None:
-            old, update = weight.float(), lora.delta()
-            if old.shape != update.shape:
+            old = weight.float()
+            if old.shape != lora.shape:
                 raise InputError(
-                    f"{path}: {name} has the shape {tuple(old.shape)}, the adapter's {tuple(update.shape)}",
+                    f"{part.path}: {name} has the shape {tuple(old.shape)}, the adapter's {lora.shape}",
                     "the adapter belongs to another model",
                 )
-            weight = old + update
+            weight = lora.apply(old)
             drift.weight += float(old.square().sum())
-            drift.update += float(update.square().sum())
+            drift.update += float((weight - old).square().sum())
             drift.lost += float((weight - weight.to(dtype).float()).square().sum())
         if weight.is_floating_point():
             weight = weight.to(dtype)
@@ -315,10 +283,6 @@ def _chat_template(adapter: Path, base: Path, known: manifest.Manifest) -> bytes
             f"{adapter}: the chat template is not the one it was trained with", "train again, or put it back"
         )
     return source
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def _load(path: Path) -> dict[str, Any]:

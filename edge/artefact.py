@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge import manifest
@@ -12,7 +12,10 @@ from edge.gguf_header import GGUFHeader, read_header
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A model file to serve. digest: of the folder it was published in, or of nothing known ("")."""
+    """A model file to serve. digest: of the folder it was published in, or of nothing known ("").
+
+    lora: an adapter that goes on top of it; llama.cpp puts one on a whole context, so on every request.
+    """
 
     path: Path
     name: str
@@ -21,6 +24,7 @@ class Artefact:
     stop_ids: frozenset[int] = frozenset()
     thinking: str | None = None
     chat_template: str | None = None
+    lora: Path | None = None
 
 
 def resolve(given: Path) -> Artefact:
@@ -55,6 +59,75 @@ def resolve(given: Path) -> Artefact:
             f"{given} has an adapter but no GGUF yet", f"edge merge {given}, then edge export gguf"
         )
     raise InputError(f"{given} holds no GGUF file", "run `edge export gguf`, or give another folder")
+
+
+def check_lora(path: Path, base: GGUFHeader | None = None) -> GGUFHeader:
+    """The header of a LoRA adapter in GGUF, checked before native code sees it.
+
+    base: the model that it is to go on top of. Raises InputError for another kind of file, fields of a wrong
+    type (llama.cpp would end the process over those), halves that do not pair, or a model that does not fit.
+    """
+    header = read_header(path)
+    if (header.metadata.get("general.type"), header.metadata.get("adapter.type")) != ("adapter", "lora"):
+        raise InputError(f"{path} is no LoRA adapter", "make one: edge export lora RUN")
+    if not isinstance(header.metadata.get("adapter.lora.alpha", 0.0), float):
+        raise InputError(f"{path}: adapter.lora.alpha is no number of the right type", "export it again")
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in header.tensors.items():
+        layer, dot, half = name.rpartition(".lora_")
+        if not dot or half not in ("a", "b") or len(tensor.shape) != 2:
+            raise InputError(f"{path}: {name} is no half of a low-rank update", "merge the adapter instead")
+        pairs.setdefault(layer, {})[half] = tensor.shape
+    for layer, two in pairs.items():
+        if set(two) != {"a", "b"} or two["a"][1] != two["b"][0]:
+            raise InputError(f"{path}: the two halves of {layer} do not fit", "export it again")
+    if not pairs:
+        raise InputError(f"{path} changes nothing: it has no tensors", "export it again")
+    if base is not None:
+        if header.architecture != base.architecture:
+            raise InputError(
+                f"{path} is for {header.architecture}, {base.path} is {base.architecture}",
+                "give the model that the adapter was trained on",
+            )
+        for layer, two in pairs.items():
+            there = base.tensors.get(layer)
+            if there is None or there.shape != (two["a"][0], two["b"][1]):
+                shape = "none" if there is None else "x".join(map(str, there.shape))
+                raise InputError(
+                    f"{path} changes {layer} of {two['a'][0]}x{two['b'][1]}, {base.path} has {shape}",
+                    "give the model that the adapter was trained on",
+                )
+    return header
+
+
+def with_lora(found: Artefact, lora: Path) -> Artefact:
+    """`found` with the adapter `lora` on top: a .gguf file, a run, or its folder of that.
+
+    Raises InputError as `check_lora`, and where the adapter was trained with another chat template.
+    """
+    if lora.is_dir():
+        files = sorted([*lora.glob("*.gguf"), *(lora / "lora").glob("*.gguf")])
+        if len(files) != 1:
+            raise InputError(f"{lora} holds {len(files)} adapters as GGUF", "make one: edge export lora RUN")
+        lora = files[0]
+    check_lora(lora, found.header)
+    folder = lora.parent
+    known = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
+    if known is None or lora.name not in known.files:
+        return replace(found, name=lora.stem, lora=lora.absolute())
+    if known.chat_template not in (None, manifest.text_digest(found.chat_template)):
+        raise InputError(
+            f"{lora} was trained with another chat template than {found.path} has",
+            "serve it on the model that it was trained on",
+        )
+    return replace(
+        found,
+        name=known.name,
+        lora=lora.absolute(),
+        digest=f"{found.digest}+{known.digest}",
+        stop_ids=found.stop_ids | frozenset(known.stop_ids),
+        thinking=known.thinking,
+    )
 
 
 def _artefact(path: Path, known: manifest.Manifest | None) -> Artefact:

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("convert.qlora", "QLoRA from a LLaMA-Factory style YAML"),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
     "export": ("convert.export", "merged model -> gguf"),
+    "verify": ("convert.verify", "compare two stages of a model: words, stops, logits"),
     "serve": ("edge.server.run", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
     "bench": ("bench.run", "measure ours against the slow baseline"),

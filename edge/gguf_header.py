@@ -83,6 +83,13 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+# Lists that llama.cpp reads without asking what they are: another type would end the process.
+_ARRAYS = {
+    "tokenizer.ggml.tokens": (_STRING,),
+    "tokenizer.ggml.merges": (_STRING,),
+    "tokenizer.ggml.precompiled_charsmap": (0, 1),
+    "tokenizer.ggml.suppress_tokens": (5,),
+}
 _MAX_NAME = 64  # GGML_MAX_NAME, the terminating zero included
 _MAX_DIMS = 4
 _INT64_MAX = 2**63 - 1
@@ -301,6 +308,10 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             _fail(self.path, "general.alignment", f"must be a power of two, it is {alignment!r}")
+        for key, kinds in _ARRAYS.items():
+            item = metadata.get(key)
+            if item is not None and not (isinstance(item, GGUFArray) and item.item_type in kinds):
+                _fail(self.path, key, "is not a list of the right type")
         tensors = self.tensors(tensor_count, alignment)
         return GGUFHeader(self.path, version, alignment, self.size, metadata, tensors)
 

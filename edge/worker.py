@@ -34,7 +34,8 @@ class Load:
     """What a worker loads: a backend's kind, a file, its settings and the engine's options.
 
     tune: measure on this machine what the settings leave open, or take what was measured before.
-    store: a folder that keeps prefixes over restarts ("": none), store_mib of them at most.
+    store: a folder that keeps prefixes over restarts ("": none), store_mib of them at most. lora: an adapter
+    as GGUF that goes on top ("": none).
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Load:
     store: str = ""
     store_mib: int = 1024
     digest: str = ""
+    lora: str = ""
 
 
 def open_backend(load: Load) -> Backend:
@@ -62,7 +64,8 @@ def open_backend(load: Load) -> Backend:
     model = Model(Path(load.path), gpu_layers=settings.gpu_layers, extra_buffers=settings.extra_buffers)
     if load.tune:
         settings = tune.settings(model, settings)
-    return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids))
+    lora = Path(load.lora) if load.lora else None
+    return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids), lora=lora)
 
 
 def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
@@ -72,6 +75,9 @@ def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
     # A file without a manifest is known by its size and time.
     stat = Path(load.path).stat() if load.path else None
     model = load.digest or (f"{stat.st_size}-{stat.st_mtime_ns}" if stat else load.kind)
+    if load.lora:
+        stat = Path(load.lora).stat()
+        model += f" with {load.lora} {stat.st_size}-{stat.st_mtime_ns}"
     layout = {name: value for name, value in info.settings.items() if name != "tuned"}
     facts = json.dumps([model, info.kind, layout], sort_keys=True)
     key = hashlib.sha256(facts.encode("utf-8")).hexdigest()

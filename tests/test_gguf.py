@@ -16,6 +16,8 @@ pytest.importorskip("tokenizers")
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from convert import gguf
+from convert.verify import Report
+from convert.verify_readers import TorchReader
 from edge import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
 from edge.gguf_header import read_header
@@ -177,7 +179,13 @@ def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
         path = tmp_path / "sdist" / "vendor" / "llama.cpp" / "made.gguf"
         path.write_bytes(write_gguf(data, made["tensors"], 4096))
 
+    def compare(origin: Any, final: Path, console: Console) -> Report:
+        # Stubs have no logits.
+        a = TorchReader(origin.path)
+        return Report(a, a, facts={"texts": 0})
+
     monkeypatch.setattr(gguf, "_native", native)
+    monkeypatch.setattr(gguf, "compare", compare)
     made["prepare"] = prepare
     return made
 
@@ -269,6 +277,9 @@ def test_m3_m9_real_conversion(
     assert header.chat_template == TEMPLATE and header.vocab_size == len(WORDS)
     made = manifest.read(run_folder / "gguf")
     assert made.verify["token_ids"] == "equal" and made.verify["tied"] is tied
+    assert made.verify["unequal"] == [] and made.verify["logits"]["top1"] > (
+        0.6 if quant == "Q4_K_M" else 0.9
+    )
     text = console.file.getvalue()  # type: ignore[attr-defined]
     if quant == "Q4_K_M":  # rows of 64 cannot be blocks of 256
         assert made.settings["fallbacks"] == 14 and "14 of 20 tensors" in text

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import merge, qlora
+from convert import merge, merge_adapter, qlora
 from edge import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
@@ -134,10 +134,13 @@ def test_m1_updates_below_a_4_bit_step_survive(trained):
 def test_m8_rank_stabilised(trained):
     from transformers import AutoModelForCausalLM
 
-    assert merge.scaling({"r": 4, "lora_alpha": 8}, "a.q_proj") == 2.0
-    assert merge.scaling({"r": 4, "lora_alpha": 8, "use_rslora": True}, "a.q_proj") == 4.0
+    assert merge_adapter.scaling({"r": 4, "lora_alpha": 8}, "a.q_proj") == 2.0
+    assert merge_adapter.scaling({"r": 4, "lora_alpha": 8, "use_rslora": True}, "a.q_proj") == 4.0
     config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 16}, "alpha_pattern": {"b.q_proj": 4}}
-    assert merge.scaling(config, "a.q_proj") == 0.5 and merge.scaling(config, "a.b.q_proj") == 0.25
+    assert (
+        merge_adapter.scaling(config, "a.q_proj") == 0.5
+        and merge_adapter.scaling(config, "a.b.q_proj") == 0.25
+    )
     run, base = trained(use_rslora=True, lora_rank=4, max_steps=3)
     target = merge.run(run, dtype="float32")
     ids = torch.randint(3, 300, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -146,8 +149,8 @@ def test_m8_rank_stabilised(trained):
         logits(AutoModelForCausalLM.from_pretrained(target).eval(), ids),
     )
     assert kl < 1e-4 and top == 1.0
-    plain = merge.read_adapter(run / "adapter")
-    assert {lora.scaling for lora in plain.values()} == {8 / math.sqrt(4)}
+    plain = merge_adapter.read_adapter(run / "adapter")
+    assert {lora.scaling for lora in plain.updates.values()} == {8 / math.sqrt(4)}
 
 
 def test_the_folder_has_what_serving_needs(trained):
@@ -203,7 +206,7 @@ def test_16_bit_training_merges_into_the_original(trained):
     run, base = trained(quantization_bit=None, max_steps=1)
     target = merge.run(run, dtype="float32")
     assert manifest.read(target).settings["into"] == "original"
-    lora = merge.read_adapter(run / "adapter")["model.layers.0.self_attn.q_proj.weight"]
+    lora = merge_adapter.read_adapter(run / "adapter").updates["model.layers.0.self_attn.q_proj.weight"]
     name = "model.layers.0.self_attn.q_proj.weight"
     merged, old = (load_file(folder / "model.safetensors")[name] for folder in (target, base))
     assert torch.equal(merged, old + lora.delta())
@@ -220,8 +223,11 @@ def test_what_cannot_be_merged(trained, tmp_path):
         merge.run(run, dtype="int8")
     path = run / "adapter" / "adapter_config.json"
     config = path.read_text(encoding="utf-8")
-    path.write_text(config.replace('"use_dora": false', '"use_dora": true'), encoding="utf-8")
-    with pytest.raises(InputError, match="use_dora is True"):
+    path.write_text(config.replace('"fan_in_fan_out": false', '"fan_in_fan_out": true'), encoding="utf-8")
+    with pytest.raises(InputError, match="fan_in_fan_out is True"):
+        merge.run(run)
+    path.write_text(config.replace('"LORA"', '"IA3"'), encoding="utf-8")
+    with pytest.raises(InputError, match="'IA3' cannot be merged"):
         merge.run(run)
     path.write_text(config, encoding="utf-8")
     make_model(base, hidden=32)

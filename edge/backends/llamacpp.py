@@ -84,6 +84,20 @@ class Model:
                 "serve a transformer model",
             )
         self.vocab = lib.llama_model_get_vocab(self.pointer)
+        self._adapters: dict[Path, Any] = {}
+
+    def adapter(self, path: Path) -> Any:
+        """The LoRA adapter in the GGUF file `path`, checked by edge.lora; freed with the model."""
+        if path not in self._adapters:
+            with native_errors() as log:
+                found = self.lib.llama_adapter_lora_init(self.pointer, os.fsencode(path))
+            if not found:
+                raise InputError(
+                    f"llama.cpp cannot use {path} on {self.path}: {log.tail()}",
+                    "give an adapter that was trained on this model",
+                )
+            self._adapters[path] = found
+        return self._adapters[path]
 
     def close(self) -> None:
         if self.pointer:
@@ -92,16 +106,26 @@ class Model:
 
 
 class LlamaCpp:
-    """A context over a model, as a Backend. Raises InputError where the context cannot be made."""
+    """A context over a model, as a Backend. Raises InputError where the context cannot be made.
+
+    lora: an adapter that goes on top of the model, for all of the context's sequences alike.
+    """
 
     def __init__(
-        self, model: Model, settings: Settings, *, extra_stop_ids: frozenset[int] = frozenset()
+        self,
+        model: Model,
+        settings: Settings,
+        *,
+        extra_stop_ids: frozenset[int] = frozenset(),
+        lora: Path | None = None,
     ) -> None:
         self._lib = lib = model.lib
         self._model = model
         self._vocab = model.vocab
         self._settings = settings
         self._context = self._new_context()
+        if lora is not None:
+            self._put_on(lora)
         self._memory = lib.llama_get_memory(self._context)
         self._make_batch()
         self._pieces: dict[int, bytes] = {}
@@ -143,6 +167,12 @@ class LlamaCpp:
                 "serve with a smaller --ctx or fewer --slots",
             )
         return context
+
+    def _put_on(self, lora: Path) -> None:
+        kind = self._lib.llama_adapter_lora_p_ctypes
+        adapters, scales = (kind * 1)(self._model.adapter(lora)), (ctypes.c_float * 1)(1.0)
+        if self._lib.llama_set_adapters_lora(self._context, adapters, 1, scales) != 0:
+            raise EdgeError(f"llama.cpp cannot put {lora} on {self._model.path}")
 
     def _make_batch(self) -> None:
         n = self._settings.batch

@@ -31,6 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="path", help="a run, a folder with a GGUF, or a .gguf file"
     )
+    parser.add_argument(
+        "--lora", type=Path, help="an adapter (edge export lora), put on top for every request of this server"
+    )
     parser.add_argument("--default", help="with several: the id of the one for requests that name none")
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
@@ -85,6 +88,8 @@ def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
     models: dict[str, Callable[[], Planned]] = {}
     if args.name is not None and len(args.paths) > 1:
         raise UsageError("--name goes with a single model", "the ids of several are their artefacts' names")
+    if args.lora is not None and len(args.paths) > 1:
+        raise UsageError("--lora goes with a single model", "serve the model under the adapter by itself")
     for path in args.paths:
         name = args.name or artefact.resolve(path).name
         if name in models:
@@ -99,6 +104,8 @@ def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
 def planned(path: Path, args: argparse.Namespace) -> Planned:
     """How the artefact at `path` is to be loaded on this machine now. Raises EdgeError."""
     found = artefact.resolve(path)
+    if args.lora is not None:
+        found = artefact.with_lora(found, args.lora)
     settings = planning.plan(
         found,
         planning.Options(
@@ -119,6 +126,7 @@ def planned(path: Path, args: argparse.Namespace) -> Planned:
         store=str(args.kv_store.absolute()) if args.kv_store else "",
         store_mib=args.kv_store_mib,
         digest=found.digest,
+        lora=str(found.lora or ""),
     )
     need = planning.estimate(found, kv_type=args.kv_type, slots=settings.slots)
     return Planned(load, found, need.total(settings.capacity))

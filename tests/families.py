@@ -1,0 +1,96 @@
+"""Toy models of the families that people tune, and adapters over them: random, whole, made in a moment."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from edge import manifest
+from tests.toy import CHATML, make_model
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3")
+
+
+def make_family(folder: Path, family: str, *, tied: bool | None = None, seed: int = 0) -> Path:
+    """A random model of `family` with the tokenizer of tests.toy; 256 wide, so that K-quants fit."""
+    import torch
+    import transformers as t
+
+    make_model(folder, seed=seed)
+    names = {
+        "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
+        "gemma3": "Gemma3", "mistral": "Mistral", "phi3": "Phi3",
+    }  # fmt: skip
+    stem = names[family]
+    config_class = getattr(t, "Gemma3TextConfig" if family == "gemma3" else f"{stem}Config")
+    model_class = getattr(t, f"{stem}ForCausalLM")
+    options: dict[str, Any] = {
+        "vocab_size": 384,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "tie_word_embeddings": family.startswith("gemma") if tied is None else tied,
+    }
+    if family.startswith(("gemma", "qwen3")):
+        options["head_dim"] = 64
+    if family in ("gemma2", "gemma3"):
+        options |= {"query_pre_attn_scalar": 64, "sliding_window": 128}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        model = model_class(config_class(**options))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.06 if "embed" in name else 0.08)
+            elif name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config = t.GenerationConfig(eos_token_id=[2, 0], pad_token_id=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, *, settings: dict[str, Any] | None = None, **lora: Any) -> Path:
+    """A random adapter over `base` as training leaves one, with its manifest; `lora` goes to LoraConfig."""
+    import shutil
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = get_peft_model(model, LoraConfig(**options))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+            elif "lora_magnitude" in name:
+                parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
+            elif "modules_to_save" in name:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(base / name, folder / name)
+    config = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    known = manifest.Manifest(
+        "adapter",
+        "toy",
+        "the toy",
+        parents=[{"stage": "model", "path": str(base.absolute()), "digest": ""}],
+        settings={"model_name_or_path": str(base), **(settings or {})},
+        chat_template=manifest.text_digest(CHATML),
+        stop_ids=sorted(config["eos_token_id"]),
+    )
+    manifest.write(folder, known)
+    return folder

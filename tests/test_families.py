@@ -1,0 +1,184 @@
+"""Every family that people tune, from an adapter to a GGUF file in llama.cpp: the same model all the way."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from convert import gguf, gguf_lora, merge, verify
+from edge import artefact, manifest, sdist
+from edge.errors import InputError
+from edge.gguf_header import read_header
+from tests import tiny_llama
+from tests.families import make_adapter, make_family
+
+# The toy's vocabulary has no pre-tokenizer that the converter would know by its hash: it is GPT-2's.
+CONVERTER = """
+import runpy, sys
+from pathlib import Path
+folder = Path({folder!r})
+sys.path.insert(0, str(folder))
+sys.path.insert(1, str(folder / "gguf-py"))
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+for name in ("GemmaModel", "Gemma2Model", "Phi3MiniModel"):
+    for module in ("gemma", "phi"):
+        found = getattr(__import__("conversion." + module, fromlist=["x"]), name, None)
+        if found is not None:
+            found.set_vocab = lambda self: self._set_vocab_gpt2()
+sys.argv[0] = str(folder / {script!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def toy_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp")
+    real = sdist.sdist() / "vendor" / "llama.cpp"
+    fake = tmp_path / "sdist" / "vendor" / "llama.cpp"
+    fake.mkdir(parents=True)
+    for script in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        text = CONVERTER.format(folder=str(real), script=script)
+        (fake / script).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(gguf, "sdist", lambda: tmp_path / "sdist")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3"]
+)
+def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: None, family: str) -> None:
+    base = make_family(tmp_path / "base", family)
+    run = tmp_path / "run"
+    make_adapter(run / "adapter", base)
+    merged = merge.run(run, dtype="float32", console=quiet())
+    found = manifest.read(merged).verify
+    assert found["unequal"] == [] and found["logits"]["kl_mean"] < 1e-6 and found["logits"]["top1"] == 1.0
+    path = gguf.run(run, quant="F32", console=quiet())
+    found = manifest.read(run / "gguf").verify
+    assert found["unequal"] == [] and found["token_ids"] == "equal"
+    assert found["logits"]["kl_mean"] < 1e-4 and found["logits"]["top1"] > 0.98
+    assert ("output.weight" in read_header(path).tensors) is not family.startswith("gemma")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "more"), [("llama", {"use_rslora": True}), ("qwen2", {})])
+def test_m8_an_adapter_on_top_of_a_base_in_gguf(
+    tmp_path: Path, toy_converter: None, family: str, more: dict[str, bool]
+) -> None:
+    base = make_family(tmp_path / "base", family)
+    run = tmp_path / "run"
+    make_adapter(run / "adapter", base, **more)
+    lora = gguf_lora.run(run)
+    file = gguf.run(base, quant="F32", console=quiet())
+    report = verify.run(run / "adapter", file, lora=lora, console=quiet())
+    assert report.logits["kl_mean"] < 1e-3 and report.logits["top1"] > 0.97
+    # Without it the base is another model.
+    assert verify.run(run / "adapter", file, console=quiet()).logits["kl_mean"] > 0.02
+    found = artefact.with_lora(artefact.resolve(base), run)
+    assert found.lora == lora and found.name == "toy" and found.digest.count("sha256:") == 2
+    other = tiny_llama.write(tmp_path / "other.gguf")
+    with pytest.raises(InputError, match=r"is for|changes blk"):
+        artefact.check_lora(lora, read_header(other))
+    with pytest.raises(InputError, match="is no LoRA adapter"):
+        artefact.check_lora(other)
+
+
+@pytest.mark.slow
+def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None) -> None:
+    folder = make_family(tmp_path / "base", "llama")
+    first = tmp_path / "first.gguf"
+    origin = gguf.open_source(folder)
+    gguf.convert(origin, first, "F32")
+    header = read_header(first)
+    import numpy as np
+
+    from convert.imatrix import Matrix
+
+    ones = {
+        name: np.ones(one.shape[0], np.float32) for name, one in header.tensors.items() if len(one.shape) > 1
+    }
+    Matrix(ones, 1, "ones").save(tmp_path / "m.npz")
+    sizes = {}
+    for quant in gguf.QUANTS:
+        if quant in gguf.WHOLE or quant == "MXFP4_MOE":
+            continue
+        path = tmp_path / f"{quant}.gguf"
+        gguf.quantize(first, path, quant, tmp_path / "m.npz" if quant in gguf.NEED_MATRIX else None)
+        made = read_header(path)
+        assert made.file_type == quant and made.tensors.keys() == header.tensors.keys()
+        sizes[quant] = made.weights_bytes
+    assert sizes["Q8_0"] > sizes["Q6_K"] > sizes["Q4_K_M"] > sizes["Q2_K"] > sizes["IQ1_S"]
+
+
+def test_a_lora_file_with_fields_that_would_end_the_process(tmp_path: Path) -> None:
+    from tests.tiny_gguf import gguf as write
+
+    good = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": "llama"}
+    good["adapter.lora.alpha"] = 1.0
+    tensors = [
+        ("blk.0.attn_q.weight.lora_a", (64, 4), 0, 0),
+        ("blk.0.attn_q.weight.lora_b", (4, 64), 0, 1024),
+    ]
+    path = tmp_path / "适.gguf"
+    path.write_bytes(write(good, tensors, 2048))
+    assert artefact.check_lora(path).architecture == "llama"
+    for change, message in (
+        ({"general.type": 3}, "is no LoRA adapter"),
+        ({"adapter.type": [1]}, "is no LoRA adapter"),
+        ({"adapter.lora.alpha": 1}, "is no number of the right type"),
+    ):
+        path.write_bytes(write(good | change, tensors, 2048))
+        with pytest.raises(InputError, match=message):
+            artefact.check_lora(path)
+    for wrong, message in (
+        (tensors[:1], "two halves"),
+        ([("odd", (64,), 0, 0)], "is no half"),
+        ([tensors[0], ("blk.0.attn_q.weight.lora_b", (8, 64), 0, 1024)], "two halves"),
+        ([], "changes nothing"),
+    ):
+        path.write_bytes(write(good, wrong, 4096))
+        with pytest.raises(InputError, match=message):
+            artefact.check_lora(path)
+
+
+# Merging what is more than low-rank updates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 2}},
+    ],
+    ids=lambda lora: (
+        next(iter(lora.values())) and str(next(iter(lora))) + str(next(iter(lora.values())))[-12:-2]
+    ),
+)
+def test_the_merged_model_is_what_peft_computes(tmp_path: Path, tied: bool, lora: dict[str, object]) -> None:
+    base = make_family(tmp_path / "base", "llama", tied=tied)
+    make_adapter(tmp_path / "run" / "adapter", base, **lora)
+    merged = merge.run(tmp_path / "run", dtype="float32", console=quiet())
+    found = manifest.read(merged).verify["logits"]
+    assert (
+        found["kl_mean"] < 1e-6 and found["top1"] == 1.0 and found["greedy_equal"] == found["greedy_tokens"]
+    )
+    # The adapter does something: this would notice a merge that leaves it out.
+    assert manifest.read(merged).settings["drift"]["update"] > 0.001
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    touched = "embed_tokens" in str(lora) or "lm_head" in str(lora)
+    assert config["tie_word_embeddings"] is (tied and not touched)
