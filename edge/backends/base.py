@@ -30,6 +30,8 @@ class BackendInfo:
     capacity: KV cells in all; with `shared` the slots draw on one pool of them, and `copy` costs no cells.
     batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
     chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
+    draft_streams: a step may verify drafts while no more streams than this decode, where more would cost more
+    than they save.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class BackendInfo:
     stop_ids: frozenset[int]
     shared: bool = False
     bos_id: int | None = None
+    draft_streams: int = 2**31
     add_bos: bool = False
     bos_text: str = ""
     eos_text: str = ""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge import artefact, planning
+from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UsageError
 from edge.server.guard import is_loopback
 from edge.supervisor import EngineProcess
@@ -25,14 +26,15 @@ KEY_VARIABLE = "EDGE_API_KEY"
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge serve", description="Serve a model over HTTP.")
-    parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument("path", type=Path, help="a run, a folder with a model, or a .gguf or .onnx file")
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--name", help="the model's id in requests (default: the artefact's name)")
     parser.add_argument("--ctx", type=int, help="tokens that one request may hold, answer included")
     parser.add_argument("--slots", type=int, help="requests that run at once")
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: what is faster here")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
     parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait")
@@ -50,19 +52,17 @@ def main(argv: list[str]) -> int:
         )
     bound = bind(args.host, args.port)
     with bound:
-        found = artefact.resolve(args.path)
-        settings = planning.plan(
-            found,
-            planning.Options(
-                context=args.ctx,
-                slots=args.slots,
-                threads=args.threads,
-                device=args.device,
-                kv_type=args.kv_type,
-            ),
+        options = planning.Options(
+            context=args.ctx,
+            slots=args.slots,
+            threads=args.threads,
+            device=args.device,
+            kv_type=args.kv_type,
         )
+        found, why = planning.pick(args.path, args.backend, options)
+        settings = planning.plan(found, options)
         load = Load(
-            kind="llamacpp",
+            kind=found.kind,
             path=str(found.path),
             settings=dataclasses.asdict(settings),
             stop_ids=sorted(found.stop_ids),
@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
             store=str(args.kv_store.absolute()) if args.kv_store else "",
             store_mib=args.kv_store_mib,
             digest=found.digest,
+            why=f"{found.kind}: {why}",
         )
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         name = args.name or found.name
@@ -167,7 +168,8 @@ async def _serve(
     server = Server(config)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    _say(f"{name}: http://{shown}:{port}  (loading; /docs describes the interface, Ctrl-C ends it)")
+    taken = f" with {load.why}" if load.why else ""
+    _say(f"{name}: http://{shown}:{port}  (loading{taken}; /docs describes the interface, Ctrl-C ends it)")
     engine.start()
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     loading = asyncio.create_task(engine.wait_ready())
