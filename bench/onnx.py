@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from bench.metrics import median, ratio
 from bench.probe import noise
+from convert.onnx_graph import for_generator
 from edge import artefact, hardware, planning, tune_onnx
 from edge import messages as msg
 from edge.backends.onnx import Model, Onnx, Settings
@@ -98,10 +100,13 @@ class Generator:
                 "onnxruntime-genai is not installed", "pip install -c constraints.txt -e '.[export-onnx]'"
             ) from error
         self._library: Any = onnxruntime_genai
-        config = onnxruntime_genai.Config(str(folder))
+        twin = tempfile.TemporaryDirectory(prefix="edge-onnx-")
+        for_generator(folder, Path(twin.name))
+        config = onnxruntime_genai.Config(twin.name)
         options = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
         self._model = onnxruntime_genai.Model(config)
+        twin.cleanup()
 
     def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> list[float]:
         """As Ours.run: one batch, which ends with its longest answer."""

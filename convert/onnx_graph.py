@@ -1,8 +1,7 @@
 """What an exported graph lacks: an input for the positions whose logits are wanted, and the cache's width.
 
 Without the input a prompt's logits are computed for every token of it, a fifth of a megabyte each. Its
-default is the last position, so that whoever does not know it (onnxruntime-genai itself) gets the next
-token's logits.
+default is the last position, so that whoever does not know it gets the next token's logits.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ _HEADS = ("MatMul", "MatMulNBits", "Gemm")
 def complete(path: Path, name: str, head_size: int) -> None:
     """Let the graph at `path` compute logits of the positions in the new input `name` [outputs] alone.
 
-    Its logits are [batch, outputs, vocabulary] then; the shape that is noted is that of the default, by which
-    onnxruntime-genai knows that it gets one position. Caches get the last dimension `head_size`, which the
+    Its logits are [batch, outputs, vocabulary] then. Caches get the last dimension `head_size`, which the
     builder leaves open. Weights beside the file are not touched.
     """
     model = onnx.load(path, load_external_data=False)
@@ -42,9 +40,25 @@ def complete(path: Path, name: str, head_size: int) -> None:
         graph.value_info.remove(info)
     [logits] = [output for output in graph.output if output.name == "logits"]
     logits.type.tensor_type.shape.dim[1].Clear()
-    logits.type.tensor_type.shape.dim[1].dim_value = 1
+    logits.type.tensor_type.shape.dim[1].dim_param = "outputs"
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_key_values.", "present.")):
             value.type.tensor_type.shape.dim[3].Clear()
             value.type.tensor_type.shape.dim[3].dim_value = head_size
     onnx.save_model(model, path)
+
+
+def for_generator(folder: Path, target: Path) -> None:
+    """An exported folder as onnxruntime-genai's own Generator loads it: the same weights, linked.
+
+    It must read in the graph that it gets the logits of one position, and allots that many.
+    """
+    for path in folder.iterdir():
+        if path.suffix != ".onnx":
+            (target / path.name).symlink_to(path.resolve())
+            continue
+        model = onnx.load(path, load_external_data=False)
+        [logits] = [output for output in model.graph.output if output.name == "logits"]
+        logits.type.tensor_type.shape.dim[1].Clear()
+        logits.type.tensor_type.shape.dim[1].dim_value = 1
+        onnx.save_model(model, target / path.name)

@@ -69,9 +69,9 @@ def compare(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) ->
         difference = float(np.maximum(difference, np.abs(reference - other).max()))
     if not positions:
         raise ValueError("nothing to compare")
-    # Rounding may leave a divergence a little below nothing.
-    kl = max(0.0, float(np.mean(divergences)))
-    return Quality(positions, same / positions, kl, float(np.max(divergences)), difference)
+    kl = float(np.mean(divergences))
+    # Rounding may leave it a little below nothing; what is no number stays so.
+    return Quality(positions, same / positions, 0.0 if kl < 0 else kl, float(np.max(divergences)), difference)
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
