@@ -167,6 +167,9 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
             raise UsageError(f"{name} {value} is not within {least}..{most}{why}")
     need = estimate(artefact, kv_type=options.kv_type, slots=slots)
     memory = hardware.memory().available
+    if artefact.kind == "onnx" and options.device in ("auto", "cuda") and (cards := hardware.gpus()):
+        # Its cells may come to lie there.
+        memory = min(memory, cards[0].memory_free)
     fits = need.cells(memory)
     if fits < context:
         raise InputError(

@@ -21,7 +21,7 @@ SLOTS, CONTEXT, BATCH = 4, 128, 64
 Make = Callable[..., Backend]
 
 
-@pytest.fixture(scope="module", params=["fake", "llamacpp", "onnx"])
+@pytest.fixture(scope="module", params=["fake", "llamacpp", "onnx", "onnx-device"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """Makes backends of one kind with `slots`, `context`, `batch`."""
     made: list[Backend] = []
@@ -42,10 +42,27 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnx")
-        from edge.backends import onnx
+        from edge.backends import onnx, onnx_providers
+        from edge.backends.onnx_device import DeviceRows
         from tests import tiny_onnx
 
+        class OnTheProcessor(DeviceRows):
+            def __init__(self, runtime: Any, provider: str, device: str, **given: Any) -> None:
+                super().__init__(runtime, provider, "cpu", **given)
+
         exported = onnx.Model(tiny_onnx.write(folder, name="тест.onnx"))
+
+        if request.param == "onnx-device":
+            # A device's memory, allotted and copied as a card's is, but the processor's.
+            patch = pytest.MonkeyPatch()
+            open_session = onnx_providers.open_session
+            patch.setattr(
+                onnx_providers,
+                "open_session",
+                lambda *given, **more: dataclasses.replace(open_session(*given, **more), memory="host"),
+            )
+            patch.setattr(onnx, "DeviceRows", OnTheProcessor)
+            request.addfinalizer(patch.undo)
 
         def build(given: dict[str, int]) -> Backend:
             return onnx.Onnx(exported, onnx.Settings(**given, device="cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -397,10 +398,12 @@ def test_s10_s11_cuda_that_fell_back_names_what_is_missing(
 ) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
     with pytest.raises(UnavailableError) as caught:
-        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True)
+        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
     for word in ("libcublasLt.so.13", "CUDA 13", "pip install nvidia-cublas"):
         assert word in str(caught.value)
-    opened = providers.open_session(Stub(), Path("m.onnx"), "auto", threads=1, spin=True)
+    opened = providers.open_session(
+        Stub(), Path("m.onnx"), "auto", threads=1, spin=True, cache_type="float16"
+    )
     assert (opened.device, opened.provider) == ("cpu", "CPUExecutionProvider")
     assert "libcublasLt.so.13 is missing" in opened.why
     # What the library printed does not reach the terminal.
@@ -413,6 +416,15 @@ def test_s10_a_provider_that_gives_no_reason_is_an_error_all_the_same(
     monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
     monkeypatch.setattr(Stub, "preload_dlls", lambda self: None)
     with pytest.raises(UnavailableError, match="no reason was given"):
+        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
+
+
+def test_a_file_for_processors_is_not_put_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
+    opened = providers.open_session(Stub(), Path("m.onnx"), "auto", threads=1, spin=True)
+    assert opened.device == "cpu"
+    assert "--ep cuda" in opened.why
+    with pytest.raises(InputError, match="exported for processors"):
         providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True)
 
 
@@ -535,6 +547,25 @@ def test_tuning_measures_threads_and_spinning_once(
     assert tune_onnx.settings(model, asked) == first
     told = tune.speed(artefact.resolve(folder / "тест.onnx"), asked)
     assert told == (found["chosen"]["one"], found["chosen"]["eight"], found["chosen"]["prompt"])
+
+
+def test_it_needs_neither_torch_nor_llama_cpp(folder: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "transformers", "peft", "llama_cpp", "onnx"):
+    sys.modules[name] = None
+from pathlib import Path
+import edge.server.run, edge.server.app, edge.worker
+from edge.backends.base import Row
+from edge import planning, tune_onnx, worker
+found, _ = planning.pick(Path(sys.argv[1]), None, planning.Options(device="cpu"))
+load = worker.Load("onnx", str(found.path), dict(slots=2, context=64, device="cpu"))
+print(worker.open_backend(load).step([Row(0, 0, [5, 6], 1)]).shape[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(tiny_onnx.VOCAB), done.stderr
 
 
 def test_what_the_exported_input_is_called() -> None:

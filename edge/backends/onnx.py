@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
@@ -67,6 +68,21 @@ class Model:
         self.template = template.read_text(encoding="utf-8") if template.is_file() else None
 
 
+def _rows(model: Model, settings: Settings, opened: onnx_providers.Opened) -> Rows | DeviceRows:
+    """Cells where the session's provider computes."""
+    header = model.header
+    shape = {
+        "layers": header.block_count,
+        "slots": settings.slots,
+        "heads": header.head_count_kv,
+        "room": settings.context,
+        "width": header.key_length,
+    }
+    if opened.memory == "cpu":
+        return Rows(**shape, dtype=header.cache_type)
+    return DeviceRows(model.runtime, opened.provider, opened.memory, **shape, dtype=header.cache_type)
+
+
 class Onnx:
     """A session over a model, as a Backend. Raises InputError, UnavailableError where it cannot be made."""
 
@@ -77,17 +93,15 @@ class Onnx:
         self._model = model
         self._settings = settings
         opened = onnx_providers.open_session(
-            model.runtime, model.path, settings.device, threads=settings.threads, spin=settings.spin
+            model.runtime,
+            model.path,
+            settings.device,
+            threads=settings.threads,
+            spin=settings.spin,
+            cache_type=header.cache_type,
         )
         self._session: Any = opened.session
-        self._rows = Rows(
-            layers=header.block_count,
-            slots=settings.slots,
-            heads=header.head_count_kv,
-            room=settings.context,
-            width=header.key_length,
-            dtype=header.cache_type,
-        )
+        self._rows = _rows(model, settings, opened)
         self._names = [
             (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}")
             for layer in range(header.block_count)
@@ -240,11 +254,11 @@ class Onnx:
         if binding is None:
             binding = self._bindings[first, count] = self._session.io_binding()
             shape = (count, *self._rows.shape)
-            kind = self._rows.cells.dtype.type
+            kind, device = self._rows.dtype.type, self._rows.device
             for part, (past, present) in enumerate(self._names):
                 pointer = self._rows.pointer(part, first)
-                binding.bind_input(past, "cpu", 0, kind, shape, pointer)
-                binding.bind_output(present, "cpu", 0, kind, shape, pointer)
+                binding.bind_input(past, device, 0, kind, shape, pointer)
+                binding.bind_output(present, device, 0, kind, shape, pointer)
         return binding
 
     def copy(self, src: int, dst: int, n: int) -> None:

@@ -32,12 +32,16 @@ DEVICES = ("auto", *NAMES)
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session and what it got: the provider's name, the device as people call it, why it was taken."""
+    """A session and what it got: the provider's name, the device as people call it, why it was taken.
+
+    memory: where keys and values lie; providers that have no memory of their own to offer compute beside it.
+    """
 
     session: Any
     provider: str
     device: str
     why: str
+    memory: str = "cpu"
 
 
 def library() -> Any:
@@ -75,14 +79,26 @@ def choose(asked: str, available: list[str], cards: list[hardware.GPU]) -> tuple
     return asked, "asked for"
 
 
-def open_session(runtime: Any, path: Path, asked: str, *, threads: int, spin: bool) -> Opened:
-    """A session over `path` on what `asked` means here.
+def open_session(
+    runtime: Any, path: Path, asked: str, *, threads: int, spin: bool, cache_type: str = "float32"
+) -> Opened:
+    """A session over `path`, whose cache is of `cache_type`, on what `asked` means here.
 
     Raises UnavailableError where a device that was asked for by name cannot be had, InputError where
     onnxruntime refuses the file.
     """
     cards = hardware.gpus() if asked in ("auto", "cuda") else []
     name, why = choose(asked, list(runtime.get_available_providers()), cards)
+    if name == "cuda" and cache_type != "float16":
+        # CUDA's attention computes in 16 bits: it would be left to the processor, cells and all.
+        if asked == "cuda":
+            raise InputError(
+                f"{path} was exported for processors", "edge export onnx RUN --ep cuda --overwrite"
+            )
+        name, why = (
+            "cpu",
+            "a card was found, but the file was exported for processors (--ep cuda is the other)",
+        )
     said = _preload(runtime) if name == "cuda" else ""
     session = _session(runtime, path, name, threads, spin)
     if NAMES[name][0] not in session.get_providers():
@@ -91,7 +107,7 @@ def open_session(runtime: Any, path: Path, asked: str, *, threads: int, spin: bo
             raise UnavailableError(f"--device {asked}: onnxruntime fell back to the processor: {lacks}", "")
         return Opened(session, NAMES["cpu"][0], "cpu", f"a card was found, but {lacks}")
     device = f"cuda: {cards[0].name}" if name == "cuda" and cards else name
-    return Opened(session, NAMES[name][0], device, why)
+    return Opened(session, NAMES[name][0], device, why, "cuda" if name == "cuda" else "cpu")
 
 
 def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> Any:

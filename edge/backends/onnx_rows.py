@@ -19,37 +19,16 @@ from numpy.typing import NDArray
 TOKENS_OF_A_ROW = 256
 
 
-class Rows:
-    """Cells in memory: [2 x layers, rows, heads, room, width], key and value of a layer after each other.
+class Placement:
+    """Which slot lies in which row; `_swap` is told when two are to change places."""
 
-    The system gives pages when they are first written, so that a slot takes what its longest text took.
-    """
-
-    def __init__(self, *, layers: int, slots: int, heads: int, room: int, width: int, dtype: str) -> None:
-        shape = (2 * layers, slots, heads, room, width)
-        kind = np.dtype(dtype)
-        self._memory = mmap.mmap(-1, int(np.prod(shape)) * kind.itemsize)
-        # Huge pages would take memory for cells that are never used.
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            with contextlib.suppress(OSError):
-                self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self.cells: NDArray[np.generic] = np.frombuffer(self._memory, kind).reshape(shape)
+    def __init__(self, slots: int, room: int) -> None:
+        self._room = room
         self._row_of = list(range(slots))
         self._run_along = 0
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(heads, room, width) of a row."""
-        heads, room, width = self.cells.shape[2:]
-        return heads, room, width
-
     def row(self, slot: int) -> int:
         return self._row_of[slot]
-
-    def pointer(self, part: int, row: int) -> int:
-        """The address of `row` in `part`: 2 x layer for keys, one more for values."""
-        strides = self.cells.strides
-        return int(self.cells.ctypes.data + part * strides[0] + row * strides[1])
 
     def window(self, slots: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
         """(first row, rows) of a window that holds `slots`; it may move them. lengths: tokens of each slot.
@@ -69,7 +48,7 @@ class Rows:
         others = [
             slot for slot, row in enumerate(self._row_of) if slot not in wanted and rows[0] < row < rows[-1]
         ]
-        full = any(lengths[slot] >= self.cells.shape[3] for slot in others)
+        full = any(lengths[slot] >= self._room for slot in others)
         if not full and self._run_along * TOKENS_OF_A_ROW < cost:
             return rows[0], count
         self._run_along = 0
@@ -77,7 +56,8 @@ class Rows:
         leave = [slot for slot, row in enumerate(self._row_of) if row in inside and slot not in wanted]
         come = [slot for slot in slots if self._row_of[slot] not in inside]
         for a, b in zip(leave, come, strict=True):
-            self._swap(a, b, lengths)
+            self._swap(self._row_of[a], self._row_of[b], lengths[a], lengths[b])
+            self._row_of[a], self._row_of[b] = self._row_of[b], self._row_of[a]
         return first, len(rows)
 
     def _cost(self, wanted: set[int], first: int, lengths: Sequence[int]) -> int:
@@ -89,13 +69,39 @@ class Rows:
             if (slot in wanted) != (self._row_of[slot] in inside)
         )
 
-    def _swap(self, a: int, b: int, lengths: Sequence[int]) -> None:
-        row, other = self._row_of[a], self._row_of[b]
-        kept = self.cells[:, row, :, : lengths[a]].copy() if lengths[a] else None
-        self.cells[:, row, :, : lengths[b]] = self.cells[:, other, :, : lengths[b]]
-        if kept is not None:
-            self.cells[:, other, :, : lengths[a]] = kept
-        self._row_of[a], self._row_of[b] = other, row
+    def _swap(self, a: int, b: int, n: int, m: int) -> None:
+        """Exchange the first `n` tokens of row `a` and the first `m` of row `b`."""
+        raise NotImplementedError
+
+
+class Rows(Placement):
+    """Cells in memory: [2 x layers, rows, heads, room, width], key and value of a layer after each other.
+
+    The system gives pages when they are first written, so that a slot takes what its longest text took.
+    """
+
+    device = "cpu"
+
+    def __init__(self, *, layers: int, slots: int, heads: int, room: int, width: int, dtype: str) -> None:
+        super().__init__(slots, room)
+        shape = (2 * layers, slots, heads, room, width)
+        self.shape, self.dtype = (heads, room, width), np.dtype(dtype)
+        self._memory = mmap.mmap(-1, int(np.prod(shape)) * self.dtype.itemsize)
+        # Huge pages would take memory for cells that are never used.
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with contextlib.suppress(OSError):
+                self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.cells: NDArray[np.generic] = np.frombuffer(self._memory, self.dtype).reshape(shape)
+
+    def pointer(self, part: int, row: int) -> int:
+        """The address of `row` in `part`: 2 x layer for keys, one more for values."""
+        strides = self.cells.strides
+        return int(self.cells.ctypes.data + part * strides[0] + row * strides[1])
+
+    def _swap(self, a: int, b: int, n: int, m: int) -> None:
+        kept = self.cells[:, a, :, :n].copy()
+        self.cells[:, a, :, :m] = self.cells[:, b, :, :m]
+        self.cells[:, b, :, :n] = kept
 
     def copy(self, src: int, dst: int, n: int) -> None:
         """The first `n` tokens of slot `src` to slot `dst`."""
@@ -115,6 +121,6 @@ class Rows:
 
     def close(self) -> None:
         """Give the memory back. No session may run afterwards."""
-        self.cells = np.zeros((0, 0, 0, 0, 0), self.cells.dtype)
+        self.cells = np.zeros((0, 0, 0, 0, 0), self.dtype)
         with contextlib.suppress(BufferError):
             self._memory.close()
