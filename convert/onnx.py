@@ -114,8 +114,8 @@ def export(
         vocabulary = Vocabulary(partial, header.vocab_size)
         verify = _verify(header, source, config, vocabulary)
         with console.status("comparing its answers with the merged model's"):
-            quality = _quality(final, source, template, origin, vocabulary)
-        verify["quality"] = quality.facts()
+            quality = _quality(final, source, template, origin, vocabulary, ep)
+        verify["quality"] = quality if isinstance(quality, str) else quality.facts()
         manifest.write(
             partial,
             manifest.Manifest(
@@ -140,6 +140,9 @@ def export(
             ),
         )
     console.print(f"{target / final.name}: {precision}, {header.weights_bytes / 2**20:.0f} MiB")
+    if isinstance(quality, str):
+        console.print(f"  warning: not compared with the merged model: {quality}")
+        return target / final.name
     console.print(
         f"  against the merged model over {quality.positions} tokens: the same most probable token at "
         f"{quality.top1:.1%}, mean KL {quality.kl:.2g}, logits differ by {quality.difference:.2g} at most"
@@ -240,8 +243,9 @@ def _verify(
 
 
 def _quality(
-    final: Path, source: Path, template: str, origin: manifest.Manifest, vocabulary: Vocabulary
-) -> Quality:
+    final: Path, source: Path, template: str, origin: manifest.Manifest, vocabulary: Vocabulary, ep: str
+) -> Quality | str:
+    """How near the answers are; or why a file for a card cannot be loaded here."""
     form = ChatTemplate(template, bos=vocabulary.bos_text, eos=vocabulary.eos_text)
     prompts = []
     for question in QUESTIONS:
@@ -256,4 +260,16 @@ def _quality(
         if vocabulary.add_bos and vocabulary.bos_id is not None and not begins:
             ids.insert(0, vocabulary.bos_id)
         prompts.append(ids)
-    return measure(final, source, prompts, origin.stop_ids, hardware.cpu_threads())
+    try:
+        return measure(
+            final,
+            source,
+            prompts,
+            origin.stop_ids,
+            threads=hardware.cpu_threads(),
+            device="cpu" if ep == "cpu" else "auto",
+        )
+    except EdgeError as error:
+        if ep == "cpu":
+            raise
+        return error.message

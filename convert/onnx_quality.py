@@ -80,11 +80,16 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
 
 
-def measure(file: Path, merged: Path, prompts: list[list[int]], stop_ids: list[int], threads: int) -> Quality:
-    """Compare the ONNX `file` with the transformers folder `merged`, in float32, on answers to `prompts`."""
+def measure(
+    file: Path, merged: Path, prompts: list[list[int]], stop_ids: list[int], *, threads: int, device: str
+) -> Quality:
+    """Compare the ONNX `file` with the transformers folder `merged`, in float32, on answers to `prompts`.
+
+    Raises InputError, UnavailableError where the file cannot be loaded on `device`.
+    """
     rows, reference = reference_answers(merged, prompts, stop_ids)
     longest = max(len(row) for row, _ in rows)
-    backend = Onnx(Model(file), Settings(slots=1, context=longest, threads=threads, device="cpu"))
+    backend = Onnx(Model(file), Settings(slots=1, context=longest, threads=threads, device=device))
     try:
         return compare(
             (wanted, backend_logits(backend, row, begin))

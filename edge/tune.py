@@ -94,8 +94,8 @@ def keep(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
         _write(path, {"state": "measuring"})
         try:
             found = {"state": "measured", **run()}
-        except TimeoutError:
-            return "skipped: the machine was too busy to measure"
+        except TimeoutError as error:
+            return f"skipped: {error}"
         finally:
             path.unlink(missing_ok=True)
         _write(path, found)
@@ -231,7 +231,7 @@ def race(
 
 def _check_time(until: float) -> None:
     if time.monotonic() > until:
-        raise TimeoutError
+        raise TimeoutError("the machine was too busy to measure")
 
 
 def _read_prompt(context: Backend, tokens: list[int]) -> float:

@@ -51,14 +51,15 @@ def settings(model: Model, asked: Settings) -> Settings:
 
 
 def measure(model: Model, asked: Settings) -> dict[str, Any]:
-    """Try the combinations; the trials and the chosen one. Raises TimeoutError past tune.BUDGET_S."""
+    """Try the combinations; the trials and the chosen one. Raises TimeoutError past
+    tune.BUDGET_S, or where the memory does not suffice."""
     began = time.monotonic()
     combinations = [(asked.threads, True), (asked.threads, False)]
     if asked.threads > 2:
         combinations.append((asked.threads - 1, True))
     if model.header.weights_bytes * 2 * len(combinations) > hardware.memory().available:
         # They are timed in turn, so all of them are in memory at once.
-        raise TimeoutError
+        raise TimeoutError("the memory does not hold several sessions")
     probe = Onnx(model, dataclasses.replace(asked, slots=1, context=2 * tune.PROBE))
     prompt = tune.prompt_length(probe, asked.context)
     trials = _race(model, asked, prompt, combinations, began + tune.BUDGET_S)

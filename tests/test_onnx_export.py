@@ -68,7 +68,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(export, "_build", build)
     monkeypatch.setattr(export, "complete", lambda *_: None)
-    monkeypatch.setattr(export, "measure", lambda *_: told["quality"])
+    monkeypatch.setattr(export, "measure", lambda *_, **__: told["quality"])
     return told
 
 
@@ -144,6 +144,20 @@ def test_poor_answers_are_said_with_what_to_take(
     text = said(run_folder, **given)
     assert f"warning: its answers are not the merged model's; export again with {advice}\n" in text
     assert manifest.read(run_folder / "onnx").verify["quality"]["poor"] is True
+
+
+def test_a_file_for_a_card_is_published_where_there_is_none(
+    run_folder: Path, built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Quality:
+        raise InputError("onnxruntime cannot load it")
+
+    monkeypatch.setattr(export, "measure", refuse)
+    text = said(run_folder, precision="fp16", ep="cuda")
+    assert "warning: not compared with the merged model: onnxruntime cannot load it" in text
+    assert manifest.read(run_folder / "onnx").verify["quality"] == "onnxruntime cannot load it"
+    with pytest.raises(InputError, match="cannot load it"):
+        said(run_folder, overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from edge.errors import EdgeError, InputError
 from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
 
 TEMPLATE = "chat_template.jinja"
+# Windows of rows whose tensors are kept bound, the oldest let go first.
+_BINDINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class Onnx:
             batch=settings.batch,
             outputs=settings.outputs,
             vocab=header.vocab_size,
-            stop_ids=extra_stop_ids,
+            stop_ids=extra_stop_ids | vocabulary.ends,
             draft_streams=1,
             bos_id=vocabulary.bos_id,
             add_bos=vocabulary.add_bos,
@@ -252,6 +254,8 @@ class Onnx:
         """Keys and values of the rows `first` to `first + count`, as inputs and, in place, as outputs."""
         binding = self._bindings.get((first, count))
         if binding is None:
+            if len(self._bindings) >= _BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
             binding = self._bindings[first, count] = self._session.io_binding()
             shape = (count, *self._rows.shape)
             kind, device = self._rows.dtype.type, self._rows.device

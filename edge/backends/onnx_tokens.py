@@ -63,6 +63,8 @@ class Vocabulary:
         config = _read_config(folder / "tokenizer_config.json")
         self.bos_text, self.eos_text = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
         self.bos_id: int | None = self._special.token_to_id(self.bos_text) if self.bos_text else None
+        eos = self._special.token_to_id(self.eos_text) if self.eos_text else None
+        self.ends = frozenset(() if eos is None else (eos,))
         added = self._special.encode("a", add_special_tokens=True).ids
         self.add_bos = self.bos_id is not None and added[:1] == [self.bos_id]
 
