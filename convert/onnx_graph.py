@@ -6,6 +6,8 @@ default is the last position, so that whoever does not know it gets the next tok
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +51,18 @@ def complete(path: Path, name: str, head_size: int) -> None:
 
 
 def for_generator(folder: Path, target: Path) -> None:
-    """An exported folder as onnxruntime-genai's own Generator loads it: the same weights, linked.
+    """An exported folder as onnxruntime-genai's own Generator loads it: the same weights, linked where the
+    disk can.
 
     It must read in the graph that it gets the logits of one position, and allots that many.
     """
     for path in folder.iterdir():
         if path.suffix != ".onnx":
-            (target / path.name).symlink_to(path.resolve())
+            # onnxruntime follows no symbolic link out of the folder.
+            try:
+                os.link(path, target / path.name)
+            except OSError:
+                shutil.copyfile(path, target / path.name)
             continue
         model = onnx.load(path, load_external_data=False)
         [logits] = [output for output in model.graph.output if output.name == "logits"]
