@@ -51,8 +51,10 @@ def settings(model: Model, asked: Settings) -> Settings:
 
 
 def measure(model: Model, asked: Settings) -> dict[str, Any]:
-    """Try the combinations; the trials and the chosen one. Raises TimeoutError past
-    tune.BUDGET_S, or where the memory does not suffice."""
+    """Try the combinations; the trials and the chosen one.
+
+    Raises TimeoutError past tune.BUDGET_S, or where the memory does not hold them.
+    """
     began = time.monotonic()
     combinations = [(asked.threads, True), (asked.threads, False)]
     if asked.threads > 2:
