@@ -6,12 +6,14 @@ CONFIG ?= examples/smollm2_qlora.yaml
 RUN ?= runs/magic-conch
 MODEL ?= smollm2-135m-instruct
 QUANT ?= Q4_K_M
+# Of the ONNX export: int4, int8, fp16 or fp32; left out, by the model's size.
+PRECISION ?=
 PORT ?= 8000
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Everything goes through one resolver call, so that nothing pulls another torch afterwards.
-EXTRAS := serve,train,bench,dev
+EXTRAS := serve,onnx,train,export-onnx,bench,dev
 # What was chosen at the first `make install CUDA=1` stays; `make install CUDA=0` goes back.
 CUDA ?= $(if $(wildcard .venv/installed-cuda),1)
 WITH_CUDA := $(filter-out 0,$(CUDA))
@@ -19,7 +21,8 @@ STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
 REPLACE := $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check conformance pull qlora merge export-gguf serve bench chat doctor clean
+.PHONY: help install demo test check conformance pull qlora merge export-gguf export-onnx onnx-optimum
+.PHONY: serve bench chat doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -30,6 +33,8 @@ help:
 	@echo "make qlora         train by CONFIG=$(CONFIG)"
 	@echo "make merge         the adapter of RUN=$(RUN) into 16-bit weights"
 	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=$(QUANT)"
+	@echo "make export-onnx   the same as ONNX, PRECISION=int4|int8|fp16|fp32"
+	@echo "make onnx-optimum  check the exporter against another one, optimum, in an environment of its own"
 	@echo "make serve         RUN over HTTP, PORT=$(PORT)"
 	@echo "make chat          talk to RUN in the terminal"
 	@echo "make bench         RUN against the slow baseline"
@@ -99,6 +104,12 @@ merge: install
 
 export-gguf: install
 	$(BIN)/edge export gguf "$(RUN)" --quant $(QUANT) $(REPLACE)
+
+export-onnx: install
+	$(BIN)/edge export onnx "$(RUN)" $(if $(PRECISION),--precision $(PRECISION)) $(REPLACE)
+
+onnx-optimum: install
+	$(BIN)/python -m convert.onnx_optimum "$(RUN)"
 
 serve: install
 	$(BIN)/edge serve "$(RUN)" --port $(PORT)

@@ -28,9 +28,10 @@ from bench.bare import counts
 from bench.load import HealthProbe, Job, ask, closed_loop, get
 from bench.metrics import Sample, token_rate
 from bench.probe import noise, tree_cpu
-from bench.targets import Running, Target, baseline, ours, started
+from bench.targets import Running, Target, baseline, ours, ours_onnx, started
 from edge import artefact, hardware, manifest
 from edge.errors import EdgeError, InputError, UsageError
+from edge.gguf_header import GGUFHeader
 
 SEED = 1
 WARM_TOKENS = 16
@@ -162,8 +163,10 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
     server does not start or two of them read different prompts.
     """
     began = time.perf_counter()
-    found = artefact.resolve(folder)
-    check_same_model(folder)
+    found = artefact.resolve(folder, "llamacpp")
+    assert isinstance(found.header, GGUFHeader)
+    for stage in ("gguf", "onnx") if "edge-onnx" in plan.targets else ("gguf",):
+        check_same_model(folder, stage)
     out = out or folder
     console = Console(stderr=True)
     with console.status("listening how quiet the machine is, and how fast its memory"):
@@ -211,7 +214,8 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
 TARGETS: dict[str, Callable[[Path, Path, Plan], Target]] = {
     "baseline": lambda folder, file, plan: baseline(folder / "merged", "float32"),
     "baseline-bf16": lambda folder, file, plan: baseline(folder / "merged", "bfloat16"),
-    "edge": lambda folder, file, plan: ours(folder),
+    "edge": lambda folder, file, plan: ours(folder, "--backend", "llamacpp"),
+    "edge-onnx": lambda folder, file, plan: ours_onnx(folder),
     "llama-server": lambda folder, file, plan: peers.llama_server(
         file,
         slots=max(plan.clients),
@@ -231,14 +235,14 @@ TARGETS: dict[str, Callable[[Path, Path, Plan], Target]] = {
 }
 
 
-def check_same_model(folder: Path) -> None:
-    """Raise InputError unless RUN/merged is there and RUN/gguf says that it was made from it."""
+def check_same_model(folder: Path, stage: str = "gguf") -> None:
+    """Raise InputError unless RUN/merged is there and the stage's folder says that it was made from it."""
     merged = manifest.read(folder / "merged")
-    parents = manifest.read(folder / "gguf").parents
+    parents = manifest.read(folder / stage).parents
     if merged.digest not in [parent["digest"] for parent in parents]:
         raise InputError(
-            f"{folder / 'gguf'} was not made from {folder / 'merged'}: the two would not be the same model",
-            f"edge export gguf {shlex.quote(str(folder))} --overwrite",
+            f"{folder / stage} was not made from {folder / 'merged'}: the two would not be the same model",
+            f"edge export {stage} {shlex.quote(str(folder))} --overwrite",
         )
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -46,6 +46,12 @@ def ours(artefact: Path, *options: str) -> Target:
     """edge serving a run folder or a GGUF file."""
     command = [sys.executable, "-m", "edge.cli", "serve", str(artefact), "--port", "{port}", *options]
     return Target("edge", command, Ours(), "/ready", "/info")
+
+
+def ours_onnx(folder: Path) -> Target:
+    """edge serving a run's ONNX model."""
+    found = ours(folder, "--backend", "onnx")
+    return replace(found, name="edge-onnx", reads_gguf=False)
 
 
 def baseline(merged: Path, dtype: str) -> Target:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convert import gguf, gguf_lora, ladder, ollama
+from convert import gguf, gguf_lora, ladder, ollama, onnx
 from convert.folder import shell
 from edge.errors import UsageError
 
@@ -30,7 +30,26 @@ def main(argv: list[str]) -> int:
     to_ollama = formats.add_parser("ollama", help="a Modelfile beside the GGUF, for ollama create")
     to_ollama.add_argument("run", type=Path, metavar="RUN", help="a run, a folder with a GGUF, or the file")
     to_ollama.add_argument("--ctx", type=int, default=4096, help="tokens of a conversation (%(default)s)")
+    to_onnx = formats.add_parser("onnx", help="RUN/merged -> RUN/onnx, for onnxruntime")
+    to_onnx.add_argument("run", type=Path, metavar="RUN", help="the run folder, with merged/ in it")
+    to_onnx.add_argument(
+        "--precision", choices=onnx.PRECISIONS, help="default: int8 below a billion parameters, else int4"
+    )
+    to_onnx.add_argument(
+        "--scheme", choices=tuple(onnx.SCHEMES), default="mixed", help="of int4 (%(default)s)"
+    )
+    to_onnx.add_argument("--ep", choices=onnx.EPS, default="cpu", help="what it is for (%(default)s)")
+    to_onnx.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(argv)
+    if options.format == "onnx":
+        onnx.run(
+            options.run,
+            precision=options.precision,
+            scheme=options.scheme,
+            ep=options.ep,
+            overwrite=options.overwrite,
+        )
+        return 0
     if options.format == "lora":
         made = gguf_lora.run(options.run, overwrite=options.overwrite)
         sys.stdout.write(f"{made}\n  serve it: edge serve BASE.gguf --lora {shell(made)}\n")

@@ -12,6 +12,7 @@ from typing import Any
 
 from edge import artefact, planning
 from edge import messages as msg
+from edge.backends.onnx_providers import DEVICES
 from edge.chat import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.sampling import Params
@@ -24,25 +25,26 @@ HELP = "/reset forgets the conversation, /system TEXT sets a system prompt, /exi
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge chat", description="Talk to a model in the terminal.")
-    parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument("path", type=Path, help="a run, a folder with a model, or a .gguf or .onnx file")
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     parser.add_argument("--max-tokens", type=int, help="default: until the context is full")
     parser.add_argument("--ctx", type=int, help="tokens that the conversation may hold")
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: what is faster here")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
     if not 0.0 <= args.temperature <= 2.0:
         raise UsageError(f"--temperature {args.temperature} is not within 0..2")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens} is not positive")
-    found = artefact.resolve(args.path)
+    options = planning.Options(context=args.ctx, slots=1, threads=args.threads, device=args.device)
+    found, _ = planning.pick(args.path, args.backend, options)
     if found.chat_template is None:
         raise InputError(f"{found.path} has no chat template", "chat needs one; export a model that has it")
-    options = planning.Options(context=args.ctx, slots=1, threads=args.threads, device=args.device)
     settings = planning.plan(found, options)
     load = Load(
-        kind="llamacpp",
+        kind=found.kind,
         path=str(found.path),
         settings=dataclasses.asdict(settings),
         stop_ids=sorted(found.stop_ids),

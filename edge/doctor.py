@@ -20,7 +20,7 @@ from edge import hardware, native
 from edge.errors import UnavailableError
 from edge.sdist import CONSTRAINTS, PACKAGE
 
-EXTRAS = ("serve", "train", "bench", "dev")
+EXTRAS = ("serve", "onnx", "train", "export-onnx", "bench", "dev")
 BUILD = "python -m edge.native"
 
 # CUDA library -> package, and what to add to its file's number for the CUDA major (None: not derivable).

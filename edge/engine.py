@@ -224,7 +224,8 @@ class Engine:
             self._embed_one(self._embeds.popleft())
         decoding, newcomers = self._scheduler.load()
         chunk = self._pace.chunk(decoding, newcomers)
-        plan = self._scheduler.plan(chunk, self._draft if self._speculate else None)
+        drafts = self._speculate and decoding <= self._backend.info.draft_streams
+        plan = self._scheduler.plan(chunk, self._draft if drafts else None)
         if plan:
             self._step(plan, decoding)
         self._report()

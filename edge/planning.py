@@ -1,4 +1,4 @@
-"""How an artefact is loaded on this machine: device, threads, context and slots that fit into its memory.
+"""How an artefact is loaded on this machine: backend, device, threads, context and slots that fit its memory.
 
 The estimate counts weights, KV cells and compute buffers before anything is loaded; what does not fit is
 refused with the largest context that does.
@@ -6,12 +6,18 @@ refused with the largest context that does.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge import hardware, native
-from edge.artefact import Artefact
+from edge.artefact import SUFFIXES, Artefact, candidates
+from edge.backends import onnx
 from edge.backends.llamacpp import KV_BYTES, Settings
-from edge.errors import InputError, UnavailableError, UsageError
+from edge.backends.onnx_providers import DEVICES
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.onnx_header import OnnxHeader
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16
@@ -21,6 +27,14 @@ DEFAULT_POOL = 8192
 BATCH = 512
 # What Python, the tokenizer and llama.cpp's graphs take beside the counted buffers.
 _OVERHEAD = 200 * 2**20
+# The packages that a backend imports, and how they are got.
+_PACKAGES = {
+    "llamacpp": (("llama_cpp",), "python -m edge.native"),
+    "onnx": (("onnxruntime", "tokenizers"), "pip install -c constraints.txt '.[serve,onnx]'"),
+}
+
+# How fast a backend was measured to be here: seconds of a step of one row, of eight, and of a prompt token.
+Speed = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +64,71 @@ class Estimate:
         return max(0, int((memory - self.weights - self.buffers - _OVERHEAD) / self.cell))
 
 
+def pick(given: Path, asked: str | None, options: Options) -> tuple[Artefact, str]:
+    """The artefact behind `given` to serve, and why; as `choose_backend`, with what was measured here."""
+
+    def measured(found: Artefact) -> Speed | None:
+        # Imported late: tuning loads what it measures.
+        from edge import tune
+
+        try:
+            return tune.speed(found, plan(found, options))
+        except EdgeError:
+            # What cannot be loaded so is said when it is taken.
+            return None
+
+    return choose_backend(candidates(given), asked, measured)
+
+
+def choose_backend(
+    found: list[Artefact], asked: str | None, measured: Callable[[Artefact], Speed | None]
+) -> tuple[Artefact, str]:
+    """Which of a run's artefacts to serve, and why.
+
+    asked: a backend by name, or None. measured: tells what `edge tune` found of an artefact. Raises
+    InputError where there is no artefact for what is asked, UnavailableError where none can be served here.
+    """
+    lacks = {one.kind: _lacks(one.kind) for one in found}
+    usable = [one for one in found if not lacks[one.kind]]
+    if asked is not None:
+        one = next((one for one in found if one.kind == asked), None)
+        if one is None:
+            raise InputError(
+                f"--backend {asked}: there is no {SUFFIXES[asked].upper()} file",
+                f"edge export {SUFFIXES[asked]} RUN",
+            )
+        return one, "asked for"
+    if not usable:
+        kind = found[0].kind
+        raise UnavailableError(
+            f"{found[0].path} needs {lacks[kind]}, which is not installed", _PACKAGES[kind][1]
+        )
+    if len(found) == 1:
+        return usable[0], "the only artefact there is"
+    if len(usable) == 1:
+        other = next(kind for kind, name in lacks.items() if name)
+        return usable[0], f"{lacks[other]} is not installed"
+    speeds = {one.kind: speed for one in usable if (speed := measured(one)) is not None}
+    if len(speeds) == len(usable):
+        best = min(usable, key=lambda one: _score(speeds[one.kind], list(speeds.values())))
+        rates = ", ".join(f"{one.kind} {1 / speeds[one.kind][0]:.0f}" for one in usable)
+        return best, f"the faster one here: {rates} tok/s for one stream"
+    return usable[
+        0
+    ], f"`edge tune RUN --backend {usable[1].kind}` measures whether {usable[1].kind} is faster"
+
+
+def _lacks(kind: str) -> str:
+    """The first package that the backend needs and that is not installed, or ""."""
+    return next((name for name in _PACKAGES[kind][0] if importlib.util.find_spec(name) is None), "")
+
+
+def _score(speed: Speed, all_speeds: list[Speed]) -> float:
+    """As edge.tune weighs it: one reader's latency is the main thing."""
+    best = [min(one[i] for one in all_speeds) for i in range(3)]
+    return sum(w * t / b for w, t, b in zip((0.5, 0.3, 0.2), speed, best, strict=True))
+
+
 def estimate(artefact: Artefact, *, kv_type: str, slots: int) -> Estimate:
     """Weights from the file, a KV cell from the header, buffers from batch, width and vocabulary.
 
@@ -61,10 +140,15 @@ def estimate(artefact: Artefact, *, kv_type: str, slots: int) -> Estimate:
     outputs = min(BATCH, slots + 64)
     # Activations of a batch (a few copies of the widest layer) and the logits of its outputs, twice.
     buffers = 4 * (BATCH * header.embedding_length * 24 + 2 * outputs * header.vocab_size)
+    if isinstance(header, OnnxHeader):
+        size = {"float32": 4, "float16": 2}[header.cache_type]
+        # Attention keeps a score for each head, position of the batch and cell of the longest slot.
+        buffers += 4 * BATCH * header.head_count * min(DEFAULT_CONTEXT, header.context_length)
+        return Estimate(header.weights_bytes, cell * size, buffers)
     return Estimate(header.weights_bytes, cell * KV_BYTES[kv_type], buffers)
 
 
-def plan(artefact: Artefact, options: Options) -> Settings:
+def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
     """Settings for this artefact on this machine.
 
     Raises UsageError for impossible options, InputError where the memory does not suffice,
@@ -83,6 +167,9 @@ def plan(artefact: Artefact, options: Options) -> Settings:
             raise UsageError(f"{name} {value} is not within {least}..{most}{why}")
     need = estimate(artefact, kv_type=options.kv_type, slots=slots)
     memory = hardware.memory().available
+    if artefact.kind == "onnx" and options.device in ("auto", "cuda") and (cards := hardware.gpus()):
+        # Its cells may come to lie there.
+        memory = min(memory, cards[0].memory_free)
     fits = need.cells(memory)
     if fits < context:
         raise InputError(
@@ -92,10 +179,12 @@ def plan(artefact: Artefact, options: Options) -> Settings:
             if fits >= 256
             else "free some memory",
         )
+    threads = options.threads or hardware.cpu_threads()
+    if artefact.kind == "onnx":
+        return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits)
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(slots * context, fits, slots * context if asked_for_all else DEFAULT_POOL))
     device, gpu_layers, why = choose_device(options.device)
-    threads = options.threads or hardware.cpu_threads()
     return Settings(
         slots=slots,
         context=context,
@@ -112,10 +201,31 @@ def plan(artefact: Artefact, options: Options) -> Settings:
     )
 
 
+def _plan_onnx(options: Options, *, slots: int, context: int, threads: int, fits: int) -> onnx.Settings:
+    """Each slot has room for a whole context of its own: where memory is short there are fewer slots."""
+    if options.kv_type != "f16":
+        raise UsageError(f"--kv-type {options.kv_type} is llama.cpp's", "an ONNX cache has the export's type")
+    room = fits // context
+    if room < slots and options.slots is not None:
+        raise InputError(
+            f"{slots} slots of {context} tokens do not fit into the memory that is free",
+            f"serve with --slots {room}, or a smaller --ctx",
+        )
+    return onnx.Settings(
+        slots=min(slots, room),
+        context=context,
+        batch=max(BATCH, slots),
+        threads=threads,
+        device=options.device,
+    )
+
+
 def choose_device(asked: str) -> tuple[str, int, str]:
     """(device, layers on it, why). Raises UnavailableError for an explicit device that is not there."""
     if asked == "cpu":
         return "cpu", 0, "asked for"
+    if asked in DEVICES and asked not in ("auto", "cuda"):
+        raise UnavailableError(f"--device {asked} is for ONNX", "serve with --backend onnx, or --device auto")
     built = native.gpu_offload()
     cards = hardware.gpus()
     missing = []

@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from edge import hardware, native
-from edge.backends.base import Row
+from edge.artefact import Artefact
+from edge.backends import onnx
+from edge.backends.base import Backend, Row
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.errors import EdgeError
 
@@ -53,29 +57,21 @@ class Trial:
     eight: float
     prompt: float
 
-    def score(self, best: tuple[float, float, float]) -> float:
-        """Weighted time relative to the best seen in each discipline; smaller is better."""
-        times = (self.one, self.eight, self.prompt)
-        return sum(w * t / b for w, t, b in zip(_WEIGHTS, times, best, strict=True))
+    @property
+    def times(self) -> tuple[float, float, float]:
+        return self.one, self.eight, self.prompt
+
+
+def score(times: tuple[float, float, float], best: tuple[float, float, float]) -> float:
+    """Weighted time relative to the best seen in each discipline; smaller is better."""
+    return sum(w * t / b for w, t, b in zip(_WEIGHTS, times, best, strict=True))
 
 
 def settings(model: Model, asked: Settings) -> Settings:
     """`asked` with what measuring found best here; measured now unless it was before."""
-    path = _cache(model.path, asked)
-    found = _read(path)
-    if found.get("state") == "measuring":
-        # The process died while it measured: serve with what is asked for rather than die again.
-        return dataclasses.replace(asked, tuned="skipped: the last attempt did not end")
-    if found.get("state") != "measured":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, {"state": "measuring"})
-        try:
-            found = {"state": "measured", **measure(model, asked)}
-        except TimeoutError:
-            return dataclasses.replace(asked, tuned="skipped: the machine was too busy to measure")
-        finally:
-            path.unlink(missing_ok=True)
-        _write(path, found)
+    found = keep(_cache(model.path, asked), lambda: measure(model, asked))
+    if isinstance(found, str):
+        return dataclasses.replace(asked, tuned=found)
     chosen = found["chosen"]
     return dataclasses.replace(
         asked,
@@ -87,13 +83,33 @@ def settings(model: Model, asked: Settings) -> Settings:
     )
 
 
+def keep(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """What `path` keeps, measured now by `run` unless it was before; or why there is nothing."""
+    found = read(path)
+    if found.get("state") == "measuring":
+        # The process died while it measured: serve with what is asked for rather than die again.
+        return "skipped: the last attempt did not end"
+    if found.get("state") != "measured":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, {"state": "measuring"})
+        try:
+            found = {"state": "measured", **run()}
+        except TimeoutError as error:
+            return f"skipped: {error}"
+        finally:
+            path.unlink(missing_ok=True)
+        _write(path, found)
+    return found
+
+
 def measure(model: Model, asked: Settings) -> dict[str, Any]:
     """Try the combinations; the trials and the chosen one.
 
     Raises TimeoutError past BUDGET_S, and what making a context raises.
     """
     began = time.monotonic()
-    prompt = _prompt_length(model, asked)
+    probe = LlamaCpp(model, dataclasses.replace(asked, slots=1, context=2 * PROBE, capacity=2 * PROBE))
+    prompt = prompt_length(probe, asked.context)
     layouts = [(asked.threads, flash, unified) for flash in _flash(asked) for unified in _unified(asked)]
     trials = _race(model, asked, prompt, layouts, began + BUDGET_S)
     winner = _best(trials)
@@ -112,16 +128,17 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
     }
 
 
-def _prompt_length(model: Model, asked: Settings) -> int:
-    """How many tokens to read in each trial, from the time that a short prompt takes."""
-    room = dataclasses.replace(asked, slots=1, context=2 * PROBE, capacity=2 * PROBE)
-    context = LlamaCpp(model, room)
+def prompt_length(probe: Backend, room: int) -> int:
+    """How many tokens to read in each trial, from the time that a short prompt takes on `probe`; closes it.
+
+    room: tokens that a slot may hold.
+    """
     try:
-        token = context.encode("the", special=False)[0]
-        per_token = min(_timed(context, [Row(0, at, [token] * PROBE, 0)]) for at in (0, PROBE)) / PROBE
+        token = probe.encode("the", special=False)[0]
+        per_token = min(_timed(probe, [Row(0, at, [token] * PROBE, 0)]) for at in (0, PROBE)) / PROBE
     finally:
-        context.close()
-    most = min(PROMPT_MOST, asked.context - 2 * ROUNDS)
+        probe.close()
+    most = min(PROMPT_MOST, room - 2 * ROUNDS)
     return max(min(PROMPT_LEAST, most), min(most, int(PROMPT_S / per_token)))
 
 
@@ -137,9 +154,9 @@ def _unified(asked: Settings) -> list[bool]:
 
 def _best(trials: list[Trial]) -> Trial:
     best = (min(t.one for t in trials), min(t.eight for t in trials), min(t.prompt for t in trials))
-    scores = [trial.score(best) for trial in trials]
-    near = [t for t, score in zip(trials, scores, strict=True) if score <= _TIE * min(scores)]
-    return min(near, key=lambda trial: (trial.unified, trial.score(best)))
+    scores = [score(trial.times, best) for trial in trials]
+    near = [t for t, its in zip(trials, scores, strict=True) if its <= _TIE * min(scores)]
+    return min(near, key=lambda trial: (trial.unified, score(trial.times, best)))
 
 
 def _race(
@@ -164,33 +181,9 @@ def _race(
         )
         for threads, flash, unified in combinations
     ]
-    began = time.monotonic()
     try:
         token = contexts[0].encode("the", special=False)[0]
-        prompts: list[list[float]] = [[] for _ in contexts]
-        for turn in range(PROMPT_ROUNDS):
-            if turn and time.monotonic() > began + ENOUGH_S[0]:
-                break
-            for i, context in enumerate(contexts):
-                _check_time(until)
-                context.truncate(0, 0)
-                prompts[i].append(_read_prompt(context, [token] * prompt, asked.batch))
-        for context in contexts:
-            cells = context.save(0)
-            for slot in range(1, streams):
-                context.restore(slot, cells, prompt)
-        ones: list[list[float]] = [[] for _ in contexts]
-        eights: list[list[float]] = [[] for _ in contexts]
-        for turn in range(ROUNDS):
-            if turn >= LEAST_ROUNDS and time.monotonic() > began + ENOUGH_S[1]:
-                break
-            for i, context in enumerate(contexts):
-                _check_time(until)
-                at = prompt + turn
-                ones[i].append(_timed(context, [Row(0, at + turn, [token], 1)]))
-                rows = [Row(0, at + turn + 1, [token], 1)]
-                rows += [Row(slot, at, [token], 1) for slot in range(1, streams)]
-                eights[i].append(_timed(context, rows))
+        prompts, ones, eights = race(contexts, streams, prompt, token, until)
         # The shortest: whatever else runs on the machine can only make a step longer.
         return [
             Trial(*combination, min(ones[i]), min(eights[i]), min(prompts[i]) / prompt)
@@ -201,18 +194,54 @@ def _race(
             context.close()
 
 
+def race(
+    contexts: Sequence[Backend], streams: int, prompt: int, token: int, until: float
+) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Seconds of prompts, of steps of one row and of `streams` rows, by context, timed in turn.
+
+    Raises TimeoutError past `until` on time.monotonic().
+    """
+    began = time.monotonic()
+    prompts: list[list[float]] = [[] for _ in contexts]
+    for turn in range(PROMPT_ROUNDS):
+        if turn and time.monotonic() > began + ENOUGH_S[0]:
+            break
+        for i, context in enumerate(contexts):
+            _check_time(until)
+            context.truncate(0, 0)
+            prompts[i].append(_read_prompt(context, [token] * prompt))
+    for context in contexts:
+        cells = context.save(0)
+        for slot in range(1, streams):
+            context.restore(slot, cells, prompt)
+    ones: list[list[float]] = [[] for _ in contexts]
+    eights: list[list[float]] = [[] for _ in contexts]
+    for turn in range(ROUNDS):
+        if turn >= LEAST_ROUNDS and time.monotonic() > began + ENOUGH_S[1]:
+            break
+        for i, context in enumerate(contexts):
+            _check_time(until)
+            at = prompt + turn
+            ones[i].append(_timed(context, [Row(0, at + turn, [token], 1)]))
+            rows = [Row(0, at + turn + 1, [token], 1)]
+            rows += [Row(slot, at, [token], 1) for slot in range(1, streams)]
+            eights[i].append(_timed(context, rows))
+    return prompts, ones, eights
+
+
 def _check_time(until: float) -> None:
     if time.monotonic() > until:
-        raise TimeoutError
+        raise TimeoutError("the machine was too busy to measure")
 
 
-def _read_prompt(context: LlamaCpp, tokens: list[int], batch: int) -> float:
+def _read_prompt(context: Backend, tokens: list[int]) -> float:
     """Seconds to read a prompt, in the chunks that the engine would use."""
+    batch = context.info.batch
     starts = range(0, len(tokens), batch)
     return sum(_timed(context, [Row(0, at, tokens[at : at + batch], 0)]) for at in starts)
 
 
-def _timed(context: LlamaCpp, rows: list[Row]) -> float:
+def _timed(context: Backend, rows: list[Row]) -> float:
     began = time.perf_counter()
     context.step(rows)
     return time.perf_counter() - began
@@ -238,7 +267,7 @@ def _cache(path: Path, asked: Settings) -> Path:
     return hardware.cache_dir() / "tune" / f"{digest}.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -250,47 +279,93 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
+def version(package: str) -> str:
+    """The installed version of a package, or ""."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def place(found: Artefact, asked: Settings | onnx.Settings) -> Path:
+    """The file that keeps what was measured of an artefact that is loaded as `asked`."""
+    if isinstance(asked, onnx.Settings):
+        from edge import tune_onnx
+
+        return tune_onnx.cache(found.path, asked)
+    return _cache(found.path, asked)
+
+
+def speed(found: Artefact, asked: Settings | onnx.Settings) -> tuple[float, float, float] | None:
+    """Seconds of a step of one row, of eight rows and of a prompt token; None where nothing was measured."""
+    kept = read(place(found, asked))
+    if kept.get("state") != "measured":
+        return None
+    chosen = kept["chosen"]
+    return chosen["one"], chosen["eight"], chosen["prompt"]
+
+
 def main(argv: list[str]) -> int:
     from edge import artefact, planning
 
     parser = argparse.ArgumentParser(
         prog="edge tune", description="Show what was measured for an artefact on this machine."
     )
-    parser.add_argument("path", type=Path, help="a run, a folder with a GGUF, or a .gguf file")
+    parser.add_argument("path", type=Path, help="a run, a folder with a model, or a .gguf or .onnx file")
+    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: every one there is")
     parser.add_argument("--redo", action="store_true", help="measure again")
     parser.add_argument("--slots", type=int, help="as in edge serve")
     parser.add_argument("--threads", type=int, help="as in edge serve")
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
     args = parser.parse_args(argv)
-    found = artefact.resolve(args.path)
-    options = planning.Options(slots=args.slots, threads=args.threads, kv_type=args.kv_type)
-    asked = planning.plan(found, options)
-    path = _cache(found.path, asked)
-    if args.redo or _read(path).get("state") != "measured":
-        path.unlink(missing_ok=True)
-        model = Model(found.path, gpu_layers=asked.gpu_layers, extra_buffers=asked.extra_buffers)
-        said = settings(model, asked).tuned
-        model.close()
-        if _read(path).get("state") != "measured":
-            raise EdgeError(f"nothing was measured ({said})", "close what else computes, then --redo")
-    _show(found.name, _read(path))
+    kinds = (args.backend,) if args.backend else tuple(artefact.SUFFIXES)
+    for found in artefact.candidates(args.path, kinds):
+        kv_type = "f16" if found.kind == "onnx" else args.kv_type
+        options = planning.Options(slots=args.slots, threads=args.threads, kv_type=kv_type)
+        asked = planning.plan(found, options)
+        path = place(found, asked)
+        if args.redo or read(path).get("state") != "measured":
+            path.unlink(missing_ok=True)
+            said = _measure(found, asked)
+            if read(path).get("state") != "measured":
+                raise EdgeError(f"nothing was measured ({said})", "close what else computes, then --redo")
+        _show(f"{found.name} ({found.kind})", read(path))
     return 0
+
+
+def _measure(found: Artefact, asked: Settings | onnx.Settings) -> str:
+    if isinstance(asked, onnx.Settings):
+        from edge import tune_onnx
+
+        return tune_onnx.settings(onnx.Model(found.path), asked).tuned
+    model = Model(found.path, gpu_layers=asked.gpu_layers, extra_buffers=asked.extra_buffers)
+    said = settings(model, asked).tuned
+    model.close()
+    return said
+
+
+# How a combination is shown: the heading of each of its choices, and their values in words.
+_SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "threads": ("threads", str),
+    "flash_attention": ("flash attention", lambda on: "on" if on else "off"),
+    "unified": ("KV", lambda on: "one pool" if on else "by slot"),
+    "spin": ("spinning", lambda on: "on" if on else "off"),
+}
 
 
 def _show(name: str, found: dict[str, Any]) -> None:
     table = Table(title=f"{name}, measured {found['date']} in {found['seconds']} s", title_justify="left")
-    for heading in ("threads", "flash attention", "KV", "1 stream", f"{STREAMS} streams", "prompt", ""):
+    choices = [key for key in _SHOWN if key in found["chosen"]]
+    headings = [_SHOWN[key][0] for key in choices]
+    for heading in (*headings, "1 stream", f"{STREAMS} streams", "prompt", ""):
         table.add_column(heading, justify="right")
     for row in found["trials"]:
-        trial = Trial(**row)
-        taken = all(row[k] == found["chosen"][k] for k in ("threads", "flash_attention", "unified"))
+        taken = all(row[key] == found["chosen"][key] for key in choices)
         table.add_row(
-            str(trial.threads),
-            "on" if trial.flash_attention else "off",
-            "one pool" if trial.unified else "by slot",
-            f"{1 / trial.one:.1f} tok/s",
-            f"{STREAMS / trial.eight:.1f} tok/s",
-            f"{1 / trial.prompt:.0f} tok/s",
+            *(_SHOWN[key][1](row[key]) for key in choices),
+            f"{1 / row['one']:.1f} tok/s",
+            f"{STREAMS / row['eight']:.1f} tok/s",
+            f"{1 / row['prompt']:.0f} tok/s",
             "taken" if taken else "",
         )
     Console().print(table)

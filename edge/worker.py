@@ -35,7 +35,7 @@ class Load:
 
     tune: measure on this machine what the settings leave open, or take what was measured before.
     store: a folder that keeps prefixes over restarts ("": none), store_mib of them at most. lora: an adapter
-    as GGUF that goes on top ("": none).
+    as GGUF that goes on top ("": none). why: how the backend was chosen.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class Load:
     store_mib: int = 1024
     digest: str = ""
     lora: str = ""
+    why: str = ""
 
 
 def open_backend(load: Load) -> Backend:
@@ -57,6 +58,8 @@ def open_backend(load: Load) -> Backend:
         from edge.backends.fake import FakeBackend
 
         return FakeBackend(**load.settings)
+    if load.kind == "onnx":
+        return _open_onnx(load)
     from edge import tune
     from edge.backends.llamacpp import LlamaCpp, Model, Settings
 
@@ -66,6 +69,17 @@ def open_backend(load: Load) -> Backend:
         settings = tune.settings(model, settings)
     lora = Path(load.lora) if load.lora else None
     return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids), lora=lora)
+
+
+def _open_onnx(load: Load) -> Backend:
+    from edge import tune_onnx
+    from edge.backends import onnx
+
+    settings = msgspec.convert(load.settings, onnx.Settings)
+    model = onnx.Model(Path(load.path))
+    if load.tune:
+        settings = tune_onnx.settings(model, settings)
+    return onnx.Onnx(model, settings, extra_stop_ids=frozenset(load.stop_ids))
 
 
 def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
@@ -84,7 +98,7 @@ def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
     return PrefixStore(Path(load.store), key, load.store_mib * 2**20)
 
 
-def _ready(info: BackendInfo, seconds: float) -> msg.Ready:
+def _ready(info: BackendInfo, seconds: float, why: str) -> msg.Ready:
     return msg.Ready(
         kind=info.kind,
         name=info.name,
@@ -99,7 +113,7 @@ def _ready(info: BackendInfo, seconds: float) -> msg.Ready:
         eos_text=info.eos_text,
         add_bos=info.add_bos,
         chat_template=info.chat_template,
-        settings=info.settings,
+        settings={**info.settings, **({"chosen": why} if why else {})},
         load_s=seconds,
         embedding=info.embedding,
     )
@@ -190,7 +204,7 @@ def main() -> int:
         return error.exit_code
     store = open_store(load, backend.info)
     engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate, store=store)
-    link.send([_ready(backend.info, time.monotonic() - began)])
+    link.send([_ready(backend.info, time.monotonic() - began, load.why)])
     reader = threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True)
     reader.start()
     engine.run()

@@ -89,8 +89,8 @@ def test_beyond_loopback_a_key_is_needed() -> None:
     ("name", "make", "said"),
     [
         ("nothing", None, "no such file or folder"),
-        ("empty", lambda p: p.mkdir(), "holds no GGUF file"),
-        ("a.txt", lambda p: p.write_text("x", encoding="utf-8"), "not a GGUF file"),
+        ("empty", lambda p: p.mkdir(), "holds no GGUF or ONNX file"),
+        ("a.txt", lambda p: p.write_text("x", encoding="utf-8"), "not a .gguf or .onnx file"),
         ("a.gguf", lambda p: p.write_bytes(b"not one"), "a.gguf"),
         ("two", lambda p: (p.mkdir(), (p / "1.gguf").touch(), (p / "2.gguf").touch()), "several GGUF files"),
         ("run", lambda p: (p / "merged").mkdir(parents=True), "edge export gguf"),

@@ -31,6 +31,8 @@ class BackendInfo:
     batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
     chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
     embedding: length of the vectors that `Embeds.embed` gives; 0 where the backend has none.
+    draft_streams: a step may verify drafts while no more streams than this decode, where more would cost more
+    than they save.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class BackendInfo:
     stop_ids: frozenset[int]
     shared: bool = False
     bos_id: int | None = None
+    draft_streams: int = 2**31
     add_bos: bool = False
     bos_text: str = ""
     eos_text: str = ""

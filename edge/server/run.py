@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge import artefact, planning
+from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UsageError
 from edge.server.guard import Access, is_loopback
 from edge.server.registry import Planned, Registry
@@ -29,7 +30,11 @@ ADMIN_KEY_VARIABLE = "EDGE_ADMIN_KEY"
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge serve", description="Serve a model over HTTP.")
     parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="path", help="a run, a folder with a GGUF, or a .gguf file"
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="path",
+        help="a run, a folder with a model, or a .gguf or .onnx file",
     )
     parser.add_argument(
         "--lora", type=Path, help="an adapter (edge export lora), put on top for every request of this server"
@@ -41,7 +46,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ctx", type=int, help="tokens that one request may hold, answer included")
     parser.add_argument("--slots", type=int, help="requests that run at once")
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: what is faster here")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
     parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait")
@@ -103,21 +109,20 @@ def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
 
 def planned(path: Path, args: argparse.Namespace) -> Planned:
     """How the artefact at `path` is to be loaded on this machine now. Raises EdgeError."""
-    found = artefact.resolve(path)
+    options = planning.Options(
+        context=args.ctx,
+        slots=args.slots,
+        threads=args.threads,
+        device=args.device,
+        kv_type=args.kv_type,
+    )
+    # An adapter in GGUF goes on top of a GGUF.
+    found, why = planning.pick(path, args.backend if args.lora is None else "llamacpp", options)
     if args.lora is not None:
         found = artefact.with_lora(found, args.lora)
-    settings = planning.plan(
-        found,
-        planning.Options(
-            context=args.ctx,
-            slots=args.slots,
-            threads=args.threads,
-            device=args.device,
-            kv_type=args.kv_type,
-        ),
-    )
+    settings = planning.plan(found, options)
     load = Load(
-        kind="llamacpp",
+        kind=found.kind,
         path=str(found.path),
         settings=dataclasses.asdict(settings),
         stop_ids=sorted(found.stop_ids),
@@ -127,6 +132,7 @@ def planned(path: Path, args: argparse.Namespace) -> Planned:
         store_mib=args.kv_store_mib,
         digest=found.digest,
         lora=str(found.lora or ""),
+        why=f"{found.kind}: {why}",
     )
     need = planning.estimate(found, kv_type=args.kv_type, slots=settings.slots)
     return Planned(load, found, need.total(settings.capacity))

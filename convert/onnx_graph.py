@@ -1,0 +1,71 @@
+"""What an exported graph lacks: an input for the positions whose logits are wanted, and the cache's width.
+
+Without the input a prompt's logits are computed for every token of it, a fifth of a megabyte each. Its
+default is the last position, so that whoever does not know it gets the next token's logits.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+_HEADS = ("MatMul", "MatMulNBits", "Gemm")
+
+
+def complete(path: Path, name: str, head_size: int) -> None:
+    """Let the graph at `path` compute logits of the positions in the new input `name` [outputs] alone.
+
+    Its logits are [batch, outputs, vocabulary] then. Caches get the last dimension `head_size`, which the
+    builder leaves open. Weights beside the file are not touched.
+    """
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    node = makers["logits"]
+    after = set(node.output)
+    while node.op_type not in _HEADS:
+        node = makers[node.input[0]]
+        after.update(node.output)
+    picked = f"{name}_hidden"
+    gather = helper.make_node("Gather", [node.input[0], name], [picked], name=f"/{name}/Gather", axis=1)
+    node.input[0] = picked
+    graph.node.insert(list(graph.node).index(node), gather)
+    graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["outputs"]))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), name))
+    # Shapes that were noted for what now has fewer positions.
+    for info in [info for info in graph.value_info if info.name in after]:
+        graph.value_info.remove(info)
+    [logits] = [output for output in graph.output if output.name == "logits"]
+    logits.type.tensor_type.shape.dim[1].Clear()
+    logits.type.tensor_type.shape.dim[1].dim_param = "outputs"
+    for value in (*graph.input, *graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].Clear()
+            value.type.tensor_type.shape.dim[3].dim_value = head_size
+    onnx.save_model(model, path)
+
+
+def for_generator(folder: Path, target: Path) -> None:
+    """An exported folder as onnxruntime-genai's own Generator loads it: the same weights, linked where the
+    disk can.
+
+    It must read in the graph that it gets the logits of one position, and allots that many.
+    """
+    for path in folder.iterdir():
+        if path.suffix != ".onnx":
+            # onnxruntime follows no symbolic link out of the folder.
+            try:
+                os.link(path, target / path.name)
+            except OSError:
+                shutil.copyfile(path, target / path.name)
+            continue
+        model = onnx.load(path, load_external_data=False)
+        [logits] = [output for output in model.graph.output if output.name == "logits"]
+        logits.type.tensor_type.shape.dim[1].Clear()
+        logits.type.tensor_type.shape.dim[1].dim_value = 1
+        onnx.save_model(model, target / path.name)

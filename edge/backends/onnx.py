@@ -1,0 +1,299 @@
+"""ONNX Runtime, one step at a time: keys and values are written in place, one row of the batch for each slot.
+
+A run of the session is either one token of every decoding slot, or a piece of one prompt: that is what
+GroupQueryAttention takes. Rows that differ in length are padded on the right by the mask, and a padded row
+writes behind its own end alone. Only the logits that are asked for are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import onnx_providers
+from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.onnx_device import DeviceRows
+from edge.backends.onnx_rows import Rows
+from edge.backends.onnx_tokens import Vocabulary
+from edge.errors import EdgeError, InputError
+from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
+
+TEMPLATE = "chat_template.jinja"
+# Windows of rows whose tensors are kept bound, the oldest let go first.
+_BINDINGS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is loaded. context: tokens of one slot. threads: of a run.
+
+    spin: threads wait for work by spinning, which is faster where no other program wants their cores.
+    device: auto, cpu, cuda or another provider's short name (onnx_providers.NAMES).
+    """
+
+    slots: int = 16
+    context: int = 4096
+    batch: int = 512
+    threads: int = 1
+    spin: bool = True
+    device: str = "auto"
+    tuned: str = "not measured"
+
+    @property
+    def outputs(self) -> int:
+        """Logits of one step: each slot's next token and room for drafts."""
+        return min(self.batch, self.slots + 64)
+
+
+class Model:
+    """An exported model's files, checked. Sessions with different settings may be made over it.
+
+    Raises UnavailableError without the packages, InputError for files that cannot be served.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.runtime = onnx_providers.library()
+        self.path = path
+        self.header = read_onnx(path)
+        if not self.header.selects:
+            raise InputError(
+                f"{path} gives the logits of every position; that is slow, and not what `edge export` makes",
+                "export the model: edge export onnx RUN",
+            )
+        self.vocabulary = Vocabulary(path.parent, self.header.vocab_size)
+        template = path.parent / TEMPLATE
+        self.template = template.read_text(encoding="utf-8") if template.is_file() else None
+
+
+def _rows(model: Model, settings: Settings, opened: onnx_providers.Opened) -> Rows | DeviceRows:
+    """Cells where the session's provider computes."""
+    header = model.header
+    shape = {
+        "layers": header.block_count,
+        "slots": settings.slots,
+        "heads": header.head_count_kv,
+        "room": settings.context,
+        "width": header.key_length,
+    }
+    if opened.memory == "cpu":
+        return Rows(**shape, dtype=header.cache_type)
+    return DeviceRows(model.runtime, opened.provider, opened.memory, **shape, dtype=header.cache_type)
+
+
+class Onnx:
+    """A session over a model, as a Backend. Raises InputError, UnavailableError where it cannot be made."""
+
+    def __init__(
+        self, model: Model, settings: Settings, *, extra_stop_ids: frozenset[int] = frozenset()
+    ) -> None:
+        header = model.header
+        self._model = model
+        self._settings = settings
+        opened = onnx_providers.open_session(
+            model.runtime,
+            model.path,
+            settings.device,
+            threads=settings.threads,
+            spin=settings.spin,
+            cache_type=header.cache_type,
+        )
+        self._session: Any = opened.session
+        self._rows = _rows(model, settings, opened)
+        self._names = [
+            (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}")
+            for layer in range(header.block_count)
+            for part in ("key", "value")
+        ]
+        # The run's inputs. A window may hold rows that are run along.
+        self._ids = np.zeros(max(settings.batch, settings.slots), np.int64)
+        self._mask = np.zeros(settings.slots * settings.context, np.int64)
+        self._order = np.arange(settings.context, dtype=np.int64)
+        self._picks = np.zeros(settings.batch, np.int64)
+        # One row more: a piece of a prompt without outputs gives one that nobody reads.
+        self._logits = np.zeros((settings.slots + settings.outputs + 1, header.vocab_size), header.cache_type)
+        self._bindings: dict[tuple[int, int], Any] = {}
+        self._lengths = [0] * settings.slots
+        self._options = model.runtime.RunOptions()
+        self._interrupted = False
+        self.info = self._describe(opened, extra_stop_ids)
+
+    def _describe(self, opened: onnx_providers.Opened, extra_stop_ids: frozenset[int]) -> BackendInfo:
+        settings, header, vocabulary = self._settings, self._model.header, self._model.vocabulary
+        bits = ", ".join(f"{count} of {width} bits" for width, count in header.matrices.items())
+        return BackendInfo(
+            kind="onnx",
+            name=self._model.path.name,
+            device=opened.device,
+            why=opened.why,
+            slots=settings.slots,
+            context=settings.context,
+            capacity=settings.slots * settings.context,
+            batch=settings.batch,
+            outputs=settings.outputs,
+            vocab=header.vocab_size,
+            stop_ids=extra_stop_ids | vocabulary.ends,
+            draft_streams=1,
+            bos_id=vocabulary.bos_id,
+            add_bos=vocabulary.add_bos,
+            bos_text=vocabulary.bos_text,
+            eos_text=vocabulary.eos_text,
+            chat_template=self._model.template,
+            settings={
+                "threads": str(settings.threads),
+                "spin": "on" if settings.spin else "off",
+                "kv": "a part for each slot",
+                "kv_type": header.cache_type,
+                "batch": str(settings.batch),
+                "tuned": settings.tuned,
+                "provider": opened.provider,
+                "matrices": bits,
+                "build": f"onnxruntime {self._model.runtime.__version__}",
+            },
+        )
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return self._model.vocabulary.encode(text, special=special)
+
+    def decode(self, token: int) -> bytes:
+        return self._model.vocabulary.decode(token)
+
+    def step(self, rows: Sequence[Row]) -> Logits:
+        check_rows(rows, self.info, self._lengths)
+        self._interrupted = False
+        self._options.terminate = False
+        # Slots whose outputs begin where in the buffer.
+        begin: dict[int, int] = {}
+        # First: a row that is run along writes one cell where another row's piece is to lie.
+        at = self._decode([row for row in rows if len(row.tokens) == 1], begin)
+        for row in rows:
+            if len(row.tokens) > 1:
+                begin[row.slot] = at
+                at += self._read(row, at)
+        for row in rows:
+            self._lengths[row.slot] += len(row.tokens)
+        wanted = [begin[row.slot] + i for row in rows for i in range(row.outputs)]
+        if not wanted:
+            return np.zeros((0, self.info.vocab), np.float32)
+        first = wanted[0]
+        found = (
+            self._logits[first : first + len(wanted)]
+            if wanted == list(range(first, first + len(wanted)))
+            else self._logits[wanted]
+        )
+        logits: Logits = found if found.dtype == np.float32 else found.astype(np.float32)
+        return logits
+
+    def _decode(self, rows: Sequence[Row], begin: dict[int, int]) -> int:
+        """One token of each row in one run; the logits that were written, one for each row of the window."""
+        if not rows:
+            return 0
+        first, count = self._rows.window([row.slot for row in rows], self._lengths)
+        ids = self._ids[:count]
+        ids[:] = 0
+        totals = np.zeros(count, np.int64)
+        for slot, length in enumerate(self._lengths):
+            if 0 <= (place := self._rows.row(slot) - first) < count:
+                totals[place] = length + 1
+        for row in rows:
+            place = self._rows.row(row.slot) - first
+            ids[place] = row.tokens[0]
+            begin[row.slot] = place
+        self._run(first, count, ids, totals, self._picks[:1] * 0, 0)
+        return count
+
+    def _read(self, row: Row, at: int) -> int:
+        """A piece of a prompt, or a draft; the logits that were written, from `at` on."""
+        n = len(row.tokens)
+        ids = self._ids[:n]
+        ids[:] = row.tokens
+        picks = self._picks[: max(1, row.outputs)]
+        picks[:] = range(n - len(picks), n)
+        self._run(self._rows.row(row.slot), 1, ids, np.array([row.pos + n]), picks, at)
+        return len(picks)
+
+    def _run(
+        self,
+        first: int,
+        count: int,
+        ids: NDArray[np.int64],
+        totals: NDArray[np.int64],
+        picks: NDArray[np.int64],
+        at: int,
+    ) -> None:
+        """Run `ids` [count x n] in the rows from `first` on, which then hold `totals` [count] tokens.
+
+        Logits of the positions `picks` of each row go to the buffer from `at` on. Raises StepInterrupted.
+        """
+        if self._interrupted:
+            raise StepInterrupted
+        width = int(totals.max())
+        mask = self._mask[: count * width]
+        mask.reshape(count, width)[:] = self._order[:width] < totals[:, None]
+        binding = self._binding(first, count)
+        for name, array, shape in (
+            ("input_ids", ids, (count, len(ids) // count)),
+            ("attention_mask", mask, (count, width)),
+            (OUTPUT_POSITIONS, picks, (len(picks),)),
+        ):
+            binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
+        made = (count, len(picks), self.info.vocab)
+        binding.bind_output("logits", "cpu", 0, self._logits.dtype, made, self._logits[at:].ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as error:  # onnxruntime raises classes of its own, without a common base
+            if self._interrupted:
+                raise StepInterrupted from None
+            raise EdgeError(f"onnxruntime failed in a step of {len(ids)} tokens: {error}") from error
+
+    def _binding(self, first: int, count: int) -> Any:
+        """Keys and values of the rows `first` to `first + count`, as inputs and, in place, as outputs."""
+        binding = self._bindings.get((first, count))
+        if binding is None:
+            if len(self._bindings) >= _BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
+            binding = self._bindings[first, count] = self._session.io_binding()
+            shape = (count, *self._rows.shape)
+            kind, device = self._rows.dtype.type, self._rows.device
+            for part, (past, present) in enumerate(self._names):
+                pointer = self._rows.pointer(part, first)
+                binding.bind_input(past, device, 0, kind, shape, pointer)
+                binding.bind_output(present, device, 0, kind, shape, pointer)
+        return binding
+
+    def copy(self, src: int, dst: int, n: int) -> None:
+        slots = self.info.slots
+        if src == dst or not (0 <= src < slots and 0 <= dst < slots) or not 0 <= n <= self._lengths[src]:
+            raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
+        self._rows.copy(src, dst, n)
+        self._lengths[dst] = n
+
+    def truncate(self, slot: int, n: int) -> None:
+        if not 0 <= slot < self.info.slots or not 0 <= n <= self._lengths[slot]:
+            raise ValueError(f"truncate slot {slot} to {n}")
+        self._lengths[slot] = n
+
+    def save(self, slot: int) -> bytes:
+        """The cells of a slot: 2 x layers, heads, tokens, width, in the cache's own type."""
+        return self._rows.save(slot, self._lengths[slot])
+
+    def restore(self, slot: int, cells: bytes, length: int) -> bool:
+        if self._lengths[slot] != 0 or not 0 < length <= self.info.context:
+            raise ValueError(f"restore of {length} tokens into slot {slot} of {self._lengths[slot]}")
+        if not self._rows.restore(slot, cells, length):
+            return False
+        self._lengths[slot] = length
+        return True
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+        self._options.terminate = True
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._session = None
+        self._rows.close()

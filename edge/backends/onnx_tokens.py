@@ -1,0 +1,137 @@
+"""Text to token ids and back, from a tokenizer.json alone, through the package `tokenizers`.
+
+A token's bytes are wanted, not its text: a character may be spread over several tokens. Two families of
+vocabularies can tell them: byte-level BPE (GPT-2's table of printable stand-ins, one for each byte), and
+SentencePiece's (a space is "▁", and `<0x0A>` is a byte). Another family is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edge.errors import InputError, UnavailableError
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MAX_BYTES = 256 * 2**20
+
+
+def byte_table() -> dict[str, int]:
+    """GPT-2's stand-ins: printable characters of Latin-1 stand for themselves, the others for U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+class Vocabulary:
+    """A tokenizer of `size` ids; those beyond its own are ids that no text has.
+
+    Thread-safe. Raises InputError for a file that is missing, broken or of a family that is not known.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UnavailableError(
+                "serving ONNX needs the package tokenizers", "pip install -c constraints.txt '.[serve,onnx]'"
+            ) from error
+        path = folder / "tokenizer.json"
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            raise InputError(
+                f"{path} is missing or no tokenizer", "export again: edge export onnx RUN --overwrite"
+            )
+        text = path.read_text(encoding="utf-8")
+        try:
+            described: dict[str, Any] = json.loads(text)
+            # One that parses control tokens, one that reads them as plain text.
+            self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        except Exception as error:  # the package raises plain Exception
+            raise InputError(
+                f"{path} cannot be read: {error}", "export again, with the base's tokenizer"
+            ) from error
+        for tokenizer in (self._special, self._plain):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._plain.encode_special_tokens = True
+        if self._special.get_vocab_size() > size:
+            raise InputError(f"{path} has more tokens than the model's {size}", "it belongs to another model")
+        self._pieces = _pieces(path, self._special, described, size)
+        config = _read_config(folder / "tokenizer_config.json")
+        self.bos_text, self.eos_text = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
+        self.bos_id: int | None = self._special.token_to_id(self.bos_text) if self.bos_text else None
+        eos = self._special.token_to_id(self.eos_text) if self.eos_text else None
+        self.ends = frozenset(() if eos is None else (eos,))
+        added = self._special.encode("a", add_special_tokens=True).ids
+        self.add_bos = self.bos_id is not None and added[:1] == [self.bos_id]
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
+        tokenizer = self._special if special else self._plain
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token: int) -> bytes:
+        """The bytes of `token`; none for a control token."""
+        return self._pieces[token]
+
+
+def _pieces(path: Path, tokenizer: Any, described: dict[str, Any], size: int) -> list[bytes]:
+    names = {part.get("type") for part in _parts(described.get("decoder"))}
+    model = described.get("model") or {}
+    if "ByteLevel" in names:
+        table = byte_table()
+
+        def convert(text: str) -> bytes:
+            # A token that was added as it is may hold characters that stand for no byte.
+            if all(character in table for character in text):
+                return bytes(table[character] for character in text)
+            return text.encode("utf-8")
+
+    elif names & {"ByteFallback", "Metaspace", "Replace"} and model.get("type") in ("BPE", "Unigram"):
+
+        def convert(text: str) -> bytes:
+            byte = _BYTE.fullmatch(text)
+            return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode("utf-8")
+
+    else:
+        raise InputError(
+            f"{path}: the bytes of its tokens are not known (decoder {', '.join(sorted(map(str, names)))})",
+            "serve this model as GGUF: edge export gguf RUN",
+        )
+    pieces = [b""] * size
+    for text, token in tokenizer.get_vocab(with_added_tokens=False).items():
+        if token < size:
+            pieces[token] = convert(text)
+    for token, added in tokenizer.get_added_tokens_decoder().items():
+        if token < size:
+            pieces[token] = b"" if added.special else added.content.encode("utf-8")
+    return pieces
+
+
+def _parts(decoder: Any) -> list[dict[str, Any]]:
+    if not isinstance(decoder, dict):
+        return []
+    if decoder.get("type") == "Sequence":
+        return [part for part in decoder.get("decoders", []) if isinstance(part, dict)]
+    return [decoder]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}", "export again: edge export onnx RUN") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _token_text(value: Any) -> str:
+    """A token in tokenizer_config.json: its text, or an object that holds it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""

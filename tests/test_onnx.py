@@ -1,0 +1,573 @@
+"""The ONNX backend: files that cannot be trusted, tokens, rows, providers, and which backend is taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("tokenizers")
+
+import onnx
+
+from edge import artefact, hardware, manifest, planning, tune, tune_onnx
+from edge.backends import onnx_providers as providers
+from edge.backends.base import Row, StepInterrupted
+from edge.backends.onnx import Model, Onnx, Settings
+from edge.backends.onnx_rows import Rows
+from edge.backends.onnx_tokens import Vocabulary
+from edge.errors import InputError, UnavailableError, UsageError
+from edge.hardware import GPU, Memory
+from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
+from edge.planning import Options
+from tests import tiny_llama, tiny_onnx
+
+SMALL = Settings(slots=4, context=128, batch=64, device="cpu")
+CARD = GPU(0, "Card", 8 << 30, 8 << 30, "600.1", "9.0", "13.1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("模型 目录")
+    tiny_onnx.write(made, name="тест.onnx")
+    return made
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """The model's path, in a folder that may be damaged."""
+    shutil.copytree(folder, tmp_path / "m")
+    return tmp_path / "m" / "тест.onnx"
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    onnx.save_model(model, path)
+
+
+# -- untrusted files ---------------------------------------------------------------------------------------
+
+
+def test_the_header_says_what_planning_needs(folder: Path) -> None:
+    header = read_onnx(folder / "тест.onnx")
+    assert (header.block_count, header.head_count, header.head_count_kv) == (2, 4, 2)
+    assert (header.key_length, header.embedding_length) == (16, 64)
+    assert (header.vocab_size, header.context_length, header.cache_type) == (tiny_onnx.VOCAB, 512, "float32")
+    assert header.files == ("тест.onnx", "тест.onnx.data")
+    assert header.weights_bytes == sum((folder / name).stat().st_size for name in header.files)
+    assert header.selects
+    assert header.matrices == {32: 2 * 6 + 1}
+
+
+@pytest.mark.parametrize(
+    "place", ["../weights", "/etc/passwd", "sub/weights", "..", "C:\\weights", "a\\..\\b", "", "missing"]
+)
+def test_weights_outside_the_folder_are_refused(copy: Path, place: str) -> None:
+    (copy.parent.parent / "weights").write_bytes(b"\0" * 10**6)
+
+    def move(model: Any) -> None:
+        [entry] = [e for e in model.graph.initializer[-2].external_data if e.key == "location"]
+        entry.value = place
+
+    edit(copy, move)
+    with pytest.raises(InputError, match=r"its folder|damaged"):
+        read_onnx(copy)
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(copy: Path) -> None:
+    data = copy.with_name("тест.onnx.data")
+    data.rename(copy.parent.parent / "elsewhere")
+    data.symlink_to(copy.parent.parent / "elsewhere")
+    with pytest.raises(InputError, match="not a file in its folder"):
+        read_onnx(copy)
+
+
+def test_weights_that_were_cut_off_are_named(copy: Path) -> None:
+    data = copy.with_name("тест.onnx.data")
+    data.write_bytes(data.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="cut off"):
+        read_onnx(copy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("offset", "-8"), ("length", "4"), ("offset", "99999999999")])
+def test_wrong_places_within_the_weights_are_refused(copy: Path, key: str, value: str) -> None:
+    def change(model: Any) -> None:
+        [entry] = [e for e in model.graph.initializer[-2].external_data if e.key == key]
+        entry.value = value
+
+    edit(copy, change)
+    with pytest.raises(InputError, match="should have"):
+        read_onnx(copy)
+
+
+def test_operators_from_other_libraries_are_refused(copy: Path) -> None:
+    def change(model: Any) -> None:
+        model.graph.node[0].domain = "ai.onnx.contrib"
+
+    edit(copy, change)
+    with pytest.raises(InputError, match=r"ai\.onnx\.contrib"):
+        read_onnx(copy)
+
+
+def test_programs_for_a_device_are_refused(copy: Path) -> None:
+    edit(copy, lambda model: setattr(model.graph.node[0], "op_type", "EPContext"))
+    with pytest.raises(InputError, match="compiled elsewhere"):
+        read_onnx(copy)
+
+
+def test_a_cut_or_scrambled_graph_is_an_error_never_a_crash(copy: Path) -> None:
+    whole = copy.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(whole[: rng.integers(1, len(whole))])
+        for at in rng.integers(0, len(data), 4):
+            data[at] = rng.integers(0, 256)
+        copy.write_bytes(bytes(data))
+        try:
+            read_onnx(copy)
+        except InputError as error:
+            assert "тест" in str(error) or "m" in str(error)
+
+
+def test_other_inputs_and_missing_ones_are_named(copy: Path) -> None:
+    edit(copy, lambda model: setattr(model.graph.input[0], "name", "inputs_embeds"))
+    with pytest.raises(InputError, match="inputs_embeds"):
+        read_onnx(copy)
+
+
+def test_a_graph_without_chosen_positions_is_not_served(copy: Path) -> None:
+    def change(model: Any) -> None:
+        del model.graph.input[-1]
+
+    edit(copy, change)
+    assert not read_onnx(copy).selects
+    with pytest.raises(InputError, match="edge export onnx"):
+        Model(copy)
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "坏.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(InputError, match="坏"):
+        read_onnx(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="0 bytes"):
+        read_onnx(path)
+
+
+# -- tokens ----------------------------------------------------------------------------------------------
+
+
+def test_control_tokens_are_parsed_only_where_asked(folder: Path) -> None:
+    vocabulary = Vocabulary(folder, tiny_onnx.VOCAB)
+    assert vocabulary.encode("<|end|>x", special=True) == [tiny_onnx.END, ord("x")]
+    assert vocabulary.encode("<|end|>x", special=False) == list(b"<|end|>x")
+    assert vocabulary.decode(tiny_onnx.END) == b""
+    # One that people see, and one that no text has.
+    assert vocabulary.decode(258) == b"<think>"
+    assert vocabulary.decode(tiny_onnx.VOCAB - 1) == b""
+
+
+def test_s20_the_begin_token_comes_from_the_tokenizer(folder: Path) -> None:
+    vocabulary = Vocabulary(folder, tiny_onnx.VOCAB)
+    assert (vocabulary.bos_id, vocabulary.add_bos) == (tiny_onnx.BOS, True)
+    assert (vocabulary.bos_text, vocabulary.eos_text) == ("<|begin|>", "<|end|>")
+    assert vocabulary.encode("x", special=True) == [ord("x")]
+
+
+def test_sentencepiece_spaces_and_bytes(tmp_path: Path) -> None:
+    described = tiny_onnx.tokenizer()
+    words = {"▁": 0, "a": 1, "<0xE4>": 2, "▁a": 3}
+    described["model"] = {"type": "BPE", "vocab": words, "merges": [], "byte_fallback": True}
+    described["added_tokens"], described["pre_tokenizer"] = [], None
+    described["post_processor"] = None
+    described["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    vocabulary = Vocabulary(tmp_path, 8)
+    assert [vocabulary.decode(token) for token in range(4)] == [b" ", b"a", b"\xe4", b" a"]
+    assert not vocabulary.add_bos
+
+
+def test_a_vocabulary_whose_bytes_are_not_known_is_refused(tmp_path: Path) -> None:
+    described = tiny_onnx.tokenizer()
+    described["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(InputError, match="WordPiece"):
+        Vocabulary(tmp_path, 300)
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read"):
+        Vocabulary(tmp_path, 300)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="more tokens"):
+        Vocabulary(folder, 200)
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def filled(lengths: list[int], room: int = 16) -> Rows:
+    """Rows whose cells hold their slot's number."""
+    rows = Rows(layers=1, slots=len(lengths), heads=1, room=room, width=2, dtype="float32")
+    for slot, n in enumerate(lengths):
+        rows.cells[:, rows.row(slot), :, :n] = slot + 1
+    return rows
+
+
+def holds(rows: Rows, slot: int, n: int) -> bool:
+    return bool((rows.cells[:, rows.row(slot), :, :n] == slot + 1).all())
+
+
+def test_neighbours_are_not_moved() -> None:
+    rows = filled([3, 3, 3, 3])
+    assert rows.window([1, 2], [3, 3, 3, 3]) == (1, 2)
+    assert [rows.row(slot) for slot in range(4)] == [0, 1, 2, 3]
+
+
+def test_slots_move_together_and_keep_their_cells() -> None:
+    lengths = [3, 9, 4, 7, 0, 5]
+    rows = filled(lengths)
+    first, count = rows.window([0, 3, 5], lengths)
+    assert count == 3
+    assert sorted(rows.row(slot) for slot in (0, 3, 5)) == list(range(first, first + 3))
+    assert sorted(rows.row(slot) for slot in range(6)) == list(range(6))
+    assert all(holds(rows, slot, n) for slot, n in enumerate(lengths))
+
+
+def test_running_along_is_kept_up_while_moving_costs_more() -> None:
+    lengths = [1000, 1000, 1000]
+    rows = filled(lengths, room=1024)
+    windows = [rows.window([0, 2], lengths) for _ in range(8)]
+    # One row along for each step: 2000 tokens are worth eight of 256.
+    assert windows == [(0, 3)] * 7 + [(0, 2)]
+    assert all(holds(rows, slot, n) for slot, n in enumerate(lengths))
+
+
+def test_a_full_slot_is_never_run_along() -> None:
+    lengths = [900, 1024, 900]
+    rows = filled(lengths, room=1024)
+    assert rows.window([0, 2], lengths)[1] == 2
+    assert all(holds(rows, slot, n) for slot, n in enumerate(lengths))
+
+
+def test_cells_of_another_length_do_not_fit() -> None:
+    rows = filled([5, 0])
+    cells = rows.save(0, 5)
+    assert not rows.restore(1, cells, 4)
+    assert not rows.restore(1, cells[:-1], 5)
+    assert rows.restore(1, cells, 5)
+
+
+# -- the backend -----------------------------------------------------------------------------------------
+
+
+def test_what_it_says_of_itself(folder: Path) -> None:
+    made = Onnx(Model(folder / "тест.onnx"), SMALL, extra_stop_ids=frozenset({tiny_onnx.END}))
+    info = made.info
+    assert (info.kind, info.name, info.device, info.why) == ("onnx", "тест.onnx", "cpu", "asked for")
+    assert (info.slots, info.context, info.capacity, info.shared) == (4, 128, 512, False)
+    assert info.stop_ids == {tiny_onnx.END}
+    assert info.chat_template == tiny_onnx.TEMPLATE
+    assert (info.settings["provider"], info.settings["matrices"]) == ("CPUExecutionProvider", "13 of 32 bits")
+    made.close()
+
+
+def test_the_default_position_is_the_last(folder: Path) -> None:
+    made = Onnx(Model(folder / "тест.onnx"), SMALL)
+    tokens = list(b"abcde")
+    feeds: dict[str, Any] = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 5), np.int64)}
+    empty = np.zeros((1, 2, 0, 16), np.float32)
+    feeds |= {f"past_key_values.{layer}.{part}": empty for layer in range(2) for part in ("key", "value")}
+    [logits] = made._session.run(["logits"], feeds)
+    np.testing.assert_allclose(logits[0], made.step([Row(0, 0, tokens, 1)]), atol=1e-5)
+    made.close()
+
+
+def test_a_step_is_interrupted_between_its_runs_and_within_one(folder: Path) -> None:
+    model = Model(folder / "тест.onnx")
+    made = Onnx(model, Settings(slots=2, context=512, batch=512, device="cpu"))
+    made.step([Row(0, 0, list(b"before"), 0)])
+    want = made.step([Row(1, 0, list(b"y" * 50), 1)]).copy()
+    made.truncate(1, 0)
+    run, calls = made._run, []
+
+    def impatient(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            made.interrupt()
+        run(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "_run", impatient)
+        with pytest.raises(StepInterrupted):
+            made.step([Row(0, 6, [5], 0), Row(1, 0, list(b"y" * 50), 1)])
+    assert made._lengths == [6, 0]
+    np.testing.assert_allclose(made.step([Row(1, 0, list(b"y" * 50), 1)]), want, atol=1e-5)
+    made.step([Row(0, 6, [5], 1)])
+    # Within a run: the flag is set by another thread, which needs the interpreter's lock meanwhile.
+    stop = threading.Event()
+
+    def nag() -> None:
+        while not stop.is_set():
+            made.interrupt()
+            time.sleep(0)
+
+    thread = threading.Thread(target=nag)
+    thread.start()
+    try:
+        interrupted = False
+        for _ in range(200):
+            try:
+                made.truncate(0, 0)
+                made.step([Row(0, 0, list(b"z" * 500), 1)])
+            except StepInterrupted:
+                interrupted = True
+                break
+    finally:
+        stop.set()
+        thread.join()
+    assert interrupted
+    made.close()
+
+
+def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> None:
+    # What the backend makes of 16-bit logits, without a model that computes in them.
+    made = Onnx(Model(tiny_onnx.write(tmp_path)), SMALL)
+    want = made.step([Row(0, 0, list(b"ab"), 2)]).copy()
+    made._logits = made._logits.astype(np.float16)
+    made.truncate(0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "_run", lambda *given: None)
+        got = made.step([Row(0, 0, list(b"ab"), 2)])
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=0.05)
+    made.close()
+
+
+# -- providers -------------------------------------------------------------------------------------------
+
+
+def test_s10_auto_says_why_it_takes_what_it_takes() -> None:
+    cpu, cuda = providers.NAMES["cpu"][0], providers.NAMES["cuda"][0]
+    assert providers.choose("auto", [cpu], []) == ("cpu", "no NVIDIA card was found")
+    name, why = providers.choose("auto", [cpu], [CARD])
+    assert name == "cpu"
+    assert "onnxruntime-gpu" in why
+    assert providers.choose("auto", [cuda, cpu], [CARD]) == ("cuda", "a card was found")
+    assert providers.choose("openvino", ["OpenVINOExecutionProvider", cpu], []) == ("openvino", "asked for")
+    with pytest.raises(UnavailableError, match="CPUExecutionProvider only") as caught:
+        providers.choose("cuda", [cpu], [CARD])
+    assert "onnxruntime-gpu" in str(caught.value)
+    with pytest.raises(UsageError, match="no such device"):
+        providers.choose("tpu", [cpu], [])
+
+
+class Stub:
+    """An onnxruntime that lists CUDA, and whose sessions run on the processor all the same."""
+
+    __file__ = "/nowhere/onnxruntime/__init__.py"
+
+    def get_available_providers(self) -> list[str]:
+        return [providers.NAMES["cuda"][0], providers.NAMES["cpu"][0]]
+
+    def preload_dlls(self) -> None:
+        sys.stdout.write("Failed to load libcublasLt.so.13: cannot open shared object file")
+
+    SessionOptions = lambda self: SimpleNamespace(add_session_config_entry=lambda *_: None)  # noqa: E731
+
+    def InferenceSession(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(get_providers=lambda: [providers.NAMES["cpu"][0]])
+
+
+def test_s10_s11_cuda_that_fell_back_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
+    with pytest.raises(UnavailableError) as caught:
+        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
+    for word in ("libcublasLt.so.13", "CUDA 13", "pip install nvidia-cublas"):
+        assert word in str(caught.value)
+    opened = providers.open_session(
+        Stub(), Path("m.onnx"), "auto", threads=1, spin=True, cache_type="float16"
+    )
+    assert (opened.device, opened.provider) == ("cpu", "CPUExecutionProvider")
+    assert "libcublasLt.so.13 is missing" in opened.why
+    # What the library printed does not reach the terminal.
+    assert capsys.readouterr().out == ""
+
+
+def test_s10_a_provider_that_gives_no_reason_is_an_error_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
+    monkeypatch.setattr(Stub, "preload_dlls", lambda self: None)
+    with pytest.raises(UnavailableError, match="no reason was given"):
+        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
+
+
+def test_a_file_for_processors_is_not_put_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
+    opened = providers.open_session(Stub(), Path("m.onnx"), "auto", threads=1, spin=True)
+    assert opened.device == "cpu"
+    assert "--ep cuda" in opened.why
+    with pytest.raises(InputError, match="exported for processors"):
+        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True)
+
+
+# -- which backend, and how it is loaded -----------------------------------------------------------------
+
+
+def publish(run: Path, *, both: bool = False, **given: Any) -> Path:
+    """A run with an ONNX stage and, if asked, a GGUF one."""
+    with manifest.publish(run / "onnx") as partial:
+        tiny_onnx.write(partial, name="微小.onnx")
+        fields: dict[str, Any] = {
+            "stage": "onnx",
+            "name": "微小",
+            "stop_ids": [tiny_onnx.END],
+            "chat_template": manifest.text_digest(tiny_onnx.TEMPLATE),
+        }
+        manifest.write(partial, manifest.Manifest(**{**fields, **given}))
+    if both:
+        with manifest.publish(run / "gguf") as partial:
+            tiny_llama.write(partial / "微小.gguf")
+            manifest.write(partial, manifest.Manifest("gguf", "微小"))
+    return run
+
+
+def test_run_folder_and_file_are_the_same_artefact(tmp_path: Path) -> None:
+    publish(tmp_path)
+    by_run = artefact.resolve(tmp_path)
+    assert by_run == artefact.resolve(tmp_path / "onnx") == artefact.resolve(tmp_path / "onnx" / "微小.onnx")
+    assert (by_run.kind, by_run.name, by_run.stop_ids) == ("onnx", "微小", frozenset({tiny_onnx.END}))
+    assert by_run.digest == manifest.read(tmp_path / "onnx").digest
+
+
+def test_files_that_were_changed_after_the_export_are_refused(tmp_path: Path) -> None:
+    publish(tmp_path)
+    path = tmp_path / "onnx" / "微小.onnx.data"
+    path.write_bytes(path.read_bytes() + b"\0" * 64)
+    with pytest.raises(InputError, match=r"edge\.json says"):
+        artefact.resolve(tmp_path)
+    publish(tmp_path / "2", chat_template=manifest.text_digest("another"))
+    with pytest.raises(InputError, match="chat template"):
+        artefact.resolve(tmp_path / "2")
+
+
+def test_a_run_without_onnx_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(InputError, match="edge export onnx"):
+        artefact.resolve(tmp_path, "onnx")
+
+
+def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = artefact.candidates(publish(tmp_path, both=True))
+    assert [one.kind for one in found] == ["llamacpp", "onnx"]
+    missing: set[str] = set()
+    monkeypatch.setattr(
+        planning.importlib.util, "find_spec", lambda name: None if name in missing else object()
+    )
+
+    def choose(asked: str | None = None, **speeds: Any) -> tuple[str, str]:
+        one, why = planning.choose_backend(found, asked, lambda one: speeds.get(one.kind))
+        return one.kind, why
+
+    assert choose()[0] == "llamacpp"
+    assert "edge tune RUN --backend onnx" in choose()[1]
+    assert choose("onnx") == ("onnx", "asked for")
+    fast, slow = (0.01, 0.02, 0.001), (0.02, 0.03, 0.001)
+    kind, why = choose(onnx=fast, llamacpp=slow)
+    assert (kind, why) == ("onnx", "the faster one here: llamacpp 50, onnx 100 tok/s for one stream")
+    assert choose(onnx=slow, llamacpp=fast)[0] == "llamacpp"
+    missing.add("llama_cpp")
+    assert choose() == ("onnx", "llama_cpp is not installed")
+    missing.add("onnxruntime")
+    with pytest.raises(UnavailableError, match="llama_cpp"):
+        choose()
+    with pytest.raises(InputError, match="edge export gguf"):
+        planning.choose_backend(found[1:], "llamacpp", lambda one: None)
+
+
+def test_s12_slots_shrink_to_the_memory_and_what_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = artefact.resolve(publish(tmp_path))
+    need = planning.estimate(tiny, kv_type="f16", slots=16)
+    assert need.cell == 2 * 2 * (16 + 16) * 4
+    memory = need.total(5 * 512 + 100)
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, memory))
+    planned = planning.plan(tiny, Options())
+    assert isinstance(planned, Settings)
+    assert (planned.slots, planned.context) == (5, 512)
+    with pytest.raises(InputError, match="--slots 5"):
+        planning.plan(tiny, Options(slots=16))
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, need.total(300)))
+    with pytest.raises(InputError, match="--ctx 256"):
+        planning.plan(tiny, Options())
+    with pytest.raises(UsageError, match="trained for 512"):
+        planning.plan(tiny, Options(context=10_000_000))
+    with pytest.raises(UsageError, match=r"llama\.cpp's"):
+        monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, 2**40))
+        planning.plan(tiny, Options(kv_type="q8_0"))
+
+
+def test_other_devices_are_for_onnx() -> None:
+    with pytest.raises(UnavailableError, match="is for ONNX"):
+        planning.choose_device("dml")
+
+
+def test_tuning_measures_threads_and_spinning_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tune, "BUDGET_S", 60.0)
+    model = Model(folder / "тест.onnx")
+    asked = Settings(slots=4, context=512, threads=1, device="cpu")
+    first = tune_onnx.settings(model, asked)
+    assert first.tuned.startswith("measured")
+    found = json.loads(tune_onnx.cache(model.path, asked).read_text(encoding="utf-8"))
+    assert [(row["threads"], row["spin"]) for row in found["trials"]] == [(1, True), (1, False)]
+    monkeypatch.setattr(tune_onnx, "measure", lambda *_: pytest.fail("measured twice"))
+    assert tune_onnx.settings(model, asked) == first
+    told = tune.speed(artefact.resolve(folder / "тест.onnx"), asked)
+    assert told == (found["chosen"]["one"], found["chosen"]["eight"], found["chosen"]["prompt"])
+
+
+def test_it_needs_neither_torch_nor_llama_cpp(folder: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "transformers", "peft", "llama_cpp", "onnx"):
+    sys.modules[name] = None
+from pathlib import Path
+import edge.server.run, edge.server.app, edge.worker
+from edge.backends.base import Row
+from edge import planning, tune_onnx, worker
+found, _ = planning.pick(Path(sys.argv[1]), None, planning.Options(device="cpu"))
+load = worker.Load("onnx", str(found.path), dict(slots=2, context=64, device="cpu"))
+print(worker.open_backend(load).step([Row(0, 0, [5, 6], 1)]).shape[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(tiny_onnx.VOCAB), done.stderr
+
+
+def test_what_the_exported_input_is_called() -> None:
+    # The name is in every file that was exported: it may not change.
+    assert OUTPUT_POSITIONS == "output_positions"
