@@ -22,7 +22,7 @@ from edge.errors import ExistsError, InputError
 
 FILE = "edge.json"
 SCHEMA = 1
-STAGES = ("model", "adapter", "merged", "gguf", "onnx")
+STAGES = ("model", "checkpoint", "adapter", "merged", "gguf", "onnx")
 
 
 @dataclass
