@@ -7,11 +7,11 @@ side by side. RUN/generated_predictions.jsonl has every answer, RUN/predict_resu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,10 @@ def _tuned(stage: Path, base: Path, config: TrainConfig, place: Place) -> Any:
     from peft import PeftModel
 
     model = load_model(base, place, double_quant=config.double_quantization)
-    return PeftModel.from_pretrained(model, str(stage))
+    with warnings.catch_warnings():
+        # peft asks transformers by an old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(model, str(stage))
 
 
 @dataclass
@@ -172,7 +175,7 @@ def _logs(model: Any, pairs: list[Pair], size: int, device: str) -> list[tuple[f
 
     head = LossHead(model)
     found = {}
-    with torch.no_grad(), contextlib.nullcontext():
+    with torch.no_grad():
         for batch in by_length(pairs, size):
             sums, _ = head.sums([one.chosen for one in batch] + [one.rejected for one in batch], device)
             for pair, good, bad in zip(batch, *(half.tolist() for half in sums.chunk(2)), strict=True):
