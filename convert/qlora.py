@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from convert import answers, checkpoint, dist, interrupt, loop, plots, prepare, template
+from convert import answers, checkpoint, dist, interrupt, loop, memory, plots, prepare, template
 from convert.folder import check_folder
 from convert.losses import LossHead, Preference, reference
 from convert.model import Place, add_adapter, choose_place, load_model, quantized_layers, unfreeze
@@ -91,6 +91,7 @@ def run(
         console.print(f"note: {line}", style="yellow")
     console.print(_plan(config, made, place, world.size))
     eager = place.device == "cpu" and made.longest <= _EAGER_LONGEST
+    memory.check(base, config, made, place, eager=eager, console=console)
     try:
         with loop.out_of_memory(config):
             return _train(
