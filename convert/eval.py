@@ -85,7 +85,7 @@ def run(
     console.print(f"{len(rows)} rows, {config.model_name_or_path} and {folder / stage} on {place.device}")
     began = time.monotonic()
     found: dict[str, Result] = {}
-    model = _tuned(folder / stage, base, config, place)
+    model = load_tuned(folder / stage, base, config, place)
     without = getattr(model, "disable_adapter", None)
     job = _Job(form, rows, made.held, config, place, max_new_tokens, size)
     if with_base and without is not None:
@@ -130,7 +130,8 @@ def _config(
     return config if max_samples is None or not dataset else replace(config, max_samples=max_samples)
 
 
-def _tuned(stage: Path, base: Path, config: TrainConfig, place: Place) -> Any:
+def load_tuned(stage: Path, base: Path, config: TrainConfig, place: Place) -> Any:
+    """The trained model in the folder `stage`, an adapter over `base` or whole."""
     if stage.name == "merged":
         return load_model(stage, place)
     from peft import PeftModel

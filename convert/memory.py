@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from convert.encode import Pair, Sample
 from convert.loop import batches
 from convert.losses import LossHead
-from convert.model import Place, add_adapter, unfreeze
+from convert.model import Place, add_adapter, no_advice, unfreeze
 from convert.prepare import Prepared
 from edge import hardware
 from edge.config import TrainConfig
@@ -167,6 +167,7 @@ def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> A
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    no_advice()
     ALL_ATTENTION_FUNCTIONS.register("edge_fused", _fused)
     full = config.finetuning_type == "full"
     shape = AutoConfig.from_pretrained(base, local_files_only=True)

@@ -47,8 +47,7 @@ def choose_place(config: TrainConfig) -> Place:
 
 def load_model(folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa") -> Any:
     """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`."""
-    # It would advise to install a kernel that only serves inference.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    no_advice()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -70,6 +69,11 @@ def load_model(folder: Path, place: Place, *, double_quant: bool = True, attenti
         raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
     keep_unpacked(model)
     return model
+
+
+def no_advice() -> None:
+    """bitsandbytes would advise to install a kernel that only serves inference."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def keep_unpacked(model: Any) -> None:

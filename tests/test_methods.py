@@ -201,9 +201,9 @@ def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
     target = qlora.run(made(pissa_init=True, max_steps=5), console=QUIET)
     adapter = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
     assert adapter["r"] == 16 and adapter["init_lora_weights"] is True
-    from convert.eval import _tuned
+    from convert.eval import load_tuned
 
-    again = _tuned(target, base, made(), model.Place("cpu", torch.float32, False)).eval()
+    again = load_tuned(target, base, made(), model.Place("cpu", torch.float32, False)).eval()
     assert torch.allclose(logits(again), seen["trained"], atol=1e-3)
     assert not torch.allclose(logits(plain(base)), seen["trained"], atol=1e-1)
 
