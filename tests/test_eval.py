@@ -68,6 +68,7 @@ def ran(tmp_path_factory):
     return folder, config
 
 
+@pytest.mark.slow
 def test_both_models_on_what_was_held_out(ran, capsys):
     folder, _ = ran
     assert evaluation.main([str(folder / "run"), "--max-new-tokens", "40"]) == 0
@@ -84,6 +85,7 @@ def test_both_models_on_what_was_held_out(ran, capsys):
     assert "predict_rouge-l" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_training(ran):
     folder, _ = ran
     results = evaluation.run(folder / "run", max_new_tokens=1, with_base=False, console=Console(quiet=True))
@@ -92,6 +94,7 @@ def test_the_loss_is_that_of_training(ran):
     assert "base_eval_loss" not in results
 
 
+@pytest.mark.slow
 def test_rows_that_were_trained_on_are_said(ran):
     folder, _ = ran
     said = Console(record=True, width=200)
@@ -99,6 +102,7 @@ def test_rows_that_were_trained_on_are_said(ran):
     assert "4 of these rows were trained on" in said.export_text()
 
 
+@pytest.mark.slow
 def test_nothing_to_evaluate(ran, tmp_path):
     folder, config = ran
     with pytest.raises(InputError, match="train first"):
@@ -108,6 +112,7 @@ def test_nothing_to_evaluate(ran, tmp_path):
         evaluation.run(folder / "other")
 
 
+@pytest.mark.slow
 def test_weights_that_were_all_trained(ran):
     folder, config = ran
     how = {"finetuning_type": "full", "learning_rate": 1e-3, "output_dir": str(folder / "full")}

@@ -90,6 +90,7 @@ def test_packs_hold_each_row_once_and_little_room():
     assert sum(len(one.ids) for one in packs) > 0.9 * 64 * len(packs)
 
 
+@pytest.mark.slow
 def test_packing_trains(made, tmp_path):
     said = Console(record=True, width=200)
     qlora.run(made(packing=True, cutoff_len=128, eval_dataset="d"), console=said)
@@ -150,6 +151,7 @@ def test_preference_losses(made, changes, want):
     assert losses.item() == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
 def test_preferences_are_learnt(made, tmp_path, loss):
     config = made(
@@ -170,6 +172,7 @@ def test_stage_and_data_must_fit(made):
         qlora.run(made(dataset="p"), console=QUIET)
 
 
+@pytest.mark.slow
 def test_every_weight(made, base):
     target = qlora.run(made(finetuning_type="full", learning_rate=1e-3, bf16=True), console=QUIET)
     trained, before = plain(target), plain(base)
@@ -186,6 +189,7 @@ def logits(one):
         return one(input_ids=ids).logits.float()
 
 
+@pytest.mark.slow
 def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
     """The base with the adapter is the model that was trained, whose base was changed."""
     seen = {}
@@ -208,6 +212,7 @@ def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
     assert not torch.allclose(logits(plain(base)), seen["trained"], atol=1e-1)
 
 
+@pytest.mark.slow
 def test_dora(made):
     target = qlora.run(made(use_dora=True, quantization_bit=4), console=QUIET)
     tensors = load_file(target / "adapter_model.safetensors")

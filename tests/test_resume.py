@@ -92,7 +92,9 @@ def lines(folder):
     return [(one["current_steps"], one["loss"], one["lr"], one["total_tokens"]) for one in found]
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_t13_the_same_way_as_a_run_that_was_never_stopped(made, tmp_path, monkeypatch, quiet, step):
     whole = qlora.run(made("whole"), console=quiet)
     with monkeypatch.context() as patched:
@@ -142,6 +144,7 @@ def flip(path):
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -172,6 +175,7 @@ def test_t13_a_broken_checkpoint_is_passed_over_and_said(made, tmp_path, quiet, 
         qlora.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
 
 
+@pytest.mark.slow
 def test_t13_without_the_optimizer_and_without_any(made, tmp_path, quiet):
     with pytest.raises(InputError, match="holds no checkpoint to go on from"):
         qlora.run(made(resume_from_checkpoint=True), console=quiet)
@@ -183,6 +187,7 @@ def test_t13_without_the_optimizer_and_without_any(made, tmp_path, quiet):
         qlora.run(made(max_steps=4, resume_from_checkpoint=named), console=quiet)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_whole(made, tmp_path, monkeypatch, quiet):
     real = checkpoint.save_file
 
@@ -198,6 +203,7 @@ def test_a_full_disk_keeps_what_was_whole(made, tmp_path, monkeypatch, quiet):
     assert names == ["checkpoint-2", "trainer_log.jsonl"]
 
 
+@pytest.mark.slow
 def test_save_total_limit_and_overwrite(made, tmp_path, quiet):
     qlora.run(made(save_steps=1, save_total_limit=2), console=quiet)
     assert [step for step, _ in checkpoint.listed(tmp_path / "run")] == [8, 9]
