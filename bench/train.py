@@ -169,14 +169,20 @@ def memory(path: Path, overrides: list[str], steps: int, console: Console) -> li
                 *words,
                 f"output_dir={folder}/run",
             ]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             assert process.stdout is not None
-            said = process.stdout.read().decode("utf-8", "replace")
+            with process.stdout as pipe:
+                said = pipe.read().decode("utf-8", "replace")
+            # Its own peak: the children's common one would be that of the largest so far.
             _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
         line = next((one for one in said.splitlines() if one.startswith("memory: ")), "")
         if status or not line:
             raise EdgeError(f"training with {' '.join(setting)} failed", said[-500:])
-        estimated, measured = float(line.split()[1]), used.ru_maxrss / 2**20
+        estimated, measured = (
+            float(line.split()[1]),
+            used.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20),
+        )
         off = estimated / measured - 1
         numbers = {"estimate": estimated, "measured": round(measured, 2), "off": round(off, 3)}
         found.append({"setting": " ".join(setting)} | numbers)
