@@ -1,4 +1,8 @@
-"""The training loop: batches by length, gradients weighted by tokens, and a stop at the first bad number."""
+"""The training loop: batches by length, gradients weighted by tokens, and a stop at the first bad number.
+
+Everything that decides the way of a run is here and can be saved: weights, optimizer, place in the data,
+random numbers. A run that goes on from a saved state takes the same way as one that was never stopped.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from convert.encode import IGNORED, Sample
+from convert.dist import World
+from convert.losses import LossHead, Objective, by_length
 from edge.config import TrainConfig
 from edge.errors import EdgeError, UnavailableError
 
@@ -23,16 +27,20 @@ _WINDOW = 16
 
 @dataclass
 class Progress:
-    """Where training stands. loss: mean per learnt token of the last step. tokens: real ones, since start."""
+    """Where training stands. loss: mean per learnt token (or pair) of the last step. tokens: real ones, since
+    the start; seconds: spent in steps, of all sittings. history: lines of trainer_log.jsonl."""
 
     step: int = 0
     total: int = 0
     epoch: float = 0.0
     loss: float = 0.0
+    smooth: float = 0.0
     rate: float = 0.0
     norm: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    first: float = 0.0
+    stopped: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -41,23 +49,23 @@ class Progress:
 
     @property
     def remaining(self) -> float:
-        """Seconds to the end at the pace so far."""
-        return self.seconds / self.step * (self.total - self.step) if self.step else math.inf
+        """Seconds to the end at the pace so far; the first step, which warms up, does not count."""
+        if self.step < 2:
+            return math.inf
+        return (self.seconds - self.first) / (self.step - 1) * (self.total - self.step)
 
 
-def batches(samples: list[Sample], size: int, shuffle: random.Random | None) -> list[list[Sample]]:
-    """One epoch's batches of at most `size` rows of like length, shuffled (by length for None)."""
-    order = list(samples)
-    window = len(order) or 1
-    if shuffle is not None:
-        shuffle.shuffle(order)
-        window = _WINDOW * size
+def batches(items: list[Any], size: int, shuffle: random.Random | None) -> list[list[Any]]:
+    """One epoch's batches of at most `size` rows of like length, shuffled; in their order for None."""
+    if shuffle is None:
+        return [items[at : at + size] for at in range(0, len(items), size)]
+    order = list(items)
+    shuffle.shuffle(order)
+    window = _WINDOW * size
     made = []
     for at in range(0, len(order), window):
-        near = sorted(order[at : at + window], key=lambda sample: len(sample.ids))
-        made += [near[i : i + size] for i in range(0, len(near), size)]
-    if shuffle is not None:
-        shuffle.shuffle(made)
+        made += by_length(order[at : at + window], size)
+    shuffle.shuffle(made)
     return made
 
 
@@ -76,127 +84,205 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.learning_rate * share
 
 
-def total_steps(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps for `rows` training rows."""
+def steps_in_epoch(config: TrainConfig, rows: int, world: int = 1) -> int:
+    in_epoch = math.ceil(rows / config.per_device_train_batch_size)
+    return math.ceil(in_epoch / (config.gradient_accumulation_steps * world))
+
+
+def total_steps(config: TrainConfig, rows: int, world: int = 1) -> int:
+    """Optimizer steps for `rows` training rows on `world` processes."""
     if config.max_steps > 0:
         return config.max_steps
-    in_epoch = math.ceil(rows / config.per_device_train_batch_size)
-    return max(
-        1, math.ceil(config.num_train_epochs * math.ceil(in_epoch / config.gradient_accumulation_steps))
-    )
+    return max(1, math.ceil(config.num_train_epochs * steps_in_epoch(config, rows, world)))
 
 
-class LossHead:
-    """Sums of token losses, with logits made only where a token is learnt.
+class Loop:
+    """Trains the parameters of `model` that require gradients.
 
-    The output head's input is cut down to those positions on its way in, so that a large vocabulary costs
-    memory and time for answers only, whatever the architecture does behind its head.
+    A step's gradient is that of the mean over all its learnt tokens, however they fall into micro-batches and
+    processes.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._keep: torch.Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._cut)
+    def __init__(
+        self,
+        model: Any,
+        items: list[Any],
+        config: TrainConfig,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        objective: Objective | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.model, self.config, self.device, self.dtype = model, config, device, dtype
+        self.world = world or World()
+        self.objective: Objective = objective or LossHead(model)
+        self._items = items
+        self.parameters = [one for one in model.parameters() if one.requires_grad]
+        self.optimizer = _optimizer(self.parameters, config, device)
+        # float16 gradients vanish without a scale; too large a scale overflows, and is halved, by design.
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        self.state = Progress(total=total_steps(config, len(items), self.world.size))
+        # The random numbers of the step that comes next.
+        self.random = random_state(device)
 
-    def _cut(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        return None if self._keep is None else (inputs[0][self._keep], *inputs[1:])
+    def run(
+        self,
+        report: Callable[[Progress], bool | None],
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Progress:
+        """Train to the end, until `report` (called after each step) says True, or until `stop` says so.
 
-    def __call__(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(losses, rows): one float32 loss per learnt token of `batch`, and the index of the row it is in."""
-        longest = max(len(sample.ids) for sample in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        labels = torch.full((len(batch), longest), IGNORED)
-        for at, sample in enumerate(batch):
-            ids[at, : len(sample.ids)] = torch.tensor(sample.ids)
-            labels[at, : len(sample.ids)] = torch.tensor(sample.labels)
-        # What comes before position t predicts the token at t.
-        targets = torch.full_like(labels, IGNORED)
-        targets[:, :-1] = labels[:, 1:]
-        keep = targets != IGNORED
-        rows = keep.nonzero()[:, 0]
-        self._keep = keep.to(device)
+        A stop takes effect between two micro-batches; what the unfinished step had gathered is dropped.
+        Raises EdgeError, naming step, dtype and rows, at the first loss or gradient that is no number.
+        """
+        state = self.state
+        if state.step >= state.total:
+            return state
+        self.model.train()
+        noise = self._noise()
+        set_random_state(self.random, self.device)
         try:
-            # Padding is on the right and attention is causal: no learnt token can see it, no mask is needed.
-            logits = self._model(input_ids=ids.to(device), use_cache=False).logits
+            for epoch, group in self._groups(state.step):
+                if not self._step(epoch, group, stop):
+                    state.stopped = True
+                    break
+                self.random = random_state(self.device)
+                if report(state):
+                    break
+                set_random_state(self.random, self.device)
+                self.model.train()
         finally:
-            self._keep = None
-        losses = functional.cross_entropy(logits.float(), targets[keep].to(device), reduction="none")
-        return losses, rows
+            noise()
+        return state
 
-
-def learnt(batch: list[Sample]) -> int:
-    """Tokens with loss; the first of a row has nothing before it that could predict it."""
-    return sum(label != IGNORED for sample in batch for label in sample.labels[1:])
-
-
-def train(
-    model: Any,
-    samples: list[Sample],
-    config: TrainConfig,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    report: Callable[[Progress], None],
-) -> Progress:
-    """Train the parameters of `model` that require gradients. `report` is called after every step.
-
-    A step's gradient is that of the mean over all its learnt tokens, however they fall into micro-batches.
-    Raises EdgeError, naming step, dtype and rows, at the first loss or gradient that is no number.
-    """
-    parameters = [one for one in model.parameters() if one.requires_grad]
-    optimizer = _optimizer(parameters, config, device)
-    # float16 gradients vanish without a scale; too large a scale overflows, and is halved, by design.
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    head = LossHead(model)
-    state = Progress(total=total_steps(config, len(samples)))
-    model.train()
-    began = time.monotonic()
-    for epoch, group in _groups(samples, config, state.total):
-        rate = learning_rate(config, state.step, state.total)
-        for one in optimizer.param_groups:
+    def _step(self, epoch: float, group: list[list[Any]], stop: Callable[[], bool]) -> bool:
+        """One optimizer step; False, with nothing changed, where a stop came first."""
+        state, world, scaler = self.state, self.world, self.scaler
+        began = time.monotonic()
+        if world.size > 1 and world.total(float(stop()))[0]:
+            return False
+        rate = learning_rate(self.config, state.step, state.total)
+        for one in self.optimizer.param_groups:
             one["lr"] = rate
-        tokens = sum(learnt(batch) for batch in group)
+        weight = sum(self.objective.weight(batch) for batch in group)
         total = 0.0
-        for batch in group:
-            losses, rows = head(batch, device)
-            value = losses.sum() / tokens
+        trouble: EdgeError | None = None
+        for batch in group[world.rank :: world.size]:
+            if world.size == 1 and stop():
+                self.optimizer.zero_grad(set_to_none=True)
+                return False
+            losses, rows = self.objective(batch, self.device)
+            value = losses.sum() / weight
             amount = float(value.detach())
-            if not math.isfinite(amount) or not amount:
-                raise _bad_loss(amount, losses, rows, batch, state.step + 1, dtype)
+            if not math.isfinite(amount) or (not amount and self.objective.zero_is_bad):
+                trouble, total = self._bad_loss(amount, losses, rows, batch), math.nan
+                break
             scaler.scale(value).backward()
             total += amount
-        scaler.unscale_(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+        (total,) = world.total(total)
+        if trouble is not None or math.isnan(total):
+            raise trouble or EdgeError(f"step {state.step + 1}: another process met a loss that is no number")
+        world.add_gradients(self.parameters)
+        scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1.0):
-            names = ", ".join(sample.source for batch in group for sample in batch[:3])
+            names = ", ".join(item.source for batch in group for item in batch[:3])
             raise EdgeError(
-                f"step {state.step + 1}: the gradient is {norm} in {_name(dtype)} (rows: {names}, ...)",
-                "lower learning_rate, or compute in bf16; nothing was saved",
+                f"step {state.step + 1}: the gradient is {norm} in {_name(self.dtype)} (rows: {names}, ...)",
+                "lower learning_rate, or compute in bf16",
             )
-        scaler.step(optimizer)
+        scaler.step(self.optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        state.smooth = total if state.step == 1 else 0.9 * state.smooth + 0.1 * total
         state.epoch, state.loss, state.rate, state.norm = epoch, total, rate, norm
-        state.tokens += sum(len(sample.ids) for batch in group for sample in batch)
-        state.seconds = time.monotonic() - began
-        report(state)
-    return state
+        state.tokens += sum(item.tokens for batch in group for item in batch)
+        spent = time.monotonic() - began
+        state.seconds += spent
+        state.first = state.first or spent
+        return True
+
+    def _groups(self, done: int) -> Iterator[tuple[float, list[list[Any]]]]:
+        """Groups of micro-batches behind the first `done`, each with the epochs that are done after it."""
+        config = self.config
+        shuffle = None if config.disable_shuffling else random.Random(config.seed)
+        in_step = config.gradient_accumulation_steps * self.world.size
+        step = epoch = 0
+        while True:
+            made = batches(self._items, config.per_device_train_batch_size, shuffle)
+            for at in range(0, len(made), in_step):
+                step += 1
+                if step > done:
+                    yield epoch + min(1.0, (at + in_step) / len(made)), made[at : at + in_step]
+                if step == self.state.total:
+                    return
+            epoch += 1
+
+    def _noise(self) -> Callable[[], None]:
+        """NEFTune (arXiv:2310.05914): uniform noise of alpha/sqrt(tokens x width) on the embeddings."""
+        alpha = self.config.neftune_noise_alpha
+        if not alpha:
+            return lambda: None
+
+        def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            if not self.model.training:
+                return output
+            bound = alpha / math.sqrt(output.shape[1] * output.shape[2])
+            return output + torch.empty_like(output).uniform_(-bound, bound)
+
+        return self.model.get_input_embeddings().register_forward_hook(add).remove
+
+    def _bad_loss(
+        self, amount: float, losses: torch.Tensor, rows: torch.Tensor, batch: list[Any]
+    ) -> EdgeError:
+        wrong = set(rows[~torch.isfinite(losses.detach().cpu())].tolist()) or set(range(len(batch)))
+        names = ", ".join(batch[row].source for row in sorted(wrong)[:5])
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        return EdgeError(
+            f"step {self.state.step + 1}: the loss is {amount} in {_name(self.dtype)} (rows: {names}{more})",
+            "look at these rows, lower learning_rate, or compute in bf16",
+        )
 
 
-def evaluate(model: Any, samples: list[Sample], *, size: int, device: str) -> float:
-    """Mean loss per learnt token over `samples`, without gradients."""
-    head = LossHead(model)
+def evaluate(
+    model: Any,
+    items: list[Any],
+    *,
+    size: int,
+    device: str,
+    objective: Objective | None = None,
+    world: World | None = None,
+) -> float:
+    """Mean loss per learnt token (or pair) over `items`, without gradients."""
+    objective, world = objective or LossHead(model), world or World()
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    total = weight = 0.0
     with torch.no_grad():
-        for batch in batches(samples, size, None):
-            losses, _ = head(batch, device)
+        for batch in list(by_length(items, size))[world.rank :: world.size]:
+            losses, _ = objective(batch, device)
             total += float(losses.sum())
-            tokens += len(losses)
+            weight += objective.weight(batch)
     model.train(was_training)
-    return total / max(1, tokens)
+    total, weight = world.total(total, weight)
+    return total / max(1.0, weight)
+
+
+def random_state(device: str) -> dict[str, torch.Tensor]:
+    """What torch's random numbers come from: for the CPU, and for a CUDA device."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: str) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.startswith("cuda") and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @contextlib.contextmanager
@@ -204,36 +290,19 @@ def out_of_memory(config: TrainConfig) -> Iterator[None]:
     """Turn the device's out-of-memory error into one that says what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         size, cut = config.per_device_train_batch_size, config.cutoff_len
         raise EdgeError(
-            f"the device's memory is full: {str(error).splitlines()[0]}",
+            f"the device's memory is full: {(str(error) or 'no more memory').splitlines()[0]}",
             f"lower per_device_train_batch_size (now {size}) or cutoff_len (now {cut}), raise "
             "gradient_accumulation_steps instead",
         ) from error
 
 
-def _groups(
-    samples: list[Sample], config: TrainConfig, total: int
-) -> Iterator[tuple[float, list[list[Sample]]]]:
-    """`total` groups of micro-batches, each with the epochs that are done after it."""
-    shuffle = random.Random(config.seed)
-    accumulated = config.gradient_accumulation_steps
-    step = epoch = 0
-    while True:
-        made = batches(samples, config.per_device_train_batch_size, shuffle)
-        for at in range(0, len(made), accumulated):
-            yield epoch + min(1.0, (at + accumulated) / len(made)), made[at : at + accumulated]
-            step += 1
-            if step == total:
-                return
-        epoch += 1
-
-
 def _optimizer(parameters: list[Any], config: TrainConfig, device: str) -> Any:
     how = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optim == "paged_adamw_8bit":
-        if device != "cuda":
+        if not device.startswith("cuda"):
             raise UnavailableError(
                 f"optim: paged_adamw_8bit needs CUDA, training runs on {device}", "optim: adamw_torch"
             )
@@ -241,23 +310,6 @@ def _optimizer(parameters: list[Any], config: TrainConfig, device: str) -> Any:
 
         return bitsandbytes.optim.PagedAdamW8bit(parameters, **how)
     return torch.optim.AdamW(parameters, **how)
-
-
-def _bad_loss(
-    amount: float,
-    losses: torch.Tensor,
-    rows: torch.Tensor,
-    batch: list[Sample],
-    step: int,
-    dtype: torch.dtype,
-) -> EdgeError:
-    wrong = set(rows[~torch.isfinite(losses.detach().cpu())].tolist()) or set(range(len(batch)))
-    names = ", ".join(batch[row].source for row in sorted(wrong)[:5])
-    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return EdgeError(
-        f"step {step}: the loss is {amount} in {_name(dtype)} (rows: {names}{more})",
-        "look at these rows, lower learning_rate, or compute in bf16; nothing was saved",
-    )
 
 
 def _name(dtype: torch.dtype) -> str:

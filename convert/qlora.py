@@ -1,141 +1,46 @@
-"""QLoRA: a LoRA adapter trained over a base model in 4 bits (NF4), from a LLaMA-Factory style YAML.
+"""Training from a LLaMA-Factory style YAML: an adapter over a base in 4 bits (NF4), or what else it asks for.
 
     edge train examples/smollm2_qlora.yaml learning_rate=2e-4
 
-The adapter goes to OUTPUT_DIR/adapter in peft's format, with tokenizer, chat template and edge.json.
+The adapter goes to OUTPUT_DIR/adapter in peft's format, with tokenizer, chat template and edge.json; fully
+trained weights go to OUTPUT_DIR/merged. Logs, checkpoints and pictures lie in OUTPUT_DIR itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import errno
 import json
-import logging
-import re
+import math
 import shutil
-import sys
+import tempfile
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert import data, encode, loop, template
+from convert import answers, checkpoint, dist, interrupt, loop, memory, plots, prepare, template
 from convert.folder import check_folder
+from convert.losses import LossHead, Preference, reference
+from convert.model import Place, add_adapter, choose_place, load_model, quantized_layers, unfreeze
+from convert.watch import Actions, Watch
 from edge import manifest
-from edge.config import TrainConfig, load_train_config
-from edge.errors import InputError, UsageError
+from edge.config import TrainConfig
+from edge.errors import EdgeError, ExistsError, InputError
 
 BLOCK = 64
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 # Above this, eager attention's square matrices cost more than they save on a CPU.
 _EAGER_LONGEST = 512
+_ANSWER = 48
 
 
-@dataclass
-class Place:
-    """Where and how to compute. notes: what differs from what was asked, and why."""
+class Stopped(EdgeError):
+    """The user asked for an end; a checkpoint was written."""
 
-    device: str
-    dtype: torch.dtype
-    four_bit: bool
-    notes: list[str] = field(default_factory=list)
-
-
-def choose_place(config: TrainConfig) -> Place:
-    """CUDA, then MPS, then the CPU; and the type that is asked for where the device has it."""
-    four_bit = config.quantization_bit == 4
-    asked = "bf16" if config.bf16 else "fp16" if config.fp16 else None
-    if torch.cuda.is_available() and not config.use_cpu:
-        if asked == "fp16" or not torch.cuda.is_bf16_supported(including_emulation=False):
-            notes = ["this GPU has no bfloat16: computing in float16"] if asked == "bf16" else []
-            return Place("cuda", torch.float16, four_bit, notes)
-        return Place("cuda", torch.bfloat16, four_bit)
-    if torch.backends.mps.is_available() and not config.use_cpu:
-        notes = ["bitsandbytes has no 4 bits on MPS: LoRA over 16-bit weights"] if four_bit else []
-        return Place("mps", torch.float16 if asked == "fp16" else torch.bfloat16, False, notes)
-    fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    dtype = torch.bfloat16 if fast else torch.float32
-    place = Place("cpu", dtype, four_bit)
-    if asked == "fp16" or (asked == "bf16" and not fast):
-        place.notes.append(f"{asked} is slow on this CPU: computing in {str(dtype).removeprefix('torch.')}")
-    return place
-
-
-def load_model(folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa") -> Any:
-    """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`."""
-    # It would advise to install a kernel that only serves inference.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    how: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention}
-    if place.four_bit:
-        how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=place.dtype,
-        )
-    if place.device != "cpu":
-        how["device_map"] = {"": place.device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
-    keep_unpacked(model)
-    return model
-
-
-def keep_unpacked(model: Any) -> None:
-    """Leave 4-bit weights in the layout that gradients need.
-
-    On CPUs with AVX512-BF16 bitsandbytes repacks them at the first forward pass in eval mode, and its
-    backward pass then reads them in the wrong order.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def quantized_layers(model: Any) -> list[str]:
-    """Names of the 4-bit layers, with `*` for the number of a layer."""
-    from bitsandbytes.nn import Linear4bit
-
-    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
-
-
-def add_adapter(model: Any, config: TrainConfig) -> Any:
-    """`model` with a fresh LoRA adapter in float32. Raises UsageError for a lora_target it does not have."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = list(config.lora_target)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if "all" in targets else targets,
-        use_rslora=config.use_rslora,
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(config.seed)
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers by an old name.
-            warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
-    adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
-    if not config.disable_gradient_checkpointing:
-        adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    return adapted
+    exit_code = 130
 
 
 def base_folder(name: str, revision: str | None) -> Path:
@@ -148,91 +53,253 @@ def base_folder(name: str, revision: str | None) -> Path:
     return check_folder(folder, shown=name).path
 
 
-def run(config: TrainConfig, *, overwrite: bool = False, console: Console | None = None) -> Path:
-    """Train an adapter as `config` says and publish it to output_dir/adapter, whose path is returned.
+def run(
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    again: str = "edge train CONFIG.yaml --resume",
+) -> Path:
+    """Train as `config` says and publish the result under output_dir; its path is returned.
 
-    Raises EdgeError subclasses for a base model, data or values that cannot be used, ExistsError without
-    `overwrite`, and EdgeError at the first loss that is no number; nothing is left of a failed run.
+    again: the command that goes on with this run, for messages. Raises EdgeError subclasses for a base model,
+    data or values that cannot be used, and at the first loss that is no number; ExistsError where an earlier
+    result stands and `overwrite` was not given; Stopped, with a checkpoint written, after Ctrl-C.
     """
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
-    target = Path(config.output_dir) / "adapter"
-    manifest.check_target(target, overwrite)
+    folder = Path(config.output_dir)
+    target = folder / ("merged" if config.finetuning_type == "full" else "adapter")
+    resumed = _starting_point(config, folder, target, overwrite)
+    if config.plot_loss:
+        plots.check()
     base = base_folder(config.model_name_or_path, config.model_revision)
     form = template.load(base)
     said = [*config.warnings, template.check_name(config.template, form), *form.warnings]
-    rows, report = data.load(
-        config.dataset, Path(config.dataset_dir), max_samples=config.max_samples, strict=config.strict
-    )
-    train_rows, val_rows = data.split(rows, config.val_size, config.seed)
-    options = {
-        "cutoff_len": config.cutoff_len,
-        "enable_thinking": config.enable_thinking,
-        "mask_history": config.mask_history,
-        "default_system": config.default_system,
-    }
-    samples, held = (encode.encode(part, form, report, **options) for part in (train_rows, val_rows))
-    if not samples:
-        raise InputError("no row is left to train on: " + "; ".join(report.lines()), "raise cutoff_len")
+    made = prepare.prepare(config, form)
+    said += made.notes
     if config.default_system is not None:
         said.append("default_system is trained in: send the same system message when you ask the model")
     place = choose_place(config)
-    for line in [*filter(None, said), *report.lines(), *place.notes]:
+    world = dist.join(cpu=place.device == "cpu")
+    if not world.first:
+        console = Console(quiet=True)
+    said += _doubts(config, made, world.size)
+    if resumed is not None:
+        said += [f"{one}: passed over" for one in resumed.passed]
+        said += checkpoint.check_same(resumed, config, data=made.digest(), processes=world.size)
+    for line in [*filter(None, said), *made.report.lines(), *place.notes]:
         console.print(f"note: {line}", style="yellow")
-    longest = max(len(sample.ids) for sample in samples)
-    kind = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
-    console.print(
-        f"{len(samples)} rows to train on, {len(held)} held out, longest {longest} tokens; "
-        f"{Path(config.model_name_or_path).name} in {kind} on {place.device}, "
-        f"computing in {str(place.dtype).removeprefix('torch.')}"
-    )
-    with loop.out_of_memory(config), manifest.publish(target, overwrite=overwrite) as partial:
-        eager = place.device == "cpu" and longest <= _EAGER_LONGEST
-        model = load_model(
-            base,
-            place,
-            double_quant=config.double_quantization,
-            attention="eager" if eager else "sdpa",
-        )
-        quantized = quantized_layers(model) if place.four_bit else []
-        model = add_adapter(model, config)
-        state = _train(model, samples, config, place, partial, console)
-        found: dict[str, Any] = {"train_loss": state.loss}
-        if held:
-            found["eval_loss"] = loop.evaluate(
-                model, held, size=config.per_device_eval_batch_size, device=place.device
+    console.print(_plan(config, made, place, world.size))
+    eager = place.device == "cpu" and made.longest <= _EAGER_LONGEST
+    memory.check(base, config, made, place, eager=eager, console=console)
+    try:
+        with loop.out_of_memory(config):
+            return _train(
+                config, folder, target, base, form, made, place, world, resumed, eager, console, again
             )
-            console.print(f"validation loss {found['eval_loss']:.4f} on {len(held)} rows")
-        _save(model, partial, form, state, found)
-        manifest.write(
-            partial,
-            manifest.Manifest(
-                stage="adapter",
-                name=Path(config.output_dir).absolute().name,
-                **_parent(base, config),
-                settings={
-                    **{key: value for key, value in dataclasses.asdict(config).items() if key != "warnings"},
-                    "alpha": config.alpha,
-                    "device": place.device,
-                    "compute_dtype": str(place.dtype).removeprefix("torch."),
-                    "quantized": quantized,
-                    "quant_block": BLOCK,
-                    "data": report.numbers(),
-                    "steps": state.step,
-                    "seconds": round(state.seconds, 2),
-                    "tokens_per_second": round(state.tokens_per_second, 1),
-                    **found,
-                },
-                chat_template=manifest.text_digest(form.source),
-                stop_ids=form.stop_ids,
-                thinking=template.thinking_mode(form, config.enable_thinking),
-                versions=manifest.versions(*_PACKAGES),
-            ),
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        whole = [str(one) for _, one in checkpoint.listed(folder)][-1:]
+        left = f"the last whole checkpoint is {whole[0]}" if whole else "no checkpoint was written before"
+        raise EdgeError(
+            f"the disk is full: {error.filename or folder}; {left}", f"free some space, then: {again}"
+        ) from error
+    finally:
+        dist.leave()
+
+
+def _starting_point(
+    config: TrainConfig, folder: Path, target: Path, overwrite: bool
+) -> checkpoint.Found | None:
+    """The checkpoint to go on from, None to begin anew. Raises ExistsError where something would be lost."""
+    if config.resume_from_checkpoint is not None:
+        manifest.check_target(target, True)
+        return checkpoint.find(folder, config.resume_from_checkpoint)
+    manifest.check_target(target, overwrite)
+    old = [one for _, one in checkpoint.listed(folder) if (one / manifest.FILE).is_file()]
+    if old and not overwrite:
+        raise ExistsError(
+            f"{old[-1]} is left of a run that did not end",
+            "add --resume to go on with it, or --overwrite to begin anew",
         )
+    return None
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    target: Path,
+    base: Path,
+    form: template.ChatFormat,
+    made: prepare.Prepared,
+    place: Place,
+    world: dist.World,
+    resumed: checkpoint.Found | None,
+    eager: bool,
+    console: Console,
+    again: str,
+) -> Path:
+    full = config.finetuning_type == "full"
+    weights = dataclasses.replace(place, dtype=torch.float32) if full else place
+    model = load_model(
+        base, weights, double_quant=config.double_quantization, attention="eager" if eager else "sdpa"
+    )
+    quantized = quantized_layers(model) if place.four_bit else []
+    model = unfreeze(model, config) if full else add_adapter(model, config)
+    start = _pissa_start(model) if config.pissa_init else None
+    autocast = place.dtype if full and place.dtype != torch.float32 else None
+    head = LossHead(model, autocast=autocast)
+    objective: Any = head
+    if config.stage == "dpo":
+        model.eval()
+        size = config.per_device_eval_batch_size
+        known = {}
+        if config.pref_loss not in ("orpo", "simpo"):
+            known = reference(head, [*made.train, *made.held], place.device, size)  # type: ignore[list-item]
+        objective = Preference(head, config, known)
+    trainer = loop.Loop(
+        model, made.train, config, device=place.device, dtype=place.dtype, objective=objective, world=world
+    )
+    best = checkpoint.Best()
+    if resumed is not None:
+        best = checkpoint.restore(trainer, resumed)
+        if world.first:
+            checkpoint.set_aside(resumed)
+        console.print(
+            f"going on from {resumed.folder}: {resumed.step} of {trainer.state.total} steps are done"
+        )
+        if resumed.step >= trainer.state.total and (target / manifest.FILE).is_file():
+            raise EdgeError(
+                f"nothing is left to do: {resumed.folder} has done {resumed.step} of "
+                f"{trainer.state.total} steps",
+                "raise num_train_epochs or max_steps to train on",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    if resumed is None and world.first:
+        checkpoint.remove_all(folder)
+    world.wait()
+    digest = made.digest()
+
+    def evaluate() -> float:
+        size = config.per_device_eval_batch_size
+        return loop.evaluate(
+            model, made.held, size=size, device=place.device, objective=objective, world=world
+        )
+
+    def save(best: checkpoint.Best) -> Path:
+        compute = {"device": place.device, "compute_dtype": _name(place.dtype)}
+        return checkpoint.save(
+            trainer, folder, config, data=digest, base=_parent(base, config), best=best, compute=compute
+        )
+
+    asked = prepare.held_rows(config)[: config.eval_answers] if made.held and config.eval_answers else []
+    prompts = [answers.question(row, form, prepare.rules(config)) for row in asked]
+
+    def ask() -> list[tuple[str, str]]:
+        found = answers.generate(
+            model, form, prompts, device=place.device, max_new_tokens=_ANSWER, size=len(prompts)
+        )
+        return [(str(row.messages[-2 if not row.chosen else -1]["content"]), text)
+                for row, text in zip(asked, found, strict=True)]  # fmt: skip
+
+    actions = Actions(evaluate if made.held else None, save, ask if prompts else list)
+    with Watch(trainer, config, folder, len(made.train), actions, console, best) as watch:
+        with interrupt.asked_to_stop(lambda line: console.print(line, style="yellow")) as stop:
+            try:
+                state = trainer.run(watch, stop=stop)
+            except EdgeError as error:
+                whole = [str(one) for _, one in checkpoint.listed(folder)][-1:]
+                left = (
+                    f"the last whole checkpoint is {whole[0]}"
+                    if whole
+                    else "no checkpoint was written before"
+                )
+                raise EdgeError(error.message, f"{error.hint}; {left}") from error
+        if state.stopped:
+            where = watch.save() if state.step else None
+            raise Stopped(
+                f"stopped at step {state.step} of {state.total}"
+                + (f"; {where} has all that is needed" if where else ""),
+                f"go on with: {again}" if where else "nothing was trained yet",
+            )
+        found: dict[str, Any] = {"train_loss": state.loss}
+        if watch.best.folder and config.keeps_best and watch.best.step != state.step:
+            checkpoint.load_weights(model, Path(watch.best.folder))
+            console.print(f"the weights are those of step {watch.best.step}, the best evaluation")
+            found |= {"best_step": watch.best.step, "eval_loss": watch.best.loss}
+        elif made.held:
+            if not any("eval_loss" in line and line["current_steps"] == state.step for line in state.history):
+                watch.evaluate(state)
+            found["eval_loss"] = next(
+                line["eval_loss"] for line in reversed(state.history) if "eval_loss" in line
+            )
+        watch.finish(_results(state, found))
+    if world.first:
+        with manifest.publish(target, overwrite=overwrite_ok(target)) as partial:
+            _write(model, partial, base, form, full, start)
+            manifest.write(
+                partial,
+                manifest.Manifest(
+                    stage="merged" if full else "adapter",
+                    name=folder.absolute().name,
+                    **_parent(base, config),
+                    settings=_settings(config, place, quantized, made, state, world.size, found),
+                    chat_template=manifest.text_digest(form.source),
+                    stop_ids=form.stop_ids,
+                    thinking=template.thinking_mode(form, config.enable_thinking),
+                    versions=manifest.versions(*_PACKAGES),
+                ),
+            )
+    world.wait()
     console.print(
         f"{target}: {state.step} steps in {state.seconds:.0f} s, {state.tokens_per_second:.0f} tokens/s, "
         f"last loss {state.loss:.4f}"
     )
     return target
+
+
+def overwrite_ok(target: Path) -> bool:
+    """Whether what stands at `target` may be replaced: that was settled before training began."""
+    return (target / manifest.FILE).is_file()
+
+
+def _plan(config: TrainConfig, made: prepare.Prepared, place: Place, processes: int) -> str:
+    steps = loop.total_steps(config, len(made.train), processes)
+    if config.finetuning_type == "full":
+        kind = "32-bit, every weight trained"
+    else:
+        kind = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
+    what = "pairs" if config.stage == "dpo" else "rows"
+    many = f" on each of {processes} processes" if processes > 1 else ""
+    return (
+        f"{made.rows} {what} to train on, {len(made.held)} held out, longest {made.longest} tokens, "
+        f"{steps} steps; {Path(config.model_name_or_path).name} in {kind} on {place.device}{many}, "
+        f"computing in {_name(place.dtype)}"
+    )
+
+
+def _doubts(config: TrainConfig, made: prepare.Prepared, processes: int) -> list[str]:
+    """Warnings on what the settings make of these rows."""
+    said = []
+    rows = len(made.train)
+    steps = loop.total_steps(config, rows, processes)
+    in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    if steps < 20:
+        said.append(
+            f"only {steps} optimizer steps: {in_step} of {rows} rows go into each; "
+            "lower gradient_accumulation_steps or the batch size, or raise num_train_epochs"
+        )
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    if warmup >= steps > 1:
+        said.append(f"all {steps} steps warm up (warmup {warmup}): the learning rate never arrives")
+    if made.held and not config.eval_dataset and len(made.held) > made.rows:
+        said.append(
+            f"val_size {config.val_size:g} holds out more rows ({len(made.held)}) than are left ({made.rows})"
+        )
+    if made.held and len(made.held) < 5:
+        said.append(f"the validation loss of {len(made.held)} rows says little")
+    return said
 
 
 def _parent(base: Path, config: TrainConfig) -> dict[str, Any]:
@@ -247,78 +314,89 @@ def _parent(base: Path, config: TrainConfig) -> dict[str, Any]:
     return {"base_model": config.model_name_or_path, "parents": [parent]}
 
 
-def _train(
-    model: Any,
-    samples: list[encode.Sample],
+def _settings(
     config: TrainConfig,
     place: Place,
-    folder: Path,
-    console: Console,
-) -> loop.Progress:
-    """The loop with a progress bar on a terminal, lines elsewhere, and trainer_log.jsonl in `folder`."""
-    bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    total = loop.total_steps(config, len(samples))
-    with bar, (folder / "trainer_log.jsonl").open("w", encoding="utf-8") as log:
-        task = bar.add_task("training", total=total, loss=float("nan"), speed=0.0)
-
-        def report(state: loop.Progress) -> None:
-            bar.update(task, completed=state.step, loss=state.loss, speed=state.tokens_per_second)
-            if state.step % config.logging_steps and state.step != state.total:
-                return
-            line = {
-                "current_steps": state.step,
-                "total_steps": state.total,
-                "loss": round(state.loss, 6),
-                "lr": state.rate,
-                "grad_norm": round(state.norm, 4),
-                "epoch": round(state.epoch, 4),
-                "percentage": round(100 * state.step / state.total, 2),
-                "elapsed_time": round(state.seconds, 2),
-                "remaining_time": round(state.remaining, 2),
-                "throughput": round(state.tokens_per_second, 2),
-                "total_tokens": state.tokens,
-            }
-            state.history.append(line)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            if not console.is_terminal:
-                console.print(
-                    f"step {state.step}/{state.total}  loss {state.loss:.4f}  "
-                    f"{state.tokens_per_second:.0f} tokens/s  {state.remaining:.0f} s left"
-                )
-
-        return loop.train(model, samples, config, device=place.device, dtype=place.dtype, report=report)
-
-
-def _save(
-    model: Any, folder: Path, form: template.ChatFormat, state: loop.Progress, found: dict[str, Any]
-) -> None:
-    # Not "auto": that would ask a hub whether the base's vocabulary was changed.
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    copy_tokenizer(form.folder, folder, form.source)
-    if "eval_loss" in found:
-        state.history.append({"current_steps": state.step, **found})
-        with (folder / "trainer_log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(state.history[-1]) + "\n")
-    summary = {
-        "global_step": state.step,
-        "max_steps": state.total,
-        "epoch": state.epoch,
-        "train_runtime": state.seconds,
-        "total_tokens": state.tokens,
+    quantized: list[str],
+    made: prepare.Prepared,
+    state: loop.Progress,
+    processes: int,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        **{key: value for key, value in dataclasses.asdict(config).items() if key != "warnings"},
+        "alpha": config.alpha,
+        "device": place.device,
+        "compute_dtype": _name(place.dtype),
+        "quantized": quantized,
+        "quant_block": BLOCK,
+        "data": made.report.numbers(),
+        "data_digest": made.digest(),
+        "processes": processes,
+        "steps": state.step,
+        "seconds": round(state.seconds, 2),
+        "tokens_per_second": round(state.tokens_per_second, 1),
         **found,
-        "log_history": state.history,
     }
-    (folder / "trainer_state.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _results(state: loop.Progress, found: dict[str, Any]) -> dict[str, Any]:
+    results = {
+        **found,
+        "epoch": state.epoch,
+        "train_runtime": round(state.seconds, 2),
+        "train_steps_per_second": round(state.step / state.seconds, 3) if state.seconds else 0.0,
+        "num_input_tokens_seen": state.tokens,
+    }
+    if "eval_loss" in found:
+        results["perplexity"] = math.exp(min(found["eval_loss"], 700.0))
+    return results
+
+
+def _pissa_start(model: Any) -> Path:
+    """The adapter as it begins: what its principal components were is needed to turn it into a plain one."""
+    start = Path(tempfile.mkdtemp(prefix="edge-pissa-")) / "pissa_init"
+    # Saved as what is loaded again, not initialised anew.
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(start, save_embedding_layers=False)
+    return start
+
+
+def _write(
+    model: Any, folder: Path, base: Path, form: template.ChatFormat, full: bool, start: Path | None
+) -> None:
+    if full:
+        _write_weights(model, folder, base, form)
+    else:
+        more = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
+        if start is not None:
+            model.peft_config["default"].init_lora_weights = "pissa"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Not "auto": that would ask a hub whether the base's vocabulary was changed.
+            model.save_pretrained(folder, save_embedding_layers=False, **more)
+        if start is not None:
+            shutil.rmtree(start.parent, ignore_errors=True)
+        (folder / "README.md").unlink(missing_ok=True)
+    copy_tokenizer(form.folder, folder, form.source)
+
+
+def _write_weights(model: Any, folder: Path, base: Path, form: template.ChatFormat) -> None:
+    """All weights in float16, beside the base's own configuration."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.to(torch.float16)).all():
+            raise InputError(f"{name} does not fit into float16, or holds no numbers", "lower learning_rate")
+    model.to(torch.float16).save_pretrained(folder)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8-sig"))
+    config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = "float16"
+    path = base / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    for name, value in (
+        ("config", config),
+        ("generation_config", {**generation, "eos_token_id": form.stop_ids}),
+    ):
+        text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
@@ -329,15 +407,5 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
     (target / "chat_template.jinja").write_bytes(chat_template.encode("utf-8"))
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="edge train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="keys as in LLaMA-Factory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier adapter")
-    options = parser.parse_intermixed_args(argv)
-    run(load_train_config(options.config, options.overrides), overwrite=options.overwrite)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -64,12 +64,44 @@ class ChatFormat:
         """Token ids of each text; special tokens that stand in it are recognised, none are added."""
         return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def prompt(self, messages: list[dict[str, str]], thinking: str | None) -> str:
+    def prompt(
+        self, messages: list[dict[str, Any]], thinking: str | None, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         """The prompt that serving renders for `messages`. Raises InputError with the template's words."""
+        extra = {"tools": tools} if tools else {}
         try:
-            return self.chat.render(messages, thinking=thinking)
+            return self.chat.render(messages, thinking=thinking, **extra)
         except RequestError as error:
             raise InputError(error.message) from error
+
+    def call(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: str,
+        thinking: str | None,
+        tools: list[dict[str, Any]] | None,
+    ) -> str:
+        """The tool calls of the last of `messages` as they follow `prompt`, including what ends the turn.
+
+        Raises InputError where the template does not show them.
+        """
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.source,
+                add_generation_prompt=False,
+                bos_token=self.bos,
+                eos_token=self.eos,
+                **({} if thinking is None else {"enable_thinking": thinking == "on"}),
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"the model's chat template refuses its tool calls: {error}") from error
+        names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
+        answer, end, _ = text.removeprefix(prompt).partition(self.turn_tail)
+        if not text.startswith(prompt) or not end or any(name not in answer for name in names):
+            raise InputError("the model's chat template does not show tool calls")
+        return answer + end
 
     def answer(self, text: str) -> str:
         """What the model is to write for the answer `text`, including what ends its turn."""

@@ -17,7 +17,9 @@ from edge.errors import EdgeError, UsageError
 
 VERBS: dict[str, tuple[str, str]] = {
     "pull": ("convert.pull", "get a model: the embedded default, a folder, a GGUF file or a hub id"),
-    "train": ("convert.qlora", "QLoRA from a LLaMA-Factory style YAML"),
+    "data": ("convert.data_cli", "what a configuration's data holds, row by row, without training"),
+    "train": ("convert.train_cli", "LoRA, QLoRA, full or DPO from a LLaMA-Factory style YAML"),
+    "eval": ("convert.eval", "a run on held-out rows: loss, answers, BLEU and ROUGE, beside its base"),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
     "export": ("convert.export", "merged model -> gguf"),
     "verify": ("convert.verify", "compare two stages of a model: words, stops, logits"),
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
     module = VERBS[verb][0]
     try:
         run: Callable[[list[str]], int] = importlib.import_module(module).main
+        return run(rest)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("edge", "convert", "bench"):
             raise
@@ -56,7 +59,6 @@ def main(argv: list[str]) -> int:
             f"'edge {verb}' needs the package '{error.name}', which is not installed",
             f"pip install -c constraints.txt '.[{extra}]'",
         ) from error
-    return run(rest)
 
 
 def utf8_console() -> None:

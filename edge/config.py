@@ -7,156 +7,22 @@ could expect it to do something.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from edge.errors import InputError, UsageError
+from edge.keys import ACCEPTED, FIELDS, REQUIRED, TrainConfig
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_8bit")
-_ANY = object()
+__all__ = ["FIELDS", "TrainConfig", "as_yaml", "load_train_config", "parse"]
 
-
-def _key(default: Any, kind: str, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"kind": kind, "help": help, **limits})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. Each field's metadata has its kind, its help text and its limits."""
-
-    # Model
-    model_name_or_path: str = _key(MISSING, "text", "a folder in transformers' format, or a hub id")
-    model_revision: str = _key("main", "text", "branch, tag or commit on the hub")
-    quantization_bit: int | None = _key(
-        None, "int", "4: train over NF4 weights (QLoRA); none: over 16-bit weights", choices=(4,)
-    )
-    double_quantization: bool = _key(True, "bool", "quantise the scales of the 4-bit blocks too")
-    disable_gradient_checkpointing: bool = _key(
-        False, "bool", "keep activations: faster by a third, needs more memory"
-    )
-    # Method
-    lora_rank: int = _key(8, "int", "rank of the adapter", low=1)
-    lora_alpha: int | None = _key(None, "int", "scale of the adapter; none: twice the rank", low=1)
-    lora_dropout: float = _key(0.0, "float", "dropout before the adapter", low=0.0, below=1.0)
-    lora_target: tuple[str, ...] = _key(
-        ("all",), "names", "names of the layers to adapt; all: every linear layer except the output head"
-    )
-    use_rslora: bool = _key(False, "bool", "scale by alpha/sqrt(rank) in place of alpha/rank")
-    # Data
-    dataset: tuple[str, ...] = _key(MISSING, "names", "names in dataset_info.json, separated by commas")
-    dataset_dir: str = _key("data", "text", "the folder with dataset_info.json")
-    template: str | None = _key(
-        None, "text", "LLaMA-Factory's template name: checked only, the model's own chat template is used"
-    )
-    cutoff_len: int = _key(2048, "int", "longest row in tokens; longer ones are cut, and counted", low=8)
-    max_samples: int | None = _key(None, "int", "at most so many rows of each data set", low=1)
-    val_size: float = _key(0.0, "float", "rows held out: below 1 a fraction, from 1 a count", low=0.0)
-    mask_history: bool = _key(False, "bool", "no loss on answers before the last one")
-    default_system: str | None = _key(None, "text", "system message for rows that have none")
-    enable_thinking: bool | None = _key(
-        True, "bool?", "rows without a thought, true: learn an empty one; false: get it in the prompt; "
-        "null: are left alone (only for templates that think)",
-    )  # fmt: skip
-    strict: bool = _key(False, "bool", "stop at bad rows in place of leaving them out")
-    # Trainer
-    output_dir: str = _key(MISSING, "text", "the run folder; the adapter goes to output_dir/adapter")
-    per_device_train_batch_size: int = _key(8, "int", "rows in one forward pass", low=1)
-    per_device_eval_batch_size: int = _key(8, "int", "rows in one forward pass of validation", low=1)
-    gradient_accumulation_steps: int = _key(1, "int", "forward passes in one optimizer step", low=1)
-    learning_rate: float = _key(5e-5, "float", "peak learning rate", above=0.0)
-    num_train_epochs: float = _key(3.0, "float", "passes over the data", above=0.0)
-    max_steps: int = _key(-1, "int", "stop after so many optimizer steps; -1: by epochs", low=-1)
-    lr_scheduler_type: str = _key("linear", "text", "shape of the learning rate", choices=SCHEDULES)
-    warmup_ratio: float = _key(0.0, "float", "share of the steps that warm up", low=0.0, high=1.0)
-    warmup_steps: int = _key(0, "int", "steps that warm up; wins over warmup_ratio", low=0)
-    max_grad_norm: float = _key(1.0, "float", "longer gradients are scaled down to this; 0: never", low=0.0)
-    weight_decay: float = _key(0.0, "float", "AdamW's weight decay", low=0.0)
-    optim: str = _key("adamw_torch", "text", "the optimizer; paged_adamw_8bit needs CUDA", choices=OPTIMIZERS)
-    bf16: bool = _key(False, "bool", "compute in bfloat16")
-    fp16: bool = _key(False, "bool", "compute in float16")
-    use_cpu: bool = _key(False, "bool", "train on the CPU even where there is a GPU")
-    logging_steps: int = _key(5, "int", "steps between two lines of trainer_log.jsonl", low=1)
-    seed: int = _key(42, "int", "of shuffling, of the adapter's start and of dropout", low=0)
-    # Not a key: what was accepted without effect.
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def alpha(self) -> int:
-        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-
-
-FIELDS = {one.name: one for one in fields(TrainConfig) if one.metadata}
-_REQUIRED = ("model_name_or_path", "dataset", "output_dir")
-
-# Keys of LLaMA-Factory that we do not act on: the values that change nothing here, and what to say of them.
-_NO_CODE = "is ignored: models are loaded with transformers' own classes, code from a repository is never run"
-_NO_CHECKPOINTS = "is ignored: checkpoints are not written yet, only the finished adapter"
-_AT_END = "is ignored: validation loss is computed once, at the end, when val_size is set"
-_ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
-    "adapter_name_or_path": ((None,), ""),
-    "add_tokens": ((None,), ""),
-    "additional_target": ((None,), ""),
-    "cache_dir": ((None,), ""),
-    "compute_accuracy": ((False,), ""),
-    "create_new_adapter": ((False,), ""),
-    "dataloader_num_workers": (_ANY, ""),
-    "ddp_timeout": (_ANY, ""),
-    "disable_shuffling": ((False,), ""),
-    "do_eval": (_ANY, _AT_END),
-    "do_train": ((True,), ""),
-    "early_stopping_steps": ((None,), ""),
-    "enable_liger_kernel": ((False,), ""),
-    "eval_dataset": ((None,), ""),
-    "eval_steps": (_ANY, _AT_END),
-    "eval_strategy": (_ANY, _AT_END),
-    "finetuning_type": (("lora",), ""),
-    "flash_attn": (("auto", "sdpa"), ""),
-    "include_num_input_tokens_seen": (_ANY, ""),
-    "interleave_probs": ((None,), ""),
-    "loraplus_lr_ratio": ((None,), ""),
-    "low_cpu_mem_usage": (_ANY, ""),
-    "mix_strategy": (("concat",), ""),
-    "neat_packing": ((False,), ""),
-    "neftune_noise_alpha": ((None, 0), ""),
-    "overwrite_cache": (_ANY, ""),
-    "overwrite_output_dir": (_ANY, "is ignored: --overwrite replaces an earlier adapter"),
-    "packing": ((False, None), ""),
-    "pissa_init": ((False,), ""),
-    "pissa_iter": (_ANY, ""),
-    "plot_loss": (_ANY, "is ignored: the losses are in trainer_log.jsonl"),
-    "pref_beta": (_ANY, ""),
-    "pref_ftx": (_ANY, ""),
-    "pref_loss": (_ANY, ""),
-    "preprocessing_num_workers": (_ANY, ""),
-    "pure_bf16": ((False,), ""),
-    "quantization_method": (("bnb", "bitsandbytes"), ""),
-    "quantization_type": (("nf4",), ""),
-    "ray_num_workers": (_ANY, ""),
-    "report_to": (("none", None, [], ["none"]), ""),
-    "resize_vocab": ((False,), ""),
-    "resume_from_checkpoint": ((None, False), ""),
-    "rope_scaling": ((None,), ""),
-    "save_only_model": (_ANY, ""),
-    "save_steps": (_ANY, _NO_CHECKPOINTS),
-    "save_strategy": (_ANY, _NO_CHECKPOINTS),
-    "save_total_limit": (_ANY, ""),
-    "simpo_gamma": (_ANY, ""),
-    "dpo_label_smoothing": (_ANY, ""),
-    "stage": (("sft",), ""),
-    "streaming": ((False,), ""),
-    "tokenized_path": ((None,), ""),
-    "train_on_prompt": ((False,), ""),
-    "trust_remote_code": (_ANY, _NO_CODE),
-    "upcast_layernorm": ((False,), ""),
-    "use_dora": ((False,), ""),
-    "use_fast_tokenizer": ((True,), ""),
-}
+# Rates beyond these teach nothing, or break the model; for each kind of training (lowest, highest).
+_RATES = {"lora": (1e-6, 5e-3), "full": (1e-7, 5e-4), "dpo": (1e-8, 1e-4)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,8 +54,10 @@ def load_train_config(path: Path, overrides: list[str] | None = None) -> TrainCo
         if not separator or not key:
             raise UsageError(f"'{override}' is no key=value", "e.g. learning_rate=1e-4")
         _check_known(key)
-        plain = key in FIELDS and FIELDS[key].metadata["kind"] in ("text", "names")
-        given[key] = text if plain and text not in ("null", "none", "~") else _scalar(key, text)
+        kind = FIELDS[key].metadata["kind"] if key in FIELDS else ""
+        value = ("null", "none", "~", *(("true", "false") if kind == "resume" else ()))
+        plain = kind in ("text", "names", "resume") and text not in value
+        given[key] = text if plain else _scalar(key, text)
     return parse(given)
 
 
@@ -202,7 +70,7 @@ def parse(given: dict[str, Any]) -> TrainConfig:
         if key in FIELDS:
             values[key] = _typed(key, value)
             continue
-        allowed, note = _ACCEPTED[key]
+        allowed, note = ACCEPTED[key]
         if isinstance(allowed, tuple) and value not in allowed:
             raise UsageError(
                 f"{key}: {value!r} is known from LLaMA-Factory, but not supported yet",
@@ -210,10 +78,27 @@ def parse(given: dict[str, Any]) -> TrainConfig:
             )
         if note and value not in (None, False):
             warnings.append(f"{key} {note}")
-    for key in _REQUIRED:
+    for key in REQUIRED:
         if not values.get(key):
             raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].metadata['help']}")
-    config = TrainConfig(**values, warnings=tuple(warnings))
+    config = TrainConfig(**values)
+    _check_together(config)
+    return dataclasses.replace(config, warnings=(*warnings, *_doubts(config)))
+
+
+def as_yaml(config: TrainConfig) -> str:
+    """Every key with its value, defaults included, as YAML that `load_train_config` reads back."""
+    values: dict[str, Any] = {}
+    for name in FIELDS:
+        value = getattr(config, name)
+        values[name] = ",".join(str(one) for one in value) if isinstance(value, tuple) else value
+    if values["resume_from_checkpoint"] == "auto":
+        values["resume_from_checkpoint"] = True
+    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=1000)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Raise UsageError for values that exclude each other."""
     if config.bf16 and config.fp16:
         raise UsageError("bf16 and fp16 are both true", "keep one")
     if config.max_steps == 0:
@@ -222,7 +107,77 @@ def parse(given: dict[str, Any]) -> TrainConfig:
         raise UsageError(
             f"val_size: {config.val_size} is neither a fraction nor a count", "below 1, or a whole number"
         )
-    return config
+    if config.val_size and config.eval_dataset:
+        raise UsageError("val_size and eval_dataset both say what to evaluate on", "keep one")
+    watched = bool(config.val_size or config.eval_dataset)
+    asks = [key for key in ("early_stopping_steps", "load_best_model_at_end") if getattr(config, key)]
+    if asks and (not watched or config.eval_strategy == "no"):
+        raise UsageError(
+            f"{asks[0]} needs evaluations during training",
+            "give val_size or eval_dataset, and eval_strategy: steps (or epoch)",
+        )
+    if config.eval_strategy != "no" and not watched:
+        raise UsageError(
+            f"eval_strategy: {config.eval_strategy} has nothing to evaluate on",
+            "give val_size or eval_dataset",
+        )
+    if config.finetuning_type == "full" and config.quantization_bit:
+        raise UsageError(
+            "finetuning_type: full cannot train 4-bit weights",
+            "leave quantization_bit out, or train with lora",
+        )
+    if config.finetuning_type == "full":
+        lora = [key for key in ("use_dora", "pissa_init", "use_rslora") if getattr(config, key)]
+        if lora:
+            raise UsageError(f"{lora[0]} belongs to finetuning_type: lora", "leave it out")
+    if config.pissa_init and config.quantization_bit:
+        raise UsageError(
+            "pissa_init changes the base's weights, which 4 bits would round off again",
+            "leave quantization_bit out (16-bit LoRA), or pissa_init",
+        )
+    if config.stage == "dpo" and (config.packs or config.train_on_prompt):
+        key = "packing" if config.packs else "train_on_prompt"
+        raise UsageError(f"{key} has no meaning in stage: dpo", "leave it out")
+    if config.stage == "dpo" and config.pref_loss in ("orpo", "simpo") and config.dpo_label_smoothing:
+        raise UsageError(
+            f"dpo_label_smoothing has no meaning with pref_loss: {config.pref_loss}", "leave it out"
+        )
+    mixed = config.mix_strategy != "concat"
+    if config.interleave_probs and (not mixed or len(config.interleave_probs) != len(config.dataset)):
+        raise UsageError(
+            "interleave_probs needs mix_strategy: interleave_under (or _over), and a share for each of the "
+            f" {len(config.dataset)} data sets"
+        )
+    if (
+        mixed
+        and config.interleave_probs
+        and not math.isclose(sum(config.interleave_probs), 1.0, abs_tol=1e-3)
+    ):
+        raise UsageError(f"interleave_probs add up to {sum(config.interleave_probs):g}, not to 1")
+    if config.warmup_steps and 0 < config.max_steps <= config.warmup_steps:
+        raise UsageError(
+            f"warmup_steps: {config.warmup_steps} takes all {config.max_steps} steps",
+            "lower it: the rate never arrives",
+        )
+
+
+def _doubts(config: TrainConfig) -> list[str]:
+    """Warnings on values that are allowed and hardly meant."""
+    kind = "dpo" if config.stage == "dpo" else config.finetuning_type
+    low, high = _RATES[kind]
+    said = []
+    if not low <= config.learning_rate <= high:
+        effect = "teaches next to nothing" if config.learning_rate < low else "usually destroys the model"
+        said.append(
+            f"learning_rate {config.learning_rate:g} {effect} with {kind}: {low:g} to {high:g} is usual"
+        )
+    if config.finetuning_type == "lora" and config.alpha > 8 * config.lora_rank and not config.use_rslora:
+        said.append(f"lora_alpha {config.alpha} is more than eight times lora_rank {config.lora_rank}")
+    if config.warmup_ratio > 0.5 and not config.warmup_steps:
+        said.append(f"warmup_ratio {config.warmup_ratio:g}: most of the steps only warm up")
+    if config.num_train_epochs > 30 and config.max_steps < 0:
+        said.append(f"num_train_epochs {config.num_train_epochs:g}: rows are learnt by heart long before")
+    return said
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -249,9 +204,9 @@ def _scalar(key: str, text: str) -> Any:
 
 
 def _check_known(key: str) -> None:
-    if key in FIELDS or key in _ACCEPTED:
+    if key in FIELDS or key in ACCEPTED:
         return
-    near = difflib.get_close_matches(key, [*FIELDS, *_ACCEPTED], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [*FIELDS, *ACCEPTED], n=1, cutoff=0.6)
     raise UsageError(
         f"unknown key '{key}'", f"did you mean '{near[0]}'?" if near else "keys: " + ", ".join(FIELDS)
     )
@@ -261,15 +216,29 @@ def _typed(key: str, value: Any) -> Any:
     """`value` as the field's kind, within its limits; UsageError names the field otherwise."""
     one = FIELDS[key]
     kind, meta = one.metadata["kind"], one.metadata
+    if kind == "resume" and isinstance(value, bool):
+        return "auto" if value else None
+    if key == "report_to" and value == []:
+        return ("none",)
+    if value is False and "no" in meta.get("choices", ()):
+        return "no"  # what YAML 1.1 makes of a bare `no`
     if value is None or (isinstance(value, str) and value.lower() == "none" and one.default is None):
         # null stands for the default, but for enable_thinking it is a mode of its own.
         return None if kind == "bool?" or one.default is MISSING else one.default
     converted = _convert(kind, value)
     if converted is None:
-        wanted = {"int": "a whole number", "float": "a number", "text": "text", "names": "names"}
+        wanted = {
+            "int": "a whole number", "float": "a number", "text": "text", "names": "names",
+            "floats": "numbers", "resume": "true, false or a path",
+        }  # fmt: skip
         raise UsageError(
             f"{key}: {value!r} is not {wanted.get(kind, 'true or false')}", f"{key}: {meta['help']}"
         )
+    for name in converted if "of" in meta else ():
+        if name not in meta["of"]:
+            raise UsageError(f"{key}: {name!r} is not supported", f"one of {', '.join(meta['of'])}")
+    if isinstance(converted, tuple):
+        return converted
     choices = meta.get("choices")
     if choices and converted not in choices:
         raise UsageError(
@@ -292,12 +261,16 @@ def _convert(kind: str, value: Any) -> Any:
     """None where `value` is not of `kind`."""
     if kind in ("bool", "bool?"):
         return value if isinstance(value, bool) else None
+    if kind == "floats":
+        parts = value.split(",") if isinstance(value, str) else value
+        numbers = [_convert("float", part) for part in parts] if isinstance(parts, list) else [None]
+        return None if any(not number or number < 0 for number in numbers) else tuple(numbers)
     if kind == "names":
         names = value.split(",") if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             return None
         return tuple(name.strip() for name in names if name.strip()) or None
-    if kind == "text":
+    if kind in ("text", "resume"):
         if isinstance(value, str):
             return value.strip() or None
         # A model or data set may be called 123 or 1.5: YAML makes a number of it.

@@ -22,7 +22,7 @@ from edge.errors import ExistsError, InputError
 
 FILE = "edge.json"
 SCHEMA = 1
-STAGES = ("model", "adapter", "merged", "gguf", "lora", "onnx")
+STAGES = ("model", "checkpoint", "adapter", "merged", "gguf", "lora", "onnx")
 
 
 @dataclass

@@ -148,6 +148,11 @@ def estimate(artefact: Artefact, *, kv_type: str, slots: int) -> Estimate:
     return Estimate(header.weights_bytes, cell * KV_BYTES[kv_type], buffers)
 
 
+def cells(settings: Settings | onnx.Settings) -> int:
+    """KV cells that are taken in all."""
+    return settings.capacity if isinstance(settings, Settings) else settings.slots * settings.context
+
+
 def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
     """Settings for this artefact on this machine.
 

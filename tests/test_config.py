@@ -1,10 +1,11 @@
 """Configuration: what LLaMA-Factory's users bring loads unchanged, everything else is a clear error."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from edge.config import FIELDS, TrainConfig, load_train_config, parse
+from edge.config import FIELDS, TrainConfig, as_yaml, load_train_config, parse
 from edge.errors import InputError, UsageError
 
 NEEDED = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
@@ -71,7 +72,9 @@ def test_example_of_llamafactory_loads_unchanged(tmp_path):
     assert config.learning_rate == 1e-4 and config.warmup_ratio == 0.1 and config.bf16
     assert config.lora_target == ("all",) and config.template == "deepseekr1"
     said = " ".join(config.warnings)
-    assert "trust_remote_code is ignored" in said and "save_steps is ignored" in said
+    assert "trust_remote_code is ignored" in said and "overwrite_output_dir is ignored" in said
+    assert (config.save_steps, config.plot_loss, config.report_to) == (500, True, ("none",))
+    assert config.resume_from_checkpoint is None
 
 
 def test_defaults():
@@ -114,10 +117,16 @@ def test_t7_no_such_rate(tmp_path, text):
         ("bf16", "yes please", "is not true or false"),
         ("quantization_bit", 8, "quantization_bit: 8 is not supported"),
         ("quantization_type", "fp4", "known from LLaMA-Factory, but not supported yet"),
-        ("stage", "dpo", "known from LLaMA-Factory, but not supported yet"),
-        ("finetuning_type", "full", "not supported yet"),
-        ("report_to", "wandb", "not supported yet"),
-        ("packing", True, "not supported yet"),
+        ("stage", "kto", "stage: 'kto' is not supported"),
+        ("finetuning_type", "freeze", "finetuning_type: 'freeze' is not supported"),
+        ("report_to", "wandb", "report_to: 'wandb' is not supported"),
+        ("deepspeed", "z3.json", "known from LLaMA-Factory, but not supported yet"),
+        ("eval_strategy", "steps", "has nothing to evaluate on"),
+        ("early_stopping_steps", 3, "early_stopping_steps needs evaluations"),
+        ("pref_loss", "kto_pair", "pref_loss: 'kto_pair' is not supported"),
+        ("interleave_probs", "0.5,x", "interleave_probs: '0.5,x' is not numbers"),
+        ("interleave_probs", "0.5,0.5", "needs mix_strategy"),
+        ("resume_from_checkpoint", 3.5j, "is not true, false or a path"),
         ("lr_scheduler_type", "polynomial", "lr_scheduler_type: 'polynomial' is not supported"),
         ("warmup_ratio", 1.5, "at most 1.0"),
         ("lora_dropout", 1, "below 1.0"),
@@ -151,6 +160,98 @@ def test_thinking_has_three_values():
         False,
         None,
     ]
+
+
+# LLaMA-Factory's example of DPO: its keys and values.
+DPO = """\
+model_name_or_path: Qwen/Qwen3-4B-Instruct-2507
+trust_remote_code: true
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+pref_beta: 0.1
+pref_loss: sigmoid  # choices: [sigmoid (dpo), orpo, simpo]
+dataset: dpo_en_demo
+template: qwen3_nothink
+cutoff_len: 2048
+max_samples: 1000
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+output_dir: saves/qwen3-4b/lora/dpo
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+"""
+
+
+def test_example_of_dpo_loads_unchanged(tmp_path):
+    config = load_train_config(write(tmp_path, DPO))
+    assert (config.stage, config.pref_beta, config.pref_loss) == ("dpo", 0.1, "sigmoid")
+    assert config.dataset == ("dpo_en_demo",) and not config.packs
+
+
+def test_print_config_reads_back(tmp_path):
+    config = load_train_config(
+        write(tmp_path, QLORA), ["resume_from_checkpoint=true", "enable_thinking=null"]
+    )
+    again = load_train_config(write(tmp_path, as_yaml(config), name="again.yaml"))
+    assert dataclasses.replace(again, warnings=()) == dataclasses.replace(config, warnings=())
+    assert config.resume_from_checkpoint == "auto" and config.enable_thinking is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"val_size": 0.1, "eval_dataset": "e"}, "val_size and eval_dataset"),
+        ({"finetuning_type": "full", "quantization_bit": 4}, "cannot train 4-bit weights"),
+        ({"finetuning_type": "full", "use_dora": True}, "use_dora belongs to finetuning_type: lora"),
+        ({"pissa_init": True, "quantization_bit": 4}, "pissa_init changes the base's weights"),
+        ({"stage": "dpo", "neat_packing": True}, "packing has no meaning in stage: dpo"),
+        ({"max_steps": 10, "warmup_steps": 10}, "warmup_steps: 10 takes all 10 steps"),
+        (
+            {"dataset": "a,b", "mix_strategy": "interleave_under", "interleave_probs": "0.5,0.2"},
+            "add up to 0.7",
+        ),
+    ],
+)
+def test_values_that_exclude_each_other(changes, words):
+    with pytest.raises(UsageError, match=words):
+        parse({**NEEDED, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 0.1}, "learning_rate 0.1 usually destroys the model with lora"),
+        ({"learning_rate": 1e-8}, "teaches next to nothing"),
+        ({"stage": "dpo", "learning_rate": 2e-4}, "usually destroys the model with dpo"),
+        ({"warmup_ratio": 0.9}, "most of the steps only warm up"),
+        ({"lora_alpha": 1024}, "lora_alpha 1024 is more than eight times"),
+    ],
+)
+def test_values_that_are_hardly_meant(changes, words):
+    (said,) = parse({**NEEDED, **changes}).warnings
+    assert words in said
+
+
+def test_a_bare_no_is_no_boolean_here(tmp_path):
+    text = "model_name_or_path: m\ndataset: d\noutput_dir: o\nsave_strategy: no\neval_strategy: no\n"
+    config = load_train_config(write(tmp_path, text))
+    assert config.save_strategy == config.eval_strategy == "no"
 
 
 def test_overrides(tmp_path):

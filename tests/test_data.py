@@ -160,8 +160,8 @@ def test_sharegpt_and_openai(tmp_path):
 def test_dataset_info_names_the_nearest(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'd'"):
         data.load(("dd",), folder_of(tmp_path, [ROW]))
-    with pytest.raises(UsageError, match="ranking: True, which is not supported"):
-        load(tmp_path, [ROW], ranking=True)
+    with pytest.raises(UsageError, match="unknown key 'colums', did you mean 'columns'"):
+        load(tmp_path, [ROW], colums={})
     with pytest.raises(InputError, match="no such file"):
         data.load(("d",), tmp_path / "nowhere")
 
@@ -216,7 +216,7 @@ def test_prompt_ids_are_those_of_serving(kind, mode, request):
     prompt = serving.render(one.messages[:-1], thinking=thinks)
     ids = form.tokenizer.encode(prompt, add_special_tokens=False).ids
     last = samples[-1]
-    assert last.ids[: len(ids)] == ids
+    assert last.ids[: len(ids)].tolist() == ids
     assert last.labels[len(ids)] != encode.IGNORED and last.labels[len(ids) - 1] == encode.IGNORED
     # A template that shows earlier answers as they were written needs one sample, others one per answer.
     assert len(samples) == (1 if kind == "chatml" else 2)

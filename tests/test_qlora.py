@@ -2,12 +2,14 @@
 
 import json
 import math
+from array import array
 
 import pytest
 import torch
 
-from convert import loop, qlora
-from convert.encode import IGNORED, Sample
+from convert import loop, model, qlora, train_cli
+from convert.encode import Sample
+from convert.losses import LossHead
 from edge import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, UsageError
@@ -55,7 +57,7 @@ def made(tmp_path, base):
 
 def sample(tokens, *, prompt=2, seed=0, name="r"):
     ids = torch.randint(3, 300, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Sample(name, ids, [IGNORED] * prompt + ids[prompt:])
+    return Sample(name, array("i", ids), ((prompt, tokens),))
 
 
 def gradients(model):
@@ -63,14 +65,18 @@ def gradients(model):
 
 
 def adapted(base, config, *, four_bit=True, dtype=torch.float32):
-    place = qlora.Place("cpu", dtype, four_bit)
-    model = qlora.add_adapter(qlora.load_model(base, place), config)
+    place = model.Place("cpu", dtype, four_bit)
+    adapted = model.add_adapter(model.load_model(base, place), config)
     # A fresh adapter's B is zero, and so would be half of the gradients.
     generator = torch.Generator().manual_seed(1)
-    for name, one in model.named_parameters():
+    for name, one in adapted.named_parameters():
         if "lora_B" in name:
             one.data.normal_(0, 0.05, generator=generator)
-    return model.train()
+    return adapted.train()
+
+
+def trained(adapted, rows, config, dtype=torch.float32, report=lambda _: None):
+    return loop.Loop(adapted, rows, config, device="cpu", dtype=dtype).run(report)
 
 
 def test_gradients_after_an_eval_forward(base, made):
@@ -79,9 +85,9 @@ def test_gradients_after_an_eval_forward(base, made):
     from bitsandbytes.nn import Linear4bit
 
     config = made()
-    model = adapted(base, config, dtype=torch.bfloat16)
+    quantized = adapted(base, config, dtype=torch.bfloat16)
     plain = adapted(base, config, four_bit=False)
-    found = dict(model.named_modules())
+    found = dict(quantized.named_modules())
     for name, module in plain.named_modules():
         other = found[name]
         if isinstance(other, Linear4bit):
@@ -90,14 +96,14 @@ def test_gradients_after_an_eval_forward(base, made):
 
     def grad(one):
         one.zero_grad()
-        losses, _ = loop.LossHead(one)(batch, "cpu")
+        losses, _ = LossHead(one)(batch, "cpu")
         losses.mean().backward()
         return gradients(one)
 
     reference = grad(plain)
-    before = grad(model)
-    loop.evaluate(model, batch, size=2, device="cpu")
-    after = grad(model)
+    before = grad(quantized)
+    loop.evaluate(quantized, batch, size=2, device="cpu")
+    after = grad(quantized)
     assert torch.cosine_similarity(before, reference, dim=0) > 0.99
     assert torch.cosine_similarity(after, reference, dim=0) > 0.99
 
@@ -120,8 +126,7 @@ def test_t9_accumulation_weighs_tokens(base, made, lengths, monkeypatch):
             max_steps=1,
             max_grad_norm=0,
         )
-        model = adapted(base, config)
-        state = loop.train(model, rows, config, device="cpu", dtype=torch.float32, report=lambda _: None)
+        state = trained(adapted(base, config), rows, config)
         losses.append(state.loss)
     flat = [torch.cat([g.flatten() for g in one]) for one in seen]
     for other in flat[1:]:
@@ -131,13 +136,13 @@ def test_t9_accumulation_weighs_tokens(base, made, lengths, monkeypatch):
 
 
 def test_loss_head_equals_transformers_loss(base, made):
-    model = adapted(base, made()).eval()
+    one_model = adapted(base, made()).eval()
     batch = [sample(9), sample(20, seed=1)]
-    losses, rows = loop.LossHead(model)(batch, "cpu")
+    losses, rows = LossHead(one_model)(batch, "cpu")
     assert rows.tolist() == [0] * 7 + [1] * 18
     for at, one in enumerate(batch):
         labels = torch.tensor([one.labels])
-        whole = model(input_ids=torch.tensor([one.ids]), labels=labels).loss
+        whole = one_model(input_ids=torch.tensor([one.ids]), labels=labels).loss
         assert losses[rows == at].mean().item() == pytest.approx(whole.item(), rel=1e-4)
 
 
@@ -146,27 +151,23 @@ def test_t11_the_first_bad_loss_stops(tmp_path, made, value, dtype):
     # Untied: a bad row of a tied matrix is in every row's logits.
     base = make_model(tmp_path / "untied", tied=False)
     config = made(per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    model = adapted(base, config, four_bit=False, dtype=dtype)
+    one = adapted(base, config, four_bit=False, dtype=dtype)
     # One token of one row: the others of its accumulation group stay good.
     rows = [sample(9, seed=n, name=f"d, row {n}") for n in range(4)]
-    rows[2].ids[0] = rows[2].labels[0] = 301
+    rows[2].ids[0] = 301
     with torch.no_grad():
-        model.get_input_embeddings().weight[301] = value
+        one.get_input_embeddings().weight[301] = value
     with pytest.raises(EdgeError) as caught:
-        loop.train(model, rows, config, device="cpu", dtype=dtype, report=lambda _: None)
+        trained(one, rows, config, dtype)
     message = str(caught.value)
     assert message.startswith("step 1: the loss is nan in float") and "(rows: d, row 2)" in message
     assert str(dtype).removeprefix("torch.") in message
 
 
 def test_a_loss_of_zero_stops(base, made, monkeypatch):
-    monkeypatch.setattr(
-        loop.LossHead, "__call__", lambda *_: (torch.zeros(3, requires_grad=True), torch.zeros(3))
-    )
+    monkeypatch.setattr(LossHead, "__call__", lambda *_: (torch.zeros(3, requires_grad=True), torch.zeros(3)))
     with pytest.raises(EdgeError, match=r"step 1: the loss is 0\.0"):
-        loop.train(
-            adapted(base, made()), [sample(9)], made(), device="cpu", dtype=torch.float32, report=print
-        )
+        trained(adapted(base, made()), [sample(9)], made())
 
 
 def test_batches_hold_every_row_once_with_little_padding():
@@ -224,11 +225,12 @@ def test_a_run(made, tmp_path, base, checkpointing):
     assert adapter["r"] == 8 and adapter["lora_alpha"] == 16
     assert adapter["base_model_name_or_path"] == str(base)
     log = [
-        json.loads(line) for line in (target / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line)
+        for line in (target.parent / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert [one["current_steps"] for one in log] == [2, 4, 6, 8, 8] and log[-1]["eval_loss"] > 0
     assert log[3]["loss"] < 0.7 * log[0]["loss"]
-    state = json.loads((target / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((target.parent / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == 8 and state["total_tokens"] > 0
     with pytest.raises(ExistsError, match="--overwrite"):
         qlora.run(config)
@@ -240,11 +242,12 @@ def test_a_failed_run_leaves_what_was_there(made, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.setattr(loop.Loop, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         qlora.run(made(), overwrite=True)
     assert manifest.read(tmp_path / "跑 1" / "adapter").digest == first
-    assert [one.name for one in (tmp_path / "跑 1").iterdir()] == ["adapter"]
+    left = sorted(one.name for one in (tmp_path / "跑 1").iterdir())
+    assert left == ["adapter", "all_results.json", "trainer_log.jsonl", "trainer_state.json"]
 
 
 def test_same_seed_same_adapter(made, tmp_path):
@@ -278,14 +281,14 @@ def test_paged_optimizer_needs_cuda(made):
 def test_place(made, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    place = qlora.choose_place(made(use_cpu=False))
+    place = model.choose_place(made(use_cpu=False))
     assert place.device == "mps" and not place.four_bit and "bitsandbytes" in place.notes[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    place = qlora.choose_place(made(bf16=True))
+    place = model.choose_place(made(bf16=True))
     assert (place.device, place.dtype, place.four_bit) == ("cpu", torch.float32, True)
     assert "bf16 is slow on this CPU" in place.notes[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert qlora.choose_place(made(bf16=True)) == qlora.Place("cpu", torch.bfloat16, True)
+    assert model.choose_place(made(bf16=True)) == model.Place("cpu", torch.bfloat16, True)
 
 
 def test_verb(made, tmp_path, base, capsys):
@@ -296,7 +299,7 @@ def test_verb(made, tmp_path, base, capsys):
         "quantization_bit: 4\nuse_cpu: true\ntrust_remote_code: true\n",
         encoding="utf-8",
     )
-    assert qlora.main([str(path), "max_steps=1", "--overwrite", "template=qwen"]) == 0
+    assert train_cli.main([str(path), "max_steps=1", "--overwrite", "template=qwen"]) == 0
     said = capsys.readouterr().out
     assert "trust_remote_code is ignored" in said and "4 rows to train on" in said and "loss" in said
 

@@ -135,7 +135,7 @@ def planned(path: Path, args: argparse.Namespace) -> Planned:
         why=f"{found.kind}: {why}",
     )
     need = planning.estimate(found, kv_type=args.kv_type, slots=settings.slots)
-    return Planned(load, found, need.total(settings.capacity))
+    return Planned(load, found, need.total(planning.cells(settings)))
 
 
 def read_keys(path: Path | None, variable: str) -> list[str]:
@@ -249,7 +249,8 @@ async def _serve(bound: socket.socket, registry: Registry, access: Access, drain
             if loading.exception() is None:
                 ready = loading.result().ready
                 _say(
-                    f"ready in {ready.load_s:.1f} s on {ready.device} ({ready.why}), "
+                    f"ready in {ready.load_s:.1f} s on {ready.device} ({ready.why}) "
+                    f"by {ready.settings.get('chosen', ready.kind)}, "
                     f"{ready.settings.get('threads', '?')} threads, context {ready.context}, "
                     f"{ready.slots} requests at once"
                 )

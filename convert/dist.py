@@ -1,0 +1,82 @@
+"""Several processes that train together, started by torchrun: sums over them, over gloo or NCCL.
+
+Each process takes its share of a step's micro-batches and the gradients are added, so that the step is the
+same as that of one process which accumulates as many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from edge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` others; rank 0 writes files and speaks."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        sums = torch.tensor(values, dtype=torch.float64, device=device)
+        distributed.all_reduce(sums)
+        return [float(one) for one in sums]
+
+    def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes; a missing one counts as zero."""
+        if self.size == 1:
+            return
+        wanted = list(parameters)
+        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in wanted]
+        flat = torch.cat([one.flatten().float() for one in grads])
+        distributed.all_reduce(flat)
+        at = 0
+        for one, grad in zip(wanted, grads, strict=True):
+            one.grad = flat[at : at + grad.numel()].view_as(grad).to(grad.dtype)
+            at += grad.numel()
+
+    def wait(self) -> None:
+        if self.size > 1:
+            distributed.barrier()
+
+
+def join(*, cpu: bool) -> World:
+    """The world that torchrun's variables describe; a single process without them.
+
+    Raises UsageError where there are more processes on this machine than graphics cards.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available() and not cpu
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local} has no graphics card: there are {torch.cuda.device_count()}",
+                "lower --nproc-per-node",
+            )
+        torch.cuda.set_device(local)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if cuda else "gloo")
+    return World(rank, size, local)
+
+
+def leave() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM during training: the first asks for an orderly end, the second ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+@contextlib.contextmanager
+def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether a signal came; `say` gets a line when the first one does."""
+    asked = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say("stopping: a checkpoint is written (once more: without it)")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

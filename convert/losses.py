@@ -1,0 +1,171 @@
+"""What is made small: the loss of each learnt token (sft), or of each pair of answers (dpo and its kin)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from convert.encode import IGNORED, Pair, Sample
+from edge.config import TrainConfig
+
+
+class Objective(Protocol):
+    """zero_is_bad: whether a loss of exactly 0 can only be a fault."""
+
+    zero_is_bad: bool
+
+    def weight(self, batch: list[Any]) -> float:
+        """What the sum of losses is divided by, together with that of the step's other batches."""
+
+    def __call__(self, batch: list[Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, rows): float32 losses, and for each the index in `batch` that it belongs to."""
+
+
+class LossHead:
+    """Losses of tokens, with logits made only where a token is learnt.
+
+    The output head's input is cut down to those positions on its way in, so that a large vocabulary costs
+    memory and time for answers only, whatever the architecture does behind its head. Rows packed into
+    one sequence have positions of their own, by which transformers keeps them from seeing each other.
+    """
+
+    zero_is_bad = True
+
+    def __init__(self, model: Any, *, autocast: torch.dtype | None = None) -> None:
+        self._model = model
+        self._autocast = autocast
+        self._keep: torch.Tensor | None = None
+
+    def _cut(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        return None if self._keep is None else (inputs[0][self._keep], *inputs[1:])
+
+    def weight(self, batch: list[Sample]) -> float:
+        return sum(sample.learnt for sample in batch)
+
+    def __call__(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, rows): one float32 loss per learnt token of `batch`, and the index of the row it is in."""
+        longest = max(len(sample.ids) for sample in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        places = torch.arange(longest).repeat(len(batch), 1)
+        targets = torch.full((len(batch), longest), IGNORED)
+        for at, sample in enumerate(batch):
+            row = torch.tensor(sample.ids)
+            ids[at, : len(row)] = row
+            for start, end in sample.spans:
+                # What comes before position t predicts the token at t.
+                targets[at, start - 1 : end - 1] = row[start:end]
+            for start in sample.starts[1:]:
+                places[at, start:] = torch.arange(longest - start)
+        keep = targets != IGNORED
+        packed = any(len(sample.starts) > 1 for sample in batch)
+        more = {"position_ids": places.to(device)} if packed else {}
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(self._cut)
+        self._keep = keep.to(device)
+        try:
+            with self._computing(device):
+                # Padding is on the right and attention is causal: no learnt token can see it.
+                logits = self._model(input_ids=ids.to(device), use_cache=False, **more).logits
+        finally:
+            self._keep = None
+            hook.remove()
+        losses = functional.cross_entropy(logits.float(), targets[keep].to(device), reduction="none")
+        return losses, keep.nonzero()[:, 0]
+
+    def _computing(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device, self._autocast)
+
+    def sums(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log probability, learnt tokens) of each row's answers."""
+        losses, rows = self(batch, device)
+        rows = rows.to(losses.device)
+        zero = torch.zeros(len(batch), device=losses.device)
+        return zero.index_add(0, rows, -losses), zero.index_add(0, rows, torch.ones_like(losses))
+
+
+class Preference:
+    """DPO (arXiv:2305.18290) and the losses that LLaMA-Factory has beside it, by `pref_loss`.
+
+    sigmoid with `dpo_label_smoothing`; hinge (arXiv:2305.10425); ipo (arXiv:2310.12036, by the mean over
+    tokens); orpo (arXiv:2403.07691) and simpo (arXiv:2405.14734), which need no reference. `pref_ftx` adds
+    the plain loss of the chosen answers.
+    """
+
+    zero_is_bad = False
+
+    def __init__(
+        self, head: LossHead, config: TrainConfig, reference: dict[int, tuple[float, float]]
+    ) -> None:
+        self._head, self._config, self._reference = head, config, reference
+        # Of the last batch: the reward of the chosen answers over that of the rejected, and how often it is.
+        self.margin = self.accuracy = 0.0
+
+    def weight(self, batch: list[Pair]) -> float:
+        return len(batch)
+
+    def __call__(self, batch: list[Pair], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        answers = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
+        sums, lengths = self._head.sums(answers, device)
+        (chosen, rejected), (long, short) = sums.chunk(2), lengths.chunk(2)
+        config, beta = self._config, self._config.pref_beta
+        plain = -chosen / long
+        if config.pref_loss == "orpo":
+            good, bad = chosen / long, rejected / short
+            margin = (good - bad) - (_log1mexp(good) - _log1mexp(bad))
+            losses = plain - beta * functional.logsigmoid(margin)
+        elif config.pref_loss == "simpo":
+            margin = chosen / long - rejected / short
+            losses = -functional.logsigmoid(beta * margin - config.simpo_gamma)
+        else:
+            known = torch.tensor([self._reference[id(pair)] for pair in batch], device=chosen.device)
+            up, down = chosen - known[:, 0], rejected - known[:, 1]
+            if config.pref_loss == "ipo":
+                margin = up / long - down / short
+                losses = (margin - 1 / (2 * beta)) ** 2
+            else:
+                margin = up - down
+                losses = _smoothed(beta * margin, config)
+        if config.pref_ftx:
+            losses = losses + config.pref_ftx * plain
+        self.margin = float((beta * margin).detach().mean())
+        self.accuracy = float((margin > 0).float().mean())
+        return losses, torch.arange(len(batch))
+
+
+def _smoothed(margin: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    if config.pref_loss == "hinge":
+        return functional.relu(1 - margin)
+    wrong = config.dpo_label_smoothing
+    return -(1 - wrong) * functional.logsigmoid(margin) - wrong * functional.logsigmoid(-margin)
+
+
+def _log1mexp(value: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(value)) for value < 0, without losing what is near 0."""
+    return torch.log(-torch.expm1(value.clamp(max=-1e-7)))
+
+
+def reference(head: LossHead, pairs: list[Pair], device: str, size: int) -> dict[int, tuple[float, float]]:
+    """Log probabilities of both answers of each pair by id(): to be taken before training, in eval mode.
+
+    A fresh adapter changes nothing, so the model that is to be trained is its own reference.
+    """
+    found = {}
+    with torch.no_grad():
+        for batch in by_length(pairs, size):
+            sums, _ = head.sums([one.chosen for one in batch] + [one.rejected for one in batch], device)
+            good, bad = sums.float().chunk(2)
+            for pair, *two in zip(batch, good.tolist(), bad.tolist(), strict=True):
+                found[id(pair)] = (two[0], two[1])
+    return found
+
+
+def by_length(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Batches of at most `size` items of like length."""
+    order = sorted(items, key=lambda one: one.size)
+    for at in range(0, len(order), size):
+        yield order[at : at + size]

@@ -1,0 +1,137 @@
+"""The model that is trained: where it computes, its weights in 4 or 16 bits, and the adapter over it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge.config import TrainConfig
+from edge.errors import InputError, UsageError
+
+
+@dataclass
+class Place:
+    """Where and how to compute. notes: what differs from what was asked, and why."""
+
+    device: str
+    dtype: torch.dtype
+    four_bit: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_place(config: TrainConfig) -> Place:
+    """CUDA, then MPS, then the CPU; and the type that is asked for where the device has it."""
+    four_bit = config.quantization_bit == 4
+    asked = "bf16" if config.bf16 else "fp16" if config.fp16 else None
+    if torch.cuda.is_available() and not config.use_cpu:
+        if asked == "fp16" or not torch.cuda.is_bf16_supported(including_emulation=False):
+            notes = ["this GPU has no bfloat16: computing in float16"] if asked == "bf16" else []
+            return Place("cuda", torch.float16, four_bit, notes)
+        return Place("cuda", torch.bfloat16, four_bit)
+    if torch.backends.mps.is_available() and not config.use_cpu:
+        notes = ["bitsandbytes has no 4 bits on MPS: LoRA over 16-bit weights"] if four_bit else []
+        return Place("mps", torch.float16 if asked == "fp16" else torch.bfloat16, False, notes)
+    fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    dtype = torch.bfloat16 if fast else torch.float32
+    place = Place("cpu", dtype, four_bit)
+    if asked == "fp16" or (asked == "bf16" and not fast):
+        place.notes.append(f"{asked} is slow on this CPU: computing in {str(dtype).removeprefix('torch.')}")
+    return place
+
+
+def load_model(folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa") -> Any:
+    """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`."""
+    no_advice()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    how: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention}
+    if place.four_bit:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=place.dtype,
+        )
+    if place.device != "cpu":
+        how["device_map"] = {"": place.device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
+    keep_unpacked(model)
+    return model
+
+
+def no_advice() -> None:
+    """bitsandbytes would advise to install a kernel that only serves inference."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def keep_unpacked(model: Any) -> None:
+    """Leave 4-bit weights in the layout that gradients need.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks them at the first forward pass in eval mode, and its
+    backward pass then reads them in the wrong order.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantized_layers(model: Any) -> list[str]:
+    """Names of the 4-bit layers, with `*` for the number of a layer."""
+    from bitsandbytes.nn import Linear4bit
+
+    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+
+
+def add_adapter(model: Any, config: TrainConfig) -> Any:
+    """`model` with a fresh LoRA adapter in float32. Raises UsageError for a lora_target it does not have."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(config.lora_target)
+    start: Any = True
+    if config.pissa_init:
+        start = "pissa" if config.pissa_iter < 0 else f"pissa_niter_{config.pissa_iter}"
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if "all" in targets else targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=start,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    try:
+        with warnings.catch_warnings():
+            # peft asks transformers by an old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
+    adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
+    if not config.disable_gradient_checkpointing:
+        adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return adapted
+
+
+def unfreeze(model: Any, config: TrainConfig) -> Any:
+    """`model` (in float32) with every weight to be trained."""
+    torch.manual_seed(config.seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    if not config.disable_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model

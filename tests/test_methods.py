@@ -1,0 +1,311 @@
+"""Ways to train: packed rows, preferences, DoRA, PiSSA, every weight; evaluations, and several processes."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from convert import encode, loop, model, prepare, qlora, template
+from convert.encode import Pair, Sample
+from convert.losses import LossHead, Preference
+from edge.config import as_yaml, parse
+from edge.errors import EdgeError, UsageError
+from tests.toy import make_model
+
+ROOT = Path(__file__).parent.parent
+QUIET = Console(quiet=True)
+ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]
+PAIRS = [{"instruction": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}!"} for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("base") / "m")
+
+
+@pytest.fixture
+def made(tmp_path, base):
+    (tmp_path / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    (tmp_path / "p.json").write_text(json.dumps(PAIRS), encoding="utf-8")
+    info = {"d": {"file_name": "d.json"}, "p": {"file_name": "p.json", "ranking": True}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+    def config(name="run", **changes):
+        return parse(
+            {
+                "model_name_or_path": str(base),
+                "dataset": "d",
+                "dataset_dir": str(tmp_path),
+                "output_dir": str(tmp_path / name),
+                "use_cpu": True,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 5e-3,
+                "max_steps": 2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "disable_gradient_checkpointing": True,
+                **changes,
+            }
+        )
+
+    return config
+
+
+def plain(base):
+    return model.load_model(base, model.Place("cpu", torch.float32, False)).eval()
+
+
+def sample(size, seed, *, prompt=1):
+    ids = torch.randint(3, 300, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Sample(f"r{seed}", array("i", ids), ((prompt, size),))
+
+
+def test_t10_packed_rows_do_not_see_each_other(base):
+    rows = [sample(3, 1), sample(5, 2), sample(9, 3)]
+    packs = encode.pack(rows, 9)
+    assert sorted(one.starts for one in packs) == [(0,), (0, 5)]
+    head = LossHead(plain(base))
+    apart = sum(float(head([row], "cpu")[0].detach().sum()) for row in rows)
+    together = float(head(packs, "cpu")[0].detach().sum())
+    assert together == pytest.approx(apart, rel=1e-5)
+    assert head(packs, "cpu")[1].tolist().count(1) == 6
+
+
+def test_packs_hold_each_row_once_and_little_room():
+    shuffle = random.Random(3)
+    rows = [sample(shuffle.randint(2, 60), n) for n in range(200)]
+    packs = encode.pack(rows, 64)
+    assert sum(len(one.starts) for one in packs) == len(rows)
+    assert sum(one.learnt for one in packs) == sum(one.learnt for one in rows)
+    assert max(len(one.ids) for one in packs) <= 64
+    assert sum(len(one.ids) for one in packs) > 0.9 * 64 * len(packs)
+
+
+@pytest.mark.slow
+def test_packing_trains(made, tmp_path):
+    said = Console(record=True, width=200)
+    qlora.run(made(packing=True, cutoff_len=128, eval_dataset="d"), console=said)
+    assert "packing: 10 rows in" in said.export_text()
+
+
+def test_loss_on_the_prompt_but_for_the_first_token(base, made):
+    form = template.load(base)
+    (item, *_) = prepare.prepare(made(train_on_prompt=True), form).train
+    assert item.spans[0][0] == 1 and item.learnt == len(item.ids) - 1
+
+
+def test_num_samples_and_mixing(made, tmp_path, base):
+    info = {
+        "a": {"file_name": "d.json", "num_samples": 3},
+        "b": {"file_name": "d.json", "num_samples": 25},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    form = template.load(base)
+
+    def sources(**changes):
+        return [one.source[0] for one in prepare.prepare(made(dataset="a,b", **changes), form).train]
+
+    assert "".join(sources()) == "a" * 3 + "b" * 25
+    assert "".join(sources(mix_strategy="interleave_under")) == "ababa"
+    assert sources(mix_strategy="interleave_over").count("a") == 25
+    drawn = sources(mix_strategy="interleave_over", interleave_probs="0.1,0.9")
+    assert 0 < drawn.count("a") < 10 and drawn.count("b") >= 25
+
+
+# Of one pair with log probabilities -3 (2 tokens) and -4 (4 tokens), the reference -5 and -2: by hand.
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"pref_loss": "sigmoid"}, -math.log(1 / (1 + math.exp(-0.4)))),
+        ({"pref_loss": "hinge"}, 0.6),
+        ({"pref_loss": "ipo"}, (1.0 + 0.5 - 5) ** 2),
+        ({"pref_loss": "simpo", "pref_beta": 2.0}, math.log(1 + math.exp(0.5 - 2 * (-1.5 + 1.0)))),
+        ({"pref_loss": "sigmoid", "pref_ftx": 2.0}, math.log(1 + math.exp(-0.4)) + 2 * 1.5),
+        (
+            {"dpo_label_smoothing": 0.25},
+            0.75 * math.log(1 + math.exp(-0.4)) + 0.25 * math.log(1 + math.exp(0.4)),
+        ),
+        (
+            {"pref_loss": "orpo"},
+            1.5 + 0.1 * math.log(1 + math.exp(math.log(math.exp(1.5) - 1) - math.log(math.exp(1.0) - 1))),
+        ),
+    ],
+)
+def test_preference_losses(made, changes, want):
+    class Head:
+        def sums(self, batch, device):
+            return torch.tensor([-3.0, -4.0]), torch.tensor([2.0, 4.0])
+
+    pair = Pair("p", sample(4, 1), sample(6, 2))
+    config = made(stage="dpo", dataset="p", learning_rate=1e-6, **changes)
+    losses, _ = Preference(Head(), config, {id(pair): (-5.0, -2.0)})([pair], "cpu")
+    assert losses.item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+def test_preferences_are_learnt(made, tmp_path, loss):
+    config = made(
+        stage="dpo", dataset="p", pref_loss=loss, max_steps=12, val_size=2, quantization_bit=4, pref_beta=0.5
+    )
+    qlora.run(config, console=QUIET)
+    log = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    if loss == "sigmoid":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_stage_and_data_must_fit(made):
+    with pytest.raises(UsageError, match="stage: dpo needs preference rows"):
+        qlora.run(made(stage="dpo"), console=QUIET)
+    with pytest.raises(UsageError, match="holds preference rows"):
+        qlora.run(made(dataset="p"), console=QUIET)
+
+
+@pytest.mark.slow
+def test_every_weight(made, base):
+    target = qlora.run(made(finetuning_type="full", learning_rate=1e-3, bf16=True), console=QUIET)
+    trained, before = plain(target), plain(base)
+    assert target.name == "merged"
+    for name, one in trained.named_parameters():
+        assert not torch.equal(one.float(), before.get_parameter(name)), name
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float16" and template.load(target).stop_ids == template.load(base).stop_ids
+
+
+def logits(one):
+    ids = torch.tensor([[5, 60, 7, 80, 9, 100]])
+    with torch.no_grad():
+        return one(input_ids=ids).logits.float()
+
+
+@pytest.mark.slow
+def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
+    """The base with the adapter is the model that was trained, whose base was changed."""
+    seen = {}
+    real = loop.Loop.run
+
+    def watched(self, *args, **more):
+        state = real(self, *args, **more)
+        seen["trained"] = logits(self.model.eval())
+        return state
+
+    monkeypatch.setattr(loop.Loop, "run", watched)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    target = qlora.run(made(pissa_init=True, max_steps=5), console=QUIET)
+    adapter = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["r"] == 16 and adapter["init_lora_weights"] is True
+    from convert.eval import load_tuned
+
+    again = load_tuned(target, base, made(), model.Place("cpu", torch.float32, False)).eval()
+    assert torch.allclose(logits(again), seen["trained"], atol=1e-3)
+    assert not torch.allclose(logits(plain(base)), seen["trained"], atol=1e-1)
+
+
+@pytest.mark.slow
+def test_dora(made):
+    target = qlora.run(made(use_dora=True, quantization_bit=4), console=QUIET)
+    tensors = load_file(target / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in tensors)
+
+
+def test_neftune_is_noise_in_training_alone(base, made):
+    config = made(neftune_noise_alpha=5.0)
+    one = plain(base)
+    runner = loop.Loop(one, [sample(9, 1)], config, device="cpu", dtype=torch.float32)
+    remove = runner._noise()
+    quiet_ = logits(one.eval())
+    assert torch.equal(quiet_, logits(one.eval())) and not torch.equal(quiet_, logits(one.train()))
+    width = one.get_input_embeddings()(torch.tensor([[1, 2, 3]]))
+    one.eval()
+    bound = 5 / math.sqrt(3 * width.shape[2])
+    assert 0 < (width - one.get_input_embeddings()(torch.tensor([[1, 2, 3]]))).abs().max() <= bound
+    remove()
+    assert torch.equal(quiet_, logits(one.train()))
+
+
+@pytest.mark.slow
+def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 9.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(losses))
+    said = Console(record=True, width=200)
+    config = made(
+        val_size=2, max_steps=20, eval_strategy="steps", eval_steps=2, early_stopping_steps=2,
+        save_strategy="steps", save_steps=3, save_total_limit=1, plot_loss=True,
+    )  # fmt: skip
+    target = qlora.run(config, console=said)
+    text = said.export_text()
+    assert "stopping early at step 8: no better validation loss than 1.0000 (step 4)" in text
+    assert "the weights are those of step 4" in text and " -> " in text
+    folder = tmp_path / "run"
+    assert sorted(one.name for one in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_metric"] == 1.0 and state["best_model_checkpoint"].endswith("checkpoint-4")
+    best = load_file(folder / "checkpoint-4" / "trained.safetensors")
+    kept = load_file(target / "adapter_model.safetensors")
+    for name, one in kept.items():
+        assert torch.equal(one, best[name.replace(".weight", ".default.weight")])
+    answers = (folder / "eval_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == 2 * 4 and set(json.loads(answers[0])) == {"current_steps", "question", "answer"}
+    for name in ("training_loss.png", "training_eval_loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_that_accumulates(made, tmp_path):
+    """Over gloo: the same gradients, the same weights."""
+    one = qlora.run(made("one", gradient_accumulation_steps=2, val_size=2, max_steps=4), console=QUIET)
+    path = tmp_path / "c.yaml"
+    path.write_text(as_yaml(made("two", val_size=2, max_steps=4)), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29611",
+    ]
+    done = subprocess.run(
+        [*command, "-m", "edge.cli", "train", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr.decode("utf-8")
+    assert "on each of 2 processes" in done.stdout.decode("utf-8")
+    assert done.stdout.decode("utf-8").count("step 4/4") == 1
+    first, second = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
+    )
+    for name in first:
+        assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5), name
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "trainer_log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for line, other in zip(*logs, strict=True):
+        for key in ("loss", "eval_loss", "total_tokens"):
+            assert line.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4)
+    assert one.is_dir()
+
+
+def test_one_bad_row_is_named_in_a_preference_too(made, monkeypatch):
+    def broken(self, batch, device):
+        return torch.full((len(batch),), math.nan, requires_grad=True), torch.ones(len(batch))
+
+    monkeypatch.setattr(LossHead, "sums", broken)
+    config = made(stage="dpo", dataset="p", pref_loss="simpo")
+    with pytest.raises(EdgeError, match=r"step 1: the loss is nan in .* \(rows: p, row"):
+        qlora.run(config, console=QUIET)
