@@ -136,6 +136,8 @@ def with_lora(found: Artefact, lora: Path) -> Artefact:
         if len(files) != 1:
             raise InputError(f"{lora} holds {len(files)} adapters as GGUF", "make one: edge export lora RUN")
         lora = files[0]
+    if not isinstance(found.header, GGUFHeader):
+        raise InputError(f"{found.path} is no GGUF: an adapter goes on top of one", "edge export gguf RUN")
     check_lora(lora, found.header)
     folder = lora.parent
     known = manifest.read(folder) if (folder / manifest.FILE).is_file() else None

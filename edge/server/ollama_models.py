@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 import edge
+from edge.artefact import SUFFIXES, Artefact
 from edge.gguf_header import GGUFHeader
 from edge.server.ollama import taken, thinks
 from edge.server.registry import Known, Registry
@@ -72,7 +73,7 @@ async def show(request: Request, body: Named) -> dict[str, Any]:
         capabilities.append("thinking")
     if ready.embedding:
         capabilities.append("embedding")
-    header = artefact.header if artefact else None
+    header = _gguf(artefact)
     facts = {}
     for key, value in (header.metadata if header else {}).items():
         if isinstance(value, (str, int, float)) and key != "tokenizer.chat_template":
@@ -96,7 +97,7 @@ def _all(request: Request) -> list[Known]:
 
 def _about(known: Known) -> dict[str, Any]:
     artefact = known.serving.artefact if known.serving else None
-    header = artefact.header if artefact else None
+    header = _gguf(artefact)
     return {
         "name": known.name,
         "model": known.name,
@@ -109,16 +110,21 @@ def _about(known: Known) -> dict[str, Any]:
 
 def _details(known: Known) -> dict[str, Any]:
     artefact = known.serving.artefact if known.serving else None
-    header = artefact.header if artefact else None
+    header = _gguf(artefact)
     family = header.architecture if header else ""
     return {
         "parent_model": "",
-        "format": "gguf" if header else "",
+        "format": SUFFIXES[artefact.kind] if artefact else "",
         "family": family,
         "families": [family] if family else [],
         "parameter_size": _billions(header) if header else "",
         "quantization_level": (header.file_type or "") if header else "",
     }
+
+
+def _gguf(artefact: Artefact | None) -> GGUFHeader | None:
+    """The header, of a GGUF; other formats say less about themselves."""
+    return artefact.header if artefact and isinstance(artefact.header, GGUFHeader) else None
 
 
 def _billions(header: GGUFHeader) -> str:
