@@ -22,7 +22,7 @@ REPLACE := $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check conformance pull qlora merge export-gguf export-onnx onnx-optimum
-.PHONY: serve bench chat doctor clean
+.PHONY: data eval verify serve bench chat tune doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -30,14 +30,18 @@ help:
 	@echo
 	@echo "make install       the environment in .venv (CUDA=1: llama.cpp for an NVIDIA card)"
 	@echo "make pull          the model MODEL=$(MODEL)"
+	@echo "make data          what CONFIG's data holds, and what is trained on"
 	@echo "make qlora         train by CONFIG=$(CONFIG)"
+	@echo "make eval          held-out loss and scores of RUN, beside its base"
 	@echo "make merge         the adapter of RUN=$(RUN) into 16-bit weights"
 	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=$(QUANT)"
+	@echo "make verify        whether the GGUF of RUN is still the merged model"
 	@echo "make export-onnx   the same as ONNX, PRECISION=int4|int8|fp16|fp32"
 	@echo "make onnx-optimum  check the exporter against another one, optimum, in an environment of its own"
 	@echo "make serve         RUN over HTTP, PORT=$(PORT)"
 	@echo "make chat          talk to RUN in the terminal"
 	@echo "make bench         RUN against the slow baseline"
+	@echo "make tune          what was measured for RUN on this machine"
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
 	@echo "make conformance   other projects' clients and suites against a running server"
@@ -96,14 +100,23 @@ conformance: install .venv-conformance/installed .venv-conformance-openai1/insta
 pull: install
 	$(BIN)/edge pull $(MODEL) $(REPLACE)
 
+data: install
+	$(BIN)/edge data "$(CONFIG)"
+
 qlora: install
 	$(BIN)/edge train "$(CONFIG)" $(REPLACE)
+
+eval: install
+	$(BIN)/edge eval "$(RUN)"
 
 merge: install
 	$(BIN)/edge merge "$(RUN)" $(REPLACE)
 
 export-gguf: install
 	$(BIN)/edge export gguf "$(RUN)" --quant $(QUANT) $(REPLACE)
+
+verify: install
+	$(BIN)/edge verify "$(RUN)/merged" "$(RUN)/gguf"
 
 export-onnx: install
 	$(BIN)/edge export onnx "$(RUN)" $(if $(PRECISION),--precision $(PRECISION)) $(REPLACE)
@@ -119,6 +132,9 @@ chat: install
 
 bench: install
 	$(BIN)/edge bench "$(RUN)"
+
+tune: install
+	$(BIN)/edge tune "$(RUN)"
 
 doctor: install
 	$(BIN)/edge doctor
