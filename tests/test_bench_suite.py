@@ -77,6 +77,7 @@ def test_goodput_counts_what_met_the_objective() -> None:
     assert metrics.goodput(samples, Objective(2.0, 0.5))[1] == 0.75
 
 
+@pytest.mark.slow
 def test_the_sweep_ends_where_the_objective_breaks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench_mock", "0.2", "0.01", "{port}"]
     target = Target("edge", command, Ours(), "/ready", "/info", {"PYTHONPATH": str(sweep.ROOT)})

@@ -14,6 +14,9 @@ from edge.config import parse
 from edge.errors import EdgeError
 from tests.toy import make_model
 
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

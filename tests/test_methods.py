@@ -21,6 +21,9 @@ from edge.config import as_yaml, parse
 from edge.errors import EdgeError, UsageError
 from tests.toy import make_model
 
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 QUIET = Console(quiet=True)
 ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]

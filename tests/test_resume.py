@@ -19,6 +19,9 @@ from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.toy import make_model
 
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]
 ROOT = Path(__file__).parent.parent
 

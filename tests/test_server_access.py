@@ -16,6 +16,9 @@ from edge.errors import UsageError
 from edge.server.run import check_origin
 from tests.fake_server import ROOT, Server, fake_server, launch
 
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

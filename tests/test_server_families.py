@@ -13,6 +13,9 @@ from edge.errors import RequestError
 from edge.server.ollama import seconds
 from tests.fake_server import Server, fake_server
 
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 REPLY = "你好, world!"
 CALL = '<tool_call>\n{"name": "f", "arguments": {"k": 1}}\n</tool_call>'
 TOOL = {"type": "object", "properties": {"k": {"type": "integer"}}}

@@ -15,6 +15,9 @@ import pytest
 
 from tests.fake_server import Server, fake_server
 
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 
 def ask(server: Server, model: str | None = None, **extra: Any) -> httpx.Response:
     return server.post("/generate", {"prompt": "x", "max_tokens": 4, "model": model, **extra})
