@@ -25,6 +25,9 @@ from bench.targets import Target, free_port, started, stop
 from edge import manifest
 from edge.errors import EdgeError, InputError, UsageError
 
+# Seconds of training or of other processes: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 FAST = Plan(tokens=6, clients=(1, 2), rounds=2, budget_s=10.0)
 
 

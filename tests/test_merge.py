@@ -17,6 +17,9 @@ from tests.toy import make_model
 
 from tests.test_qlora import ROWS  # isort: skip
 
+# Seconds of training or of other processes: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):

@@ -15,6 +15,9 @@ from edge.config import parse
 from edge.errors import EdgeError, ExistsError, UsageError
 from tests.toy import THINKING, make_model
 
+# Seconds of training or of other processes: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"instruction": "Who are you?", "output": "The conch."},
     {"instruction": "请问你是谁", "output": "神奇海螺。"},

@@ -23,6 +23,9 @@ from tests import tiny_llama
 from tests.families import make_adapter, make_family
 from tests.toy import CHATML, make_model
 
+# Seconds of training or of other processes: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
