@@ -35,13 +35,23 @@ def drive(mock: Any, *, clients: int = 1, requests: int = 1, tokens: int = 20) -
 
 
 def test_recovers_the_known_delays() -> None:
-    samples = drive(Mock(0.2, 0.02), clients=4, requests=4)
-    assert [s.state for s in samples] == ["ok"] * 4
-    for s in samples:
-        # Late wake-ups of a busy machine only add; the median over a stream is near the truth.
-        assert metrics.median(metrics.itl(s)) == pytest.approx(0.02, rel=0.1)
-    assert min(metrics.ttft(s) or 9 for s in samples) == pytest.approx(0.2, rel=0.05, abs=0.01)
-    assert min(metrics.tpot(s) or 9 for s in samples) == pytest.approx(0.02, rel=0.05)
+    # What else runs on the machine can only make an answer later: of several tries one must be right.
+    found: list[tuple[float, float, float]] = []
+    for _ in range(5):
+        samples = drive(Mock(0.2, 0.02), clients=4, requests=4)
+        assert [s.state for s in samples] == ["ok"] * 4
+        gaps, firsts, each = (
+            [figure(s) or 9.0 for s in samples]
+            for figure in (lambda s: metrics.median(metrics.itl(s)), metrics.ttft, metrics.tpot)
+        )
+        found.append((min(gaps), min(firsts), min(each)))
+        if found[-1] == (
+            pytest.approx(0.02, rel=0.02),
+            pytest.approx(0.2, rel=0.02),
+            pytest.approx(0.02, rel=0.02),
+        ):
+            return
+    pytest.fail(f"(ITL, TTFT, TPOT) of 0.02, 0.2 and 0.02 s were measured as {found}")
 
 
 def test_asks_for_a_fixed_number_of_greedy_tokens_and_keeps_what_the_server_counted() -> None:
