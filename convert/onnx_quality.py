@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.verify_metrics import log_softmax
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 
@@ -64,7 +65,7 @@ def compare(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) ->
     for reference, other in pairs:
         positions += len(reference)
         same += int((reference.argmax(axis=1) == other.argmax(axis=1)).sum())
-        wanted, found = _log_softmax(reference), _log_softmax(other)
+        wanted, found = log_softmax(reference), log_softmax(other)
         divergences += (np.exp(wanted) * (wanted - found)).sum(axis=1).tolist()
         difference = float(np.maximum(difference, np.abs(reference - other).max()))
     if not positions:
@@ -72,12 +73,6 @@ def compare(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) ->
     kl = float(np.mean(divergences))
     # Rounding may leave it a little below nothing; what is no number stays so.
     return Quality(positions, same / positions, 0.0 if kl < 0 else kl, float(np.max(divergences)), difference)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
 
 
 def measure(

@@ -247,14 +247,17 @@ def _timed(context: Backend, rows: list[Row]) -> float:
     return time.perf_counter() - began
 
 
-def _cache(path: Path, asked: Settings) -> Path:
-    """The file that keeps the result. The key holds all that the result depends on."""
+def kept_at(path: Path, *facts: Any) -> Path:
+    """The file that keeps what was measured of the artefact at `path`. facts: what else it depends on."""
     stat = path.stat()
-    key = [
-        path.name,
-        stat.st_size,
-        stat.st_mtime_ns,
-        hardware.cpu_model(),
+    key = [path.name, stat.st_size, stat.st_mtime_ns, hardware.cpu_model(), *facts]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()[:24]
+    return hardware.cache_dir() / "tune" / f"{digest}.json"
+
+
+def _cache(path: Path, asked: Settings) -> Path:
+    return kept_at(
+        path,
         native.build_info(),
         asked.threads,
         min(STREAMS, asked.slots),
@@ -262,9 +265,7 @@ def _cache(path: Path, asked: Settings) -> Path:
         asked.kv_type,
         asked.gpu_layers,
         asked.extra_buffers,
-    ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()[:24]
-    return hardware.cache_dir() / "tune" / f"{digest}.json"
+    )
 
 
 def read(path: Path) -> dict[str, Any]:

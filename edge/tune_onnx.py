@@ -7,8 +7,6 @@ process, or another program, wants the core, it is slower. One core less than th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -102,16 +100,5 @@ def _race(
 
 
 def cache(path: Path, asked: Settings) -> Path:
-    """The file that keeps the result. The key holds all that the result depends on."""
-    stat = path.stat()
-    key = [
-        path.name,
-        stat.st_size,
-        stat.st_mtime_ns,
-        hardware.cpu_model(),
-        tune.version("onnxruntime"),
-        asked.threads,
-        min(tune.STREAMS, asked.slots),
-    ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()[:24]
-    return hardware.cache_dir() / "tune" / f"{digest}.json"
+    """The file that keeps the result."""
+    return tune.kept_at(path, tune.version("onnxruntime"), asked.threads, min(tune.STREAMS, asked.slots))

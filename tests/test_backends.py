@@ -16,6 +16,7 @@ from edge.backends.base import Backend, Row
 from edge.backends.fake import FakeBackend
 from edge.engine import Engine
 from edge.sampling import Params
+from tests.plans import Plan, params, plans
 
 SLOTS, CONTEXT, BATCH = 4, 128, 64
 Make = Callable[..., Backend]
@@ -259,38 +260,6 @@ def test_s4_batched_requests_get_what_each_would_get_alone(backend: Backend) -> 
     assert len(set(alone)) > 5
 
 
-@dataclasses.dataclass
-class Plan:
-    arrival: int
-    prompt: list[int]
-    max_tokens: int
-    temperature: float
-    cancel: int | None
-    reuse: bool
-
-
-plans = st.builds(
-    Plan,
-    arrival=st.integers(0, 12),
-    # Few different tokens, so that prompts share prefixes and prompt lookup finds drafts.
-    prompt=st.lists(st.integers(97, 99), min_size=1, max_size=24),
-    max_tokens=st.integers(1, 20),
-    temperature=st.sampled_from([0.0, 1.0]),
-    cancel=st.none() | st.integers(0, 20),
-    reuse=st.booleans(),
-)
-
-
-def given_of(plan: Plan, key: int) -> dict[str, Any]:
-    return {
-        "max_tokens": plan.max_tokens,
-        "temperature": plan.temperature,
-        "seed": key,
-        "logprobs": 0,
-        "reuse": plan.reuse,
-    }
-
-
 @settings(
     deadline=None,
     max_examples=25,
@@ -305,14 +274,14 @@ def test_any_interleaving_gives_what_each_would_get_alone(
     for turn in range(21):
         for key, plan in enumerate(todo):
             if plan.arrival == turn:
-                desk.submit(key, plan.prompt, **given_of(plan, key))
+                desk.submit(key, plan.prompt, **params(plan, key))
             if plan.cancel == turn:
                 desk.engine.cancel(key)
         desk.engine.turn()
     desk.run()
     for key, plan in enumerate(todo):
         alone = Desk(backend, speculate=False)
-        alone.submit(key, plan.prompt, **given_of(plan, key))
+        alone.submit(key, plan.prompt, **params(plan, key))
         alone.run()
         want, done = alone.made(key), desk.done(key)
         if done.reason == "cancelled":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +12,7 @@ from edge.engine import Engine
 from edge.pace import Newcomers, Pace
 from edge.sampling import Params
 from edge.speculate import Lookup
+from tests.plans import Plan, params, plans
 
 
 class Desk:
@@ -54,38 +53,6 @@ class Desk:
 def spell(answer: str, prompt: str = "?") -> FakeBackend:
     """A backend that answers any prompt ending in `prompt` with `answer`."""
     return FakeBackend(reply=lambda ids: list(answer.encode()), context=256)
-
-
-@dataclass
-class Plan:
-    arrival: int
-    prompt: list[int]
-    max_tokens: int
-    temperature: float
-    cancel: int | None
-    reuse: bool
-
-
-plans = st.builds(
-    Plan,
-    arrival=st.integers(0, 12),
-    # Few different tokens, so that prompts share prefixes and prompt lookup finds drafts.
-    prompt=st.lists(st.integers(97, 99), min_size=1, max_size=24),
-    max_tokens=st.integers(1, 20),
-    temperature=st.sampled_from([0.0, 1.0]),
-    cancel=st.none() | st.integers(0, 20),
-    reuse=st.booleans(),
-)
-
-
-def params(plan: Plan, key: int) -> dict[str, object]:
-    return {
-        "max_tokens": plan.max_tokens,
-        "temperature": plan.temperature,
-        "seed": key,
-        "logprobs": 0,
-        "reuse": plan.reuse,
-    }
 
 
 @settings(deadline=None, max_examples=150)
