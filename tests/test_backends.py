@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from edge import messages as msg
 from edge.backends.base import Backend, Row
 from edge.backends.fake import FakeBackend
-from edge.engine import Engine
-from edge.sampling import Params
+from tests import desk
 from tests.plans import Plan, params, plans
 
 SLOTS, CONTEXT, BATCH = 4, 128, 64
@@ -209,25 +208,17 @@ def test_what_would_end_the_process_is_refused_first(backend: Backend, rows: lis
 # -- the engine over it -------------------------------------------------------------------------------------
 
 
-class Desk:
-    """An engine driven by hand; its backend's slots are emptied before."""
+class Desk(desk.Desk):
+    """Its backend's slots are emptied before, and are all free afterwards."""
 
     def __init__(self, backend: Backend, **options: Any) -> None:
         for slot in range(backend.info.slots):
             backend.truncate(slot, 0)
-        self.events: list[msg.Event] = []
-        self.engine = Engine(backend, self.events.extend, **options)
+        super().__init__(backend, **options)
 
-    def submit(self, key: int, prompt: str | list[int], *, reuse: bool = True, **given: Any) -> None:
-        self.engine.submit(msg.Submit(key, prompt, Params(**given), reuse=reuse))
-
-    def run(self) -> None:
-        self.engine.drain(1e9)
-        for _ in range(10_000):
-            if not self.engine.turn():
-                assert self.engine.cache.busy == 0
-                return
-        raise AssertionError("the engine did not come to an end")
+    def run(self, turns: int = 10_000) -> None:
+        super().run(turns)
+        assert self.engine.cache.busy == 0
 
     def one_by_one(self, prompts: list[str], **given: Any) -> list[str]:
         for key, prompt in enumerate(prompts):
@@ -236,17 +227,6 @@ class Desk:
                 self.engine.turn()
         self.run()
         return [self.text(key) for key in range(len(prompts))]
-
-    def text(self, key: int) -> str:
-        return "".join(e.text for e in self.events if isinstance(e, (msg.Delta, msg.Done)) and e.key == key)
-
-    def made(self, key: int) -> list[bytes]:
-        rows = [e for e in self.events if isinstance(e, (msg.Delta, msg.Done)) and e.key == key]
-        return [entry.token for row in rows for entry in row.logprobs or []]
-
-    def done(self, key: int) -> msg.Done:
-        [found] = [e for e in self.events if isinstance(e, msg.Done) and e.key == key]
-        return found
 
 
 def test_s4_batched_requests_get_what_each_would_get_alone(backend: Backend) -> None:
