@@ -28,6 +28,7 @@ from edge.sampling import Choice, Sampler
 from edge.scheduler import Scheduler, Sequence, Work
 from edge.speculate import Lookup
 from edge.text import TextStream
+from edge.thought import ThoughtMeter
 
 Emit = Callable[[list[msg.Event]], None]
 Mask = NDArray[np.bool_]
@@ -49,6 +50,7 @@ class Job:
     lookup: Lookup | None
     matcher: Matcher | None
     guide: Guide | None
+    thought: ThoughtMeter | None
     arrived: float
     started: float = 0.0
     first: float = 0.0
@@ -179,10 +181,12 @@ class Engine:
         limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
         stop_ids = info.stop_ids | frozenset(params.stop_ids)
         matcher = self._grammars.compile(request.constraint) if request.constraint is not None else None
-        guide = None
-        if request.guidance is not None:
-            guide = Guide(request.guidance, self._backend, stop_ids, matcher)
-            if request.guidance.after:
+        guide = thought = None
+        if (asked := request.guidance) is not None:
+            thought = ThoughtMeter(inside=asked.inside)
+            if asked.budget is not None or asked.after:
+                guide = Guide(asked, thought, self._backend, stop_ids, matcher)
+            if asked.after:
                 matcher = None
         # A draft of a guided answer would need a mask for each of its tokens.
         speculate = self._speculate and request.speculate and matcher is None and guide is None
@@ -195,6 +199,7 @@ class Engine:
             lookup=Lookup(tokens) if speculate else None,
             matcher=matcher,
             guide=guide,
+            thought=thought,
             arrived=self._clock(),
         )
 
@@ -395,6 +400,8 @@ class Engine:
             job.logprobs.append(msg.Logprob(data, choice.logprob, top))
         job.pending += job.text.push(data)
         complete = job.matcher is not None and job.matcher.accept(token)
+        if job.thought is not None:
+            job.thought.take(data)
         if job.guide is not None:
             job.matcher = job.guide.take(token, data) or job.matcher
         if complete or job.text.stopped is not None:
@@ -435,6 +442,7 @@ class Engine:
                 stop=job.text.stopped,
                 drafted=job.drafted,
                 accepted=job.accepted,
+                thought_tokens=job.thought.tokens if job.thought is not None else 0,
                 logprobs=job.logprobs or None,
             )
         )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge.backends.base import Backend
 from edge.errors import RequestError
 from edge.grammar import Matcher
-from edge.thought import THINK, THINK_END
+from edge.thought import THINK_END, ThoughtMeter
 
 _CLOSING = f"\n{THINK_END}\n\n"
 
@@ -24,7 +24,8 @@ _CLOSING = f"\n{THINK_END}\n\n"
 class Guidance(msgspec.Struct, frozen=True):
     """inside: the prompt has opened a thought. budget: tokens that a thought may have (None: no bound).
 
-    after: the text after which the request's constraint begins ("": at once).
+    after: the text after which the request's constraint begins ("": at once). With neither of the two the
+    thought is counted, and nothing is done to the answer.
     """
 
     inside: bool = False
@@ -36,7 +37,12 @@ class Guide:
     """Follows one answer token by token. `mask` says what the next token may be, None: anything."""
 
     def __init__(
-        self, asked: Guidance, backend: Backend, stop_ids: frozenset[int], matcher: Matcher | None
+        self,
+        asked: Guidance,
+        meter: ThoughtMeter,
+        backend: Backend,
+        stop_ids: frozenset[int],
+        matcher: Matcher | None,
     ) -> None:
         self._after = asked.after if matcher is not None else ""
         self._budget = asked.budget
@@ -44,9 +50,7 @@ class Guide:
         self._backend = backend
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._text = ""
-        # None until the first text says whether the model opens a thought.
-        self._thinking: bool | None = True if asked.inside else None
-        self._used = 0
+        self._meter = meter
         self._forced: list[int] = []
         if asked.inside and asked.budget == 0:
             self._close()
@@ -64,38 +68,26 @@ class Guide:
         return self._no_stop if self._waiting is not None else None
 
     def take(self, token: int, piece: bytes) -> Matcher | None:
-        """Book a token. The matcher, at the moment when it takes over.
+        """Book a token, which the meter has already. The matcher, at the moment when it takes over.
 
         Raises RequestError where the token that completed the mark went on with what the constraint forbids.
         """
         if self._forced:
             assert token == self._forced[0]
             del self._forced[0]
-        if self._thinking is False and self._waiting is None:
+        budget, used = self._budget, self._meter.tokens
+        if budget is not None and used >= budget and self._meter.thinking and not self._forced:
+            self._close()
+        if self._waiting is None:
             return None
         self._text += self._decode(piece)
-        self._follow_thought()
         taken = None
-        if self._waiting is not None and (at := self._text.find(self._after)) >= 0:
+        if (at := self._text.find(self._after)) >= 0:
             taken, self._waiting = self._waiting, None
             self._forced = []
             self._begin(taken, self._text[at + len(self._after) :])
-        self._text = self._text[-max(len(self._after), len(THINK_END)) :]
+        self._text = self._text[-len(self._after) :]
         return taken
-
-    def _follow_thought(self) -> None:
-        if self._thinking is None:
-            bare = self._text.lstrip()
-            if not bare or (THINK.startswith(bare) and bare != THINK):
-                return
-            self._thinking = bare.startswith(THINK)
-        if not self._thinking:
-            return
-        self._used += 1
-        if THINK_END in self._text:
-            self._thinking = False
-        elif self._budget is not None and self._used >= self._budget and not self._forced:
-            self._close()
 
     def _close(self) -> None:
         self._budget = None

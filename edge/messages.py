@@ -94,7 +94,8 @@ class Done(msgspec.Struct, tag="done"):
     """The last event of a request. reason: stop, length, timeout or cancelled.
 
     queue_s, prefill_s, decode_s: seconds until it had a slot, until its first token, and after that.
-    drafted, accepted: tokens proposed by speculation, and those that were right.
+    drafted, accepted: tokens proposed by speculation, and those that were right. thought_tokens: how many of
+    the completion's tokens are the thought of a reasoning model (counted with a Guidance).
     """
 
     key: int
@@ -110,6 +111,7 @@ class Done(msgspec.Struct, tag="done"):
     stop: str | None = None
     drafted: int = 0
     accepted: int = 0
+    thought_tokens: int = 0
     logprobs: list[Logprob] | None = None
 
 

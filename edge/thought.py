@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
+
 THINK, THINK_END = "<think>", "</think>"
 
 
 def opens_thought(prompt: str) -> bool:
     """Whether the prompt ends inside a thought that the model is to finish."""
     return prompt.rstrip().endswith(THINK)
+
+
+class ThoughtMeter:
+    """Counts the tokens of an answer's thought, from the one that completes its opening tag to the one that
+    completes the closing tag.
+
+    inside: the prompt has opened the thought. thinking: whether the answer is in its thought now; None until
+    the first text says whether the model opens one.
+    """
+
+    def __init__(self, *, inside: bool) -> None:
+        self.thinking: bool | None = True if inside else None
+        self.tokens = 0
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._text = ""
+
+    def take(self, piece: bytes) -> None:
+        """Book a token by its bytes."""
+        if self.thinking is False:
+            return
+        self._text += self._decode(piece)
+        if self.thinking is None:
+            bare = self._text.lstrip()
+            if not bare or (THINK.startswith(bare) and bare != THINK):
+                return
+            self.thinking = bare.startswith(THINK)
+        if self.thinking:
+            self.tokens += 1
+            self.thinking = THINK_END not in self._text
+            self._text = self._text[-len(THINK_END) :]
 
 
 class ThoughtSplit:

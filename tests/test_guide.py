@@ -34,6 +34,29 @@ def answer(
     return text, done
 
 
+@pytest.mark.parametrize(
+    ("reply", "inside", "want"),
+    # A token of the fake is a byte: three of the thought, eight of its closing tag.
+    [
+        ("hm.</think>7", True, 11),
+        ("<think>hm.</think>7", False, 12),
+        ("no thought", False, 0),
+        ("hm.", True, 3),
+    ],
+)
+def test_the_tokens_of_a_thought_are_counted_and_nothing_else_is_done(
+    reply: str, inside: bool, want: int
+) -> None:
+    text, done = answer(reply, Guidance(inside=inside))
+    assert (text, done.thought_tokens, done.completion_tokens) == (reply, want, len(reply) + 1)
+
+
+def test_a_thought_that_was_closed_by_force_is_counted_as_it_came() -> None:
+    _, done = answer("m" * 200, Guidance(inside=True, budget=5), max_tokens=40)
+    # Five, and the bytes of "\n</think>" that closed it.
+    assert done.thought_tokens == 5 + 9
+
+
 SEVEN = Constraint("json_schema", json.dumps({"enum": [7]}))
 
 

@@ -116,6 +116,10 @@ def test_a_thought_is_switched_off_and_on_by_the_request(server: Server) -> None
         return message
 
     assert (ask()["reasoning_content"], ask()["content"]) == ("well", "seven")
+    usage = server.post(CHAT, {"model": "thinker", "messages": user(), "n": 2}).json()["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 2 * len("well</think>")}
+    plain = server.post(CHAT, {"model": "fake", "messages": user()}).json()["usage"]
+    assert plain["completion_tokens_details"] == {"reasoning_tokens": 0}
     assert ask(reasoning_format="none")["content"] == "well</think>\n\nseven"
     for off in ({"enable_thinking": False}, {"reasoning_effort": "none"}):
         assert ask(**off)["content"] == "well</think>\n\nseven", off
@@ -142,6 +146,7 @@ def test_responses_are_stateless_and_in_order(server: Server) -> None:
     assert [item["type"] for item in whole["output"]] == ["reasoning", "message"]
     assert whole["output"][1]["content"][0]["text"] == "seven"
     assert whole["status"] == "completed"
+    assert whole["usage"]["output_tokens_details"] == {"reasoning_tokens": len("well</think>")}
     rows = chunks_of_events(server.post(url, {"model": "thinker", "input": "hi", "stream": True}).text)
     kinds = [row["type"] for row in rows]
     assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]

@@ -20,7 +20,8 @@ from edge.grammar import Constraint, json_constraint
 from edge.server.fields import MAX_TOKENS, Messages, Sampled, Thinking, flat
 from edge.server.live import DONE, Answer, EventStream, event
 from edge.server.registry import serving_for
-from edge.server.serving import Serving, finish_reason, timings, usage
+from edge.server.serving import Serving, finish_reason, timings
+from edge.server.shapes import usage
 from edge.server.turn import Conversation, Turn
 from edge.supervisor import Stream
 
@@ -115,7 +116,7 @@ async def _events(serving: Serving, stream: Stream) -> AsyncIterator[bytes]:
 def _closing(serving: Serving, done: msg.Done) -> dict[str, Any]:
     return {
         "finish_reason": finish_reason(done),
-        "usage": usage(done),
+        "usage": usage([done]),
         "timings": timings(done),
         "model": serving.name,
         "digest": serving.digest or None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from edge import messages as msg
 from edge.artefact import Artefact
@@ -56,16 +55,6 @@ class Serving:
             headers["x-edge-digest"] = self.digest
         # Header values are latin-1: a name with other characters is sent escaped.
         return {k: v.encode("ascii", "backslashreplace").decode("ascii") for k, v in headers.items()}
-
-
-def usage(done: msg.Done) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": done.completion_tokens,
-        "total_tokens": done.prompt_tokens + done.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
-    }
 
 
 def timings(done: msg.Done) -> dict[str, float]:

@@ -67,6 +67,7 @@ def usage(dones: list[msg.Done]) -> dict[str, Any]:
         "completion_tokens": made,
         "total_tokens": prompt + made,
         "prompt_tokens_details": {"cached_tokens": dones[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(done.thought_tokens for done in dones)},
     }
 
 
@@ -76,8 +77,9 @@ def summed(usages: list[dict[str, Any]]) -> dict[str, Any]:
         name: sum(one[name] for one in usages)
         for name in ("prompt_tokens", "completion_tokens", "total_tokens")
     }
-    cached = sum(one["prompt_tokens_details"]["cached_tokens"] for one in usages)
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+    for name in ("prompt_tokens_details", "completion_tokens_details"):
+        total[name] = {key: sum(one[name][key] for one in usages) for key in usages[0][name]}
+    return total
 
 
 def _token(piece: bytes) -> dict[str, Any]:

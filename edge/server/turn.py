@@ -74,8 +74,9 @@ class Turn:
         """`n` answers to the same prompt, each with a seed of its own where one is given."""
         asked = self._asked
         guidance = None
-        if self._after or (asked.budget is not None and self._thinks):
-            guidance = Guidance(self._inside, asked.budget, self._after)
+        if self._after or self._thinks:
+            budget = asked.budget if self._thinks else None
+            guidance = Guidance(self._inside, budget, self._after)
         if self._stops:
             params = msgspec.structs.replace(params, stop=[*params.stop, *self._stops])
         streams = []
