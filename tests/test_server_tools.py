@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import RequestError
-from edge.server.tools import DEEPSEEK, HERMES, LLAMA3, CallReader, Dialect, Tool, dialect_of
+from edge.server.calls import CallReader
+from edge.server.tools import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool, dialect_of
 from tests.fake_server import Server, fake_server
 
 CHAT = "/v1/chat/completions"
@@ -68,16 +69,20 @@ def user(text: str = "hi") -> list[dict[str, Any]]:
 
 
 def read(dialect: Dialect, text: str, size: int, **given: Any) -> tuple[str, list[tuple[str, Any]]]:
-    reader = CallReader(dialect, **given)
+    reader = CallReader(dialect, ["f", "get"], **given)
     shown, calls = "", []
     for i in range(0, len(text), size):
         more, new = reader.push(text[i : i + size])
         shown, calls = shown + more, calls + new
-    more, new = reader.finish()
+    more, new = reader.push("", last=True)
     return shown + more, [(call.name, json.loads(call.arguments)) for call in calls + new]
 
 
 F = ("f", {"k": "你"})
+BARE = '{"name": "f", "arguments": {"k": "你"}}'
+HARD = {"k": 'a "}" {{b}} \\', "n": {"é": [{}, {"x": "</tool"}]}}
+NESTED = '{"name": "f", "%s": ' + json.dumps(HARD, ensure_ascii=False) + "}"
+DEEP = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n%s\n```<｜tool▁call▁end｜>"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,31 @@ F = ("f", {"k": "你"})
         (LLAMA3, '{"no": "call"}', ('{"no": "call"}', [])),
         (LLAMA3, "prose {", ("prose {", [])),
         (LLAMA3, "  ", ("  ", [])),
+        (LLAMA3, '{"type": "function", "name": "f", "parameters": {"k": "你"}}', ("", [F])),
+        # A name that was not offered, arguments that are missing, cut off or no object.
+        (LLAMA3, '{"name": "g", "parameters": {}}', ('{"name": "g", "parameters": {}}', [])),
+        (LLAMA3, '{"name": "f"}', ('{"name": "f"}', [])),
+        (LLAMA3, '{"name": "f", "parameters": {"k": "', ('{"name": "f", "parameters": {"k": "', [])),
+        (LLAMA3, '{"name": "f", "parameters": [1]} x', ('{"name": "f", "parameters": [1]} x', [])),
+        (LLAMA3, "<|python_tag|>print(1)", ("<|python_tag|>print(1)", [])),
+        # Braces, quotes and escapes inside of arguments.
+        (LLAMA3, NESTED % "parameters", ("", [("f", HARD)])),
+        (HERMES, "<tool_call>" + NESTED % "arguments" + "</tool_call>", ("", [("f", HARD)])),
+        (HERMES, "```json\n" + NESTED % "arguments" + "\n```", ("", [("f", HARD)])),
+        (DEEPSEEK, DEEP % ("f", json.dumps(HARD, ensure_ascii=False)), ("", [("f", HARD)])),
+        (DEEPSEEK, DEEP % ("f", '{"k": "你"}') + DEEP % ("g", "{}"), ("", [F, ("g", {})])),
+        (DEEPSEEK, "so\n" + DEEP % ("f", "{broken") + " x", ("so" + DEEP % ("f", "{broken") + " x", [])),
+        (DEEPSEEK, (DEEP % ("f", '{"k": "你"}'))[:-30], ((DEEP % ("f", '{"k": "你"}'))[:-30], [])),
+        # A small Qwen model forgets the marks.
+        (HERMES, BARE, ("", [F])),
+        (HERMES, BARE + "\n" + BARE + "\n", ("", [F, F])),
+        (HERMES, f"Sure.\n\n```json\n{BARE}\n```\n", ("Sure.", [F])),
+        (HERMES, f"```\n{BARE}\n```\n\n```json\n{BARE}\n``` Done.", (" Done.", [F, F])),
+        (HERMES, f"<tools>\n{BARE}\n</tools>", ("", [F])),
+        (HERMES, "```json\n{}\n``` and ```py\nx\n```", ("```json\n{}\n``` and ```py\nx\n```", [])),
+        (HERMES, f"I would write {BARE}", (f"I would write {BARE}", [])),
+        (HERMES, '{"name": "get_more", "arguments": {}}', ('{"name": "get_more", "arguments": {}}', [])),
+        (HERMES, '{"name": "ge', ('{"name": "ge', [])),
     ],
 )
 def test_calls_are_told_from_prose(dialect: Dialect, text: str, want: tuple[str, list[Any]]) -> None:
@@ -107,7 +137,22 @@ def test_calls_are_told_from_prose(dialect: Dialect, text: str, want: tuple[str,
 
 @given(
     st.lists(
-        st.sampled_from(["<tool_call>", "</tool_call>", '{"name": "f"}', "<tool", " ", "\n", "x"]), max_size=9
+        st.sampled_from(
+            [
+                "<tool_call>",
+                "</tool_call>",
+                '{"name": "f"}',
+                "<tool",
+                " ",
+                "\n",
+                "x",
+                BARE,
+                "```",
+                "json",
+                BARE[:20],
+            ]
+        ),
+        max_size=9,
     ),
     st.integers(1, 6),
 )
@@ -219,6 +264,22 @@ def test_a_strict_tool_binds_the_arguments_once_the_model_calls(caller: Server) 
     assert json.loads(call["function"]["arguments"]) == {"n": 7}
     prose = caller.post(CHAT, {**body, "messages": user("no")}).json()["choices"][0]["message"]
     assert prose["content"] == "I will not."
+
+
+def test_a_format_beside_tools_binds_the_answer_and_leaves_the_call(caller: Server) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [7]}}}
+    body = {"tools": TOOLS, "temperature": 0, "response_format": wanted, "parallel_tool_calls": False}
+    choice = caller.post(CHAT, {**body, "messages": user("please")}).json()["choices"][0]
+    [call] = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"k": "你"}
+    # "I will not." is neither a call nor a seven.
+    seven = caller.post(CHAT, {**body, "messages": user("no"), "logit_bias": {"55": 50}}).json()["choices"][0]
+    assert (seven["message"]["content"], seven["finish_reason"]) == ("7", "stop")
+    forced = caller.post(CHAT, {**body, "messages": user("no"), "tool_choice": "required"}).json()
+    assert forced["choices"][0]["finish_reason"] == "tool_calls"
+    other = {"messages": user("no"), "tools": TOOLS, "guided_regex": "a"}
+    refused = caller.post(CHAT, other).json()["error"]
+    assert (refused["param"], refused["code"]) == ("guided_regex", "unsupported")
 
 
 def test_a_tool_is_never_dropped() -> None:

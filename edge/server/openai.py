@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -66,10 +67,13 @@ class OpenAI(Sampled):
 
     def _guided(self) -> list[Constraint]:
         found = []
-        if isinstance(self.guided_json, str):
-            found.append(Constraint("json_schema", self.guided_json, "guided_json"))
-        elif self.guided_json is not None:
-            found.append(json_constraint(self.guided_json, "guided_json"))
+        if (schema := self.guided_json) is not None:
+            if isinstance(schema, str):
+                try:
+                    schema = json.loads(schema)
+                except ValueError as error:
+                    raise RequestError(f"guided_json is not JSON: {error}", param="guided_json") from error
+            found.append(json_constraint(schema, "guided_json"))
         if self.guided_regex is not None:
             found.append(Constraint("regex", self.guided_regex, "guided_regex"))
         if self.guided_choice is not None:

@@ -21,8 +21,9 @@ from edge.errors import RequestError
 from edge.grammar import Constraint
 from edge.guide import Guidance
 from edge.sampling import Params
+from edge.server.calls import CallReader
 from edge.server.serving import Serving
-from edge.server.tools import LLAMA3, MAX_TOOLS, Call, CallReader, Tool, described, dialect_of
+from edge.server.tools import LLAMA3, MAX_TOOLS, PROSE, Call, Tool, described, dialect_of, json_rule
 from edge.supervisor import Stream
 from edge.thought import THINK, THINK_END, ThoughtSplit, opens_thought
 
@@ -99,7 +100,8 @@ class Turn:
         calls = None
         if self._tools:
             assert self._dialect is not None
-            calls = CallReader(self._dialect, parallel=self._asked.parallel)
+            names = [tool.name for tool in self._tools]
+            calls = CallReader(self._dialect, names, parallel=self._asked.parallel)
         return Reader(split, calls) if split or calls else None
 
     def _offered(self) -> list[Tool]:
@@ -184,33 +186,40 @@ class Turn:
         if not self._tools:
             return asked.constraint, late if asked.constraint is not None else ""
         assert self._dialect is not None
-        forced = asked.choice != "auto"
-        if forced and asked.constraint is not None:
-            raise RequestError("response_format and a forced tool_choice contradict", param="response_format")
-        if forced:
+        if asked.choice != "auto":
+            # A format is one for an answer's text, and a forced call has none.
             chosen = [tool for tool in self._tools if asked.choice in ("required", tool.name)]
             many = asked.parallel and asked.choice == "required"
             return self._dialect.grammar(chosen, many=many), late
         if not asked.parallel and self._dialect.closing:
             self._stops = [self._dialect.closing]
+        loose = [
+            tool if tool.strict else dataclasses.replace(tool, parameters={"type": "object"})
+            for tool in self._tools
+        ]
         if asked.constraint is not None:
-            # The answer is either a call or what the schema wants; a grammar of both would forbid neither.
-            raise RequestError(
-                "response_format together with tools is not supported",
-                code="unsupported",
-                param="response_format",
-                hint="give tool_choice none to ask for the format, or leave it out",
-            )
+            return self._call_or(asked.constraint, loose), late
         if any(tool.strict for tool in self._tools):
-            loose = [
-                tool if tool.strict else dataclasses.replace(tool, parameters={"type": "object"})
-                for tool in self._tools
-            ]
             if self._dialect == LLAMA3:
-                return self._dialect.grammar(loose, many=asked.parallel, optional=True), late
+                return self._dialect.grammar(loose, many=asked.parallel, other=PROSE), late
             self._stops = []
             return self._dialect.grammar(loose, many=asked.parallel, begun=True), self._dialect.opening
         return None, ""
+
+    def _call_or(self, wanted: Constraint, tools: list[Tool]) -> Constraint:
+        """Either calls or what the request wants of an answer: one grammar of both."""
+        assert self._dialect is not None
+        if wanted.kind != "json_schema":
+            raise RequestError(
+                f"{wanted.param} together with tools is not supported; a JSON schema is",
+                code="unsupported",
+                param=wanted.param,
+                hint="give tool_choice none, or leave one of them out",
+            )
+        schema = json.loads(wanted.text)
+        return self._dialect.grammar(
+            tools, many=self._asked.parallel, other=json_rule(schema), param=wanted.param
+        )
 
 
 class Reader:
@@ -228,11 +237,7 @@ class Reader:
             thought, answer = thought + late[0], answer + late[1]
         if self._calls is None:
             return thought, answer, []
-        answer, calls = self._calls.push(answer)
-        if last:
-            rest, more = self._calls.finish()
-            return thought, answer + rest, calls + more
-        return thought, answer, calls
+        return thought, *self._calls.push(answer, last=last)
 
     @property
     def called(self) -> bool:

@@ -1,0 +1,211 @@
+"""Reads tool calls out of an answer as it comes, between marks or as plain JSON, and leaves the rest as text.
+
+Dialects with marks open and close each call. Llama 3 has none, and small models of the other families forget
+theirs and write the bare object, often in a fenced block; such an object is a call only if it begins with the
+name of a tool that was offered. What looks like a call and is none stays text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+from edge.server.tools import Call, Dialect, call_of
+from edge.text import overlap
+
+_FENCE = "```"
+# What may stand before a bare object, blank space aside, and what closes it.
+_OPENINGS = {"": "", "```json": _FENCE, _FENCE: _FENCE, "<tools>": "</tools>", "<|python_tag|>": ""}
+_KINDS = ("", '"type":"function",')
+# Llama parts its calls by a semicolon.
+_BLANK = " \t\r\n;"
+
+
+class CallReader:
+    """Parts a stream of an answer's text into (text, calls), the same for any chunking.
+
+    names: of the tools that were offered. parallel: False keeps the first call and drops what comes after it,
+    as the request asked.
+    """
+
+    def __init__(self, dialect: Dialect, names: Iterable[str], *, parallel: bool = True) -> None:
+        self._marks = _Marks(dialect) if dialect.opening else None
+        self._bare = _Bare(names)
+        self._parallel = parallel
+        self.made = 0
+
+    def push(self, text: str, *, last: bool = False) -> tuple[str, list[Call]]:
+        """What is certain after `text`; with `last`, what was held back too."""
+        pieces: Iterable[str | Call] = [text] if self._marks is None else self._marks.push(text, last=last)
+        return self._booked(self._sifted(pieces, last))
+
+    def _sifted(self, pieces: Iterable[str | Call], last: bool) -> Iterator[str | Call]:
+        for piece in pieces:
+            if isinstance(piece, Call):
+                # What was held back in front of a mark is no call.
+                yield from self._bare.push("", last=True)
+                yield piece
+            else:
+                yield from self._bare.push(piece)
+        if last:
+            yield from self._bare.push("", last=True)
+
+    def _booked(self, pieces: Iterable[str | Call]) -> tuple[str, list[Call]]:
+        shown, calls = "", []
+        for piece in pieces:
+            if self.made and not self._parallel:
+                continue
+            if isinstance(piece, Call):
+                self.made += 1
+                calls.append(piece)
+            elif not self.made or piece.strip():
+                shown += piece
+        return shown, calls
+
+
+class _Marks:
+    """Calls between a dialect's marks. A last call without its closing mark counts."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._openings = [dialect.opening, *dialect.noise]
+        self._held = ""
+        self._inside = False
+
+    def push(self, text: str, *, last: bool) -> Iterator[str | Call]:
+        self._held += text
+        while True:
+            if self._inside:
+                at = self._held.find(self._dialect.closing)
+                if at < 0:
+                    break
+                end = at + len(self._dialect.closing)
+                yield self._ended(self._held[:at], self._held[:end])
+                self._held = self._held[end:]
+                continue
+            found = [(at, mark) for mark in self._openings if (at := self._held.find(mark)) >= 0]
+            if not found:
+                # A mark that may have begun, and blank space that may stand before it, are held back.
+                keep = len(self._held) - max(overlap(self._held, mark) for mark in self._openings)
+                keep = len(self._held[:keep].rstrip())
+                yield self._held[:keep]
+                self._held = self._held[keep:]
+                break
+            at, mark = min(found)
+            yield self._held[:at].rstrip()
+            self._held = self._held[at + len(mark) :]
+            self._inside = mark == self._dialect.opening
+        if last:
+            yield self._ended(self._held, self._held) if self._inside else self._held
+            self._held = ""
+
+    def _ended(self, body: str, raw: str) -> str | Call:
+        """The call in `body`, or the text to show in its place where it is none."""
+        self._inside = False
+        return self._dialect.parse(body) or self._dialect.opening + raw
+
+
+class _Bare:
+    """Calls that stand in the text as plain JSON: at its beginning, after another, or in a fenced block."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._heads = {
+            f'{opening}{{{kind}"name":"{name}"': closing
+            for name in names
+            for opening, closing in _OPENINGS.items()
+            for kind in _KINDS
+        }
+        self._held = ""
+        # At the beginning of the text, or behind a call.
+        self._fresh = True
+        self._closing = ""
+        self._object: _Braces | None = None
+
+    def push(self, text: str, *, last: bool = False) -> Iterator[str | Call]:
+        self._held += text
+        while self._held:
+            if self._object is not None:
+                end = self._object.end(self._held)
+                if end is None:
+                    break
+                yield self._ended(end)
+                continue
+            if self._closing and not self._skipped_closing():
+                break
+            at = len(self._held) - len(self._held.lstrip(_BLANK)) if self._fresh else self._held.find(_FENCE)
+            if at < 0:
+                # A fence that may have begun, and blank space that may stand before a call, are held back.
+                at = len(self._held) - overlap(self._held, _FENCE)
+                yield self._cut(len(self._held[:at].rstrip()))
+                break
+            head = "".join(self._held[at:].split())
+            if (known := next((known for known in self._heads if head.startswith(known)), None)) is not None:
+                yield self._cut(at).rstrip(_BLANK if self._fresh else None)
+                self._closing, self._object = self._heads[known], _Braces(self._held.index("{"))
+            elif any(known.startswith(head) for known in self._heads):
+                yield self._cut(0 if self._fresh else len(self._held[:at].rstrip()))
+                break
+            elif self._fresh:
+                self._fresh = False
+            else:
+                yield self._cut(at + len(_FENCE))
+        if last:
+            yield self._cut(len(self._held))
+            self._object = None
+
+    def _cut(self, n: int) -> str:
+        """Take the first `n` characters of what is held."""
+        taken, self._held = self._held[:n], self._held[n:]
+        return taken
+
+    def _skipped_closing(self) -> bool:
+        """Drop the mark that closes a call's block; False while it may still come."""
+        bare = self._held.lstrip()
+        if bare != self._closing and self._closing.startswith(bare):
+            return False
+        if bare.startswith(self._closing):
+            self._held = bare.removeprefix(self._closing)
+        self._closing = ""
+        return True
+
+    def _ended(self, end: int) -> str | Call:
+        """The call that ends at `end`, or its text where it is none."""
+        assert self._object is not None
+        body, raw = self._held[self._object.begin : end], self._held[:end]
+        self._object, self._held = None, self._held[end:]
+        try:
+            call = call_of(json.loads(body), explicit=True)
+        except ValueError:
+            call = None
+        self._fresh = call is not None
+        if call is None:
+            self._closing = ""
+            return raw
+        return call
+
+
+class _Braces:
+    """Finds the end of a JSON object that comes in parts. begin: where its first brace is."""
+
+    def __init__(self, begin: int) -> None:
+        self.begin = self._at = begin
+        self._depth = 0
+        self._quoted = self._escaped = False
+
+    def end(self, text: str) -> int | None:
+        """The index behind its last brace; None until that has come. `text` may only have grown."""
+        for at in range(self._at, len(text)):
+            character = text[at]
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped = character == "\\"
+                self._quoted = character != '"'
+            elif character == '"':
+                self._quoted = True
+            elif character in "{}":
+                self._depth += 1 if character == "{" else -1
+                if not self._depth:
+                    return at + 1
+        self._at = len(text)
+        return None
