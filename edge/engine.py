@@ -175,9 +175,9 @@ class Engine:
         info = self._backend.info
         tokens = self.prompt_tokens(request.prompt, special=request.special)
         params = request.params
-        bad = [i for i in (*params.logit_bias, *params.stop_ids) if not 0 <= i < info.vocab]
-        if bad:
-            raise RequestError(f"token id {bad[0]} is outside 0..{info.vocab - 1}", param="logit_bias")
+        for param, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_ids)):
+            if bad := [i for i in ids if not 0 <= i < info.vocab]:
+                raise RequestError(f"{param}: token id {bad[0]} is outside 0..{info.vocab - 1}", param=param)
         limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
         stop_ids = info.stop_ids | frozenset(params.stop_ids)
         matcher = self._grammars.compile(request.constraint) if request.constraint is not None else None

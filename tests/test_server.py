@@ -114,13 +114,53 @@ def test_bad_values_are_named(spelling: Server, body: dict[str, Any], param: str
     assert (error(response)["param"] or "").split(".")[0] == param
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "bound"),
+    [
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop": "x" * 257}, "stop", "at most 256"),
+        ({"stop": ["a", "x" * 257]}, "stop.1", "at most 256"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"max_tokens": 1_000_001}, "max_tokens", "1000000"),
+        ({"max_tokens": 10**20}, "max_tokens", "1000000"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "greater than or equal to 1"),
+        ({"temperature": 2.1}, "temperature", "2"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "100"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias", "259"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids", "259"),
+        ({"timeout": 86401}, "timeout", "86400"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2049}, "messages", "at most 2048"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "required"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+        ({"tool_choice": "sometimes"}, "tool_choice", "'required'"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools", "at most 128"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 65536]}}}},
+            "response_format.json_schema.schema",
+            "65536",
+        ),
+    ],
+)
+def test_every_limit_names_its_field_and_its_bound(
+    spelling: Server, body: dict[str, Any], param: str, bound: str
+) -> None:
+    response = spelling.post("/v1/chat/completions", {"messages": user(), **body})
+    assert response.status_code == 400
+    said = error(response)
+    assert said["param"] == param
+    assert bound in said["message"]
+
+
 @pytest.mark.parametrize("text", ["{", "[1,2", '{"prompt": "a", "temperature": NaN}', "null", '"x"'])
 def test_bodies_that_are_no_request(spelling: Server, text: str) -> None:
     response = httpx.post(
         spelling.url + "/generate", content=text, headers={"content-type": "application/json"}
     )
     assert response.status_code == 400
-    error(response)
+    said = error(response)
+    assert said["param"] == ("temperature" if "NaN" in text else "body")
 
 
 def test_unknown_routes_and_methods_have_the_same_error_body(spelling: Server) -> None:
@@ -231,7 +271,7 @@ def test_structured_output_over_http(spelling: Server) -> None:
     assert both.status_code == 400
     deep = spelling.post("/generate", {"prompt": "x", "regex": "(" * 50_000 + ")" * 50_000})
     assert deep.status_code == 400
-    assert spelling.get("/ready").status_code == 200
+    assert spelling.get("/ready").json() == {"status": "ready", "model": "fake"}
 
 
 def test_s5_a_prompt_that_does_not_fit(spelling: Server) -> None:
@@ -370,9 +410,13 @@ def test_an_api_key_opens_every_route_but_health() -> None:
 def test_a_body_over_the_limit_is_refused(spelling: Server) -> None:
     big = b'{"prompt": "' + b"x" * (5 * 2**20) + b'"}'
     headers = {"content-type": "application/json"}
-    assert httpx.post(spelling.url + "/generate", content=big, headers=headers).status_code == 413
+    # Said at once, or counted as it comes: the same words.
     chunks = (big[i : i + 65536] for i in range(0, len(big), 65536))
-    assert httpx.post(spelling.url + "/generate", content=chunks, headers=headers).status_code == 413
+    for content in (big, chunks):
+        response = httpx.post(spelling.url + "/generate", content=content, headers=headers)
+        assert response.status_code == 413
+        assert error(response)["code"] == "body_too_large"
+        assert error(response)["message"] == "the body is over 4194304 bytes"
 
 
 # -- crashes and signals -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,7 @@ from edge.server import (
     embeddings,
     faults,
     generate,
+    guard,
     ollama,
     ollama_models,
     openai,
@@ -109,19 +111,47 @@ async def _request_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    where = ".".join(path)[:200] or "body"
-    refused = RequestError(f"{where}: {first['msg']}", code=str(first["type"]), param=where)
-    return faults.respond(request.url.path, refused)
+    found = error.errors()
+    # Where a field may be of several kinds, a bound that was crossed says more than a kind that it is not.
+    same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+    first = max(same, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    if first["type"] == "json_invalid":
+        said = RequestError(
+            f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
+            code="json_invalid",
+            param="body",
+        )
+        return faults.respond(request.url.path, said)
+    where = _field(first["loc"], error.body)
+    said = RequestError(f"{where}: {first['msg']}", code=str(first["type"]), param=where)
+    return faults.respond(request.url.path, said)
+
+
+def _field(place: Sequence[int | str], body: Any) -> str:
+    """The field that a validation error is about, without pydantic's names for the kinds that it tried."""
+    if place[0] != "body":
+        return ".".join(map(str, place[1:]))
+    path = []
+    for part in place[1:]:
+        held: Any = body if isinstance(body, (dict, list)) else {}
+        try:
+            body = held[part]
+        except (KeyError, IndexError, TypeError):
+            if part is not place[-1] or not isinstance(body, dict) or not str(part).isidentifier():
+                continue
+        path.append(str(part))
+    return ".".join(path)[:200] or "body"
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    said = RequestError(
-        f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code
-    )
+    if error.status_code == 413:
+        said = guard.too_large()
+    else:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        said = RequestError(
+            f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code
+        )
     response = faults.respond(request.url.path, said)
     response.headers.update(error.headers or {})
     return response

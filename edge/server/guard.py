@@ -53,13 +53,12 @@ class Guard:
     cannot drive the server; a page of another origin is refused as well, unless it was configured.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access, max_body: int = MAX_BODY) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
         self._admin_keys = [key.encode("utf-8") for key in access.admin_keys]
         # Who may change the server may also ask it.
         self._keys = [key.encode("utf-8") for key in access.keys]
         self._origins = frozenset(access.origins)
-        self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -127,8 +126,8 @@ class Guard:
                 "a valid API key is needed: Authorization: Bearer ...", status=401, code="invalid_api_key"
             )
         length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > self._max_body:
-            return _too_large(self._max_body)
+        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MAX_BODY:
+            return too_large()
         return None
 
     def _counted(self, receive: Receive) -> Receive:
@@ -138,9 +137,9 @@ class Guard:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._max_body:
+            if taken > MAX_BODY:
                 # FastAPI lets this kind of exception through while it reads a body.
-                raise HTTPException(413, str(_too_large(self._max_body)))
+                raise HTTPException(413)
             return message
 
         return counted
@@ -188,5 +187,5 @@ def _with_cors(send: Send, origin: str) -> Send:
     return sender
 
 
-def _too_large(bound: int) -> RequestError:
-    return RequestError(f"the body is over {bound} bytes", status=413, code="body_too_large")
+def too_large() -> RequestError:
+    return RequestError(f"the body is over {MAX_BODY} bytes", status=413, code="body_too_large")

@@ -44,7 +44,8 @@ def _status(known: Known) -> str:
 async def ready(request: Request) -> dict[str, str]:
     """200 when the default model is loaded, 503 before."""
     known = _registry(request).known(None)
-    return {"status": "ready", "model": known.ready().name}
+    known.ready()
+    return {"status": "ready", "model": known.name}
 
 
 @router.get("/info")
