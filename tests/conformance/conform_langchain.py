@@ -7,8 +7,18 @@ from typing import Any
 import pytest
 from langchain_core.embeddings import Embeddings
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
+
+
+def said(model: ChatOpenAI, *, stream: bool) -> AIMessage:
+    if not stream:
+        return model.invoke("Think of a number.")
+    whole = None
+    for chunk in model.stream("Think of a number."):
+        whole = chunk if whole is None else whole + chunk
+    return whole
 
 
 class TestChat(ChatModelIntegrationTests):
@@ -30,8 +40,24 @@ class TestChat(ChatModelIntegrationTests):
         return True
 
     @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
     def model_override_value(self) -> str:
         return "thinker"
+
+    @property
+    def supported_usage_metadata_details(self) -> dict[str, list[str]]:
+        return {kind: ["reasoning_output", "cache_read_input"] for kind in ("invoke", "stream")}
+
+    def invoke_with_reasoning_output(self, *, stream: bool = False) -> AIMessage:
+        return said(ChatOpenAI(**{**self.chat_model_params, "model": "thinker"}), stream=stream)
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        model = ChatOpenAI(**self.chat_model_params)
+        said(model, stream=False)
+        return said(model, stream=stream)
 
 
 class TestEmbeddings(EmbeddingsIntegrationTests):
