@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,7 @@ def main(argv: list[str]) -> int:
     found, _ = planning.pick(args.path, args.backend, options)
     if found.chat_template is None:
         raise InputError(f"{found.path} has no chat template", "chat needs one; export a model that has it")
-    settings = planning.plan(found, options)
-    load = Load(
-        kind=found.kind,
-        path=str(found.path),
-        settings=dataclasses.asdict(settings),
-        stop_ids=sorted(found.stop_ids),
-        tune=True,
-    )
+    load = Load.of(found, planning.plan(found, options), tune=True)
     params = Params(temperature=args.temperature, max_tokens=args.max_tokens)
     return asyncio.run(_talk(load, found, params, args.system))
 

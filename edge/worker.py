@@ -7,6 +7,7 @@ HTTP process is gone and this one ends too. One thread (the main one) owns the m
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -18,7 +19,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,6 +28,10 @@ from edge.backends.base import Backend, BackendInfo
 from edge.engine import Engine
 from edge.errors import EdgeError, RequestError
 from edge.prefixes import PrefixStore
+
+if TYPE_CHECKING:
+    from edge.artefact import Artefact
+    from edge.backends import llamacpp, onnx
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,19 @@ class Load:
     digest: str = ""
     lora: str = ""
     why: str = ""
+
+    @classmethod
+    def of(cls, found: Artefact, settings: llamacpp.Settings | onnx.Settings, **options: Any) -> Load:
+        """How to load an artefact as it was planned."""
+        return cls(
+            kind=found.kind,
+            path=str(found.path),
+            settings=dataclasses.asdict(settings),
+            stop_ids=sorted(found.stop_ids),
+            digest=found.digest,
+            lora=str(found.lora or ""),
+            **options,
+        )
 
 
 def open_backend(load: Load) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import subprocess
@@ -17,6 +18,7 @@ from edge.backends.llamacpp import Model, Settings
 from edge.errors import InputError, UnavailableError, UsageError
 from edge.hardware import Memory
 from edge.planning import Options
+from edge.server import run as run_module
 from tests import tiny_llama
 from tests.fake_server import Server, launch
 
@@ -256,6 +258,24 @@ def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "taken" in done.stdout
+
+
+@pytest.mark.parametrize(("default", "once"), [(None, "a"), ("b", "b")])
+def test_only_what_is_loaded_at_the_start_is_loaded_as_it_was_seen(
+    monkeypatch: pytest.MonkeyPatch, default: str | None, once: str
+) -> None:
+    looks: list[str] = []
+    monkeypatch.setattr(run_module, "planned", lambda path, _: looks.append(path.name) or len(looks))
+    monkeypatch.setattr(artefact, "resolve", lambda path: path)
+    args = argparse.Namespace(paths=[Path("a"), Path("b")], name=None, lora=None, default=default)
+    models = run_module.sources(args)
+    assert looks == ["a", "b"]
+    first = {name: models[name]() for name in ("a", "b")}
+    other = "b" if once == "a" else "a"
+    assert first[once] == looks.index(once) + 1
+    assert looks == ["a", "b", other]
+    # A reload looks afresh.
+    assert models[once]() == 4
 
 
 # -- several artefacts ------------------------------------------------------------------------------------

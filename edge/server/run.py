@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -90,7 +89,11 @@ def main(argv: list[str]) -> int:
 
 
 def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
-    """What each id stands for, each looked at once already. Raises EdgeError for what cannot be served."""
+    """What each id stands for, each looked at once already. Raises EdgeError for what cannot be served.
+
+    The model that is loaded at the start is loaded as it was seen; all else is looked at afresh when it is
+    loaded, for it may be another export by then.
+    """
     models: dict[str, Callable[[], Planned]] = {}
     if args.name is not None and len(args.paths) > 1:
         raise UsageError("--name goes with a single model", "the ids of several are their artefacts' names")
@@ -102,9 +105,15 @@ def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
             raise UsageError(f"two of the models have the id '{name}'", "serve them one by one, with --name")
         plan = functools.partial(planned, path, args)
         # A path that cannot be served is said at once, not when it is first asked for.
-        plan()
+        seen = [plan()]
         models[name] = plan
+        if name == args.default or (args.default is None and len(models) == 1):
+            models[name] = functools.partial(_once, seen, plan)
     return models
+
+
+def _once(seen: list[Planned], again: Callable[[], Planned]) -> Planned:
+    return seen.pop() if seen else again()
 
 
 def planned(path: Path, args: argparse.Namespace) -> Planned:
@@ -121,17 +130,13 @@ def planned(path: Path, args: argparse.Namespace) -> Planned:
     if args.lora is not None:
         found = artefact.with_lora(found, args.lora)
     settings = planning.plan(found, options)
-    load = Load(
-        kind=found.kind,
-        path=str(found.path),
-        settings=dataclasses.asdict(settings),
-        stop_ids=sorted(found.stop_ids),
+    load = Load.of(
+        found,
+        settings,
         max_queue=args.max_queue,
         tune=not args.no_tune,
         store=str(args.kv_store.absolute()) if args.kv_store else "",
         store_mib=args.kv_store_mib,
-        digest=found.digest,
-        lora=str(found.lora or ""),
         why=f"{found.kind}: {why}",
     )
     need = planning.estimate(found, kv_type=args.kv_type, slots=settings.slots)
