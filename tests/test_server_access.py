@@ -151,6 +151,18 @@ def test_a_key_covers_the_page_too_and_a_browser_can_give_it() -> None:
             assert server.get("/", headers={"authorization": bad}).status_code == 401
 
 
+def test_the_interface_is_shown_and_runs_nothing(server: Server) -> None:
+    response = server.get("/docs")
+    assert "script-src 'none'" in response.headers["content-security-policy"]
+    assert "http" not in response.text
+    assert "<script" not in response.text
+    document = server.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"<h2>{method.upper()} {path}</h2>" in response.text
+    assert "max_completion_tokens" in response.text
+
+
 def test_the_page_runs_nothing_but_its_own_script(server: Server) -> None:
     response = server.get("/")
     policy = response.headers["content-security-policy"]

@@ -62,7 +62,14 @@ _STREAMS: dict[str, Any] = {"text/event-stream": {}, "application/x-ndjson": {}}
 
 def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
     """An application over the models of `registry`."""
-    app = FastAPI(title="edge", version=edge.__version__, description=f"Serves {', '.join(registry.names)}.")
+    app = FastAPI(
+        title="edge",
+        version=edge.__version__,
+        description=f"Serves {', '.join(registry.names)}.",
+        # FastAPI's own page runs scripts of another host; edge.server.page has one that runs none.
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.registry = registry
     app.add_middleware(Guard, access=access or Access())
     # Added last, so it is the outermost.

@@ -18,7 +18,7 @@ from edge.server import faults
 
 MAX_BODY = 4 * 2**20
 OPEN_PATHS = frozenset({"/health"})
-PAGE = "/"
+PAGES = frozenset({"/", "/docs"})
 ADMIN = "/admin/"
 _PREFLIGHT_S = 600
 
@@ -79,7 +79,7 @@ class Guard:
             if error.status == 401:
                 # A browser asks its user for the key, and sends it along from then on.
                 scheme = 'Basic realm="edge: the API key is the password"'
-                refused.headers["www-authenticate"] = scheme if scope["path"] == PAGE else "Bearer"
+                refused.headers["www-authenticate"] = scheme if scope["path"] in PAGES else "Bearer"
             await refused(scope, receive, send)
             return
         if scope["method"] == "POST":
@@ -108,7 +108,7 @@ class Guard:
                 code="wrong_origin",
                 hint="--cors-origin allows one",
             )
-        if path != PAGE and headers.get("sec-fetch-site") in ("cross-site", "same-site") and not shared:
+        if path not in PAGES and headers.get("sec-fetch-site") in ("cross-site", "same-site") and not shared:
             # An image or a form of a foreign page: browsers send no Origin with all of those.
             return RequestError("pages of others may not use this server", status=403, code="wrong_origin")
         if path.startswith(ADMIN):
