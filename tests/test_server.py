@@ -13,21 +13,31 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from edge.errors import InputError
+from edge.server.run import read_keys
 from tests.fake_server import Server, fake_server, launch
 
 CHAT = "/v1/chat/completions"
+EMOJI = "你好👩\u200d🚀🇨🇳"
 
 
 @pytest.fixture(scope="module")
 def spelling() -> Iterator[Server]:
     """Answers everything with one text, quickly."""
     with fake_server(reply="你好, world! <end>", context=256, slots=4) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Iterator[Server]:
+    with fake_server(reply=EMOJI, context=256) as server:
         yield server
 
 
@@ -195,6 +205,37 @@ def test_s14_the_usage_chunk_comes_only_when_asked(spelling: Server) -> None:
         assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("limit", range(1, 21, 3))
+def test_s1_a_stream_joins_to_the_whole_wherever_it_is_cut(emoji: Server, limit: int) -> None:
+    body = {"messages": user(), "temperature": 0, "max_tokens": limit}
+    whole = emoji.post(CHAT, body).json()["choices"][0]["message"]["content"]
+    streamed = events(emoji.post(CHAT, {**body, "stream": True}))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in streamed) == whole
+    assert whole.rstrip("\ufffd") == EMOJI.encode()[:limit].decode("utf-8", "ignore")
+
+
+@pytest.mark.parametrize(
+    ("stop", "want"), [("好👩", "你"), (["x", "\u200d"], "你好👩"), (EMOJI + "!", EMOJI)]
+)
+def test_s2_a_stop_that_straddles_tokens_is_never_shown(emoji: Server, stop: Any, want: str) -> None:
+    body = {"messages": user(), "temperature": 0, "stop": stop}
+    assert emoji.post(CHAT, body).json()["choices"][0]["message"]["content"] == want
+    streamed = events(emoji.post(CHAT, {**body, "stream": True}))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in streamed) == want
+    assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_s7_a_long_system_prompt_is_read_once(emoji: Server) -> None:
+    system = {"role": "system", "content": "s" * 150}
+    used = [
+        emoji.post(CHAT, {"messages": [system, *user(text)]}).json()["usage"]["prompt_tokens_details"]
+        for text in ("one?", "two?")
+    ]
+    # Other tests' prompts begin with the same "<".
+    assert used[0]["cached_tokens"] <= 1
+    assert used[1]["cached_tokens"] == len("<system>" + "s" * 150 + "<user>")
+
+
 def test_s13_both_names_of_the_limit_and_a_sane_default(slow: Server) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         body = slow.post(CHAT, {"messages": user(), "temperature": 0, name: 4}).json()
@@ -278,6 +319,8 @@ def test_s5_a_prompt_that_does_not_fit(spelling: Server) -> None:
     response = spelling.post(CHAT, {"messages": user("word " * 300)})
     assert response.status_code == 400
     assert error(response)["code"] == "context_length_exceeded"
+    tokens = len("<user>" + "word " * 300 + "<assistant>")
+    assert f"{tokens} tokens" in error(response)["message"]
     assert "256" in error(response)["message"]
     streamed = spelling.post(CHAT, {"messages": user("word " * 300), "stream": True})
     assert streamed.status_code == 400
@@ -381,6 +424,11 @@ def test_a_full_queue_answers_429_with_retry_after(slow: Server) -> None:
 def test_a_deadline_answers_408(slow: Server) -> None:
     response = slow.post("/generate", {"prompt": "x", "timeout": 0.2})
     assert (response.status_code, error(response)["code"]) == (408, "timeout")
+    # A stream that has begun can only say it in its last event.
+    streamed = slow.post(CHAT, {"messages": user("x"), "timeout": 0.5, "stream": True})
+    assert streamed.status_code == 200
+    assert events(streamed)[-1]["error"]["code"] == "timeout"
+    assert streamed.text.endswith("data: [DONE]\n\n")
 
 
 # -- who gets in ---------------------------------------------------------------------------------------
@@ -393,6 +441,22 @@ def test_a_foreign_host_or_origin_is_refused(spelling: Server) -> None:
 
 
 @pytest.mark.slow
+def test_keys_come_from_a_file_and_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ключи"
+    file.write_text("\ufeffone\n\n two \n", encoding="utf-8")
+    monkeypatch.delenv("EDGE_API_KEY", raising=False)
+    assert read_keys(None, "EDGE_API_KEY") == []
+    assert read_keys(file, "EDGE_API_KEY") == ["one", "two"]
+    monkeypatch.setenv("EDGE_API_KEY", "three ")
+    assert read_keys(file, "EDGE_API_KEY") == ["three", "one", "two"]
+    file.write_text("\n", encoding="utf-8")
+    for path in (file, tmp_path / "none"):
+        with pytest.raises(InputError, match="one API key a line"):
+            read_keys(path, "EDGE_API_KEY")
+
+
 def test_an_api_key_opens_every_route_but_health() -> None:
     with launch([sys.executable, "-m", "tests.fake_server", json.dumps({"keys": ["one", "two"]})]) as server:
         key = {"authorization": "Bearer two"}

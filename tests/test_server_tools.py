@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from edge.errors import RequestError
 from edge.server.calls import CallReader
 from edge.server.tools import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool, dialect_of
+from edge.server.turn import Reader
+from edge.thought import ThoughtSplit
 from tests.fake_server import Server, fake_server
 
 CHAT = "/v1/chat/completions"
@@ -161,6 +163,20 @@ def test_any_chunking_reads_the_same(parts: list[str], size: int) -> None:
     assert read(HERMES, text, size) == read(HERMES, text, 1000)
 
 
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize("dialect", [HERMES, DEEPSEEK, LLAMA3], ids=lambda one: one.name)
+def test_a_call_in_a_thought_is_thought_and_one_behind_it_is_a_call(dialect: Dialect, size: int) -> None:
+    call = ANSWERS[dialect.name][0]
+    text = f"I could write ```json\n{BARE}\n``` or {call}.</think>\n\n{call}"
+    reader = Reader(ThoughtSplit(inside=True), CallReader(dialect, ["f"]))
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    found = [reader.push(part, last=i == len(parts) - 1) for i, part in enumerate(parts)]
+    assert "".join(thought for thought, _, _ in found) == text.partition("</think>")[0]
+    assert "".join(answer for _, answer, _ in found) == ""
+    assert [(c.name, json.loads(c.arguments)) for _, _, calls in found for c in calls] == [F]
+    assert reader.called
+
+
 def test_one_call_where_several_may_not_be_made() -> None:
     text = ANSWERS["hermes"][0] + "\n" + ANSWERS["hermes"][0] + " and"
     assert read(HERMES, text, 4, parallel=False) == ("", [F])
@@ -214,6 +230,20 @@ def test_a_call_streamed_or_not(caller: Server) -> None:
     assert (part["index"], part["function"]["name"]) == (0, "f")
     assert deltas[-1]["finish_reason"] == "tool_calls"
     assert "".join(d["delta"].get("content") or "" for d in deltas) == ""
+
+
+def test_a_call_that_is_cut_off_is_no_call_and_nothing_of_it_is_lost(caller: Server) -> None:
+    body = {"messages": user("please"), "tools": TOOLS, "temperature": 0, "max_tokens": 38}
+    choice = caller.post(CHAT, body).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert "tool_calls" not in choice["message"]
+    shown = choice["message"]["content"].rstrip("\ufffd")
+    assert shown
+    assert any(shown in answer for answer, _ in ANSWERS.values())
+    rows = caller.post(CHAT, {**body, "stream": True}).text.split("\n\n")
+    deltas = [json.loads(row[6:])["choices"][0] for row in rows if row.startswith("data: {")]
+    assert "".join(d["delta"].get("content") or "" for d in deltas) == choice["message"]["content"]
+    assert deltas[-1]["finish_reason"] == "length"
 
 
 def test_the_result_goes_back_to_the_model(caller: Server) -> None:
