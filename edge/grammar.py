@@ -127,6 +127,37 @@ def json_constraint(schema: Any, param: str) -> Constraint:
     return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), param)
 
 
+def fits(schema: dict[str, Any], value: Any) -> bool:
+    """Whether `schema` allows `value`; False where that cannot be told.
+
+    For text that was not written under a mask. The order of an object's keys does not matter.
+    """
+    constraint = json_constraint(schema, "schema")
+    try:
+        import llguidance
+
+        _check_size(constraint)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(constraint.text)
+        tokenizer = llguidance.LLTokenizer("byte")
+    except (ImportError, ValueError, RequestError):
+        return False
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+    text = json.dumps(_ordered(schema, value), ensure_ascii=False).encode("utf-8")
+    return bool(matcher.consume_tokens(list(text)) and matcher.is_accepting())
+
+
+def _ordered(schema: Any, value: Any) -> Any:
+    """`value` with the keys of its objects in the order of `schema`, which a grammar demands."""
+    if isinstance(schema, dict) and isinstance(value, list):
+        return [_ordered(schema.get("items"), one) for one in value]
+    if not isinstance(schema, dict) or not isinstance(value, dict):
+        return value
+    known = schema.get("properties")
+    known = known if isinstance(known, dict) else {}
+    keys = [key for key in known if key in value] + [key for key in value if key not in known]
+    return {key: _ordered(known.get(key), value[key]) for key in keys}
+
+
 def _tokenizer(backend: Backend) -> Any:
     from llguidance import LLTokenizer
     from llguidance._tokenizer import TokenizerWrapper

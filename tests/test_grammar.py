@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from edge import messages as msg
 from edge.backends.fake import FakeBackend
 from edge.engine import Engine
 from edge.errors import RequestError
-from edge.grammar import MAX_CHARACTERS, Constraint, Grammars, json_constraint
+from edge.grammar import MAX_CHARACTERS, Constraint, Grammars, fits, json_constraint
 from edge.sampling import Params
 
 
@@ -123,3 +124,28 @@ def test_blank_space_is_bounded() -> None:
     schema: dict[str, object] = {"type": "object"}
     assert accepts(schema, '{\n    "a": 1\n}')
     assert not accepts(schema, '{  "a":1}')
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [
+        ({"city": "é", "n": 5}, True),
+        ({"n": 5, "city": "x"}, True),
+        ({"city": "x", "in": [{"b": 1, "a": 2}]}, True),
+        ({"city": "x", "n": 1}, False),
+        ({"n": 5}, False),
+        ({"city": "x", "z": 1}, False),
+        ([], False),
+    ],
+)
+def test_text_that_no_mask_bound_is_held_against_a_schema(value: Any, want: bool) -> None:
+    inner = {"type": "object", "properties": {"a": {}, "b": {}}}
+    known = {
+        "city": {"type": "string"},
+        "n": {"type": "integer", "minimum": 3},
+        "in": {"type": "array", "items": inner},
+    }
+    schema = {"type": "object", "properties": known, "required": ["city"], "additionalProperties": False}
+    assert fits(schema, value) is want
+    assert not fits({"type": "nonsense"}, value)
+    assert not fits({"enum": ["x" * 70_000]}, value)

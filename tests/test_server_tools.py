@@ -71,7 +71,7 @@ def user(text: str = "hi") -> list[dict[str, Any]]:
 
 
 def read(dialect: Dialect, text: str, size: int, **given: Any) -> tuple[str, list[tuple[str, Any]]]:
-    reader = CallReader(dialect, ["f", "get"], **given)
+    reader = CallReader(dialect, given.pop("tools", [Tool("f"), Tool("get")]), **given)
     shown, calls = "", []
     for i in range(0, len(text), size):
         more, new = reader.push(text[i : i + size])
@@ -168,7 +168,7 @@ def test_any_chunking_reads_the_same(parts: list[str], size: int) -> None:
 def test_a_call_in_a_thought_is_thought_and_one_behind_it_is_a_call(dialect: Dialect, size: int) -> None:
     call = ANSWERS[dialect.name][0]
     text = f"I could write ```json\n{BARE}\n``` or {call}.</think>\n\n{call}"
-    reader = Reader(ThoughtSplit(inside=True), CallReader(dialect, ["f"]))
+    reader = Reader(ThoughtSplit(inside=True), CallReader(dialect, [Tool("f")]))
     parts = [text[i : i + size] for i in range(0, len(text), size)]
     found = [reader.push(part, last=i == len(parts) - 1) for i, part in enumerate(parts)]
     assert "".join(thought for thought, _, _ in found) == text.partition("</think>")[0]
@@ -180,6 +180,14 @@ def test_a_call_in_a_thought_is_thought_and_one_behind_it_is_a_call(dialect: Dia
 def test_one_call_where_several_may_not_be_made() -> None:
     text = ANSWERS["hermes"][0] + "\n" + ANSWERS["hermes"][0] + " and"
     assert read(HERMES, text, 4, parallel=False) == ("", [F])
+
+
+def test_a_strict_tool_is_called_without_marks_only_by_what_fits() -> None:
+    tools = [Tool("f", "", SCHEMA, strict=True)]
+    for arguments, good in (('{"k": "你"}', True), ('{"k": "long"}', False), ('{"x": 1}', False)):
+        text = f'{{"name": "f", "arguments": {arguments}}}'
+        want = ("", [("f", json.loads(arguments))]) if good else (text, [])
+        assert read(HERMES, text, 3, tools=tools) == want
 
 
 def test_dialects_are_known_by_their_marks() -> None:

@@ -2,7 +2,8 @@
 
 Dialects with marks open and close each call. Llama 3 has none, and small models of the other families forget
 theirs and write the bare object, often in a fenced block; such an object is a call only if it begins with the
-name of a tool that was offered. What looks like a call and is none stays text.
+name of a tool that was offered, and fits the schema where that is strict. What looks like a call and is none
+stays text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from edge.server.tools import Call, Dialect, call_of
+from edge.grammar import fits
+from edge.server.tools import Call, Dialect, Tool, call_of
 from edge.text import overlap
 
 _FENCE = "```"
@@ -24,13 +26,13 @@ _BLANK = " \t\r\n;"
 class CallReader:
     """Parts a stream of an answer's text into (text, calls), the same for any chunking.
 
-    names: of the tools that were offered. parallel: False keeps the first call and drops what comes after it,
+    tools: those that were offered. parallel: False keeps the first call and drops what comes after it,
     as the request asked.
     """
 
-    def __init__(self, dialect: Dialect, names: Iterable[str], *, parallel: bool = True) -> None:
+    def __init__(self, dialect: Dialect, tools: list[Tool], *, parallel: bool = True) -> None:
         self._marks = _Marks(dialect) if dialect.opening else None
-        self._bare = _Bare(names)
+        self._bare = _Bare(tools)
         self._parallel = parallel
         self.made = 0
 
@@ -108,10 +110,11 @@ class _Marks:
 class _Bare:
     """Calls that stand in the text as plain JSON: at its beginning, after another, or in a fenced block."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, tools: list[Tool]) -> None:
+        self._strict = {tool.name: tool.parameters for tool in tools if tool.strict}
         self._heads = {
-            f'{opening}{{{kind}"name":"{name}"': closing
-            for name in names
+            f'{opening}{{{kind}"name":"{tool.name}"': closing
+            for tool in tools
             for opening, closing in _OPENINGS.items()
             for kind in _KINDS
         }
@@ -177,6 +180,9 @@ class _Bare:
             call = call_of(json.loads(body), explicit=True)
         except ValueError:
             call = None
+        if call is not None and call.name in self._strict:
+            # No mask bound what was written without a mark.
+            call = call if fits(self._strict[call.name], json.loads(call.arguments)) else None
         self._fresh = call is not None
         if call is None:
             self._closing = ""

@@ -100,8 +100,7 @@ class Turn:
         calls = None
         if self._tools:
             assert self._dialect is not None
-            names = [tool.name for tool in self._tools]
-            calls = CallReader(self._dialect, names, parallel=self._asked.parallel)
+            calls = CallReader(self._dialect, self._tools, parallel=self._asked.parallel)
         return Reader(split, calls) if split or calls else None
 
     def _offered(self) -> list[Tool]:
