@@ -144,14 +144,15 @@ def planned(path: Path, args: argparse.Namespace) -> Planned:
 
 
 def read_keys(path: Path | None, variable: str) -> list[str]:
-    """API keys from a file (one a line) and the environment. Raises InputError for an empty file."""
+    """API keys from the environment and a file (one a line). Raises InputError for a file without any."""
     keys = [key] if (key := os.environ.get(variable, "").strip()) else []
     if path is not None:
         if not path.is_file():
             raise InputError(f"no such file: {path}", "write one API key a line into it")
-        keys += [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        if not keys:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
             raise InputError(f"{path} holds no key", "write one API key a line into it")
+        keys += lines
     return keys
 
 
