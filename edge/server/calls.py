@@ -19,6 +19,8 @@ _FENCE = "```"
 # What may stand before a bare object, blank space aside, and what closes it.
 _OPENINGS = {"": "", "```json": _FENCE, _FENCE: _FENCE, "<tools>": "</tools>", "<|python_tag|>": ""}
 _KINDS = ("", '"type":"function",')
+# How far a call's beginning is looked for, blank space included: a name has at most 128 characters.
+_LOOK = 1024
 # Llama parts its calls by a semicolon.
 _BLANK = " \t\r\n;"
 
@@ -118,6 +120,8 @@ class _Bare:
             for opening, closing in _OPENINGS.items()
             for kind in _KINDS
         }
+        self._all = tuple(self._heads)
+        self._longest = max(map(len, self._all))
         self._held = ""
         # At the beginning of the text, or behind a call.
         self._fresh = True
@@ -141,11 +145,12 @@ class _Bare:
                 at = len(self._held) - overlap(self._held, _FENCE)
                 yield self._cut(len(self._held[:at].rstrip()))
                 break
-            head = "".join(self._held[at:].split())
-            if (known := next((known for known in self._heads if head.startswith(known)), None)) is not None:
+            head = "".join(self._held[at : at + _LOOK].split())
+            if head.startswith(self._all):
+                known = next(known for known in self._all if head.startswith(known))
                 yield self._cut(at).rstrip(_BLANK if self._fresh else None)
                 self._closing, self._object = self._heads[known], _Braces(self._held.index("{"))
-            elif any(known.startswith(head) for known in self._heads):
+            elif len(head) < self._longest and any(known.startswith(head) for known in self._all):
                 yield self._cut(0 if self._fresh else len(self._held[:at].rstrip()))
                 break
             elif self._fresh:
