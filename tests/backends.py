@@ -87,5 +87,7 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
             lambda *given, **more: dataclasses.replace(open_session(*given, **more), memory="host"),
         )
         patch.setattr(onnx, "DeviceRows", OnTheProcessor)
-    model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx"))
+    # As a card is served: with candidates, too.
+    count = 64 if patch is not None else 0
+    model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx", candidates=count))
     return lambda given: onnx.Onnx(model, onnx.Settings(**given, device="cpu"))  # type: ignore[arg-type]

@@ -29,10 +29,12 @@ from edge.backends.onnx import Model, Onnx, Settings
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import InputError, UnavailableError, UsageError
+from edge.grammar import Constraint
 from edge.hardware import GPU, Memory
 from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
 from edge.planning import Options
 from tests import tiny_llama, tiny_onnx
+from tests.desk import Desk
 
 SMALL = Settings(slots=4, context=128, batch=64, device="cpu")
 CARD = GPU(0, "Card", 8 << 30, 8 << 30, "600.1", "9.0", "13.1")
@@ -69,6 +71,7 @@ def test_the_header_says_what_planning_needs(folder: Path) -> None:
     assert header.files == ("тест.onnx", "тест.onnx.data")
     assert header.weights_bytes == sum((folder / name).stat().st_size for name in header.files)
     assert header.selects
+    assert (header.hidden, header.candidates) == (64, 0)
     assert header.matrices == {32: 2 * 6 + 1}
 
 
@@ -156,6 +159,14 @@ def test_a_graph_without_chosen_positions_is_not_served(copy: Path) -> None:
     assert not read_onnx(copy).selects
     with pytest.raises(InputError, match="edge export onnx"):
         Model(copy)
+
+
+def test_candidates_of_a_wrong_shape_are_refused(tmp_path: Path) -> None:
+    path = tiny_onnx.write(tmp_path, candidates=8)
+    assert read_onnx(path).candidates == 8
+    edit(path, lambda model: setattr(model.graph.output[-1].type.tensor_type.shape.dim[2], "dim_value", 7))
+    with pytest.raises(InputError, match="candidates"):
+        read_onnx(path)
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
@@ -344,11 +355,72 @@ def test_a_step_is_interrupted_between_its_runs_and_within_one(folder: Path) -> 
     made.close()
 
 
+def test_rows_that_need_few_logits_get_candidates(tmp_path: Path) -> None:
+    made = Onnx(Model(tiny_onnx.write(tmp_path, candidates=8)), SMALL)
+    assert made.info.candidates == 8
+    text = list(b"abcd")
+    want = made.step([Row(0, 0, text, 4), Row(1, 0, text[:1], 1)]).copy()
+    for slot in (0, 1):
+        made.truncate(slot, 0)
+    got = made.step([Row(0, 0, text, 4, few=True), Row(1, 0, text[:1], 1)]).copy()
+    # Each run by itself: the second one's row wants all.
+    np.testing.assert_array_equal(got[4], want[4])
+    for row, whole in zip(got[:4], want[:4], strict=True):
+        best = np.sort(np.argsort(-whole, kind="stable")[:8])
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(row)), best)
+        np.testing.assert_array_equal(row[best], whole[best])
+    # Nothing is left of a step before; one row that needs all gives all to those of its run.
+    few = made.step([Row(0, 4, [5], 1, few=True), Row(1, 1, [5], 1, few=True)])
+    assert np.isfinite(few).sum(axis=1).tolist() == [8, 8]
+    both = made.step([Row(0, 5, [5], 1, few=True), Row(1, 2, [5], 1)])
+    assert np.isfinite(both).all()
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "few"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.0, "ignore_eos": True}, True),
+        ({"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 1}, True),
+        ({"temperature": 1.0, "top_k": 64, "seed": 2}, True),
+        ({"temperature": 1.0, "top_k": 64, "seed": 2, "ignore_eos": True}, False),
+        ({"temperature": 1.0, "top_p": 0.9, "seed": 3}, False),
+        ({"temperature": 0.0, "repetition_penalty": 1.3}, False),
+        ({"temperature": 0.0, "logit_bias": {97: 5.0}}, False),
+        ({"temperature": 0.0, "logprobs": 0}, False),
+        ({"temperature": 0.0, "constraint": Constraint("regex", "[ab]{20}")}, False),
+    ],
+)
+def test_candidates_give_the_same_tokens(tmp_path: Path, given: dict[str, Any], few: bool) -> None:
+    def run(candidates: int) -> tuple[list[list[int]], set[bool]]:
+        path = tiny_onnx.write(tmp_path / str(candidates), candidates=candidates)
+        made = Onnx(Model(path), SMALL, extra_stop_ids=frozenset({tiny_onnx.END}))
+        desk, ran, asked, step = Desk(made), [], set(), made.step
+
+        def watched(rows: Any) -> Any:
+            ran.extend([row.slot, row.pos, *row.tokens] for row in rows)
+            asked.update(row.few for row in rows)
+            return step(rows)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made, "step", watched)
+            for key in range(3):
+                desk.submit(key, f"number {key}", max_tokens=24, **given)
+            desk.run()
+        made.close()
+        return ran, asked
+
+    (want, _), (got, asked) = run(0), run(64)
+    assert got == want
+    assert asked == {few}
+
+
 def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> None:
     # What the backend makes of 16-bit logits, without a model that computes in them.
     made = Onnx(Model(tiny_onnx.write(tmp_path)), SMALL)
     want = made.step([Row(0, 0, list(b"ab"), 2)]).copy()
-    made._logits = made._logits.astype(np.float16)
+    made._outputs.logits = made._outputs.logits.astype(np.float16)
     made.truncate(0, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "_run", lambda *given: None)

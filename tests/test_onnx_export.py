@@ -62,12 +62,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def build(source: Path, final: Path, precision: str, scheme: str, ep: str) -> None:
         told["asked"] = (precision, scheme, ep)
         tiny_onnx.write(final.parent, name=final.name)
-        (final.parent / "genai_config.json").write_text('{"model": {"decoder": {"head_size": 16}}}')
+        decoder = {"head_size": 16, "hidden_size": tiny_onnx.WIDTH}
+        (final.parent / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
         (final.parent / "leftover.json").write_text("{}")
         (final.parent / "folder").mkdir()
 
     monkeypatch.setattr(export, "_build", build)
-    monkeypatch.setattr(export, "complete", lambda *_: None)
+    monkeypatch.setattr(export, "complete", lambda *_, **more: told.update(more))
     monkeypatch.setattr(export, "measure", lambda *_, **__: told["quality"])
     return told
 
@@ -89,6 +90,7 @@ def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, An
     assert "warning" not in text
     # A small model, so that 4 bits are not the default.
     assert built["asked"] == ("int8", "mixed", "cpu")
+    assert (built["width"], built["candidates"]) == (tiny_onnx.WIDTH, 0)
     folder = run_folder / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == [
         "chat_template.jinja",
@@ -156,6 +158,7 @@ def test_a_file_for_a_card_is_published_where_there_is_none(
     text = said(run_folder, precision="fp16", ep="cuda")
     assert "warning: not compared with the merged model: onnxruntime cannot load it" in text
     assert manifest.read(run_folder / "onnx").verify["quality"] == "onnxruntime cannot load it"
+    assert built["candidates"] == 64
     with pytest.raises(InputError, match="cannot load it"):
         said(run_folder, overwrite=True)
 

@@ -2,7 +2,8 @@
 
 A run of the session is either one token of every decoding slot, or a piece of one prompt: that is what
 GroupQueryAttention takes. Rows that differ in length are padded on the right by the mask, and a padded row
-writes behind its own end alone. Only the logits that are asked for are computed.
+writes behind its own end alone. Only the logits that are asked for are computed, and where the graph gives
+candidates and no row of a run needs more, only these are copied.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from edge.backends import onnx_providers
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.backends.onnx_device import DeviceRows
+from edge.backends.onnx_outputs import Outputs
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
@@ -115,8 +117,8 @@ class Onnx:
         self._order = np.arange(settings.context, dtype=np.int64)
         self._picks = np.zeros(settings.batch, np.int64)
         # One row more: a piece of a prompt without outputs gives one that nobody reads.
-        self._logits = np.zeros((settings.slots + settings.outputs + 1, header.vocab_size), header.cache_type)
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1, outputs=settings.outputs)
+        self._bindings: dict[tuple[int, int, bool], Any] = {}
         self._lengths = [0] * settings.slots
         self._options = model.runtime.RunOptions()
         self._interrupted = False
@@ -142,6 +144,7 @@ class Onnx:
             add_bos=vocabulary.add_bos,
             bos_text=vocabulary.bos_text,
             eos_text=vocabulary.eos_text,
+            candidates=header.candidates,
             chat_template=self._model.template,
             settings={
                 "threads": str(settings.threads),
@@ -166,32 +169,28 @@ class Onnx:
         check_rows(rows, self.info, self._lengths)
         self._interrupted = False
         self._options.terminate = False
-        # Slots whose outputs begin where in the buffer.
-        begin: dict[int, int] = {}
+        # Where in the buffers each slot's outputs begin, and whether they are candidates.
+        begin: dict[int, tuple[int, bool]] = {}
         # First: a row that is run along writes one cell where another row's piece is to lie.
         at = self._decode([row for row in rows if len(row.tokens) == 1], begin)
         for row in rows:
             if len(row.tokens) > 1:
-                begin[row.slot] = at
+                begin[row.slot] = at, self._few([row])
                 at += self._read(row, at)
         for row in rows:
             self._lengths[row.slot] += len(row.tokens)
-        wanted = [begin[row.slot] + i for row in rows for i in range(row.outputs)]
-        if not wanted:
-            return np.zeros((0, self.info.vocab), np.float32)
-        first = wanted[0]
-        found = (
-            self._logits[first : first + len(wanted)]
-            if wanted == list(range(first, first + len(wanted)))
-            else self._logits[wanted]
-        )
-        logits: Logits = found if found.dtype == np.float32 else found.astype(np.float32)
-        return logits
+        places = [(begin[row.slot][0] + i, begin[row.slot][1]) for row in rows for i in range(row.outputs)]
+        return self._outputs.read(places)
 
-    def _decode(self, rows: Sequence[Row], begin: dict[int, int]) -> int:
-        """One token of each row in one run; the logits that were written, one for each row of the window."""
+    def _few(self, rows: Sequence[Row]) -> bool:
+        """Whether candidates are enough for all of `rows`."""
+        return self.info.candidates > 0 and all(row.few or not row.outputs for row in rows)
+
+    def _decode(self, rows: Sequence[Row], begin: dict[int, tuple[int, bool]]) -> int:
+        """One token of each row in one run; the outputs that were written, one for each row of the window."""
         if not rows:
             return 0
+        few = self._few(rows)
         first, count = self._rows.window([row.slot for row in rows], self._lengths)
         ids = self._ids[:count]
         ids[:] = 0
@@ -202,18 +201,18 @@ class Onnx:
         for row in rows:
             place = self._rows.row(row.slot) - first
             ids[place] = row.tokens[0]
-            begin[row.slot] = place
-        self._run(first, count, ids, totals, self._picks[:1] * 0, 0)
+            begin[row.slot] = place, few
+        self._run(first, count, ids, totals, self._picks[:1] * 0, 0, few)
         return count
 
     def _read(self, row: Row, at: int) -> int:
-        """A piece of a prompt, or a draft; the logits that were written, from `at` on."""
+        """A piece of a prompt, or a draft; the outputs that were written, from `at` on."""
         n = len(row.tokens)
         ids = self._ids[:n]
         ids[:] = row.tokens
         picks = self._picks[: max(1, row.outputs)]
         picks[:] = range(n - len(picks), n)
-        self._run(self._rows.row(row.slot), 1, ids, np.array([row.pos + n]), picks, at)
+        self._run(self._rows.row(row.slot), 1, ids, np.array([row.pos + n]), picks, at, self._few([row]))
         return len(picks)
 
     def _run(
@@ -224,25 +223,26 @@ class Onnx:
         totals: NDArray[np.int64],
         picks: NDArray[np.int64],
         at: int,
+        few: bool,
     ) -> None:
         """Run `ids` [count x n] in the rows from `first` on, which then hold `totals` [count] tokens.
 
-        Logits of the positions `picks` of each row go to the buffer from `at` on. Raises StepInterrupted.
+        Logits of the positions `picks` of each row go to the buffers from `at` on, or candidates of them.
+        Raises StepInterrupted.
         """
         if self._interrupted:
             raise StepInterrupted
         width = int(totals.max())
         mask = self._mask[: count * width]
         mask.reshape(count, width)[:] = self._order[:width] < totals[:, None]
-        binding = self._binding(first, count)
+        binding = self._binding(first, count, few)
         for name, array, shape in (
             ("input_ids", ids, (count, len(ids) // count)),
             ("attention_mask", mask, (count, width)),
             (OUTPUT_POSITIONS, picks, (len(picks),)),
         ):
             binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
-        made = (count, len(picks), self.info.vocab)
-        binding.bind_output("logits", "cpu", 0, self._logits.dtype, made, self._logits[at:].ctypes.data)
+        self._outputs.bind(binding, at, count, len(picks), few=few)
         try:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
@@ -250,13 +250,14 @@ class Onnx:
                 raise StepInterrupted from None
             raise EdgeError(f"onnxruntime failed in a step of {len(ids)} tokens: {error}") from error
 
-    def _binding(self, first: int, count: int) -> Any:
+    def _binding(self, first: int, count: int, few: bool) -> Any:
         """Keys and values of the rows `first` to `first + count`, as inputs and, in place, as outputs."""
-        binding = self._bindings.get((first, count))
+        # What was bound stays bound: candidates and logits want a binding each.
+        binding = self._bindings.get((first, count, few))
         if binding is None:
             if len(self._bindings) >= _BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
-            binding = self._bindings[first, count] = self._session.io_binding()
+            binding = self._bindings[first, count, few] = self._session.io_binding()
             shape = (count, *self._rows.shape)
             kind, device = self._rows.dtype.type, self._rows.device
             for part, (past, present) in enumerate(self._names):
