@@ -181,6 +181,10 @@ def _check(precision: str, scheme: str, ep: str) -> None:
     ):
         if value not in known:
             raise UsageError(f"{option} {value}: not known", f"one of {', '.join(known)}")
+    if precision == "fp32" and ep == "cuda":
+        raise UsageError(
+            "--precision fp32 --ep cuda: a card's attention computes in fp16", "take --precision fp16"
+        )
     if precision == "fp16" and ep == "cpu":
         raise UsageError(
             "--precision fp16: processors compute in fp32", "add --ep cuda, or take --precision fp32"

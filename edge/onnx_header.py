@@ -145,6 +145,8 @@ def _header(path: Path, size: int, graph: _Graph) -> OnnxHeader:
     }
     if len(tables) != 1:
         raise InputError(f"{path}: its attention does not turn keys by position itself", _AGAIN)
+    # Those that are not in blocks of bits are in the type that the graph computes in.
+    matrices = {bits or _TYPES[kind][1]: count for bits, count in graph.matrices.items()}
     norm = next((one for one in graph.tensors.values() if one.name.endswith("input_layernorm.weight")), None)
     return OnnxHeader(
         path=path,
@@ -162,7 +164,7 @@ def _header(path: Path, size: int, graph: _Graph) -> OnnxHeader:
         candidates=_candidates(graph, kind, logits[1][2]),
         hidden=_hidden(graph, kind),
         inputs=tuple(graph.inputs),
-        matrices=dict(sorted(graph.matrices.items())),
+        matrices=dict(sorted(matrices.items())),
         files=tuple(sorted({path.name, *graph.external})),
     )
 
@@ -284,7 +286,7 @@ def _read_node(path: Path, data: memoryview, graph: _Graph, depth: int) -> None:
         bits = numbers.get("bits", 4)
         graph.matrices[bits] = graph.matrices.get(bits, 0) + 1
     elif kind == "MatMul":
-        graph.matrices[32] = graph.matrices.get(32, 0) + 1
+        graph.matrices[0] = graph.matrices.get(0, 0) + 1
 
 
 def _read_attribute(path: Path, data: memoryview, graph: _Graph, depth: int) -> tuple[str, int]:

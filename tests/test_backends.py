@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.backends.base import Backend, Row
+from edge.backends.base import Backend, Embeds, Row
 from tests.backends import KINDS, Maker
 
 SLOTS, CONTEXT, BATCH = 4, 128, 64
@@ -119,6 +119,25 @@ def test_cells_are_saved_and_restored(backend: Backend) -> None:
     close(backend.step([Row(2, 7, prompt[7:], 1)]), whole)
     with pytest.raises(ValueError, match="restore"):
         backend.restore(2, cells, 7)
+
+
+def test_vectors_of_texts_leave_the_slots_alone(backend: Backend) -> None:
+    assert isinstance(backend, Embeds)
+    prompt = ids(backend, "abcdefgh")
+    whole = backend.step([Row(0, 0, prompt, 1)]).copy()
+    backend.truncate(0, 7)
+    texts = [ids(backend, text) for text in ("a fish", "a fist", "quite another text, and a longer one " * 2)]
+    vectors = [backend.embed(text) for text in texts]
+    close(backend.step([Row(0, 7, prompt[7:], 1)]), whole)
+    for text, vector in zip(texts, vectors, strict=True):
+        assert (vector.shape, vector.dtype) == ((backend.info.embedding,), np.float32)
+        assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
+        close(backend.embed(text), vector)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    for bad in ([], [5] * (CONTEXT + 1), [backend.info.vocab]):
+        if backend.info.kind != "fake":
+            with pytest.raises(ValueError):
+                backend.embed(bad)
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,14 @@ pytest.importorskip("tokenizers")
 import onnx
 
 from edge import artefact, hardware, manifest, planning, tune, tune_onnx
+from edge import messages as msg
+from edge.backends import onnx_embed
 from edge.backends import onnx_providers as providers
 from edge.backends.base import Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
-from edge.errors import InputError, UnavailableError, UsageError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.grammar import Constraint
 from edge.hardware import GPU, Memory
 from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
@@ -305,6 +307,35 @@ def test_the_default_position_is_the_last(folder: Path) -> None:
     feeds |= {f"past_key_values.{layer}.{part}": empty for layer in range(2) for part in ("key", "value")}
     [logits] = made._session.run(["logits"], feeds)
     np.testing.assert_allclose(logits[0], made.step([Row(0, 0, tokens, 1)]), atol=1e-5)
+    made.close()
+
+
+def test_a_vector_is_the_mean_of_the_last_states(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Onnx(Model(folder / "тест.onnx"), SMALL)
+    assert made.info.embedding == tiny_onnx.WIDTH
+    tokens = list(b"a text that is read in several pieces")
+    feeds = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
+    empty = np.zeros((1, 2, 0, 16), np.float32)
+    feeds |= {f"past_key_values.{layer}.{part}": empty for layer in range(2) for part in ("key", "value")}
+    [states] = made._session.run(["hidden_states"], feeds)
+    want = states[0].mean(axis=0)
+    monkeypatch.setattr(onnx_embed, "PIECE", 16)
+    np.testing.assert_allclose(made.embed(tokens), want / np.linalg.norm(want), atol=1e-5)
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**30, 1000))
+    with pytest.raises(EdgeError, match="37 tokens needs"):
+        made.embed(tokens)
+    made.close()
+
+
+def test_a_graph_without_hidden_states_gives_no_vectors(copy: Path) -> None:
+    edit(copy, lambda model: model.graph.output.pop(1))
+    made = Onnx(Model(copy), SMALL)
+    assert made.info.embedding == 0
+    desk = Desk(made)
+    desk.engine.embed(msg.Embed(1, "a text"))
+    refused = desk.refused(1)
+    assert (refused.status, refused.code) == (400, "unsupported")
+    assert "embeddings" in refused.message
     made.close()
 
 

@@ -27,6 +27,7 @@ from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
 from edge.onnx_header import read_onnx
 from tests import tiny_onnx
+from tests.desk import Desk
 from tests.fake_server import launch
 
 GOOD = Quality(100, 0.99, 0.01, 0.5, 2.0)
@@ -170,6 +171,7 @@ def test_a_file_for_a_card_is_published_where_there_is_none(
         ({"scheme": "gptq"}, "block, k-quant, mixed"),
         ({"ep": "tpu"}, "cpu, cuda"),
         ({"precision": "fp16"}, "--ep cuda"),
+        ({"precision": "fp32", "ep": "cuda"}, "--precision fp16"),
     ],
 )
 def test_what_is_not_known_is_refused(run_folder: Path, given: dict[str, str], message: str) -> None:
@@ -312,6 +314,30 @@ def test_a_real_export_is_served(real: Path) -> None:
         assert first["generate_text"] == again["generate_text"]
         cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert cached == first["usage"]["prompt_tokens"] - 1
+
+
+@pytest.mark.slow
+def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Path) -> None:
+    shutil.copytree(real / "merged", tmp_path / "merged")
+    text = said(tmp_path, precision="fp16", ep="cuda")
+    assert "warning" not in text
+    found = artefact.resolve(tmp_path, "onnx")
+    header = read_onnx(found.path)
+    assert (header.cache_type, header.candidates, set(header.matrices)) == ("float16", 64, {16})
+    assert header.hidden == read_onnx(artefact.resolve(real, "onnx").path).hidden > 0
+    backend = Onnx(Model(found.path), Settings(slots=4, context=128, batch=64, device="auto"))
+    asked = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
+    alone, together = Desk(backend), Desk(backend)
+    for key in range(4):
+        alone.submit(key, f"number {key} " * (1 + key), reuse=False, **asked)
+        alone.idle()
+    alone.run()
+    for key in range(4):
+        together.submit(key, f"number {key} " * (1 + key), reuse=False, **asked)
+    together.run()
+    assert [together.text(key) for key in range(4)] == [alone.text(key) for key in range(4)]
+    assert np.linalg.norm(backend.embed([5, 6, 7])) == pytest.approx(1.0, abs=1e-4)
+    backend.close()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edge.backends import onnx_providers
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.backends.onnx_device import DeviceRows
+from edge.backends.onnx_embed import Embedder
 from edge.backends.onnx_outputs import Outputs
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
@@ -72,14 +73,14 @@ class Model:
         self.template = template.read_text(encoding="utf-8") if template.is_file() else None
 
 
-def _rows(model: Model, settings: Settings, opened: onnx_providers.Opened) -> Rows | DeviceRows:
-    """Cells where the session's provider computes."""
+def _rows(model: Model, opened: onnx_providers.Opened, slots: int, room: int) -> Rows | DeviceRows:
+    """Cells where the session's provider computes: `room` tokens for each slot."""
     header = model.header
     shape = {
         "layers": header.block_count,
-        "slots": settings.slots,
+        "slots": slots,
         "heads": header.head_count_kv,
-        "room": settings.context,
+        "room": room,
         "width": header.key_length,
     }
     if opened.memory == "cpu":
@@ -105,12 +106,8 @@ class Onnx:
             cache_type=header.cache_type,
         )
         self._session: Any = opened.session
-        self._rows = _rows(model, settings, opened)
-        self._names = [
-            (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}")
-            for layer in range(header.block_count)
-            for part in ("key", "value")
-        ]
+        self._rows = _rows(model, opened, settings.slots, settings.context)
+        self._embedder = Embedder(opened.session, header, lambda room: _rows(model, opened, 1, room))
         # The run's inputs. A window may hold rows that are run along.
         self._ids = np.zeros(max(settings.batch, settings.slots), np.int64)
         self._mask = np.zeros(settings.slots * settings.context, np.int64)
@@ -144,6 +141,7 @@ class Onnx:
             add_bos=vocabulary.add_bos,
             bos_text=vocabulary.bos_text,
             eos_text=vocabulary.eos_text,
+            embedding=header.hidden,
             candidates=header.candidates,
             chat_template=self._model.template,
             settings={
@@ -251,19 +249,14 @@ class Onnx:
             raise EdgeError(f"onnxruntime failed in a step of {len(ids)} tokens: {error}") from error
 
     def _binding(self, first: int, count: int, few: bool) -> Any:
-        """Keys and values of the rows `first` to `first + count`, as inputs and, in place, as outputs."""
+        """A binding of the cells in the rows `first` to `first + count`, kept for the next run over them."""
         # What was bound stays bound: candidates and logits want a binding each.
         binding = self._bindings.get((first, count, few))
         if binding is None:
             if len(self._bindings) >= _BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
             binding = self._bindings[first, count, few] = self._session.io_binding()
-            shape = (count, *self._rows.shape)
-            kind, device = self._rows.dtype.type, self._rows.device
-            for part, (past, present) in enumerate(self._names):
-                pointer = self._rows.pointer(part, first)
-                binding.bind_input(past, device, 0, kind, shape, pointer)
-                binding.bind_output(present, device, 0, kind, shape, pointer)
+            self._rows.bind(binding, first, count)
         return binding
 
     def copy(self, src: int, dst: int, n: int) -> None:
@@ -289,6 +282,12 @@ class Onnx:
             return False
         self._lengths[slot] = length
         return True
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """See `Embeds`. Raises EdgeError where the memory does not suffice."""
+        if not 0 < len(tokens) <= self.info.context or not all(0 <= t < self.info.vocab for t in tokens):
+            raise ValueError(f"cannot embed {len(tokens)} tokens")
+        return self._embedder.embed(tokens)
 
     def interrupt(self) -> None:
         self._interrupted = True
