@@ -20,6 +20,7 @@ pytest.importorskip("tokenizers")
 
 from convert import onnx as export
 from convert import onnx_quality as quality
+from convert import verify
 from convert.onnx_quality import Quality
 from edge import artefact, manifest
 from edge.backends.base import Row
@@ -296,6 +297,19 @@ def test_a_real_export_is_the_merged_model(real: Path) -> None:
     assert found["difference"] < 1e-3
     header = read_onnx(artefact.resolve(real, "onnx").path)
     assert (header.context_length, header.vocab_size, header.selects) == (512, 384, True)
+
+
+@pytest.mark.slow
+def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None:
+    report = verify.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
+    assert (report.unequal, report.warnings) == ([], [])
+    assert (report.b.stage, report.b.kind) == ("onnx", "float32")
+    assert report.logits["kl_mean"] < 1e-6
+    assert report.logits["greedy_equal"] == report.logits["greedy_tokens"] > 20
+    kept = manifest.read(real / "onnx").verify
+    assert kept["logits"]["top1"] == 1.0
+    # What the export itself found stays beside it.
+    assert kept["quality"]["top1"] == 1.0
 
 
 @pytest.mark.slow
