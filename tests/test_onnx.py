@@ -28,6 +28,7 @@ from edge.backends import onnx_embed
 from edge.backends import onnx_providers as providers
 from edge.backends.base import Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
+from edge.backends.onnx_binding import Buffer
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
@@ -451,7 +452,7 @@ def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> 
     # What the backend makes of 16-bit logits, without a model that computes in them.
     made = Onnx(Model(tiny_onnx.write(tmp_path)), SMALL)
     want = made.step([Row(0, 0, list(b"ab"), 2)]).copy()
-    made._outputs.logits = made._outputs.logits.astype(np.float16)
+    made._outputs._logits = Buffer(made._outputs._logits.array.astype(np.float16))
     made.truncate(0, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "_run", lambda *given: None)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_embed import Embedder
 from edge.backends.onnx_outputs import Outputs
@@ -109,13 +110,17 @@ class Onnx:
         self._rows = _rows(model, opened, settings.slots, settings.context)
         self._embedder = Embedder(opened.session, header, lambda room: _rows(model, opened, 1, room))
         # The run's inputs. A window may hold rows that are run along.
-        self._ids = np.zeros(max(settings.batch, settings.slots), np.int64)
-        self._mask = np.zeros(settings.slots * settings.context, np.int64)
+        self._ids = zeros(max(settings.batch, settings.slots))
+        self._mask = zeros(settings.slots * settings.context)
         self._order = np.arange(settings.context, dtype=np.int64)
-        self._picks = np.zeros(settings.batch, np.int64)
+        # A single row's mask has no padding.
+        self._ones = Buffer(np.ones(settings.context, np.int64))
+        self._picks = zeros(settings.batch)
+        self._first = zeros(1)
         # One row more: a piece of a prompt without outputs gives one that nobody reads.
         self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1, outputs=settings.outputs)
-        self._bindings: dict[tuple[int, int, bool], Any] = {}
+        self._copied = opened.memory != "cpu"
+        self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lengths = [0] * settings.slots
         self._options = model.runtime.RunOptions()
         self._interrupted = False
@@ -190,9 +195,9 @@ class Onnx:
             return 0
         few = self._few(rows)
         first, count = self._rows.window([row.slot for row in rows], self._lengths)
-        ids = self._ids[:count]
+        ids = self._ids.array[:count]
         ids[:] = 0
-        totals = np.zeros(count, np.int64)
+        totals = [0] * count
         for slot, length in enumerate(self._lengths):
             if 0 <= (place := self._rows.row(slot) - first) < count:
                 totals[place] = length + 1
@@ -200,63 +205,56 @@ class Onnx:
             place = self._rows.row(row.slot) - first
             ids[place] = row.tokens[0]
             begin[row.slot] = place, few
-        self._run(first, count, ids, totals, self._picks[:1] * 0, 0, few)
+        self._run(first, 1, totals, self._first, 1, 0, few)
         return count
 
     def _read(self, row: Row, at: int) -> int:
         """A piece of a prompt, or a draft; the outputs that were written, from `at` on."""
         n = len(row.tokens)
-        ids = self._ids[:n]
-        ids[:] = row.tokens
-        picks = self._picks[: max(1, row.outputs)]
-        picks[:] = range(n - len(picks), n)
-        self._run(self._rows.row(row.slot), 1, ids, np.array([row.pos + n]), picks, at, self._few([row]))
-        return len(picks)
+        self._ids.array[:n] = row.tokens
+        wanted = max(1, row.outputs)
+        self._picks.array[:wanted] = range(n - wanted, n)
+        self._run(self._rows.row(row.slot), n, [row.pos + n], self._picks, wanted, at, self._few([row]))
+        return wanted
 
     def _run(
-        self,
-        first: int,
-        count: int,
-        ids: NDArray[np.int64],
-        totals: NDArray[np.int64],
-        picks: NDArray[np.int64],
-        at: int,
-        few: bool,
+        self, first: int, n: int, totals: list[int], picks: Buffer, wanted: int, at: int, few: bool
     ) -> None:
-        """Run `ids` [count x n] in the rows from `first` on, which then hold `totals` [count] tokens.
+        """Run `n` ids of each of the rows from `first` on, which then hold `totals` tokens.
 
-        Logits of the positions `picks` of each row go to the buffers from `at` on, or candidates of them.
-        Raises StepInterrupted.
+        Logits of the `wanted` positions in `picks` of each row go to the buffers from `at` on, or candidates
+        of them. Raises StepInterrupted.
         """
         if self._interrupted:
             raise StepInterrupted
-        width = int(totals.max())
-        mask = self._mask[: count * width]
-        mask.reshape(count, width)[:] = self._order[:width] < totals[:, None]
+        count, width = len(totals), max(totals)
+        mask = self._ones
+        if count > 1:
+            mask = self._mask
+            grid = mask.array[: count * width].reshape(count, width)
+            grid[:] = self._order[:width] < np.array(totals)[:, None]
         binding = self._binding(first, count, few)
-        for name, array, shape in (
-            ("input_ids", ids, (count, len(ids) // count)),
-            ("attention_mask", mask, (count, width)),
-            (OUTPUT_POSITIONS, picks, (len(picks),)),
-        ):
-            binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
-        self._outputs.bind(binding, at, count, len(picks), few=few)
+        binding.read("input_ids", self._ids, (count, n))
+        binding.read("attention_mask", mask, (count, width))
+        binding.read(OUTPUT_POSITIONS, picks, (wanted,))
+        self._outputs.bind(binding, at, count, wanted, few=few)
         try:
-            self._session.run_with_iobinding(binding, self._options)
+            self._session.run_with_iobinding(binding.native, self._options)
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             if self._interrupted:
                 raise StepInterrupted from None
-            raise EdgeError(f"onnxruntime failed in a step of {len(ids)} tokens: {error}") from error
+            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}") from error
 
-    def _binding(self, first: int, count: int, few: bool) -> Any:
+    def _binding(self, first: int, count: int, few: bool) -> Binding:
         """A binding of the cells in the rows `first` to `first + count`, kept for the next run over them."""
         # What was bound stays bound: candidates and logits want a binding each.
         binding = self._bindings.get((first, count, few))
         if binding is None:
             if len(self._bindings) >= _BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
-            binding = self._bindings[first, count, few] = self._session.io_binding()
-            self._rows.bind(binding, first, count)
+            binding = Binding(self._session.io_binding(), copied=self._copied)
+            self._bindings[first, count, few] = binding
+            self._rows.bind(binding.native, first, count)
         return binding
 
     def copy(self, src: int, dst: int, n: int) -> None:

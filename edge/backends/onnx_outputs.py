@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edge.backends.base import Logits
+from edge.backends.onnx_binding import Binding, zeros
 from edge.onnx_header import CANDIDATES, OnnxHeader
 
 
@@ -20,20 +21,19 @@ class Outputs:
 
     def __init__(self, header: OnnxHeader, *, rows: int, outputs: int) -> None:
         count = header.candidates
-        self.logits = np.zeros((rows, header.vocab_size), header.cache_type)
-        self._values = np.zeros((rows if count else 0, count), header.cache_type)
-        self._ids = np.zeros(self._values.shape, np.int64)
+        self._logits = zeros(rows, header.vocab_size, kind=header.cache_type)
+        self._values = zeros(rows if count else 0, count, kind=header.cache_type)
+        self._ids = zeros(rows if count else 0, count)
         # What is not a candidate is -inf, and stays so: only what was written is cleared again.
         self._spread = np.full((outputs if count else 0, header.vocab_size), -np.inf, np.float32)
         self._written: list[tuple[int, Any]] = []
 
-    def bind(self, binding: Any, at: int, batch: int, picks: int, *, few: bool) -> None:
+    def bind(self, binding: Binding, at: int, batch: int, picks: int, *, few: bool) -> None:
         """Let a run over `batch` rows write what its `picks` positions of each give, from row `at` on."""
-        for name, array in (
-            zip(CANDIDATES, (self._values, self._ids), strict=True) if few else (("logits", self.logits),)
+        for name, buffer in (
+            zip(CANDIDATES, (self._values, self._ids), strict=True) if few else (("logits", self._logits),)
         ):
-            shape = (batch, picks, array.shape[1])
-            binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array[at:].ctypes.data)
+            binding.write(name, buffer, at, (batch, picks, buffer.array.shape[1]))
 
     def read(self, places: Sequence[tuple[int, bool]]) -> Logits:
         """Float32 logits of each place: a row, and whether a run wrote candidates there. To be written into
@@ -44,9 +44,9 @@ class Outputs:
         wanted = [row for row, _ in places]
         first = wanted[0] if wanted else 0
         found = (
-            self.logits[first : first + len(wanted)]
+            self._logits.array[first : first + len(wanted)]
             if wanted == list(range(first, first + len(wanted)))
-            else self.logits[wanted]
+            else self._logits.array[wanted]
         )
         logits: Logits = found if found.dtype == np.float32 else found.astype(np.float32)
         return logits
@@ -56,7 +56,7 @@ class Outputs:
             self._spread[at, gone] = -np.inf
         self._written.clear()
         for at, (row, few) in enumerate(places):
-            where: Any = self._ids[row].copy() if few else slice(None)
-            self._spread[at, where] = self._values[row] if few else self.logits[row]
+            where: Any = self._ids.array[row].copy() if few else slice(None)
+            self._spread[at, where] = self._values.array[row] if few else self._logits.array[row]
             self._written.append((at, where))
         return self._spread[: len(places)]
