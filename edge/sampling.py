@@ -206,8 +206,11 @@ def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     if 0 < k < width:
         # The k-th largest of the groups' maxima is no larger than the k-th largest logit.
         maxima = logits[: width * _GROUPS].reshape(_GROUPS, width).max(axis=0)
-        floor = np.partition(maxima, width - k)[width - k]
-    ids = np.flatnonzero(logits >= floor)
+        # Where few are left (a mask, candidates alone), most groups hold nothing, and sorting equals is slow.
+        maxima = maxima[maxima > floor]
+        if len(maxima) >= k:
+            floor = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+    ids = np.flatnonzero(logits > floor if floor == -np.inf else logits >= floor)
     values = logits[ids]
     if len(ids) > k:
         edge = np.partition(values, len(values) - k)[len(values) - k]
