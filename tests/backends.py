@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge.backends.base import Backend
+from edge.backends.base import Backend, Row
 from edge.backends.fake import FakeBackend
+from edge.grammar import Constraint
 
-KINDS = ("fake", "llamacpp", "onnx", "onnx-device")
 Build = Callable[[dict[str, int]], Backend]
 
 
@@ -91,3 +92,30 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
     count = 64 if patch is not None else 0
     model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx", candidates=count))
     return lambda given: onnx.Onnx(model, onnx.Settings(**given, device="cpu"))  # type: ignore[arg-type]
+
+
+def ids(backend: Backend, text: str) -> list[int]:
+    return backend.encode(text, special=False)
+
+
+def exactly(text: str) -> Constraint:
+    """What makes any model say `text`."""
+    return Constraint("regex", re.escape(text))
+
+
+def only(backend: Backend, letters: str) -> dict[int, float]:
+    """A bias that leaves a model nothing but `letters` to say."""
+    return {ids(backend, letter)[0]: 1000.0 for letter in letters}
+
+
+def counted(backend: Backend, patch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each step from now on."""
+    steps: list[int] = []
+    step = backend.step
+
+    def count(rows: Sequence[Row]) -> Any:
+        steps.append(sum(len(row.tokens) for row in rows))
+        return step(rows)
+
+    patch.setattr(backend, "step", count)
+    return steps

@@ -4,23 +4,15 @@ memory. The engine over them is in test_engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from edge.backends.base import Backend, Embeds, Row
-from tests.backends import KINDS, Maker
+from tests.backends import Maker
 
 SLOTS, CONTEXT, BATCH = 4, 128, 64
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
-    maker = Maker(request.param, tmp_path_factory.mktemp("模型 目录"))
-    yield maker
-    maker.close()
 
 
 @pytest.fixture

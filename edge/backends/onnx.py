@@ -293,5 +293,6 @@ class Onnx:
 
     def close(self) -> None:
         self._bindings.clear()
+        self._embedder.close()
         self._session = None
         self._rows.close()

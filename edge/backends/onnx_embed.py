@@ -44,7 +44,10 @@ class Embedder:
                 f"{free / 2**20:,.0f} MiB are free",
                 "send shorter texts, or free some memory",
             )
-        rows = self._cells(len(tokens))
+        try:
+            rows = self._cells(len(tokens))
+        except Exception as error:  # a device's memory: onnxruntime raises classes of its own
+            raise EdgeError(f"no memory for the cells of {len(tokens)} tokens: {error}") from error
         try:
             total = np.zeros(header.hidden, np.float64)
             for at in range(0, len(tokens), PIECE):
@@ -53,6 +56,11 @@ class Embedder:
             rows.close()
         length = float(np.linalg.norm(total))
         return (total / length if length > 0 else total).astype(np.float32)
+
+    def close(self) -> None:
+        """Let go of the session."""
+        self._session = None
+        del self._cells
 
     def _states(self, rows: Rows | DeviceRows, tokens: Sequence[int], at: int) -> NDArray[np.generic]:
         """Hidden states of a piece that stands at position `at`, [tokens, hidden]."""
