@@ -27,7 +27,7 @@ class Embedder:
     def __init__(self, session: Any, header: OnnxHeader, cells: Callable[[int], Rows | DeviceRows]) -> None:
         self._session = session
         self._header = header
-        self._cells = cells
+        self._cells: Any = cells
 
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The mean over `tokens` of the last layer's states, of length 1, [header.hidden].
@@ -59,8 +59,7 @@ class Embedder:
 
     def close(self) -> None:
         """Let go of the session."""
-        self._session = None
-        del self._cells
+        self._session = self._cells = None
 
     def _states(self, rows: Rows | DeviceRows, tokens: Sequence[int], at: int) -> NDArray[np.generic]:
         """Hidden states of a piece that stands at position `at`, [tokens, hidden]."""
