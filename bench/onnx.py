@@ -210,7 +210,8 @@ def main(argv: list[str]) -> int:
                 # The first round warms all of them.
                 rates[case][one.name] += [found_rate] if turn else []
         for row in _rows(case, rates[case]):
-            console.print(": ".join((row[0], f"edge {row[1]}, {row[3]} {row[2]}, {row[4]}, goal {row[5]}")))
+            told = f"{row[0]}: edge {row[1]}, {row[3]} {row[2]}: {row[4]}, goal {row[5]}"
+            console.print(told, soft_wrap=True)
     table = Table(title=f"{found.path.name}, {args.threads} threads, tokens/s", title_justify="left")
     for heading in ("what", "edge", "other", "", "edge is faster by", "goal"):
         table.add_column(heading)
