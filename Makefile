@@ -21,7 +21,7 @@ STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
 REPLACE := $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check conformance pull qlora merge export-gguf export-onnx onnx-optimum
+.PHONY: help install demo test check conformance pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: data eval verify serve bench chat tune doctor clean
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make verify        whether the GGUF of RUN is still the merged model"
 	@echo "make export-onnx   the same as ONNX, PRECISION=int4|int8|fp16|fp32"
 	@echo "make onnx-optimum  check the exporter against another one, optimum, in an environment of its own"
+	@echo "make onnx-alone    RUN's ONNX served by nothing but edge[serve,onnx], in an environment of its own"
 	@echo "make serve         RUN over HTTP, PORT=$(PORT)"
 	@echo "make chat          talk to RUN in the terminal"
 	@echo "make bench         RUN against the slow baseline"
@@ -123,6 +124,9 @@ export-onnx: install
 
 onnx-optimum: install
 	$(BIN)/python -m convert.onnx_optimum "$(RUN)"
+
+onnx-alone: install
+	$(BIN)/python -m tests.onnx_alone "$(RUN)"
 
 serve: install
 	$(BIN)/edge serve "$(RUN)" --port $(PORT)

@@ -290,6 +290,8 @@ def titles(made: dict[str, Any]) -> list[str]:
             found.append(f"{name} (transformers, {made['targets'][name]['about'].get('dtype', '')})")
         elif name == "edge":
             found.append(f"edge ({made['model']['gguf']['file']})")
+        elif name == "edge-onnx":
+            found.append(f"edge-onnx ({made['targets'][name]['about']['file']})")
         else:
             found.append(name)
     return found

@@ -38,6 +38,8 @@ SCHEMES = {
     "mixed": {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"},
 }
 EPS = ("cpu", "cuda")
+# The largest logits that a graph for a card gives without the others: what people sample from is less.
+CANDIDATES = 64
 # Below so many parameters 4 bits cost too much, whatever the scheme; see docs/NOTES.md.
 SMALL = 1_000_000_000
 _FILES = ("tokenizer.json", "tokenizer_config.json", TEMPLATE)
@@ -105,7 +107,14 @@ def export(
         with console.status(f"building {final.name} from {source}"):
             _build(source, final, precision, scheme, ep)
             decoder = _json(partial / "genai_config.json")["model"]["decoder"]
-            complete(final, OUTPUT_POSITIONS, int(decoder["head_size"]))
+            complete(
+                final,
+                OUTPUT_POSITIONS,
+                int(decoder["head_size"]),
+                width=int(decoder["hidden_size"]),
+                # A processor reads the whole logits where they lie; a card would have to copy them.
+                candidates=CANDIDATES if ep == "cuda" else 0,
+            )
         for file in _FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, partial / file)
@@ -172,6 +181,10 @@ def _check(precision: str, scheme: str, ep: str) -> None:
     ):
         if value not in known:
             raise UsageError(f"{option} {value}: not known", f"one of {', '.join(known)}")
+    if precision == "fp32" and ep == "cuda":
+        raise UsageError(
+            "--precision fp32 --ep cuda: a card's attention computes in fp16", "take --precision fp16"
+        )
     if precision == "fp16" and ep == "cpu":
         raise UsageError(
             "--precision fp16: processors compute in fp32", "add --ep cuda, or take --precision fp32"

@@ -1,7 +1,9 @@
-"""What an exported graph lacks: an input for the positions whose logits are wanted, and the cache's width.
+"""What an exported graph lacks: an input for the positions whose logits are wanted, outputs for the last
+hidden states and for a few candidates, and the cache's width.
 
 Without the input a prompt's logits are computed for every token of it, a fifth of a megabyte each. Its
-default is the last position, so that whoever does not know it gets the next token's logits.
+default is the last position, so that whoever does not know it gets the next token's logits. Outputs that
+nobody binds cost nothing but the candidates' TopK.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edge.onnx_header import CANDIDATES, HIDDEN
+
 _HEADS = ("MatMul", "MatMulNBits", "Gemm")
 
 
-def complete(path: Path, name: str, head_size: int) -> None:
+def complete(path: Path, name: str, head_size: int, *, width: int, candidates: int = 0) -> None:
     """Let the graph at `path` compute logits of the positions in the new input `name` [outputs] alone.
 
-    Its logits are [batch, outputs, vocabulary] then. Caches get the last dimension `head_size`, which the
-    builder leaves open. Weights beside the file are not touched.
+    Its logits are [batch, outputs, vocabulary] then, and the states that they come of an output [batch,
+    length, width]. candidates: with so many of the largest logits, and their ids, as outputs [batch, outputs,
+    candidates]. Caches get the last dimension `head_size`, which the builder leaves open. Weights beside the
+    file are not touched.
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -31,8 +37,9 @@ def complete(path: Path, name: str, head_size: int) -> None:
     while node.op_type not in _HEADS:
         node = makers[node.input[0]]
         after.update(node.output)
-    picked = f"{name}_hidden"
-    gather = helper.make_node("Gather", [node.input[0], name], [picked], name=f"/{name}/Gather", axis=1)
+    picked = f"{name}_{HIDDEN}"
+    _rename(graph, node.input[0], HIDDEN)
+    gather = helper.make_node("Gather", [HIDDEN, name], [picked], name=f"/{name}/Gather", axis=1)
     node.input[0] = picked
     graph.node.insert(list(graph.node).index(node), gather)
     graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["outputs"]))
@@ -43,11 +50,37 @@ def complete(path: Path, name: str, head_size: int) -> None:
     [logits] = [output for output in graph.output if output.name == "logits"]
     logits.type.tensor_type.shape.dim[1].Clear()
     logits.type.tensor_type.shape.dim[1].dim_param = "outputs"
+    kind = logits.type.tensor_type.elem_type
+    graph.output.append(helper.make_tensor_value_info(HIDDEN, kind, ["batch", "length", width]))
+    if candidates:
+        add_candidates(graph, candidates)
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_key_values.", "present.")):
             value.type.tensor_type.shape.dim[3].Clear()
             value.type.tensor_type.shape.dim[3].dim_value = head_size
     onnx.save_model(model, path)
+
+
+def add_candidates(graph: onnx.GraphProto, count: int) -> None:
+    """Outputs for the `count` largest logits, the largest first and equal ones by id, and for their ids."""
+    [logits] = [output for output in graph.output if output.name == "logits"]
+    tensor = logits.type.tensor_type
+    count = min(count, tensor.shape.dim[2].dim_value)
+    graph.initializer.append(numpy_helper.from_array(np.array([count], np.int64), "candidate_count"))
+    node = helper.make_node("TopK", ["logits", "candidate_count"], list(CANDIDATES), name="/candidates/TopK")
+    graph.node.append(node)
+    for name, kind in zip(CANDIDATES, (tensor.elem_type, TensorProto.INT64), strict=True):
+        graph.output.append(helper.make_tensor_value_info(name, kind, ["batch", "outputs", count]))
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for at, name in enumerate(names):
+                if name == old:
+                    names[at] = new
+    for info in [info for info in graph.value_info if info.name == old]:
+        graph.value_info.remove(info)
 
 
 def for_generator(folder: Path, target: Path) -> None:

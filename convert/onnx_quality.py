@@ -7,6 +7,7 @@ serves it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.verify_metrics import log_softmax
+from convert.verify_metrics import Divergence
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 
@@ -59,20 +60,17 @@ class Quality:
 
 def compare(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Quality:
     """Quality of (reference, other) logits, each [positions, vocabulary]. Not a number counts as poor."""
-    positions = same = 0
-    divergences: list[float] = []
+    divergence = Divergence()
     difference = 0.0
     for reference, other in pairs:
-        positions += len(reference)
-        same += int((reference.argmax(axis=1) == other.argmax(axis=1)).sum())
-        wanted, found = log_softmax(reference), log_softmax(other)
-        divergences += (np.exp(wanted) * (wanted - found)).sum(axis=1).tolist()
+        divergence.add(reference, other, reference.argmax(axis=1).tolist(), made=True)
         difference = float(np.maximum(difference, np.abs(reference - other).max()))
-    if not positions:
+    found = divergence.numbers()
+    if not found:
         raise ValueError("nothing to compare")
-    kl = float(np.mean(divergences))
-    # Rounding may leave it a little below nothing; what is no number stays so.
-    return Quality(positions, same / positions, 0.0 if kl < 0 else kl, float(np.max(divergences)), difference)
+    if divergence.not_numbers:
+        return Quality(found["positions"] + divergence.not_numbers, 0.0, math.nan, math.nan, difference)
+    return Quality(found["positions"], found["top1"], found["kl_mean"], found["kl_max"], difference)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
     edge verify runs/magic-conch/adapter runs/magic-conch/merged
     edge verify runs/magic-conch/merged runs/magic-conch/gguf
+    edge verify runs/magic-conch/merged runs/magic-conch/onnx
 
 Chat template, prompt ids, tokenizer round trip and stop tokens must be equal; logits may differ as far as the
 type of B's weights allows. The report goes to B's edge.json. Merge and export run the same by themselves.
@@ -65,6 +66,8 @@ BOUNDS = {
     "Q4_1": Bound(1e-1, 0.87, "Q4_K_M"),
     "Q4_0": Bound(1e-1, 0.87, "Q4_K_M"),
 }
+# ONNX, in blocks of 32.
+BOUNDS |= {"int8": Bound(5e-3, 0.97, "fp32"), "int4": Bound(1e-1, 0.90, "int8")}
 # Anything smaller: three bits and less.
 _SMALL = Bound(2e-1, 0.80, "Q4_K_M")
 

@@ -1,4 +1,5 @@
 """What `edge verify` reads: one interface over an adapter with its base, a transformers folder, a GGUF file.
+An ONNX file's reader is in verify_onnx.
 
 A further format needs a subclass of Reader that fills the fields and gives `logits(ids) -> [n, vocab]`, and a
 line in `open_reader`.
@@ -261,15 +262,25 @@ class GgufReader(Reader):
 
 
 def open_reader(given: Path, *, lora: Path | None = None) -> Reader:
-    """The reader for an adapter's or a transformers folder, a folder with a GGUF, a run, or a .gguf file.
+    """The reader for an adapter's or a transformers folder, a folder with a GGUF or an ONNX file, a run, or
+    such a file.
 
     Raises InputError where there is nothing of the kind.
     """
     if not given.exists():
-        raise InputError(f"no such file or folder: {given}", "give a stage's folder, a run or a .gguf file")
+        raise InputError(f"no such file or folder: {given}", "give a stage's folder, a run or a file")
     if (given / "adapter_config.json").is_file() or (given / "config.json").is_file():
         return TorchReader(given)
-    return GgufReader(artefact.resolve(given).path, lora=lora)
+    found = artefact.resolve(given)
+    if found.kind == "onnx":
+        from convert.verify_onnx import OnnxReader
+
+        if lora is not None:
+            raise InputError(
+                f"{found.path} is no GGUF: an adapter goes on top of one", "edge export gguf RUN"
+            )
+        return OnnxReader(found.path)
+    return GgufReader(found.path, lora=lora)
 
 
 def _json(path: Path) -> dict[str, Any]:

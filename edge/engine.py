@@ -340,7 +340,10 @@ class Engine:
         assert sequence.slot is not None
         start = sequence.computed
         tokens = sequence.tokens[start : start + work.n] + work.draft
-        return Row(sequence.slot, start, tokens, work.outputs)
+        job = self._of[sequence]
+        free = job.matcher is None and job.guide is None
+        few = free and job.sampler.reach <= self._backend.info.candidates
+        return Row(sequence.slot, start, tokens, work.outputs, few)
 
     def _advance(self, job: Job, work: Work, logits: Logits, masked: Future[Mask] | None, now: float) -> bool:
         """Sample after each output as long as the draft was right. True for an event that may not wait."""

@@ -30,6 +30,10 @@ _TYPES = {
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 # The input that names the positions whose logits are wanted; it has a default, so others need not know it.
 OUTPUT_POSITIONS = "output_positions"
+# Outputs that a graph may have beside logits: the last layer's states of every position, and the largest
+# logits of each chosen position with their ids.
+HIDDEN = "hidden_states"
+CANDIDATES = ("candidate_values", "candidate_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,8 @@ class OnnxHeader:
     """A decoder's shape. Lengths in elements, sizes in bytes.
 
     cache_type: of keys, values and logits: float32 or float16. selects: whether logits can be had for chosen
-    positions alone. matrices: by the bits of their weights, how many.
+    positions alone. candidates: how many of the largest logits can be had without the others, 0: none.
+    hidden: length of the states that can be had, 0: none. matrices: by the bits of their weights, how many.
     """
 
     path: Path
@@ -52,6 +57,8 @@ class OnnxHeader:
     head_count: int
     cache_type: str
     selects: bool
+    candidates: int
+    hidden: int
     inputs: tuple[str, ...]
     matrices: dict[int, int]
     files: tuple[str, ...]
@@ -138,6 +145,8 @@ def _header(path: Path, size: int, graph: _Graph) -> OnnxHeader:
     }
     if len(tables) != 1:
         raise InputError(f"{path}: its attention does not turn keys by position itself", _AGAIN)
+    # Those that are not in blocks of bits are in the type that the graph computes in.
+    matrices = {bits or _TYPES[kind][1]: count for bits, count in graph.matrices.items()}
     norm = next((one for one in graph.tensors.values() if one.name.endswith("input_layernorm.weight")), None)
     return OnnxHeader(
         path=path,
@@ -152,10 +161,29 @@ def _header(path: Path, size: int, graph: _Graph) -> OnnxHeader:
         head_count=max(graph.heads),
         cache_type=_TYPES[kind][0],
         selects=OUTPUT_POSITIONS in graph.inputs,
+        candidates=_candidates(graph, kind, logits[1][2]),
+        hidden=_hidden(graph, kind),
         inputs=tuple(graph.inputs),
-        matrices=dict(sorted(graph.matrices.items())),
+        matrices=dict(sorted(matrices.items())),
         files=tuple(sorted({path.name, *graph.external})),
     )
+
+
+def _candidates(graph: _Graph, kind: int, vocab: int) -> int:
+    found = [graph.outputs.get(name) for name in CANDIDATES]
+    if None in found:
+        return 0
+    (values, shape), (ids, same) = (one for one in found if one is not None)
+    if (values, ids) != (kind, 7) or shape != same or len(shape) != 3 or not 0 < shape[2] <= vocab:
+        raise ValueError("its candidates are not values and ids of some of the vocabulary")
+    return shape[2]
+
+
+def _hidden(graph: _Graph, kind: int) -> int:
+    found, shape = graph.outputs.get(HIDDEN, (kind, [0, 0, 0]))
+    if found != kind or len(shape) != 3:
+        raise ValueError("its hidden states are of another type or shape than its cache")
+    return shape[2]
 
 
 # -- protobuf ------------------------------------------------------------------------------------------
@@ -258,7 +286,7 @@ def _read_node(path: Path, data: memoryview, graph: _Graph, depth: int) -> None:
         bits = numbers.get("bits", 4)
         graph.matrices[bits] = graph.matrices.get(bits, 0) + 1
     elif kind == "MatMul":
-        graph.matrices[32] = graph.matrices.get(32, 0) + 1
+        graph.matrices[0] = graph.matrices.get(0, 0) + 1
 
 
 def _read_attribute(path: Path, data: memoryview, graph: _Graph, depth: int) -> tuple[str, int]:

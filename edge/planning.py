@@ -144,6 +144,7 @@ def estimate(artefact: Artefact, *, kv_type: str, slots: int) -> Estimate:
         size = {"float32": 4, "float16": 2}[header.cache_type]
         # Attention keeps a score for each head, position of the batch and cell of the longest slot.
         buffers += 4 * BATCH * header.head_count * min(DEFAULT_CONTEXT, header.context_length)
+        # Prepacked weights take the place of those in the file, which are mapped and let go of.
         return Estimate(header.weights_bytes, cell * size, buffers)
     return Estimate(header.weights_bytes, cell * KV_BYTES[kv_type], buffers)
 

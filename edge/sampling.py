@@ -66,6 +66,7 @@ class Sampler:
 
     def __init__(self, params: Params, vocab: int, prompt: list[int], stop_ids: frozenset[int]) -> None:
         self.params = params
+        self._vocab = vocab
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
         self._stops = np.fromiter(sorted(stop_ids), np.int64, len(stop_ids))
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
@@ -79,6 +80,17 @@ class Sampler:
         if self._penalised:
             self._seen[np.asarray(prompt, np.int64)] = True
         self._made = 0
+
+    @property
+    def reach(self) -> int:
+        """How many of the largest logits decide the next token; the whole vocabulary where any one may."""
+        params = self.params
+        held = len(self._stops) if self.holds_back_stops else 0
+        if self._penalised or len(self._bias_ids) or params.logprobs is not None:
+            return self._vocab
+        if params.temperature < _GREEDY:
+            return 1 + held
+        return params.top_k + held if params.top_k > 0 else self._vocab
 
     @property
     def holds_back_stops(self) -> bool:
@@ -194,12 +206,16 @@ def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     if 0 < k < width:
         # The k-th largest of the groups' maxima is no larger than the k-th largest logit.
         maxima = logits[: width * _GROUPS].reshape(_GROUPS, width).max(axis=0)
-        floor = np.partition(maxima, width - k)[width - k]
-    ids = np.flatnonzero(logits >= floor)
+        # Where few are left (a mask, candidates alone), most groups hold nothing, and sorting equals is slow.
+        maxima = maxima[maxima > floor]
+        if len(maxima) >= k:
+            floor = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+    ids = np.flatnonzero(logits > floor if floor == -np.inf else logits >= floor)
     values = logits[ids]
     if len(ids) > k:
-        few = np.argpartition(-values, k - 1)[:k]
-        few.sort()
+        edge = np.partition(values, len(values) - k)[len(values) - k]
+        above, level = np.flatnonzero(values > edge), np.flatnonzero(values == edge)
+        few = np.sort(np.concatenate([above, level[: k - len(above)]]))
         ids, values = ids[few], values[few]
     order = np.argsort(-values, kind="stable")
     order = order[: np.searchsorted(-values[order], np.inf)]

@@ -1,8 +1,28 @@
-"""What every test runs under: no model hub, and threads that leave the machine to others."""
+"""What every test runs under: no model hub, and threads that leave the machine to others. Backends to try."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-# Before torch is imported: it reads these once.
+import pytest
+
+if TYPE_CHECKING:
+    from tests.backends import Maker
+
+# Before numpy and torch are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="module", params=["fake", "llamacpp", "onnx", "onnx-device"])
+def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
+    """Makes backends; a test that takes it runs over every kind."""
+    # Late: the conformance suites run in environments that have nothing of edge.
+    from tests.backends import Maker
+
+    maker = Maker(request.param, tmp_path_factory.mktemp("模型 目录"))
+    yield maker
+    maker.close()

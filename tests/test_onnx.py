@@ -23,16 +23,21 @@ pytest.importorskip("tokenizers")
 import onnx
 
 from edge import artefact, hardware, manifest, planning, tune, tune_onnx
+from edge import messages as msg
+from edge.backends import onnx_embed
 from edge.backends import onnx_providers as providers
 from edge.backends.base import Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
+from edge.backends.onnx_binding import Buffer
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
-from edge.errors import InputError, UnavailableError, UsageError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.grammar import Constraint
 from edge.hardware import GPU, Memory
 from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
 from edge.planning import Options
 from tests import tiny_llama, tiny_onnx
+from tests.desk import Desk
 
 SMALL = Settings(slots=4, context=128, batch=64, device="cpu")
 CARD = GPU(0, "Card", 8 << 30, 8 << 30, "600.1", "9.0", "13.1")
@@ -69,6 +74,7 @@ def test_the_header_says_what_planning_needs(folder: Path) -> None:
     assert header.files == ("тест.onnx", "тест.onnx.data")
     assert header.weights_bytes == sum((folder / name).stat().st_size for name in header.files)
     assert header.selects
+    assert (header.hidden, header.candidates) == (64, 0)
     assert header.matrices == {32: 2 * 6 + 1}
 
 
@@ -156,6 +162,14 @@ def test_a_graph_without_chosen_positions_is_not_served(copy: Path) -> None:
     assert not read_onnx(copy).selects
     with pytest.raises(InputError, match="edge export onnx"):
         Model(copy)
+
+
+def test_candidates_of_a_wrong_shape_are_refused(tmp_path: Path) -> None:
+    path = tiny_onnx.write(tmp_path, candidates=8)
+    assert read_onnx(path).candidates == 8
+    edit(path, lambda model: setattr(model.graph.output[-1].type.tensor_type.shape.dim[2], "dim_value", 7))
+    with pytest.raises(InputError, match="candidates"):
+        read_onnx(path)
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
@@ -297,6 +311,35 @@ def test_the_default_position_is_the_last(folder: Path) -> None:
     made.close()
 
 
+def test_a_vector_is_the_mean_of_the_last_states(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Onnx(Model(folder / "тест.onnx"), SMALL)
+    assert made.info.embedding == tiny_onnx.WIDTH
+    tokens = list(b"a text that is read in several pieces")
+    feeds = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
+    empty = np.zeros((1, 2, 0, 16), np.float32)
+    feeds |= {f"past_key_values.{layer}.{part}": empty for layer in range(2) for part in ("key", "value")}
+    [states] = made._session.run(["hidden_states"], feeds)
+    want = states[0].mean(axis=0)
+    monkeypatch.setattr(onnx_embed, "PIECE", 16)
+    np.testing.assert_allclose(made.embed(tokens), want / np.linalg.norm(want), atol=1e-5)
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**30, 1000))
+    with pytest.raises(EdgeError, match="37 tokens needs"):
+        made.embed(tokens)
+    made.close()
+
+
+def test_a_graph_without_hidden_states_gives_no_vectors(copy: Path) -> None:
+    edit(copy, lambda model: model.graph.output.pop(1))
+    made = Onnx(Model(copy), SMALL)
+    assert made.info.embedding == 0
+    desk = Desk(made)
+    desk.engine.embed(msg.Embed(1, "a text"))
+    refused = desk.refused(1)
+    assert (refused.status, refused.code) == (400, "unsupported")
+    assert "embeddings" in refused.message
+    made.close()
+
+
 def test_a_step_is_interrupted_between_its_runs_and_within_one(folder: Path) -> None:
     model = Model(folder / "тест.onnx")
     made = Onnx(model, Settings(slots=2, context=512, batch=512, device="cpu"))
@@ -344,11 +387,72 @@ def test_a_step_is_interrupted_between_its_runs_and_within_one(folder: Path) -> 
     made.close()
 
 
+def test_rows_that_need_few_logits_get_candidates(tmp_path: Path) -> None:
+    made = Onnx(Model(tiny_onnx.write(tmp_path, candidates=8)), SMALL)
+    assert made.info.candidates == 8
+    text = list(b"abcd")
+    want = made.step([Row(0, 0, text, 4), Row(1, 0, text[:1], 1)]).copy()
+    for slot in (0, 1):
+        made.truncate(slot, 0)
+    got = made.step([Row(0, 0, text, 4, few=True), Row(1, 0, text[:1], 1)]).copy()
+    # Each run by itself: the second one's row wants all.
+    np.testing.assert_array_equal(got[4], want[4])
+    for row, whole in zip(got[:4], want[:4], strict=True):
+        best = np.sort(np.argsort(-whole, kind="stable")[:8])
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(row)), best)
+        np.testing.assert_array_equal(row[best], whole[best])
+    # Nothing is left of a step before; one row that needs all gives all to those of its run.
+    few = made.step([Row(0, 4, [5], 1, few=True), Row(1, 1, [5], 1, few=True)])
+    assert np.isfinite(few).sum(axis=1).tolist() == [8, 8]
+    both = made.step([Row(0, 5, [5], 1, few=True), Row(1, 2, [5], 1)])
+    assert np.isfinite(both).all()
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "few"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.0, "ignore_eos": True}, True),
+        ({"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 1}, True),
+        ({"temperature": 1.0, "top_k": 64, "seed": 2}, True),
+        ({"temperature": 1.0, "top_k": 64, "seed": 2, "ignore_eos": True}, False),
+        ({"temperature": 1.0, "top_p": 0.9, "seed": 3}, False),
+        ({"temperature": 0.0, "repetition_penalty": 1.3}, False),
+        ({"temperature": 0.0, "logit_bias": {97: 5.0}}, False),
+        ({"temperature": 0.0, "logprobs": 0}, False),
+        ({"temperature": 0.0, "constraint": Constraint("regex", "[ab]{20}")}, False),
+    ],
+)
+def test_candidates_give_the_same_tokens(tmp_path: Path, given: dict[str, Any], few: bool) -> None:
+    def run(candidates: int) -> tuple[list[list[int]], set[bool]]:
+        path = tiny_onnx.write(tmp_path / str(candidates), candidates=candidates)
+        made = Onnx(Model(path), SMALL, extra_stop_ids=frozenset({tiny_onnx.END}))
+        desk, ran, asked, step = Desk(made), [], set(), made.step
+
+        def watched(rows: Any) -> Any:
+            ran.extend([row.slot, row.pos, *row.tokens] for row in rows)
+            asked.update(row.few for row in rows)
+            return step(rows)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made, "step", watched)
+            for key in range(3):
+                desk.submit(key, f"number {key}", max_tokens=24, **given)
+            desk.run()
+        made.close()
+        return ran, asked
+
+    (want, _), (got, asked) = run(0), run(64)
+    assert got == want
+    assert asked == {few}
+
+
 def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> None:
     # What the backend makes of 16-bit logits, without a model that computes in them.
     made = Onnx(Model(tiny_onnx.write(tmp_path)), SMALL)
     want = made.step([Row(0, 0, list(b"ab"), 2)]).copy()
-    made._logits = made._logits.astype(np.float16)
+    made._outputs._logits = Buffer(made._outputs._logits.array.astype(np.float16))
     made.truncate(0, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "_run", lambda *given: None)

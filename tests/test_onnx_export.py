@@ -20,6 +20,7 @@ pytest.importorskip("tokenizers")
 
 from convert import onnx as export
 from convert import onnx_quality as quality
+from convert import verify
 from convert.onnx_quality import Quality
 from edge import artefact, manifest
 from edge.backends.base import Row
@@ -27,6 +28,7 @@ from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
 from edge.onnx_header import read_onnx
 from tests import tiny_onnx
+from tests.desk import Desk
 from tests.fake_server import launch
 
 GOOD = Quality(100, 0.99, 0.01, 0.5, 2.0)
@@ -62,12 +64,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def build(source: Path, final: Path, precision: str, scheme: str, ep: str) -> None:
         told["asked"] = (precision, scheme, ep)
         tiny_onnx.write(final.parent, name=final.name)
-        (final.parent / "genai_config.json").write_text('{"model": {"decoder": {"head_size": 16}}}')
+        decoder = {"head_size": 16, "hidden_size": tiny_onnx.WIDTH}
+        (final.parent / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
         (final.parent / "leftover.json").write_text("{}")
         (final.parent / "folder").mkdir()
 
     monkeypatch.setattr(export, "_build", build)
-    monkeypatch.setattr(export, "complete", lambda *_: None)
+    monkeypatch.setattr(export, "complete", lambda *_, **more: told.update(more))
     monkeypatch.setattr(export, "measure", lambda *_, **__: told["quality"])
     return told
 
@@ -89,6 +92,7 @@ def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, An
     assert "warning" not in text
     # A small model, so that 4 bits are not the default.
     assert built["asked"] == ("int8", "mixed", "cpu")
+    assert (built["width"], built["candidates"]) == (tiny_onnx.WIDTH, 0)
     folder = run_folder / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == [
         "chat_template.jinja",
@@ -156,6 +160,7 @@ def test_a_file_for_a_card_is_published_where_there_is_none(
     text = said(run_folder, precision="fp16", ep="cuda")
     assert "warning: not compared with the merged model: onnxruntime cannot load it" in text
     assert manifest.read(run_folder / "onnx").verify["quality"] == "onnxruntime cannot load it"
+    assert built["candidates"] == 64
     with pytest.raises(InputError, match="cannot load it"):
         said(run_folder, overwrite=True)
 
@@ -167,6 +172,7 @@ def test_a_file_for_a_card_is_published_where_there_is_none(
         ({"scheme": "gptq"}, "block, k-quant, mixed"),
         ({"ep": "tpu"}, "cpu, cuda"),
         ({"precision": "fp16"}, "--ep cuda"),
+        ({"precision": "fp32", "ep": "cuda"}, "--precision fp16"),
     ],
 )
 def test_what_is_not_known_is_refused(run_folder: Path, given: dict[str, str], message: str) -> None:
@@ -294,6 +300,19 @@ def test_a_real_export_is_the_merged_model(real: Path) -> None:
 
 
 @pytest.mark.slow
+def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None:
+    report = verify.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
+    assert (report.unequal, report.warnings) == ([], [])
+    assert (report.b.stage, report.b.kind) == ("onnx", "float32")
+    assert report.logits["kl_mean"] < 1e-6
+    assert report.logits["greedy_equal"] == report.logits["greedy_tokens"] > 20
+    kept = manifest.read(real / "onnx").verify
+    assert kept["logits"]["top1"] == 1.0
+    # What the export itself found stays beside it.
+    assert kept["quality"]["top1"] == 1.0
+
+
+@pytest.mark.slow
 def test_a_real_export_is_served(real: Path) -> None:
     command = [sys.executable, "-m", "edge.cli", "serve", str(real), "--port", "0", "--no-tune"]
     with launch(command) as server:
@@ -309,6 +328,30 @@ def test_a_real_export_is_served(real: Path) -> None:
         assert first["generate_text"] == again["generate_text"]
         cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert cached == first["usage"]["prompt_tokens"] - 1
+
+
+@pytest.mark.slow
+def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Path) -> None:
+    shutil.copytree(real / "merged", tmp_path / "merged")
+    text = said(tmp_path, precision="fp16", ep="cuda")
+    assert "warning" not in text
+    found = artefact.resolve(tmp_path, "onnx")
+    header = read_onnx(found.path)
+    assert (header.cache_type, header.candidates, set(header.matrices)) == ("float16", 64, {16})
+    assert header.hidden == read_onnx(artefact.resolve(real, "onnx").path).hidden > 0
+    backend = Onnx(Model(found.path), Settings(slots=4, context=128, batch=64, device="auto"))
+    asked = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
+    alone, together = Desk(backend), Desk(backend)
+    for key in range(4):
+        alone.submit(key, f"number {key} " * (1 + key), reuse=False, **asked)
+        alone.idle()
+    alone.run()
+    for key in range(4):
+        together.submit(key, f"number {key} " * (1 + key), reuse=False, **asked)
+    together.run()
+    assert [together.text(key) for key in range(4)] == [alone.text(key) for key in range(4)]
+    assert np.linalg.norm(backend.embed([5, 6, 7])) == pytest.approx(1.0, abs=1e-4)
+    backend.close()
 
 
 @pytest.mark.slow

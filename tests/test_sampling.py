@@ -37,6 +37,33 @@ def test_masked_tokens_are_never_drawn() -> None:
         assert got == ({5} if given == {"top_k": 1} else {5, 999})
 
 
+@pytest.mark.parametrize(
+    ("given", "reach"),
+    [
+        ({"temperature": 0.0}, 1),
+        ({"temperature": 0.0, "ignore_eos": True}, 3),
+        ({"top_k": 5, "top_p": 0.8, "min_p": 0.01}, 5),
+        ({"top_k": 20, "min_tokens": 3, "temperature": 2.0}, 22),
+        ({"top_k": 5, "presence_penalty": 0.1}, 300),
+        ({"top_k": 5, "logit_bias": {1: 1.0}}, 300),
+        ({"temperature": 0.0, "logprobs": 0}, 300),
+        ({"top_p": 0.5}, 300),
+    ],
+)
+def test_no_more_logits_matter_than_it_reaches(given: dict[str, object], reach: int) -> None:
+    rng = np.random.default_rng(0)
+    two = [Sampler(Params(seed=1, **given), 300, [4], frozenset({7, 9})) for _ in range(2)]  # type: ignore[arg-type]
+    assert two[0].reach == reach
+    for _ in range(200):
+        # Many of them equal, and stops among the largest.
+        logits = rng.integers(0, 12, 300).astype(np.float32)
+        logits[[7, 9]] += 6
+        few = np.full(300, -np.inf, np.float32)
+        best = np.argsort(-logits, kind="stable")[: two[0].reach]
+        few[best] = logits[best]
+        assert two[0].pick(logits).token == two[1].pick(few).token
+
+
 def test_plain_sampling_has_the_models_distribution() -> None:
     assert np.abs(shares() - PROBS).max() < 0.014
 

@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from convert.onnx_graph import add_candidates
 from edge.backends.onnx_tokens import byte_table
-from edge.onnx_header import OUTPUT_POSITIONS
+from edge.onnx_header import HIDDEN, OUTPUT_POSITIONS
 
 WIDTH, HEADS, KV_HEADS, HEAD, FEED, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 512
 BOS, END = 256, 257
@@ -24,11 +25,16 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path, *, seed: int = 0, name: str = "tiny.onnx") -> Path:
-    """Write model, tokenizer and template: token i is byte i; `<|begin|>` and `<|end|>` are control."""
+def write(folder: Path, *, seed: int = 0, name: str = "tiny.onnx", candidates: int = 0) -> Path:
+    """Write model, tokenizer and template: token i is byte i; `<|begin|>` and `<|end|>` are control.
+
+    candidates: as convert.onnx_graph.complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     graph = _graph(np.random.default_rng(seed))
+    if candidates:
+        add_candidates(graph, candidates)
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
@@ -142,7 +148,7 @@ def _graph(rng: np.random.Generator) -> onnx.GraphProto:
         )
         hidden = node("Add", [hidden, down], f"{at}.end")
     weights.append(numpy_helper.from_array(np.array([-1], np.int64), OUTPUT_POSITIONS))
-    picked = node("Gather", [norm(hidden, "model.norm"), OUTPUT_POSITIONS], "picked", axis=1)
+    picked = node("Gather", [norm(hidden, HIDDEN), OUTPUT_POSITIONS], "picked", axis=1)
     node("MatMul", [picked, weight("lm_head", WIDTH, VOCAB)], "logits")
 
     def value(name: str, kind: int, shape: list[str | int]) -> onnx.ValueInfoProto:
@@ -152,7 +158,10 @@ def _graph(rng: np.random.Generator) -> onnx.GraphProto:
         value("input_ids", 7, ["batch", "length"]),
         value("attention_mask", 7, ["batch", "total_length"]),
     ]
-    outputs = [value("logits", 1, ["batch", "outputs", VOCAB])]
+    outputs = [
+        value("logits", 1, ["batch", "outputs", VOCAB]),
+        value(HIDDEN, 1, ["batch", "length", WIDTH]),
+    ]
     for name, length in caches:
         side = inputs if name.startswith("past") else outputs
         side.append(value(name, 1, ["batch", KV_HEADS, length, HEAD]))

@@ -31,6 +31,7 @@ class BackendInfo:
     batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
     chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
     embedding: length of the vectors that `Embeds.embed` gives; 0 where the backend has none.
+    candidates: how many of the most probable tokens suffice to let a row be `few`; 0: no row may be.
     draft_streams: a step may verify drafts while no more streams than this decode, where more would cost more
     than they save.
     """
@@ -53,6 +54,7 @@ class BackendInfo:
     bos_text: str = ""
     eos_text: str = ""
     embedding: int = 0
+    candidates: int = 0
     chat_template: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
 
@@ -62,12 +64,14 @@ class Row:
     """One sequence's part of a step: `tokens` go to `slot` at positions `pos`, `pos + 1`, ...
 
     outputs: logits are wanted for the last `outputs` of them (0: none).
+    few: no more than `BackendInfo.candidates` of the largest logits matter; the others may be given as -inf.
     """
 
     slot: int
     pos: int
     tokens: Sequence[int]
     outputs: int
+    few: bool = False
 
 
 class Backend(Protocol):
@@ -86,8 +90,8 @@ class Backend(Protocol):
     def step(self, rows: Sequence[Row]) -> Logits:
         """Run the rows; float32 logits [sum of outputs, vocab] in row order, valid until the next step.
 
-        The caller may write into them. Raises StepInterrupted, ValueError from `check_rows`, EdgeError where
-        the device fails.
+        The caller may write into them, but not raise one that was given as -inf. Raises StepInterrupted,
+        ValueError from `check_rows`, EdgeError where the device fails.
         """
         ...
 

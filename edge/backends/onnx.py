@@ -2,7 +2,8 @@
 
 A run of the session is either one token of every decoding slot, or a piece of one prompt: that is what
 GroupQueryAttention takes. Rows that differ in length are padded on the right by the mask, and a padded row
-writes behind its own end alone. Only the logits that are asked for are computed.
+writes behind its own end alone. Only the logits that are asked for are computed, and where the graph gives
+candidates and no row of a run needs more, only these are copied.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.backends.onnx_device import DeviceRows
+from edge.backends.onnx_embed import Embedder
+from edge.backends.onnx_outputs import Outputs
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
@@ -70,14 +74,14 @@ class Model:
         self.template = template.read_text(encoding="utf-8") if template.is_file() else None
 
 
-def _rows(model: Model, settings: Settings, opened: onnx_providers.Opened) -> Rows | DeviceRows:
-    """Cells where the session's provider computes."""
+def _rows(model: Model, opened: onnx_providers.Opened, slots: int, room: int) -> Rows | DeviceRows:
+    """Cells where the session's provider computes: `room` tokens for each slot."""
     header = model.header
     shape = {
         "layers": header.block_count,
-        "slots": settings.slots,
+        "slots": slots,
         "heads": header.head_count_kv,
-        "room": settings.context,
+        "room": room,
         "width": header.key_length,
     }
     if opened.memory == "cpu":
@@ -103,20 +107,20 @@ class Onnx:
             cache_type=header.cache_type,
         )
         self._session: Any = opened.session
-        self._rows = _rows(model, settings, opened)
-        self._names = [
-            (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}")
-            for layer in range(header.block_count)
-            for part in ("key", "value")
-        ]
+        self._rows = _rows(model, opened, settings.slots, settings.context)
+        self._embedder = Embedder(opened.session, header, lambda room: _rows(model, opened, 1, room))
         # The run's inputs. A window may hold rows that are run along.
-        self._ids = np.zeros(max(settings.batch, settings.slots), np.int64)
-        self._mask = np.zeros(settings.slots * settings.context, np.int64)
+        self._ids = zeros(max(settings.batch, settings.slots))
+        self._mask = zeros(settings.slots * settings.context)
         self._order = np.arange(settings.context, dtype=np.int64)
-        self._picks = np.zeros(settings.batch, np.int64)
+        # A single row's mask has no padding.
+        self._ones = Buffer(np.ones(settings.context, np.int64))
+        self._picks = zeros(settings.batch)
+        self._first = zeros(1)
         # One row more: a piece of a prompt without outputs gives one that nobody reads.
-        self._logits = np.zeros((settings.slots + settings.outputs + 1, header.vocab_size), header.cache_type)
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1, outputs=settings.outputs)
+        self._copied = opened.memory != "cpu"
+        self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lengths = [0] * settings.slots
         self._options = model.runtime.RunOptions()
         self._interrupted = False
@@ -142,6 +146,8 @@ class Onnx:
             add_bos=vocabulary.add_bos,
             bos_text=vocabulary.bos_text,
             eos_text=vocabulary.eos_text,
+            embedding=header.hidden,
+            candidates=header.candidates,
             chat_template=self._model.template,
             settings={
                 "threads": str(settings.threads),
@@ -166,103 +172,89 @@ class Onnx:
         check_rows(rows, self.info, self._lengths)
         self._interrupted = False
         self._options.terminate = False
-        # Slots whose outputs begin where in the buffer.
-        begin: dict[int, int] = {}
+        # Where in the buffers each slot's outputs begin, and whether they are candidates.
+        begin: dict[int, tuple[int, bool]] = {}
         # First: a row that is run along writes one cell where another row's piece is to lie.
         at = self._decode([row for row in rows if len(row.tokens) == 1], begin)
         for row in rows:
             if len(row.tokens) > 1:
-                begin[row.slot] = at
+                begin[row.slot] = at, self._few([row])
                 at += self._read(row, at)
         for row in rows:
             self._lengths[row.slot] += len(row.tokens)
-        wanted = [begin[row.slot] + i for row in rows for i in range(row.outputs)]
-        if not wanted:
-            return np.zeros((0, self.info.vocab), np.float32)
-        first = wanted[0]
-        found = (
-            self._logits[first : first + len(wanted)]
-            if wanted == list(range(first, first + len(wanted)))
-            else self._logits[wanted]
-        )
-        logits: Logits = found if found.dtype == np.float32 else found.astype(np.float32)
-        return logits
+        places = [(begin[row.slot][0] + i, begin[row.slot][1]) for row in rows for i in range(row.outputs)]
+        return self._outputs.read(places)
 
-    def _decode(self, rows: Sequence[Row], begin: dict[int, int]) -> int:
-        """One token of each row in one run; the logits that were written, one for each row of the window."""
+    def _few(self, rows: Sequence[Row]) -> bool:
+        """Whether candidates are enough for all of `rows`."""
+        return self.info.candidates > 0 and all(row.few or not row.outputs for row in rows)
+
+    def _decode(self, rows: Sequence[Row], begin: dict[int, tuple[int, bool]]) -> int:
+        """One token of each row in one run; the outputs that were written, one for each row of the window."""
         if not rows:
             return 0
+        few = self._few(rows)
         first, count = self._rows.window([row.slot for row in rows], self._lengths)
-        ids = self._ids[:count]
+        ids = self._ids.array[:count]
         ids[:] = 0
-        totals = np.zeros(count, np.int64)
+        totals = [0] * count
         for slot, length in enumerate(self._lengths):
             if 0 <= (place := self._rows.row(slot) - first) < count:
                 totals[place] = length + 1
         for row in rows:
             place = self._rows.row(row.slot) - first
             ids[place] = row.tokens[0]
-            begin[row.slot] = place
-        self._run(first, count, ids, totals, self._picks[:1] * 0, 0)
+            begin[row.slot] = place, few
+        self._run(first, 1, totals, self._first, 1, 0, few)
         return count
 
     def _read(self, row: Row, at: int) -> int:
-        """A piece of a prompt, or a draft; the logits that were written, from `at` on."""
+        """A piece of a prompt, or a draft; the outputs that were written, from `at` on."""
         n = len(row.tokens)
-        ids = self._ids[:n]
-        ids[:] = row.tokens
-        picks = self._picks[: max(1, row.outputs)]
-        picks[:] = range(n - len(picks), n)
-        self._run(self._rows.row(row.slot), 1, ids, np.array([row.pos + n]), picks, at)
-        return len(picks)
+        self._ids.array[:n] = row.tokens
+        wanted = max(1, row.outputs)
+        self._picks.array[:wanted] = range(n - wanted, n)
+        self._run(self._rows.row(row.slot), n, [row.pos + n], self._picks, wanted, at, self._few([row]))
+        return wanted
 
     def _run(
-        self,
-        first: int,
-        count: int,
-        ids: NDArray[np.int64],
-        totals: NDArray[np.int64],
-        picks: NDArray[np.int64],
-        at: int,
+        self, first: int, n: int, totals: list[int], picks: Buffer, wanted: int, at: int, few: bool
     ) -> None:
-        """Run `ids` [count x n] in the rows from `first` on, which then hold `totals` [count] tokens.
+        """Run `n` ids of each of the rows from `first` on, which then hold `totals` tokens.
 
-        Logits of the positions `picks` of each row go to the buffer from `at` on. Raises StepInterrupted.
+        Logits of the `wanted` positions in `picks` of each row go to the buffers from `at` on, or candidates
+        of them. Raises StepInterrupted.
         """
         if self._interrupted:
             raise StepInterrupted
-        width = int(totals.max())
-        mask = self._mask[: count * width]
-        mask.reshape(count, width)[:] = self._order[:width] < totals[:, None]
-        binding = self._binding(first, count)
-        for name, array, shape in (
-            ("input_ids", ids, (count, len(ids) // count)),
-            ("attention_mask", mask, (count, width)),
-            (OUTPUT_POSITIONS, picks, (len(picks),)),
-        ):
-            binding.bind_input(name, "cpu", 0, np.int64, shape, array.ctypes.data)
-        made = (count, len(picks), self.info.vocab)
-        binding.bind_output("logits", "cpu", 0, self._logits.dtype, made, self._logits[at:].ctypes.data)
+        count, width = len(totals), max(totals)
+        mask = self._ones
+        if count > 1:
+            mask = self._mask
+            grid = mask.array[: count * width].reshape(count, width)
+            grid[:] = self._order[:width] < np.array(totals)[:, None]
+        binding = self._binding(first, count, few)
+        binding.read("input_ids", self._ids, (count, n))
+        binding.read("attention_mask", mask, (count, width))
+        binding.read(OUTPUT_POSITIONS, picks, (wanted,))
+        self._outputs.bind(binding, at, count, wanted, few=few)
         try:
-            self._session.run_with_iobinding(binding, self._options)
+            self._session.run_with_iobinding(binding.native, self._options)
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             if self._interrupted:
                 raise StepInterrupted from None
-            raise EdgeError(f"onnxruntime failed in a step of {len(ids)} tokens: {error}") from error
+            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}") from error
 
-    def _binding(self, first: int, count: int) -> Any:
-        """Keys and values of the rows `first` to `first + count`, as inputs and, in place, as outputs."""
-        binding = self._bindings.get((first, count))
+    def _binding(self, first: int, count: int, few: bool) -> Binding:
+        """A binding of the cells in the rows `first` to `first + count`, kept for the next run over them."""
+        # What was bound stays bound: candidates and logits want a binding each.
+        binding = self._bindings.get((first, count, few))
         if binding is None:
             if len(self._bindings) >= _BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
-            binding = self._bindings[first, count] = self._session.io_binding()
-            shape = (count, *self._rows.shape)
-            kind, device = self._rows.dtype.type, self._rows.device
-            for part, (past, present) in enumerate(self._names):
-                pointer = self._rows.pointer(part, first)
-                binding.bind_input(past, device, 0, kind, shape, pointer)
-                binding.bind_output(present, device, 0, kind, shape, pointer)
+            binding = Binding(self._session.io_binding(), copied=self._copied)
+            self._bindings[first, count, few] = binding
+            self._rows.bind(binding.native, first, count)
         return binding
 
     def copy(self, src: int, dst: int, n: int) -> None:
@@ -289,11 +281,18 @@ class Onnx:
         self._lengths[slot] = length
         return True
 
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """See `Embeds`. Raises EdgeError where the memory does not suffice."""
+        if not 0 < len(tokens) <= self.info.context or not all(0 <= t < self.info.vocab for t in tokens):
+            raise ValueError(f"cannot embed {len(tokens)} tokens")
+        return self._embedder.embed(tokens)
+
     def interrupt(self) -> None:
         self._interrupted = True
         self._options.terminate = True
 
     def close(self) -> None:
         self._bindings.clear()
+        self._embedder.close()
         self._session = None
         self._rows.close()

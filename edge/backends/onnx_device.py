@@ -38,17 +38,16 @@ class DeviceRows(Placement):
     ) -> None:
         super().__init__(slots, room)
         self.device = device
-        self.shape, self.dtype = (heads, room, width), np.dtype(dtype)
+        self.shape, self.dtype, self.parts = (heads, room, width), np.dtype(dtype), 2 * layers
         whole = (slots + 1, *self.shape)
         allot = runtime.OrtValue.ortvalue_from_shape_and_type
-        self._parts = [allot(whole, self.dtype.type, device, 0) for _ in range(2 * layers)]
+        self._parts = [allot(whole, self.dtype.type, device, 0) for _ in range(self.parts)]
         self._row_bytes = heads * room * width * self.dtype.itemsize
         self._spare = slots
         providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         self._copier = runtime.InferenceSession(identity(_KINDS[dtype]), providers=providers)
 
     def pointer(self, part: int, row: int) -> int:
-        """The address of `row` in `part`: 2 x layer for keys, one more for values."""
         return int(self._parts[part].data_ptr()) + row * self._row_bytes
 
     def _swap(self, a: int, b: int, n: int, m: int) -> None:

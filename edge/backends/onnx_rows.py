@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,15 @@ TOKENS_OF_A_ROW = 256
 
 
 class Placement:
-    """Which slot lies in which row; `_swap` is told when two are to change places."""
+    """Which slot lies in which row; `_swap` is told when two are to change places.
+
+    shape: of one row of one part (heads, room, width); parts: a key and a value for each layer.
+    """
+
+    device: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    parts: int
 
     def __init__(self, slots: int, room: int) -> None:
         self._room = room
@@ -69,6 +78,18 @@ class Placement:
             if (slot in wanted) != (self._row_of[slot] in inside)
         )
 
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        """Keys and values of `count` rows from `first` on, as a run's inputs and, in place, its outputs."""
+        shape, kind = (count, *self.shape), self.dtype.type
+        for part in range(self.parts):
+            name, pointer = f"{part // 2}.{('key', 'value')[part % 2]}", self.pointer(part, first)
+            binding.bind_input(f"past_key_values.{name}", self.device, 0, kind, shape, pointer)
+            binding.bind_output(f"present.{name}", self.device, 0, kind, shape, pointer)
+
+    def pointer(self, part: int, row: int) -> int:
+        """The address of `row` in `part`: 2 x layer for keys, one more for values."""
+        raise NotImplementedError
+
     def _swap(self, a: int, b: int, n: int, m: int) -> None:
         """Exchange the first `n` tokens of row `a` and the first `m` of row `b`."""
         raise NotImplementedError
@@ -85,7 +106,7 @@ class Rows(Placement):
     def __init__(self, *, layers: int, slots: int, heads: int, room: int, width: int, dtype: str) -> None:
         super().__init__(slots, room)
         shape = (2 * layers, slots, heads, room, width)
-        self.shape, self.dtype = (heads, room, width), np.dtype(dtype)
+        self.shape, self.dtype, self.parts = (heads, room, width), np.dtype(dtype), 2 * layers
         self._memory = mmap.mmap(-1, int(np.prod(shape)) * self.dtype.itemsize)
         # Huge pages would take memory for cells that are never used.
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -94,7 +115,6 @@ class Rows(Placement):
         self.cells: NDArray[np.generic] = np.frombuffer(self._memory, self.dtype).reshape(shape)
 
     def pointer(self, part: int, row: int) -> int:
-        """The address of `row` in `part`: 2 x layer for keys, one more for values."""
         strides = self.cells.strides
         return int(self.cells.ctypes.data + part * strides[0] + row * strides[1])
 
