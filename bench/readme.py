@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import report
+from bench import table
 from edge.cli import guarded
 from edge.errors import InputError
 
@@ -29,12 +29,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         made = json.loads(args.report.read_text(encoding="utf-8"))
-        table = report.block(made)
+        text_table = table.block(made)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.report} is not a report: {error}", "give RUN/report.json") from error
     for path in args.readme:
         try:
-            text = replaced(path.read_text(encoding="utf-8"), table)
+            text = replaced(path.read_text(encoding="utf-8"), text_table)
         except ValueError:
             raise InputError(f"{path} needs one {BEGIN} and, after it, one {END}") from None
         path.write_text(text, encoding="utf-8")
