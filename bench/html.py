@@ -27,7 +27,7 @@ def page(made: dict[str, Any]) -> str:
     """The whole page for a report that `report.build` made."""
     machine = made["machine"]
     parts = [
-        f"<h1>{escape(made['model']['run'])}: {escape(' beside '.join(reversed(made['targets'])))}</h1>",
+        f"<h1>{escape(table.heading(made))}</h1>",
         f"<p>{escape(machine['cpu'])}, {machine['threads']} cores, {escape(made['created'][:10])}; "
         f"<code>{escape(made['command'])}</code></p>",
         *(f'<p class="warning">{escape(text)}</p>' for text in made["warnings"]),

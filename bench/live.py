@@ -52,7 +52,7 @@ class View:
         with self._lock:
             self._phase, self._now = phase, None
         if not self._console.is_terminal:
-            self._console.print(phase, markup=False)
+            self._console.print(phase, markup=False, highlight=False, soft_wrap=True)
 
     def expect(
         self, names: Sequence[str], rounds: Mapping[Case, int], seconds: Mapping[tuple[str, Case], float]
@@ -81,7 +81,8 @@ class View:
             name, case = now
             at = f"round {len(self._took[now])} of {self._rounds[case]}"
             left = f"about {_clock(self.left())} left"
-            self._console.print(f"{name}: {_said(case)}, {at}: {rate:.1f} tokens/s; {left}", markup=False)
+            line = f"{name}: {_said(case)}, {at}: {rate:.1f} tokens/s; {left}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def left(self) -> float:
         """Seconds that the rounds still take, by those that were, or by the guess."""

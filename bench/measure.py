@@ -140,7 +140,8 @@ class _Desk:
         self.view.say(f"starting {name}")
         before = self.cards.memory()
         server = stack.enter_context(started(part.target, self.logs / f"{name}.log"))
-        part.load_s, part.answers_s = server.load_s, server.answers_s
+        if not part.target.url:
+            part.load_s, part.answers_s = server.load_s, server.answers_s
         part.about = _about(server)
         self.view.say(f"warming {name}")
         self.rates.append(warm(part, server, self.reads))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -119,6 +120,12 @@ def target_names(given: str) -> tuple[str, ...]:
     for name in names:
         if names.count(name) > 1 or (f"{name}=" in given and name in TARGETS):
             raise UsageError(f"--targets: the name '{name}' is taken", "give the URL another name")
+    hosts = [urlsplit(name.partition("=")[2]).netloc for name in found if "=" in name]
+    if len(hosts) != len(set(hosts)):
+        raise UsageError(
+            "--targets: two of them are the same server, which would reuse what it read for the other",
+            "measure one after the other, with --out for each",
+        )
     return found
 
 

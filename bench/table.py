@@ -16,6 +16,8 @@ from bench import metrics
 from bench.definitions import DEFINITIONS
 
 Row = tuple[str, list[str]]
+# Characters that the terminal's table needs, for what and for each target.
+FIRST_COLUMN, COLUMN = 28, 26
 
 
 # Of a case: title, figure of one target, and the ratio that stands beside it.
@@ -172,22 +174,63 @@ def titles(made: dict[str, Any]) -> list[str]:
 
 
 def show(made: dict[str, Any], console: Console) -> None:
-    """The table and the warnings on the terminal."""
-    tokens = made["settings"]["tokens"]
-    table = Table(
-        title=escape(f"{made['model']['run']}: {tokens} output tokens an answer"), title_justify="left"
-    )
+    """The tables and the warnings on the terminal; a row a target where their columns would not fit."""
+    title = escape(f"{made['model']['run']}: {made['settings']['tokens']} output tokens an answer")
+    if FIRST_COLUMN + sum(COLUMN for _ in made["targets"]) <= max(console.width, 80):
+        _show_columns(made, console, title)
+    else:
+        _show_rows(made, console, title)
+    for warning in made["warnings"]:
+        console.print(f"warning: {escape(warning)}", style="yellow")
+
+
+def _show_columns(made: dict[str, Any], console: Console, title: str) -> None:
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for title in titles(made):
-        table.add_column(escape(title), justify="right")
+    for name in titles(made):
+        table.add_column(escape(name), justify="right")
     for name, rows in sections(made):
         table.add_section()
         table.add_row(f"[bold]{escape(name)}[/bold]")
-        for title, cells in rows:
-            table.add_row(escape(title.replace("`", "")), *map(escape, cells))
+        for what, cells in rows:
+            table.add_row(escape(what.replace("`", "")), *map(escape, cells))
     console.print(table)
-    for warning in made["warnings"]:
-        console.print(f"warning: {escape(warning)}", style="yellow")
+
+
+def _show_rows(made: dict[str, Any], console: Console, title: str) -> None:
+    """What decides, of each target: medians, the answer's p95, `/health`'s p99. report.md has the rest."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("tokens/s", "better by", "first", "answer", "p95", "/health"):
+        table.add_column(heading, justify="right")
+    for case in made["cases"]:
+        table.add_section()
+        table.add_row(f"[bold]{escape(case_title(made, case))}[/bold]")
+        for name, side in case["targets"].items():
+            against = case["against"].get(name)
+            table.add_row(
+                escape(name),
+                _number(side["tokens_per_s"]),
+                _better(against, "tokens_per_s").strip(" ()") if against else "",
+                _time(side["ttft_s"]["p50"]),
+                _time(side["e2e_s"]["p50"]),
+                _time(side["e2e_s"]["p95"]),
+                _time(side["health_s"]["p99"]),
+            )
+    console.print(table)
+    rest = Table()
+    rest.add_column("", no_wrap=True)
+    for heading in ("memory", "ready after", "KL", "same top token"):
+        rest.add_column(heading, justify="right")
+    for name, side in made["targets"].items():
+        rest.add_row(
+            escape(name),
+            _size(side["memory_steady"]),
+            _time(side["load_s"] or None),
+            _lost(side["quality"], "kl", lambda v: f"{v:.2g}"),
+            _lost(side["quality"], "top1", lambda v: f"{v:.1%}"),
+        )
+    console.print(rest)
 
 
 def block(made: dict[str, Any]) -> str:
@@ -248,12 +291,18 @@ def percentiles(made: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def heading(made: dict[str, Any]) -> str:
+    """The model's run, and who was measured."""
+    names = list(made["targets"])
+    return f"{made['model']['run']}: {', '.join(names[:-1])} and {names[-1]} side by side"
+
+
 def markdown(made: dict[str, Any]) -> str:
     """report.md."""
     machine, model = made["machine"], made["model"]
     noise = made["noise"]["before"]
     cards = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "none"
-    parts = [f"# {model['run']}: {' beside '.join(reversed(made['targets']))}\n", block(made)]
+    parts = [f"# {heading(made)}\n", block(made)]
     workloads = "".join(f"- {name}: {about}\n" for name, about in made["workloads"].items())
     parts.append(
         "## What was measured\n\n"
