@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -293,8 +293,9 @@ def percentiles(made: dict[str, Any]) -> str:
 
 def heading(made: dict[str, Any]) -> str:
     """The model's run, and who was measured."""
-    names = list(made["targets"])
-    return f"{made['model']['run']}: {', '.join(names[:-1])} and {names[-1]} side by side"
+    *others, last = made["targets"]
+    who = f"{', '.join(others)} and {last} side by side" if others else last
+    return f"{made['model']['run']}: {who}"
 
 
 def markdown(made: dict[str, Any]) -> str:
@@ -333,13 +334,14 @@ def markdown(made: dict[str, Any]) -> str:
 
 def write(made: dict[str, Any], page: str, folder: Path) -> None:
     """report.json, report.md and report.html (the text `page`) in `folder`, each replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(made, ensure_ascii=False, indent=1) + "\n"
-    for name, content in (
-        ("report.json", text),
-        ("report.md", markdown(made)),
-        ("report.html", page),
-    ):
+    write_files({"report.json": text, "report.md": markdown(made), "report.html": page}, folder)
+
+
+def write_files(files: Mapping[str, str], folder: Path) -> None:
+    """Texts by name into `folder`, which is made; each replaced whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
         partial = folder / f".{name}.partial-{os.getpid()}"
         try:
             partial.write_text(content, encoding="utf-8")
