@@ -53,9 +53,12 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Grouped bars from zero. groups: group -> series -> value; a series may lack a group."""
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]], series: Sequence[str] = ()) -> str:
+    """Grouped bars from zero. groups: group -> series -> value; a series may lack a group.
+
+    series: all names in the order of their colours, also those that are not drawn here.
+    """
+    names = list(series or dict.fromkeys(name for group in groups.values() for name in group))
     high = max((value for group in groups.values() for value in group.values()), default=0.0) or 1.0
     axis = Axis(0.0, high * 1.12)
     wide = (WIDTH - LEFT - RIGHT) / max(len(groups), 1)
@@ -182,7 +185,7 @@ def _frame(title: str, unit: str, said: str, axis: Axis, names: Sequence[str], p
         x += 26 + 7.0 * len(name)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="currentColor" color="#444">'
+        'font-family="system-ui, sans-serif" font-size="12" fill="currentColor" color="#777">'
         f"<title>{escape(title)}</title><desc>{escape(said)}</desc>"
         f'<text x="{LEFT}" y="18" font-size="14" font-weight="600">{escape(title)} ({escape(unit)})</text>'
         f"{''.join(grid)}{''.join(parts)}{''.join(legend)}</svg>\n"

@@ -59,7 +59,12 @@ def pictures(made: dict[str, Any]) -> dict[str, str]:
             "Output tokens of all clients", "tokens/s", _grouped(made, lambda side: side["tokens_per_s"])
         ),
         "load": charts.lines(
-            "Whole answer against load", "seconds, median", "clients at once", _by_clients(made), log_y=True
+            "Whole answer against load",
+            "seconds, median",
+            "clients at once",
+            _by_clients(made),
+            log_x=True,
+            log_y=True,
         ),
         "first": charts.lines(
             "Time to first token", "share of answers", "seconds", _shares(made), log_x=True, dots=False
@@ -128,7 +133,8 @@ def _ceilings(made: dict[str, Any]) -> str:
         for case in made["cases"]
     }
     groups = {label: group for label, group in groups.items() if group}
-    return charts.bars("Decoding, of what the memory allows", "percent", groups) if groups else ""
+    title = "Decoding, of what the memory allows"
+    return charts.bars(title, "percent", groups, list(made["targets"])) if groups else ""
 
 
 def _table(made: dict[str, Any]) -> str:

@@ -323,7 +323,7 @@ class HealthProbe:
     async def _ask(self) -> None:
         began = time.perf_counter()
         try:
-            status, _ = await get(self.url, self.path, limit=600.0, key=self.key)
+            status, _ = await get(self.url, self.path, limit=3600.0, key=self.key)
             self.failures += status != 200
         except (OSError, TimeoutError, ProtocolError):
             self.failures += 1

@@ -6,9 +6,11 @@ taken round by round between neighbours in time, and withheld where the two side
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bench import metrics, prompts, roofline
@@ -16,6 +18,7 @@ from bench.measure import Case, Measured, Plan, Round
 from bench.metrics import Sample
 from bench.probe import Noise
 from bench.roofline import Bandwidth, Footprint
+from bench.targets import Target
 from edge import hardware, manifest
 
 SCHEMA = 3
@@ -87,8 +90,7 @@ def build(
 
 def _target(part: Measured, reference: Measured) -> dict[str, Any]:
     return {
-        # The interpreter's own path says nothing to another reader.
-        "command": ["python", *part.target.command[1:]] if part.target.command else [part.target.url],
+        "command": shown(_command(part.target)),
         "stage": part.target.stage,
         "unforced": part.unforced,
         "answers_s": round(part.answers_s, 2),
@@ -97,8 +99,23 @@ def _target(part: Measured, reference: Measured) -> dict[str, Any]:
         "memory_steady": part.memory_steady,
         "card_memory": part.card_memory,
         "memory_ratio": _quotient(reference.memory_steady, part.memory_steady),
-        "about": part.about,
+        "about": shown(part.about),
     }
+
+
+def _command(target: Target) -> list[str]:
+    first = "python" if target.command[:1] == [sys.executable] else "".join(target.command[:1])
+    return [first, *target.command[1:]] if target.command else [target.url]
+
+
+def shown(value: Any) -> Any:
+    """Plain data with absolute paths cut to their last part: the rest says nothing to another reader."""
+    if isinstance(value, dict):
+        return {key: shown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    is_path = isinstance(value, str) and "\n" not in value and len(value) < 1024 and Path(value).is_absolute()
+    return Path(value).name if is_path else value
 
 
 def _case(

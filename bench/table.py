@@ -40,6 +40,8 @@ _FIGURES: tuple[tuple[str, Callable[[dict[str, Any]], str], str], ...] = (
     ("of what the memory allows", lambda s: _share(s.get("ceiling")), ""),
     ("incomplete, failed", lambda s: _faults(s), ""),
 )
+# What a reader of the project's front page can do without.
+_DETAILS = {"total tokens/s", "requests/s", "goodput", "per token, p50", "from start to first answer"}
 _PROCESS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("memory while serving", "memory_steady", lambda v: _size(v)),
     ("memory at its peak", "memory_peak", lambda v: _size(v)),
@@ -233,13 +235,14 @@ def _show_rows(made: dict[str, Any], console: Console, title: str) -> None:
     console.print(rest)
 
 
-def block(made: dict[str, Any]) -> str:
-    """The Markdown table with the line that says where it comes from."""
+def block(made: dict[str, Any], *, brief: bool = False) -> str:
+    """The Markdown table with the line that says where it comes from. brief: without the rows of _DETAILS."""
     columns = titles(made)
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for name, rows in sections(made):
         lines.append(f"| **{name}** |{' |' * len(columns)}")
-        lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows]
+        kept = [row for row in rows if not brief or row[0] not in _DETAILS]
+        lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in kept]
     machine = made["machine"]
     lines += [
         "",

@@ -275,12 +275,23 @@ def test_report_files_table_and_last_line(measured: list[Measured], tmp_path: Pa
     json.dumps(report.headline(made))
 
 
+def test_a_report_says_commands_without_this_machine_s_paths(tmp_path: Path) -> None:
+    word = str(tmp_path / "模型.gguf")
+    given = {"command": ["llama-server", "--model", word], "template": "{% if x %}\n/a{% endif %}", "n": 1}
+    kept = {**given, "command": ["llama-server", "--model", "模型.gguf"]}
+    assert report.shown(given) == kept
+
+
 def test_readme_block(measured: list[Measured], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table.write(built(measured), "", tmp_path)
     target = tmp_path / "README.md"
     target.write_text("# 标题\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nrest\n", encoding="utf-8")
     for _ in range(2):
-        assert readme.main([str(tmp_path / "report.json"), str(target)]) == 0
+        argv = [str(tmp_path / "report.json"), str(target), "--pictures", str(tmp_path / "pictures")]
+        assert readme.main(argv) == 0
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["first.svg", "load.svg", "throughput.svg", "trade.svg"]
+    assert "<svg" in (tmp_path / "pictures" / "first.svg").read_text(encoding="utf-8")
     text = target.read_text(encoding="utf-8")
     assert text.startswith("# 标题\n<!-- bench:begin -->\n| |") and text.endswith(
         "<!-- bench:end -->\nrest\n"
