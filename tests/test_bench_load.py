@@ -130,21 +130,29 @@ def test_the_baseline_answers_in_one_piece() -> None:
     assert metrics.e2e(s) >= 0.1
 
 
-def test_the_health_probe_sees_a_blocked_server() -> None:
+@pytest.mark.parametrize("most", [100, 2])
+def test_the_health_probe_sees_a_blocked_server(most: int) -> None:
+    connected = 0
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connected
+        connected += 1
         await reader.readuntil(b"\r\n\r\n")
         await gate.wait()
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
         writer.close()
 
     async def run() -> HealthProbe:
-        async with serving(answer) as url, HealthProbe(url, interval=0.05) as probe:
+        async with serving(answer) as url, HealthProbe(url, interval=0.05, most=most) as probe:
             await asyncio.sleep(0.4)
+            blocked.append(connected)
             gate.set()
         return probe
 
     gate = asyncio.Event()
+    blocked: list[int] = []
     probe = asyncio.run(run())
+    assert blocked[0] <= most
     # It went on asking while it waited: the later questions waited less.
     assert probe.failures == 0 and len(probe.seconds) >= 5
     assert max(probe.seconds) >= 0.35 and min(probe.seconds) < 0.2
