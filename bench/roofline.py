@@ -127,8 +127,9 @@ def of_onnx(header: OnnxHeader) -> Footprint | None:
         return None
     graph = onnx.load(str(header.path), load_external_data=False).graph
     sizes = {one.name: _tensor_bytes(one) for one in graph.initializer}
-    # A table that rows are gathered from, and nothing else.
-    whole = {name for node in graph.node if node.op_type != "Gather" for name in node.input}
+    # Of embeddings, and of the attention's table of rotations, only rows are read.
+    readers = [node for node in graph.node if not node.op_type.startswith(("Gather", "GroupQuery"))]
+    whole = {name for node in readers for name in node.input}
     weights = sum(size for name, size in sizes.items() if name in whole)
     element = 2 if header.cache_type == "float16" else 4
     heads = header.head_count_kv * (header.key_length + header.value_length)

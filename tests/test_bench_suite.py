@@ -113,6 +113,36 @@ def test_bytes_per_token_count_each_weight_once(tmp_path: Path) -> None:
     assert roofline.context_of([80, 100], 64) == 122.0
 
 
+def test_bytes_of_a_transformers_folder_follow_its_dtype(tmp_path: Path) -> None:
+    header = read_header(tiny_llama.write(tmp_path / "m.gguf"))
+    shapes = {"model.embed_tokens.weight": [100, 8], "lm_head.weight": [100, 8], "model.norm.weight": [8]}
+    said = {name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 1]} for name, shape in shapes.items()}
+    head = json.dumps({"__metadata__": {"format": "pt"}, **said}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}', encoding="utf-8")
+    cell = roofline.of_gguf(header).cell
+    assert roofline.of_merged(tmp_path, header, 4) == roofline.Footprint(4 * 808, 2 * cell)
+    assert roofline.of_merged(tmp_path, header, 2) == roofline.Footprint(2 * 808, cell)
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}', encoding="utf-8")
+    assert roofline.of_merged(tmp_path, header, 2).weights == 2 * 1608
+
+
+def test_bytes_of_an_onnx_graph_leave_out_tables_of_rows(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    from edge.onnx_header import read_onnx
+    from tests import tiny_onnx as tiny
+
+    header = read_onnx(tiny.write(tmp_path))
+    found = roofline.of_onnx(header)
+    assert found is not None
+    per_layer = tiny.WIDTH * (tiny.HEADS + 2 * tiny.KV_HEADS) * tiny.HEAD + tiny.WIDTH * tiny.WIDTH
+    per_layer += 2 * tiny.WIDTH * tiny.FEED + 2 * tiny.WIDTH
+    wanted = 4 * (tiny.LAYERS * per_layer + tiny.WIDTH + tiny.WIDTH * tiny.VOCAB)
+    # And a few numbers of eight bytes.
+    assert wanted <= found.weights < wanted + 64
+    assert found.cell == tiny.LAYERS * tiny.KV_HEADS * 2 * tiny.HEAD * 4
+
+
 def test_axes() -> None:
     assert Axis(0, 100).ticks() == [0, 20, 40, 60, 80, 100]
     assert Axis(0.1, 10, log=True).ticks() == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])

@@ -213,6 +213,30 @@ def test_the_small_server_answers_each_and_outlives_an_error() -> None:
     assert answers[1].endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.slow
+def test_a_static_cache_gives_the_tokens_of_plain_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tests.toy import make_model
+
+    monkeypatch.setattr(simple_server, "CONTEXT", 96)
+    threads = torch.get_num_threads()
+    library = simple_server.Static(make_model(tmp_path / "m"), "float32", compiled=False)
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for prompt in ("Hello, world", "A longer question: who are you?"):
+        ids = library.encode(prompt)
+        texts: list[str] = []
+        library.run([Asked(ids, 20, lambda _: None)], lambda _, text, add=texts.append: add(text))
+        plain = model.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        wanted = library._tokenizer.decode(plain[0, len(ids) :])
+        assert len(texts) == 20
+        # Bytes of a character that is not complete are held back.
+        assert wanted.rstrip("\ufffd").startswith("".join(texts)[:-1]) and len("".join(texts)) > 5
+
+
 def test_the_small_server_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         simple_server.main(["static", str(tmp_path / "missing")])
