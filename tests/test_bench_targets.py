@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import energy, live, measure, outside, quality, run, simple_server
+from bench import energy, from_gguf, live, measure, outside, quality, run, simple_server
 from bench.definitions import DEFINITIONS
 from bench.energy import Cards, Rapl, Reading
 from bench.http1 import Lines, request
@@ -27,7 +27,7 @@ from bench.quality import of_stage, of_target
 from bench.simple_server import Asked, next_batch
 from bench.targets import Target, baseline, genai, ours, started
 from edge import manifest
-from edge.errors import EdgeError, InputError, UsageError
+from edge.errors import EdgeError, ExistsError, InputError, UsageError
 
 KEY = "k-1"
 
@@ -380,3 +380,36 @@ def test_the_docs_define_every_figure_in_the_same_words() -> None:
     text = (Path(__file__).parent.parent / "docs" / "bench.md").read_text(encoding="utf-8")
     for name, meaning in DEFINITIONS.items():
         assert f"| {name} | {meaning} |" in text
+
+
+def test_a_run_from_a_gguf_needs_one(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no such thing")
+    with pytest.raises(InputError, match=r"x\.gguf"):
+        from_gguf.make(tmp_path / "x.gguf", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_becomes_a_merged_folder_with_its_weights(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from convert import gguf
+    from tests.test_gguf import write_model
+
+    first = tmp_path / "first"
+    write_model(first / "merged", tied=False)
+    file = gguf.run(first, quant="F16", console=Console(quiet=True))
+    folder = from_gguf.make(file, tmp_path / "模型")
+    known = manifest.read(folder)
+    assert (known.stage, known.name, known.settings["dtype"]) == ("merged", "模型", "float16")
+    made = safetensors.load_file(folder / "model.safetensors")
+    model = transformers_of(first / "merged")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert abs(made[name].astype("float32") - model.state_dict()[name].float().numpy()).max() < 1e-4
+    with pytest.raises(ExistsError):
+        from_gguf.make(file, tmp_path / "模型")
+
+
+def transformers_of(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
