@@ -22,7 +22,7 @@ REPLACE := $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check conformance pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
-.PHONY: data eval verify serve bench chat tune doctor clean
+.PHONY: data eval verify serve bench bench-train chat tune doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -42,6 +42,7 @@ help:
 	@echo "make serve         RUN over HTTP, PORT=$(PORT)"
 	@echo "make chat          talk to RUN in the terminal"
 	@echo "make bench         RUN against the slow baseline"
+	@echo "make bench-train   training by CONFIG beside a plain loop"
 	@echo "make tune          what was measured for RUN on this machine"
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
@@ -136,6 +137,9 @@ chat: install
 
 bench: install
 	$(BIN)/edge bench "$(RUN)"
+
+bench-train: install
+	$(BIN)/edge bench train "$(CONFIG)"
 
 tune: install
 	$(BIN)/edge tune "$(RUN)"

@@ -53,9 +53,12 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Grouped bars from zero. groups: group -> series -> value; a series may lack a group."""
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+def bars(title: str, unit: str, groups: Mapping[str, Mapping[str, float]], series: Sequence[str] = ()) -> str:
+    """Grouped bars from zero. groups: group -> series -> value; a series may lack a group.
+
+    series: all names in the order of their colours, also those that are not drawn here.
+    """
+    names = list(series or dict.fromkeys(name for group in groups.values() for name in group))
     high = max((value for group in groups.values() for value in group.values()), default=0.0) or 1.0
     axis = Axis(0.0, high * 1.12)
     wide = (WIDTH - LEFT - RIGHT) / max(len(groups), 1)
@@ -122,6 +125,38 @@ def lines(
     return _frame(title, unit, said, y_axis, list(series), parts)
 
 
+def scatter(
+    title: str, unit: str, across: str, points: Mapping[str, tuple[float, float, str]], *, log_x: bool = False
+) -> str:
+    """Named points (x, y, words beside it), y from zero. Nothing to draw gives an empty text."""
+    if not points:
+        return ""
+    xs, ys = [x for x, _, _ in points.values()], [y for _, y, _ in points.values()]
+    # A margin, so that no point lies on the frame.
+    x_axis = Axis(min(xs) / 1.3 if log_x else 0.0, max(xs) * 1.3, log_x)
+    y_axis = Axis(0.0, max(ys) * 1.15)
+    parts = [
+        _text(LEFT + x_axis.at(tick) * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM + 16, number(tick), "middle")
+        for tick in x_axis.ticks()
+    ]
+    taken: list[tuple[float, float]] = []
+    for at, (_, (x, y, words)) in enumerate(points.items()):
+        left, top = LEFT + x_axis.at(x) * (WIDTH - LEFT - RIGHT), _y(y_axis.at(y))
+        parts.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{COLOURS[at % len(COLOURS)]}"/>')
+        right = left < WIDTH / 2
+        line = top + 4
+        # Words of points that are close together go below each other.
+        while any(abs(line - y_) < 13 and abs(left - x_) < 120 for x_, y_ in taken):
+            line += 13
+        taken.append((left, line))
+        parts.append(_text(left + (9 if right else -9), line, words, "start" if right else "end"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - BOTTOM + 30, across, "end"))
+    said = "; ".join(
+        f"{name}: {number(x)} {across}, {number(y)} {unit}, {words}" for name, (x, y, words) in points.items()
+    )
+    return _frame(title, unit, said, y_axis, list(points), parts)
+
+
 def _y(share: float) -> float:
     return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
@@ -150,7 +185,7 @@ def _frame(title: str, unit: str, said: str, axis: Axis, names: Sequence[str], p
         x += 26 + 7.0 * len(name)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="currentColor" color="#444">'
+        'font-family="system-ui, sans-serif" font-size="12" fill="currentColor" color="#777">'
         f"<title>{escape(title)}</title><desc>{escape(said)}</desc>"
         f'<text x="{LEFT}" y="18" font-size="14" font-weight="600">{escape(title)} ({escape(unit)})</text>'
         f"{''.join(grid)}{''.join(parts)}{''.join(legend)}</svg>\n"

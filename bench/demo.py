@@ -23,7 +23,8 @@ from rich.table import Table
 from bench import report
 from bench.http1 import ProtocolError
 from bench.load import get
-from bench.run import Plan, run, stopped_by_signals
+from bench.measure import Plan
+from bench.run import run, stopped_by_signals
 from bench.targets import ours, started
 from edge import artefact, manifest
 from edge.cli import guarded

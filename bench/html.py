@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from bench import charts, report
+from bench import charts, table
+from bench.definitions import DEFINITIONS
+from bench.metrics import PERCENTILES
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -25,15 +27,17 @@ def page(made: dict[str, Any]) -> str:
     """The whole page for a report that `report.build` made."""
     machine = made["machine"]
     parts = [
-        f"<h1>{escape(made['model']['run'])}: {escape(' beside '.join(reversed(made['targets'])))}</h1>",
+        f"<h1>{escape(table.heading(made))}</h1>",
         f"<p>{escape(machine['cpu'])}, {machine['threads']} cores, {escape(made['created'][:10])}; "
         f"<code>{escape(made['command'])}</code></p>",
         *(f'<p class="warning">{escape(text)}</p>' for text in made["warnings"]),
         *pictures(made).values(),
         "<h2>Figures</h2>",
         _table(made),
+        "<h2>Percentiles, with 95 % intervals</h2>",
+        _percentiles(made),
         "<h2>What they mean</h2><ul>",
-        *(f"<li>{escape(text).replace('`', '')}</li>" for text in report.DEFINITIONS),
+        *(f"<li>{escape(f'{name}: {text}').replace('`', '')}</li>" for name, text in DEFINITIONS.items()),
         *(f"<li>{escape(name)}: {escape(about)}</li>" for name, about in made["workloads"].items()),
         "</ul>",
         "<h2>Versions</h2><p>"
@@ -55,12 +59,20 @@ def pictures(made: dict[str, Any]) -> dict[str, str]:
             "Output tokens of all clients", "tokens/s", _grouped(made, lambda side: side["tokens_per_s"])
         ),
         "load": charts.lines(
-            "Whole answer against load", "seconds, median", "clients at once", _by_clients(made), log_y=True
+            "Whole answer against load",
+            "seconds, median",
+            "clients at once",
+            _by_clients(made),
+            log_x=True,
+            log_y=True,
         ),
         "first": charts.lines(
             "Time to first token", "share of answers", "seconds", _shares(made), log_x=True, dots=False
         ),
         "ceiling": _ceilings(made),
+        "trade": charts.scatter(
+            "Size, speed and quality", "tokens/s, 1 client", "MiB of weights", _trade(made), log_x=True
+        ),
         "sweep": charts.lines(
             "Within the objective",
             "share of requests",
@@ -71,14 +83,9 @@ def pictures(made: dict[str, Any]) -> dict[str, str]:
     return {name: svg for name, svg in found.items() if svg}
 
 
-def _label(made: dict[str, Any], case: dict[str, Any]) -> str:
-    clients = "1 client" if case["clients"] == 1 else f"{case['clients']} clients"
-    return clients if len(made["workloads"]) == 1 else f"{case['workload']}, {case['clients']}"
-
-
 def _grouped(made: dict[str, Any], pick: Any) -> dict[str, dict[str, float]]:
     return {
-        _label(made, case): {name: pick(side) or 0.0 for name, side in case["targets"].items()}
+        table.case_title(made, case): {name: pick(side) or 0.0 for name, side in case["targets"].items()}
         for case in made["cases"]
     }
 
@@ -118,7 +125,7 @@ def _steps(values: Sequence[float]) -> list[tuple[float, float]]:
 
 def _ceilings(made: dict[str, Any]) -> str:
     groups = {
-        _label(made, case): {
+        table.case_title(made, case): {
             name: 100 * side["ceiling"]["share"]
             for name, side in case["targets"].items()
             if side.get("ceiling")
@@ -126,15 +133,38 @@ def _ceilings(made: dict[str, Any]) -> str:
         for case in made["cases"]
     }
     groups = {label: group for label, group in groups.items() if group}
-    return charts.bars("Decoding, of what the memory allows", "percent", groups) if groups else ""
+    title = "Decoding, of what the memory allows"
+    return charts.bars(title, "percent", groups, list(made["targets"])) if groups else ""
 
 
 def _table(made: dict[str, Any]) -> str:
-    columns = report.titles(made)
+    columns = table.titles(made)
     rows = [f"<tr><th></th>{''.join(f'<th>{escape(title)}</th>' for title in columns)}</tr>"]
-    for name, lines in report.sections(made):
+    for name, lines in table.sections(made):
         rows.append(f'<tr class="section"><td colspan="{1 + len(columns)}">{escape(name)}</td></tr>')
         for title, cells in lines:
             shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             rows.append(f"<tr><td>{escape(title).replace('`', '')}</td>{shown}</tr>")
     return f"<table>{''.join(rows)}</table>"
+
+
+def _percentiles(made: dict[str, Any]) -> str:
+    heads = "".join(f"<th>p{q}</th>" for q in PERCENTILES)
+    rows = [f"<tr><th></th>{heads}</tr>"]
+    for case, name, what, cells in table.latencies(made):
+        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><td>{escape(f'{case}, {name}: {what}')}</td>{shown}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _trade(made: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
+    """Each target by the size of its weights' files and its speed alone, with what they lost in words."""
+    case = min(made["cases"], key=lambda c: c["clients"])
+    found = {}
+    for name, side in made["targets"].items():
+        known, speed = made["model"].get(side["stage"]), case["targets"][name]["tokens_per_s"]
+        if case["clients"] == 1 and known and speed:
+            lost = side["quality"]
+            words = "reference" if lost.get("reference") else f"KL {lost['kl']:.2g}" if "kl" in lost else ""
+            found[name] = (known["bytes"] / 2**20, speed, words)
+    return found

@@ -14,9 +14,13 @@ class ProtocolError(Exception):
     """The server's bytes are not HTTP/1.1, or ended in the middle of an answer."""
 
 
-def request(method: str, host: str, path: str, body: Any = None) -> bytes:
-    """A whole request; `body`, where given, is sent as JSON. The connection is closed after the answer."""
+def request(method: str, host: str, path: str, body: Any = None, *, key: str = "") -> bytes:
+    """A whole request; `body`, where given, is sent as JSON, `key` as a bearer token.
+
+    The connection is closed after the answer.
+    """
     head = f"{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n"
+    head += f"authorization: Bearer {key}\r\n" if key else ""
     if body is None:
         return f"{head}\r\n".encode("ascii")
     data = json.dumps(body, ensure_ascii=False).encode("utf-8")
@@ -134,3 +138,14 @@ class Events:
             if lines:
                 found.append(b"\n".join(lines).decode("utf-8"))
         return found
+
+
+class Lines:
+    """Objects of a stream of JSON lines (NDJSON)."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        *whole, self._buffer = (self._buffer + data).split(b"\n")
+        return [line.decode("utf-8") for line in whole if line.strip()]

@@ -13,12 +13,12 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
-from bench.http1 import Events, ProtocolError, Response, request
+from bench.http1 import Events, Lines, ProtocolError, Response, request
 from bench.metrics import Sample
 
 _READ = 65536
@@ -55,7 +55,12 @@ class Part:
 
 
 class Dialect(Protocol):
-    """How a server is asked for a fixed number of greedy tokens after a raw prompt, and how it answers."""
+    """How a server is asked for a fixed number of greedy tokens after a raw prompt, and how it answers.
+
+    key: the secret that it is sent as a bearer token, "" for none.
+    """
+
+    key: str
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         """(method, path with query, JSON body or None)."""
@@ -70,6 +75,8 @@ class Ours:
     They are off in most workloads: the baseline has neither, and forced greedy text repeats itself, which
     would flatter prompt lookup.
     """
+
+    key = ""
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "raw": True, "max_tokens": job.tokens, "temperature": 0.0}
@@ -92,6 +99,8 @@ class Ours:
 class Baseline:
     """The tutorial's interface: one JSON answer when all is done."""
 
+    key = ""
+
     def ask(self, job: Job) -> tuple[str, str, Any]:
         return "GET", "/generate?" + urlencode({"prompt": job.prompt, "max_new_tokens": job.tokens}), None
 
@@ -106,19 +115,34 @@ class Baseline:
         )
 
 
+Seen = Callable[[int], None]
+
+
+def _unseen(_: int) -> None:
+    """Nobody looks on."""
+
+
 async def closed_loop(
-    url: str, dialect: Dialect, jobs: Sequence[Job], clients: int, *, limit: float = 600.0
+    url: str,
+    dialect: Dialect,
+    jobs: Sequence[Job],
+    clients: int,
+    *,
+    limit: float = 600.0,
+    seen: Seen = _unseen,
 ) -> list[Sample]:
     """Run all `jobs` from `clients` connections at once; a sample for each, in the order of their ends.
 
     limit: seconds for one answer. A request that fails is a sample with an error; nothing is raised.
+    seen: told of each piece of text how many tokens it has, as far as that is known by then.
     """
     waiting = deque(jobs)
     samples: list[Sample] = []
 
     async def client(number: int) -> None:
         while waiting:
-            samples.append(await ask(url, dialect, waiting.popleft(), client=number, limit=limit))
+            job = waiting.popleft()
+            samples.append(await ask(url, dialect, job, client=number, limit=limit, seen=seen))
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     return samples
@@ -143,14 +167,21 @@ async def open_loop(
 
 
 async def ask(
-    url: str, dialect: Dialect, job: Job, *, client: int = 0, limit: float = 600.0, start: float | None = None
+    url: str,
+    dialect: Dialect,
+    job: Job,
+    *,
+    client: int = 0,
+    limit: float = 600.0,
+    start: float | None = None,
+    seen: Seen = _unseen,
 ) -> Sample:
     """One request, from connecting (or from `start`, on time.perf_counter) to the end of its answer."""
     began = time.perf_counter() if start is None else start
     sample = Sample(client=client, prompt=job.index, wanted=job.tokens, start=began)
     try:
         async with asyncio.timeout(limit):
-            await _exchange(url, dialect, job, sample)
+            await _exchange(url, dialect, job, sample, seen)
     except TimeoutError:
         sample.error = f"no whole answer within {limit:g} s"
     except (OSError, ProtocolError, ValueError, KeyError, UnicodeDecodeError) as error:
@@ -159,9 +190,10 @@ async def ask(
     return sample
 
 
-async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample) -> None:
+async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample, seen: Seen) -> None:
     method, path, body = dialect.ask(job)
-    response, events = Response(), Events()
+    response = Response()
+    stream: Events | Lines | None = None
     whole = bytearray()
     texts: list[str] = []
 
@@ -177,9 +209,10 @@ async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample) -> Non
             texts.append(part.text)
             tokens = part.completion_tokens if part.tokens is None else part.tokens
             sample.events.append((now, tokens or 0))
+            seen(tokens or 1)
 
     async with _connect(url) as (reader, writer, host):
-        writer.write(request(method, host, path, body))
+        writer.write(request(method, host, path, body, key=dialect.key))
         while not response.done:
             data = await reader.read(_READ)
             now = time.perf_counter()
@@ -187,39 +220,63 @@ async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample) -> Non
                 response.eof()
                 break
             piece = response.feed(data)
-            if response.status == 200 and response.headers.get("content-type", "").startswith(
-                "text/event-stream"
-            ):
-                for event in events.feed(piece):
-                    if event != "[DONE]":
-                        take(json.loads(event))
-            else:
+            if stream is None:
+                stream = _stream(response)
+            if stream is None:
                 whole += piece
+                continue
+            for event in stream.feed(piece):
+                if event != "[DONE]":
+                    take(json.loads(event))
     sample.end, sample.status = now, response.status
     if response.status != 200:
         sample.error = f"HTTP {response.status}: {whole.decode('utf-8', 'replace')[:300]}"
     elif whole:
         take(json.loads(whole))
     sample.text = "".join(texts)
+    if len(sample.events) > 1 and not any(tokens for _, tokens in sample.events):
+        sample.events = spread_evenly(sample.events, sample.completion_tokens or 0)
+
+
+def _stream(response: Response) -> Events | Lines | None:
+    """The reader of a streamed answer; None for one in one piece, and for an error."""
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    if response.status != 200:
+        return None
+    return Events() if kind == "text/event-stream" else Lines() if kind == "application/x-ndjson" else None
+
+
+def spread_evenly(events: Sequence[tuple[float, int]], tokens: int) -> list[tuple[float, int]]:
+    """`tokens` shared out among pieces of text whose server does not say how many each has.
+
+    Whole numbers that differ by one at most and add up to `tokens`.
+    """
+    count = len(events)
+    return [(at, (n + 1) * tokens // count - n * tokens // count) for n, (at, _) in enumerate(events)]
 
 
 @contextlib.asynccontextmanager
 async def _connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, str]]:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, parts.port or (443 if secure else 80), ssl=True if secure else None
+    )
     try:
-        yield reader, writer, f"{host}:{port}"
+        yield reader, writer, parts.netloc
     finally:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
 
 
-async def get(url: str, path: str, *, limit: float = 10.0) -> tuple[int, bytes]:
-    """Status and body of a GET. Raises OSError, TimeoutError or ProtocolError."""
+async def get(
+    url: str, path: str, *, limit: float = 10.0, key: str = "", body: Any = None
+) -> tuple[int, bytes]:
+    """Status and body of a GET, or of a POST of `body`. Raises OSError, TimeoutError or ProtocolError."""
     response, whole = Response(), bytearray()
     async with asyncio.timeout(limit), _connect(url) as (reader, writer, host):
-        writer.write(request("GET", host, path))
+        writer.write(request("GET" if body is None else "POST", host, path, body, key=key))
         while not response.done:
             data = await reader.read(_READ)
             if not data:
@@ -233,20 +290,25 @@ async def get(url: str, path: str, *, limit: float = 10.0) -> tuple[int, bytes]:
 class HealthProbe:
     """Asks `path` every `interval` seconds, whether or not the last question was answered.
 
-    Waiting for the answer before asking again would hide a blocked server (coordinated omission).
-    seconds: how long each took; failures: those that gave no 200.
+    Waiting for the answer before asking again would hide a blocked server (coordinated omission). At most
+    `most` questions are open, for systems allow few connections: what would be asked beyond is counted from
+    that moment to the next answer. seconds: how long each took; failures: those that gave no 200.
     """
 
     url: str
     path: str = "/health"
     interval: float = 0.1
+    key: str = ""
+    most: int = 100
 
     def __post_init__(self) -> None:
         self.seconds: list[float] = []
         self.failures = 0
 
     async def __aenter__(self) -> HealthProbe:
-        self._asked: set[asyncio.Task[None]] = set()
+        self._asked: list[asyncio.Task[None]] = []
+        self._open = 0
+        self._unasked: list[float] = []
         self._clock = asyncio.create_task(self._tick())
         return self
 
@@ -259,14 +321,21 @@ class HealthProbe:
 
     async def _tick(self) -> None:
         while True:
-            self._asked.add(asyncio.create_task(self._ask()))
+            if self._open < self.most:
+                self._open += 1
+                self._asked.append(asyncio.create_task(self._ask()))
+            else:
+                self._unasked.append(time.perf_counter())
             await asyncio.sleep(self.interval)
 
     async def _ask(self) -> None:
         began = time.perf_counter()
         try:
-            status, _ = await get(self.url, self.path, limit=600.0)
+            status, _ = await get(self.url, self.path, limit=3600.0, key=self.key)
             self.failures += status != 200
         except (OSError, TimeoutError, ProtocolError):
             self.failures += 1
-        self.seconds.append(time.perf_counter() - began)
+        now = time.perf_counter()
+        self._open -= 1
+        self.seconds += [now - at for at in (began, *self._unasked)]
+        self._unasked.clear()

@@ -86,6 +86,8 @@ def _run(command: list[str]) -> None:
 class LlamaServer:
     """llama-server's native /completion, streamed, greedy, with prefix reuse as the job has it."""
 
+    key = ""
+
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "n_predict": job.tokens, "temperature": 0.0}
         given = {"cache_prompt": job.reuse, "ignore_eos": True, "stream": True}
@@ -131,6 +133,8 @@ class LlamaCppServer:
 
     It counts those of the answer's text, read again, which may be more or fewer than were made.
     """
+
+    key = ""
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}

@@ -38,10 +38,10 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def tree_cpu(pid: int) -> float:
-    """Processor seconds the tree has used; processes that have ended are not in it."""
+def tree_cpu(pid: int | None) -> float:
+    """Processor seconds the tree has used; processes that have ended are not in it. 0 without a process."""
     total = 0.0
-    for process in tree(pid):
+    for process in tree(pid) if pid is not None else ():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             times = process.cpu_times()
             total += times.user + times.system

@@ -1,4 +1,7 @@
-"""Puts a report's table into texts: `python -m bench.readme REPORT.json README.md README.zh.md`."""
+"""Puts a report's table into texts, and its pictures into a folder.
+
+python -m bench.readme REPORT.json README.md README.zh.md --pictures docs/pictures
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import report
+from bench import html, table
 from edge.cli import guarded
 from edge.errors import InputError
 
@@ -23,21 +26,25 @@ def replaced(text: str, table: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
     parser.add_argument("report", type=Path, help="report.json of a run")
     parser.add_argument("readme", type=Path, nargs="+")
+    parser.add_argument("--pictures", type=Path, help="a folder for the report's charts, as SVG")
     args = parser.parse_args(argv)
     try:
         made = json.loads(args.report.read_text(encoding="utf-8"))
-        table = report.block(made)
+        text_table = table.block(made, brief=True)
+        pictures = html.pictures(made) if args.pictures else {}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.report} is not a report: {error}", "give RUN/report.json") from error
     for path in args.readme:
         try:
-            text = replaced(path.read_text(encoding="utf-8"), table)
+            text = replaced(path.read_text(encoding="utf-8"), text_table)
         except ValueError:
             raise InputError(f"{path} needs one {BEGIN} and, after it, one {END}") from None
         path.write_text(text, encoding="utf-8")
+    if pictures:
+        table.write_files({f"{name}.svg": svg for name, svg in pictures.items()}, args.pictures)
     return 0
 
 

@@ -8,7 +8,6 @@ not hold all, they are started in turn. Nothing is compared that did different w
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -17,74 +16,30 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from bench import html, peers, prompts, report, roofline, sweep
+from bench import html, outside, peers, prompts, quality, report, roofline, sweep, table
 from bench.bare import counts
-from bench.load import HealthProbe, Job, ask, closed_loop, get
-from bench.metrics import Sample, token_rate
-from bench.probe import noise, tree_cpu
-from bench.targets import Running, Target, baseline, ours, ours_onnx, started
+from bench.live import View
+from bench.measure import Plan, measure
+from bench.probe import noise
+from bench.roofline import Bandwidth, Footprint
+from bench.targets import Target, baseline, genai, ours, ours_onnx, static
 from edge import artefact, hardware, manifest
-from edge.errors import EdgeError, InputError, UsageError
+from edge.errors import InputError, UsageError
 from edge.gguf_header import GGUFHeader
-
-SEED = 1
-WARM_TOKENS = 16
-PAUSE_S = 0.3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure. budget_s: seconds that the measured rounds may take; at most `rounds` of each case.
-
-    Where one round of each does not fit, answers are shortened to no less than `least` tokens.
-    """
-
-    tokens: int = 64
-    least: int = 16
-    clients: tuple[int, ...] = (1, 8)
-    workloads: tuple[str, ...] = ("mixed",)
-    targets: tuple[str, ...] = ("baseline", "edge")
-    rounds: int = 5
-    budget_s: float = 100.0
-    sweep: bool = False
-
+from edge.onnx_header import OnnxHeader
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
 # Tokens a slot must hold: the longest prompt of the workloads, a conversation, and the answer.
 PROMPT_ROOM = 1536
-Case = tuple[str, int]
-
-
-@dataclass
-class Round:
-    """One pass of one target. idle: the share of a processor that the other servers used meanwhile.
-
-    cpu: processor seconds of the target's own tree.
-    """
-
-    samples: list[Sample]
-    health: list[float]
-    health_failures: int
-    idle: float
-    cpu: float = 0.0
-
-
-@dataclass
-class Measured:
-    """One target's part. rounds: by workload and number of clients, in order."""
-
-    target: Target
-    load_s: float = 0.0
-    memory_peak: int = 0
-    memory_steady: int = 0
-    about: dict[str, Any] = field(default_factory=dict)
-    rounds: dict[Case, list[Round]] = field(default_factory=dict)
+# Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
+# than threads can be told to begin.
+LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 
 
 def main(argv: list[str]) -> int:
@@ -92,16 +47,25 @@ def main(argv: list[str]) -> int:
         from bench import compare
 
         return compare.main(argv[1:])
+    if argv[:1] == ["train"]:
+        from bench import train
+
+        return train.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="edge bench",
-        description="Measure RUN against the slow baseline. `edge bench compare A.json B.json`: two reports.",
+        description="Measure RUN against the slow baseline. Also: `edge bench compare A.json B.json`, what "
+        "changed between two reports; `edge bench train CONFIG.yaml`, training beside a plain loop.",
     )
     parser.add_argument("run", type=Path, help="a run folder with merged/ and gguf/")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds: under a minute or two")
     parser.add_argument("--tokens", type=int, help="output tokens of every answer")
     parser.add_argument("--clients", help="numbers of clients, such as 1,8")
     parser.add_argument("--workloads", help=f"some of {','.join(prompts.WORKLOADS)} (default: mixed)")
-    parser.add_argument("--targets", help=f"some of {','.join(TARGETS)} (default: baseline,edge)")
+    parser.add_argument(
+        "--targets",
+        help=f"some of {','.join(TARGETS)} (default: baseline,edge), or NAME=URL[#MODEL] for a server that "
+        "runs already and speaks OpenAI's completions, or Ollama's interface where the URL ends with /api",
+    )
     parser.add_argument("--sweep", action="store_true", help="how many requests a second each target stands")
     parser.add_argument("--budget", type=float, help="seconds that the rounds may take")
     parser.add_argument("--out", type=Path, help="where the report goes (default: the run folder)")
@@ -120,7 +84,7 @@ def main(argv: list[str]) -> int:
         least=base.least if args.tokens is None else tokens,
         clients=tuple(dict.fromkeys(clients)),
         workloads=_names(args.workloads, prompts.WORKLOADS, "--workloads", base.workloads),
-        targets=_names(args.targets, TARGETS, "--targets", base.targets),
+        targets=base.targets if args.targets is None else target_names(args.targets),
         budget_s=base.budget_s if args.budget is None else args.budget,
         sweep=args.sweep,
     )
@@ -140,6 +104,29 @@ def _names(
         if name not in known:
             raise UsageError(f"{option}: '{name}' is not known", f"known are {', '.join(known)}")
     return names
+
+
+def target_names(given: str) -> tuple[str, ...]:
+    """The comma-separated targets, as given. Raises UsageError for what is none, or has another's name."""
+    found = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    for name in found:
+        if "=" in name:
+            outside.check(name)
+        elif name not in TARGETS:
+            raise UsageError(
+                f"--targets: '{name}' is not known", f"known are {', '.join(TARGETS)}; or give NAME=URL"
+            )
+    names = [name.partition("=")[0] for name in found]
+    for name in names:
+        if names.count(name) > 1 or (f"{name}=" in given and name in TARGETS):
+            raise UsageError(f"--targets: the name '{name}' is taken", "give the URL another name")
+    hosts = [urlsplit(name.partition("=")[2]).netloc for name in found if "=" in name]
+    if len(hosts) != len(set(hosts)):
+        raise UsageError(
+            "--targets: two of them are the same server, which would reuse what it read for the other",
+            "measure one after the other, with --out for each",
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -165,48 +152,86 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
     began = time.perf_counter()
     found = artefact.resolve(folder, "llamacpp")
     assert isinstance(found.header, GGUFHeader)
-    for stage in ("gguf", "onnx") if "edge-onnx" in plan.targets else ("gguf",):
+    targets = [make_target(name, folder, found.path, plan) for name in plan.targets]
+    stages = list(dict.fromkeys(target.stage for target in targets if target.stage not in ("", "merged")))
+    for stage in dict.fromkeys(["gguf", *stages]):
         check_same_model(folder, stage)
     out = out or folder
     console = Console(stderr=True)
     with console.status("listening how quiet the machine is, and how fast its memory"):
         before = noise()
-        threads = hardware.cpu_threads()
-        memory = roofline.bandwidth(found.header.weights_bytes, threads)
-    targets = [TARGETS[name](folder, found.path, plan) for name in plan.targets]
-    need = sum(need_bytes(folder, found, name) for name in plan.targets) + 2**30
+        prints = {target.name: footprint(target, folder, found.header) for target in targets}
+        processor, card = bandwidths(prints)
+    need = sum(need_bytes(folder, found, target) for target in targets) + 2**30
     together = need < hardware.memory().available
-    with console.status("") as status:
-        say = status.update if console.is_terminal else console.print
-        measured, kept = measure(targets, plan, out / "bench", together=together, say=say)
-    if kept.sweep:
-        sweeps = {
-            part.target.name: sweep.sweep(
+    with View(console) as view:
+        measured, kept = measure(targets, plan, out / "bench", together=together, view=view)
+        sweeps = {}
+        for part in measured if kept.sweep else ():
+            view.say(f"requests at random times: {part.target.name}")
+            sweeps[part.target.name] = sweep.sweep(
                 part.target,
                 out / "bench" / f"{part.target.name}-sweep.log",
                 tokens=kept.tokens,
                 start=sweep.start(part.rounds),
             )
-            for part in measured
-        }
-    else:
-        sweeps = {}
     made = report.build(
         measured,
         plan=kept,
         asked_tokens=plan.tokens,
         command=command,
-        model=describe(folder, found),
+        model=describe(folder, found, stages),
         noise=(before, noise()),
-        memory=memory,
-        header=found.header,
+        memory={part.target.name: _limit(part.about, processor[part.target.name], card) for part in measured},
+        footprints=prints,
+        quality={target.name: quality.of_target(folder, target) for target in targets},
         sweeps=sweeps,
         together=together,
         seconds=time.perf_counter() - began,
     )
-    report.write(made, html.page(made), out)
-    report.show(made, Console())
+    table.write(made, html.page(made), out)
+    table.show(made, Console())
     return made
+
+
+def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | None:
+    """What the target reads for a token; None where that cannot be told."""
+    if target.stage == "gguf":
+        return roofline.of_gguf(header)
+    if target.stage == "merged":
+        return roofline.of_merged(folder / "merged", header, 2 if target.dtype == "bfloat16" else 4)
+    if target.stage == "onnx":
+        found = artefact.resolve(folder, "onnx").header
+        assert isinstance(found, OnnxHeader)
+        return roofline.of_onnx(found)
+    return None
+
+
+def bandwidths(
+    prints: Mapping[str, Footprint | None],
+) -> tuple[dict[str, Bandwidth | None], Bandwidth | None]:
+    """The processor's read bandwidth at each target's size, and the card's at the largest."""
+    sizes = {
+        name: max(LEAST_PROBED, min(one.weights, MOST_PROBED))
+        for name, one in prints.items()
+        if one is not None
+    }
+    threads = hardware.cpu_threads()
+    measured = {size: roofline.bandwidth(size, threads) for size in set(sizes.values())}
+    processor = {name: measured[sizes[name]] if name in sizes else None for name in prints}
+    return processor, roofline.gpu_bandwidth(max(sizes.values(), default=MOST_PROBED))
+
+
+def _limit(about: Mapping[str, Any], processor: Bandwidth | None, card: Bandwidth | None) -> Bandwidth | None:
+    """Of the device that the server says it is on."""
+    return card if str(about.get("device", "")).startswith("cuda") else processor
+
+
+def make_target(name: str, folder: Path, file: Path, plan: Plan) -> Target:
+    """The target behind a name of TARGETS or NAME=URL. Raises what `outside` raises."""
+    if "=" in name:
+        return outside.outside(*outside.check(name))
+    return TARGETS[name](folder, file, plan)
 
 
 # Each makes a target over (the run folder, its GGUF, the plan); the first one named is what others are
@@ -214,8 +239,10 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
 TARGETS: dict[str, Callable[[Path, Path, Plan], Target]] = {
     "baseline": lambda folder, file, plan: baseline(folder / "merged", "float32"),
     "baseline-bf16": lambda folder, file, plan: baseline(folder / "merged", "bfloat16"),
+    "transformers-static": lambda folder, file, plan: static(folder / "merged"),
     "edge": lambda folder, file, plan: ours(folder, "--backend", "llamacpp"),
     "edge-onnx": lambda folder, file, plan: ours_onnx(folder),
+    "genai": lambda folder, file, plan: genai(folder / "onnx"),
     "llama-server": lambda folder, file, plan: peers.llama_server(
         file,
         slots=max(plan.clients),
@@ -246,21 +273,24 @@ def check_same_model(folder: Path, stage: str = "gguf") -> None:
         )
 
 
-def need_bytes(folder: Path, found: artefact.Artefact, name: str) -> int:
-    """Memory that a target will take, from its files: the baseline's 16-bit weights in its dtype, and torch;
+def need_bytes(folder: Path, found: artefact.Artefact, target: Target) -> int:
+    """Memory that a target will take, from its files: the merged 16-bit weights in its dtype, and torch;
 
-    twice the GGUF's weights for the others, cache and buffers included.
+    twice the GGUF's weights for the others, cache and buffers included; nothing where it runs already.
     """
-    if not name.startswith("baseline"):
+    if target.url:
+        return 0
+    if target.stage != "merged":
         return 2 * found.header.weights_bytes
     weights = sum(file.stat().st_size for file in (folder / "merged").glob("*.safetensors"))
-    return weights * (1 if name == "baseline-bf16" else 2) + 2**30
+    return weights * (1 if target.dtype == "bfloat16" else 2) + 2**30
 
 
-def describe(folder: Path, found: artefact.Artefact) -> dict[str, Any]:
+def describe(folder: Path, found: artefact.Artefact, stages: Sequence[str]) -> dict[str, Any]:
+    """The model's files, by stage; sizes in bytes. stages: those whose weights a target reads."""
     merged = manifest.read(folder / "merged")
-    return {
-        "run": folder.name,
+    said: dict[str, Any] = {
+        "run": folder.resolve().name,
         "base_model": merged.base_model,
         "merged": {
             "digest": merged.digest,
@@ -268,148 +298,10 @@ def describe(folder: Path, found: artefact.Artefact) -> dict[str, Any]:
         },
         "gguf": {"digest": found.digest, "file": found.path.name, "bytes": found.path.stat().st_size},
     }
-
-
-def measure(
-    targets: Sequence[Target], plan: Plan, logs: Path, *, together: bool, say: Any = lambda text: None
-) -> tuple[list[Measured], Plan]:
-    """Start, warm and drive the targets; what was measured, in that order, and the plan as kept.
-
-    together: all run at once and rounds alternate; otherwise one after the other. The speed of the slowest
-    that is known when the first round begins decides what fits into the budget (see `schedule`). Raises what
-    `started` raises, and EdgeError where two targets count a prompt's tokens differently.
-    """
-    measured = [Measured(target) for target in targets]
-    reads: dict[int, int] = {}
-    rounds: dict[Case, int] = {}
-    rates: list[float] = []
-
-    def open_(part: Measured, stack: contextlib.ExitStack) -> Running:
-        say(f"starting {part.target.name}")
-        server = stack.enter_context(started(part.target, logs / f"{part.target.name}.log"))
-        part.load_s = server.load_s
-        part.about = _about(server)
-        say(f"warming {part.target.name}")
-        rates.append(_warm(server, plan, reads))
-        return server
-
-    if together:
-        with contextlib.ExitStack() as stack:
-            running = [open_(part, stack) for part in measured]
-            plan, rounds = schedule(plan, rates)
-            since = time.perf_counter()
-            for case, number in _cases(rounds):
-                for part, server in zip(measured, running, strict=True):
-                    say(f"{part.target.name}: {_said(case)}, round {number + 1} of {rounds[case]}")
-                    others = [s for s in running if s is not server]
-                    _round(part, server, others, plan, case, number)
-            for part, server in zip(measured, running, strict=True):
-                _memory(part, server, since)
-        return measured, plan
-    for part in measured:
-        with contextlib.ExitStack() as stack:
-            server = open_(part, stack)
-            if not rounds:
-                plan, rounds = schedule(plan, [rates[0]] * len(measured))
-            since = time.perf_counter()
-            for case, number in _cases(rounds):
-                say(f"{part.target.name}: {_said(case)}, round {number + 1}")
-                _round(part, server, [], plan, case, number)
-            _memory(part, server, since)
-    return measured, plan
-
-
-def _said(case: Case) -> str:
-    return f"{case[0]}, {case[1]} at once"
-
-
-def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]:
-    """The plan, with shorter answers if need be, and the rounds for each case; at least one.
-
-    rates: tokens/s of each target for one answer; none is taken to be faster with several at once.
-    """
-    per_token = sum(1.0 / rate for rate in rates)
-
-    def seconds(clients: int) -> float:
-        # A fifth more for prompts, and a second for the pauses.
-        return 1.2 * clients * plan.tokens * per_token + 1
-
-    def whole() -> float:
-        return len(plan.workloads) * sum(map(seconds, plan.clients))
-
-    while plan.tokens > plan.least and whole() > plan.budget_s:
-        plan = dataclasses.replace(plan, tokens=max(plan.least, plan.tokens // 2))
-    share = plan.budget_s / (len(plan.clients) * len(plan.workloads))
-    return plan, {
-        (name, n): max(1, min(plan.rounds, int(share / seconds(n))))
-        for name in plan.workloads
-        for n in plan.clients
-    }
-
-
-def _cases(rounds: dict[Case, int]) -> Iterator[tuple[Case, int]]:
-    for case, count in rounds.items():
-        for number in range(count):
-            yield case, number
-
-
-def jobs_of(plan: Plan, case: Case, number: int) -> list[Job]:
-    """The prompts of one round: the same for every target, never asked before."""
-    name, clients = case
-    workload = prompts.WORKLOADS[name]
-    return workload.jobs(clients, plan.tokens, seed=SEED, first=1000 * clients + 1000 * 300 * number)
-
-
-def _warm(server: Running, plan: Plan, reads: dict[int, int]) -> float:
-    """Two answers that are thrown away; tokens/s of the second. Raises EdgeError where they are not whole,
-
-    or where the prompt has another number of tokens than `reads` says another target counted.
-    """
-    name = server.target.name
-    for job in prompts.make(2, WARM_TOKENS, seed=SEED + 1):
-        sample = asyncio.run(ask(server.url, server.target.dialect, job))
-        if sample.state != "ok":
-            why = sample.error or f"{sample.completion_tokens} tokens instead of {sample.wanted}"
-            raise EdgeError(
-                f"the server '{name}' did not give a whole answer: {why}",
-                f"its last words:\n    {server.log_tail()}",
-            )
-        counted = sample.prompt_tokens or 0
-        if reads.setdefault(job.index, counted) != counted:
-            raise EdgeError(
-                f"'{name}' reads a prompt as {counted} tokens, the other server as {reads[job.index]}: "
-                "they would not do the same work",
-                "the tokenizer was changed by the export; export the model again",
-            )
-    return token_rate([sample])
-
-
-def _about(server: Running) -> dict[str, Any]:
-    _, body = asyncio.run(get(server.url, server.target.about))
-    said = json.loads(body)
-    assert isinstance(said, dict)
+    if "onnx" in stages:
+        onnx = artefact.resolve(folder, "onnx")
+        assert isinstance(onnx.header, OnnxHeader)
+        names = {onnx.path.name, *onnx.header.files}
+        size = sum((onnx.path.parent / name).stat().st_size for name in names)
+        said["onnx"] = {"digest": onnx.digest, "file": onnx.path.name, "bytes": size}
     return said
-
-
-def _round(
-    part: Measured, server: Running, others: Sequence[Running], plan: Plan, case: Case, number: int
-) -> None:
-    jobs = jobs_of(plan, case, number)
-
-    async def drive() -> tuple[list[Sample], HealthProbe]:
-        async with HealthProbe(server.url, server.target.health) as probe:
-            return await closed_loop(server.url, server.target.dialect, jobs, case[1]), probe
-
-    def others_cpu() -> float:
-        return sum(tree_cpu(other.pid) for other in others)
-
-    time.sleep(PAUSE_S)
-    used, own, began = others_cpu(), tree_cpu(server.pid), time.perf_counter()
-    samples, probe = asyncio.run(drive())
-    seconds = time.perf_counter() - began
-    own, idle = tree_cpu(server.pid) - own, (others_cpu() - used) / seconds
-    part.rounds.setdefault(case, []).append(Round(samples, probe.seconds, probe.failures, idle, own))
-
-
-def _memory(part: Measured, server: Running, since: float) -> None:
-    part.memory_peak, part.memory_steady = server.memory.peak, server.memory.steady(since)

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from bench import prompts
 from bench.load import open_loop
-from bench.metrics import Objective, goodput, median, request_rate, spread, ttft
+from bench.metrics import OBJECTIVE, Objective, goodput, median, request_rate, spread, ttft
 from bench.targets import Target, started
 
 if TYPE_CHECKING:
-    from bench.run import Case, Round
+    from bench.measure import Case, Round
 
 ROOT = Path(__file__).parent.parent
-# What a reader at a screen bears: a first word soon, and then words faster than they are read.
-OBJECTIVE = Objective(ttft=2.0, tpot=0.2)
 GROWTH = 1.5
 MOST_STEPS = 6
 ENOUGH = 0.9

@@ -22,14 +22,17 @@ from bench.probe import MemoryWatch, tree, watched
 from edge.errors import EdgeError
 
 _LOG_LINES = 15
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to start. command: arguments, the port left out as "{port}".
+    """What to start. command: arguments, the port left out as "{port}"; url: a server that runs already.
 
     ready: a path that answers 200 as soon as requests can be answered; about: one that tells its settings;
-    health: one that should always be answered at once. reads_gguf: whether it decodes the GGUF's weights.
+    health: one that should always be answered at once. stage: the run's folder whose weights it reads, ""
+    where that is not known; dtype: of those weights in memory, for the merged folder. forced: whether it can
+    be made to give the number of tokens that was asked for, whatever it would say.
     """
 
     name: str
@@ -39,7 +42,10 @@ class Target:
     about: str
     environment: dict[str, str] = field(default_factory=dict)
     health: str = "/health"
-    reads_gguf: bool = True
+    stage: str = "gguf"
+    dtype: str = ""
+    url: str = ""
+    forced: bool = True
 
 
 def ours(artefact: Path, *options: str) -> Target:
@@ -51,34 +57,60 @@ def ours(artefact: Path, *options: str) -> Target:
 def ours_onnx(folder: Path) -> Target:
     """edge serving a run's ONNX model."""
     found = ours(folder, "--backend", "onnx")
-    return replace(found, name="edge-onnx", reads_gguf=False)
+    return replace(found, name="edge-onnx", stage="onnx")
 
 
 def baseline(merged: Path, dtype: str) -> Target:
     """The tutorial's server over a transformers folder, in float32 or bfloat16."""
     command = [sys.executable, "-m", "bench.baseline", str(merged), "--port", "{port}", "--dtype", dtype]
     name = "baseline" if dtype == "float32" else "baseline-bf16"
-    offline = {"HF_HUB_OFFLINE": "1"}
-    return Target(name, command, Baseline(), "/health", "/health", offline, reads_gguf=False)
+    return Target(name, command, Baseline(), "/health", "/health", _OFFLINE, stage="merged", dtype=dtype)
+
+
+def genai(onnx: Path) -> Target:
+    """onnxruntime-genai's Generator over the exported folder, behind a queue of the bench's own."""
+    command = [sys.executable, "-m", "bench.simple_server", "genai", str(onnx), "--port", "{port}"]
+    return Target("genai", command, Ours(), "/health", "/health", _OFFLINE, stage="onnx")
+
+
+def static(merged: Path, dtype: str = "float32") -> Target:
+    """transformers with a static cache, behind the same queue."""
+    command = [sys.executable, "-m", "bench.simple_server", "static", str(merged), "--port", "{port}"]
+    return Target(
+        "transformers-static",
+        [*command, "--dtype", dtype],
+        Ours(),
+        "/health",
+        "/health",
+        _OFFLINE,
+        stage="merged",
+        dtype=dtype,
+    )
 
 
 @dataclass
 class Running:
-    """A target that answers. started: on time.perf_counter(); load_s: seconds until it was ready."""
+    """A target that answers. started: on time.perf_counter(); load_s: seconds until it was ready.
+
+    answers_s: seconds until its port first answered, whatever it said. process: None where it ran before.
+    """
 
     target: Target
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     log: Path
     memory: MemoryWatch
     started: float
     load_s: float = 0.0
+    answers_s: float = 0.0
 
     @property
-    def pid(self) -> int:
-        return self.process.pid
+    def pid(self) -> int | None:
+        return self.process.pid if self.process else None
 
     def log_tail(self) -> str:
+        if self.process is None:
+            return "(it was started elsewhere)"
         lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
         return "\n    ".join(lines[-_LOG_LINES:])
 
@@ -95,8 +127,14 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
     """The target as a running child in a process group of its own, ready to answer; stopped at the end.
 
     limit: seconds until it must be ready. watch: sample its memory, which costs a percent of a core or two.
-    Raises EdgeError with the end of its log where it ends or is late.
+    One that runs already (`url`) is only asked. Raises EdgeError with the end of its log where it ends or is
+    late.
     """
+    if target.url:
+        running = Running(target, target.url, None, log, MemoryWatch(0), time.perf_counter())
+        _wait(running, 10.0)
+        yield running
+        return
     port = free_port()
     command = [word.format(port=port) if word == "{port}" else word for word in target.command]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -129,14 +167,15 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
 def _wait(running: Running, limit: float) -> None:
     name, path = running.target.name, running.target.ready
     while True:
-        if running.process.poll() is not None:
+        if running.process is not None and running.process.poll() is not None:
             code = running.process.returncode
             raise EdgeError(
                 f"the server '{name}' ended with code {code} before it was ready",
                 f"its last words:\n    {running.log_tail()}",
             )
         with contextlib.suppress(OSError, TimeoutError, ProtocolError):
-            status, _ = asyncio.run(get(running.url, path, limit=5.0))
+            status, _ = asyncio.run(get(running.url, path, limit=5.0, key=running.target.dialect.key))
+            running.answers_s = running.answers_s or time.perf_counter() - running.started
             if status == 200:
                 return
         if time.perf_counter() - running.started > limit:

@@ -17,12 +17,14 @@ class Mock:
     The baseline's too: GET /generate blocks everything and answers in one piece.
 
     cut: tokens after which it says `fault`: "stop" (an honest early end), "drop" (the connection ends) or
-    "error" (an error event). status: of every answer.
+    "error" (an error event). status: of every answer. made: when each streamed answer's request came and its
+    tokens went, on time.perf_counter: on a busy machine later than they should.
     """
 
     def __init__(self, first: float, gap: float, *, cut: int = 0, fault: str = "", status: int = 200) -> None:
         self.first, self.gap, self.cut, self.fault, self.status = first, gap, cut, fault, status
         self.bodies: list[dict[str, Any]] = []
+        self.made: list[tuple[float, list[float]]] = []
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -59,10 +61,13 @@ class Mock:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         )
-        due = time.perf_counter() + self.first
+        came, sent = time.perf_counter(), []
+        self.made.append((came, sent))
+        due = came + self.first
         made = min(tokens, self.cut or tokens)
         for _ in range(made):
             await asyncio.sleep(due - time.perf_counter())
+            sent.append(time.perf_counter())
             event({"text": "la ", "tokens": 1})
             # Absolute times: a late wake-up does not shift all that follow.
             due += self.gap

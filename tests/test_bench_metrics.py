@@ -71,7 +71,7 @@ def test_no_samples() -> None:
     found = metrics.summary([])
     assert found["tokens_per_s"] == 0.0
     assert found["e2e_s"]["p50"] is None
-    assert found["e2e_s"]["p50_interval"] is None
+    assert found["e2e_s"]["intervals"]["p50"] is None
 
 
 @pytest.mark.parametrize(

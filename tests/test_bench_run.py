@@ -15,12 +15,14 @@ import psutil
 import pytest
 from rich.console import Console
 
-from bench import demo, html, prompts, readme, report
+from bench import demo, html, prompts, readme, report, table
 from bench.bare import counts
+from bench.live import View
 from bench.load import Baseline, Job, Ours
+from bench.measure import Measured, Plan, Round, measure, schedule
 from bench.metrics import Sample
 from bench.probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
-from bench.run import Measured, Plan, Round, check_same_model, main, measure, schedule
+from bench.run import check_same_model, main
 from bench.targets import Target, free_port, started, stop
 from edge import manifest
 from edge.errors import EdgeError, InputError, UsageError
@@ -28,6 +30,7 @@ from edge.errors import EdgeError, InputError, UsageError
 # Seconds of training or of other processes: left out of the quick part.
 pytestmark = pytest.mark.slow
 
+QUIET = Console(quiet=True)
 FAST = Plan(tokens=6, clients=(1, 2), rounds=2, budget_s=10.0)
 
 
@@ -45,7 +48,7 @@ def script(code: str) -> Target:
 @pytest.fixture(scope="module", autouse=True)
 def _no_pause() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.run.PAUSE_S", 0.0)
+        patch.setattr("bench.measure.PAUSE_S", 0.0)
         yield
 
 
@@ -55,7 +58,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
         mock("baseline", Baseline(), first=0.05, gap=0.02),
         mock("edge", Ours(), first=0.02, gap=0.004),
     )
-    return measure(pair, FAST, tmp_path_factory.mktemp("logs 日志"), together=True)[0]
+    return measure(pair, FAST, tmp_path_factory.mktemp("logs 日志"), together=True, view=View(QUIET))[0]
 
 
 def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
@@ -70,8 +73,9 @@ def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
             "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
         },
         "noise": (Noise(0.0, 0.01), Noise(0.0, 0.02)),
-        "memory": None,
-        "header": None,
+        "memory": {},
+        "footprints": {},
+        "quality": {},
         "sweeps": {},
         "together": True,
         "seconds": 12.0,
@@ -210,7 +214,8 @@ def test_the_blocked_server_shows_in_its_health(measured: list[Measured]) -> Non
 
 def test_targets_in_turn_ask_the_same_prompts(tmp_path: Path) -> None:
     pair = (mock("baseline", Baseline(), first=0.0, gap=0.001), mock("edge", Ours(), first=0.0, gap=0.001))
-    (slow, fast), kept = measure(pair, Plan(tokens=3, clients=(2,), rounds=1), tmp_path, together=False)
+    plan = Plan(tokens=3, clients=(2,), rounds=1)
+    (slow, fast), kept = measure(pair, plan, tmp_path, together=False, view=View(QUIET))
     prompts_ = [sorted(s.prompt for s in part.rounds["mixed", 2][0].samples) for part in (slow, fast)]
     assert prompts_[0] == prompts_[1] and len(prompts_[0]) == 2
     made = built([slow, fast], plan=kept, together=False)
@@ -220,7 +225,7 @@ def test_targets_in_turn_ask_the_same_prompts(tmp_path: Path) -> None:
 def test_a_target_that_stops_early_is_refused_at_the_warm_up(tmp_path: Path) -> None:
     pair = (mock("baseline", Baseline(), first=0.0, gap=0.0), mock("edge", Ours(), first=0.0, gap=0.0, cut=3))
     with pytest.raises(EdgeError, match="'edge' did not give a whole answer: 3 tokens instead of 16"):
-        measure(pair, FAST, tmp_path, together=True)
+        measure(pair, FAST, tmp_path, together=True, view=View(QUIET))
 
 
 def whole(prompt: int, read: int = 7, *, got: int = 6, error: str = "") -> Sample:
@@ -249,20 +254,20 @@ def test_different_work_is_not_compared(theirs: Sample, why: str) -> None:
     against = made["cases"][0]["against"]["edge"]
     assert not against["comparable"] and re.search(why, against["why"])
     assert set(against["ratios"].values()) == {None}
-    assert "not compared" in report.block(made) and against["why"] in report.markdown(made)
+    assert "not compared" in table.block(made) and against["why"] in table.markdown(made)
 
 
 def test_report_files_table_and_last_line(measured: list[Measured], tmp_path: Path) -> None:
     made = built(measured, noise=(Noise(0.4, 0.0), Noise(0.0, 0.0)))
-    report.write(made, html.page(made), tmp_path / "out")
+    table.write(made, html.page(made), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert kept["schema"] == 2 and kept["machine"]["threads"] >= 1
+    assert kept["schema"] == 3 and kept["machine"]["threads"] >= 1
     assert len(kept["cases"][1]["targets"]["edge"]["samples"][0]) == 2
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "40%" in text and "| **2 clients** |" in text and "`edge bench runs/x`" in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md"]
     console = Console(width=80, record=True, file=(tmp_path / "shown").open("w", encoding="utf-8"))
-    report.show(made, console)
+    table.show(made, console)
     console.file.close()
     shown = console.export_text()
     assert "output tokens/s" in shown and "40%" in shown
@@ -270,12 +275,23 @@ def test_report_files_table_and_last_line(measured: list[Measured], tmp_path: Pa
     json.dumps(report.headline(made))
 
 
+def test_a_report_says_commands_without_this_machine_s_paths(tmp_path: Path) -> None:
+    word = str(tmp_path / "模型.gguf")
+    given = {"command": ["llama-server", "--model", word], "template": "{% if x %}\n/a{% endif %}", "n": 1}
+    kept = {**given, "command": ["llama-server", "--model", "模型.gguf"]}
+    assert report.shown(given) == kept
+
+
 def test_readme_block(measured: list[Measured], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report.write(built(measured), "", tmp_path)
+    table.write(built(measured), "", tmp_path)
     target = tmp_path / "README.md"
     target.write_text("# 标题\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nrest\n", encoding="utf-8")
     for _ in range(2):
-        assert readme.main([str(tmp_path / "report.json"), str(target)]) == 0
+        argv = [str(tmp_path / "report.json"), str(target), "--pictures", str(tmp_path / "pictures")]
+        assert readme.main(argv) == 0
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["first.svg", "load.svg", "throughput.svg", "trade.svg"]
+    assert "<svg" in (tmp_path / "pictures" / "first.svg").read_text(encoding="utf-8")
     text = target.read_text(encoding="utf-8")
     assert text.startswith("# 标题\n<!-- bench:begin -->\n| |") and text.endswith(
         "<!-- bench:end -->\nrest\n"
@@ -391,5 +407,7 @@ def test_real_servers_on_a_toy_model(
     alone = made["cases"][0]["targets"]["edge"]["ceiling"]
     assert alone["bytes_per_token"] > 1000 and 0.0 < alone["share"] < 1.0
     assert made["cases"][1]["targets"]["edge"]["ceiling"] is None
-    assert "ceiling" not in made["cases"][0]["targets"]["baseline"]
+    slow = made["cases"][0]["targets"]["baseline"]["ceiling"]
+    # Four bytes for each weight of the merged folder in place of two.
+    assert slow["bytes_per_token"] == pytest.approx(2 * alone["bytes_per_token"], rel=0.1)
     assert psutil.Process().children() == []

@@ -16,9 +16,9 @@ import pytest
 from bench import charts, compare, html, metrics, prompts, report, roofline, sweep
 from bench.charts import Axis
 from bench.load import Ours, open_loop
+from bench.measure import Measured, Plan, Round
 from bench.metrics import Objective, Sample
 from bench.probe import Noise
-from bench.run import Measured, Plan, Round
 from bench.targets import Target
 from edge.errors import InputError
 from edge.gguf_header import read_header
@@ -106,11 +106,41 @@ def test_bytes_per_token_count_each_weight_once(tmp_path: Path) -> None:
     kv = header.block_count * heads * 2
     table = header.tensors["token_embd.weight"].bytes
     unread = table if "output.weight" in header.tensors else 0
-    assert roofline.bytes_per_token(header, 0) == whole - unread
-    assert roofline.bytes_per_token(header, 100) == whole - unread + 100 * kv
+    assert roofline.of_gguf(header).per_token(0) == whole - unread
+    assert roofline.of_gguf(header).per_token(100) == whole - unread + 100 * kv
     found = roofline.Bandwidth(1e10, 9e9, 1, 2)
     assert roofline.ceiling(found, 10**8) == pytest.approx(100.0)
     assert roofline.context_of([80, 100], 64) == 122.0
+
+
+def test_bytes_of_a_transformers_folder_follow_its_dtype(tmp_path: Path) -> None:
+    header = read_header(tiny_llama.write(tmp_path / "m.gguf"))
+    shapes = {"model.embed_tokens.weight": [100, 8], "lm_head.weight": [100, 8], "model.norm.weight": [8]}
+    said = {name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 1]} for name, shape in shapes.items()}
+    head = json.dumps({"__metadata__": {"format": "pt"}, **said}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}', encoding="utf-8")
+    cell = roofline.of_gguf(header).cell
+    assert roofline.of_merged(tmp_path, header, 4) == roofline.Footprint(4 * 808, 2 * cell)
+    assert roofline.of_merged(tmp_path, header, 2) == roofline.Footprint(2 * 808, cell)
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}', encoding="utf-8")
+    assert roofline.of_merged(tmp_path, header, 2).weights == 2 * 1608
+
+
+def test_bytes_of_an_onnx_graph_leave_out_tables_of_rows(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    from edge.onnx_header import read_onnx
+    from tests import tiny_onnx as tiny
+
+    header = read_onnx(tiny.write(tmp_path))
+    found = roofline.of_onnx(header)
+    assert found is not None
+    per_layer = tiny.WIDTH * (tiny.HEADS + 2 * tiny.KV_HEADS) * tiny.HEAD + tiny.WIDTH * tiny.WIDTH
+    per_layer += 2 * tiny.WIDTH * tiny.FEED + 2 * tiny.WIDTH
+    wanted = 4 * (tiny.LAYERS * per_layer + tiny.WIDTH + tiny.WIDTH * tiny.VOCAB)
+    # And a few numbers of eight bytes.
+    assert wanted <= found.weights < wanted + 64
+    assert found.cell == tiny.LAYERS * tiny.KV_HEADS * 2 * tiny.HEAD * 4
 
 
 def test_axes() -> None:
@@ -132,6 +162,10 @@ def test_charts_are_well_formed_and_say_their_values() -> None:
     assert charts.number(1234.5) == "1,234" and charts.number(0.01234) == "0.0123"
 
 
+STAGES = {"baseline": "merged", "edge": "gguf"}
+LOST = {"kl": 0.023, "kl_p99": 0.2, "top1": 0.966, "positions": 500}
+
+
 def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
     """Two targets, two numbers of clients; edge answers in 0.1 s, times `scale`, with a little spread."""
 
@@ -146,8 +180,16 @@ def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
             ]
             for n in (1, 4)
         }
-        target = Target(name, ["x", "y"], Ours(), "/ready", "/info", reads_gguf=name == "edge")
-        return Measured(target, 1.0, 2**21, 2**20, {"dtype": "float32"}, cases)
+        target = Target(name, ["x", "y"], Ours(), "/ready", "/info", stage=STAGES[name])
+        return Measured(
+            target,
+            answers_s=0.5,
+            load_s=1.0,
+            memory_peak=2**21,
+            memory_steady=2**20,
+            about={"dtype": "float32"},
+            rounds=cases,
+        )
 
     return report.build(
         [measured("baseline", 1.0), measured("edge", 0.1 * scale)],
@@ -161,8 +203,9 @@ def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
             "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
         },
         noise=(Noise(0.0, 0.0), Noise(0.0, 0.0)),
-        memory=None,
-        header=None,
+        memory={},
+        footprints={},
+        quality={"baseline": {"reference": True}, "edge": LOST},
         sweeps={"edge": [{"rate": 1.0, "goodput": 0.9, "share": 0.9}], "baseline": []},
         together=True,
         seconds=1.0,
@@ -173,7 +216,7 @@ def test_the_page_stands_alone() -> None:
     text = html.page(made_report())
     assert text.startswith("<!doctype html>") and "贝壳 &lt;x&gt;" in text and "<x>" not in text
     assert not re.search(r"(src|href)=|<script|@import|url\(", text)
-    assert text.count("<svg") == len(html.pictures(made_report())) == 4
+    assert text.count("<svg") == len(html.pictures(made_report())) == 5
     assert "(10.0 x" in text
 
 

@@ -1,0 +1,135 @@
+"""What a measurement does at this moment: a table that changes on a terminal, plain lines elsewhere.
+
+It is drawn twice a second by a thread of the one who measures, which is below one percent of a core.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+REFRESH_HZ = 2
+Case = tuple[str, int]
+
+
+class View:
+    """Follows targets through their rounds, and shows on `console` where they are."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(self, console=console, refresh_per_second=REFRESH_HZ, transient=True)
+        self._phase = ""
+        self._rounds: dict[Case, int] = {}
+        self._names: list[str] = []
+        self._expected: dict[tuple[str, Case], float] = {}
+        self._took: dict[tuple[str, Case], list[float]] = {}
+        self._rates: dict[tuple[str, Case], list[float]] = {}
+        self._now: tuple[str, Case] | None = None
+        self._began = 0.0
+        self._tokens = 0
+        # Drawn by one thread, told by another.
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> View:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, phase: str) -> None:
+        """What happens between rounds."""
+        with self._lock:
+            self._phase, self._now = phase, None
+        if not self._console.is_terminal:
+            self._console.print(phase, markup=False, highlight=False, soft_wrap=True)
+
+    def expect(
+        self, names: Sequence[str], rounds: Mapping[Case, int], seconds: Mapping[tuple[str, Case], float]
+    ) -> None:
+        """What is to come. seconds: a guess for one round of each target and case."""
+        with self._lock:
+            self._names, self._rounds, self._expected = list(names), dict(rounds), dict(seconds)
+
+    def begin(self, name: str, case: Case) -> None:
+        with self._lock:
+            self._now, self._began, self._tokens = (name, case), time.perf_counter(), 0
+
+    def seen(self, tokens: int) -> None:
+        """Some tokens have come."""
+        self._tokens += tokens
+
+    def end(self, rate: float) -> None:
+        """The round is over: tokens/s."""
+        assert self._now is not None
+        with self._lock:
+            now = self._now
+            self._took.setdefault(now, []).append(time.perf_counter() - self._began)
+            self._rates.setdefault(now, []).append(rate)
+            self._now = None
+        if not self._console.is_terminal:
+            name, case = now
+            at = f"round {len(self._took[now])} of {self._rounds[case]}"
+            left = f"about {_clock(self.left())} left"
+            line = f"{name}: {_said(case)}, {at}: {rate:.1f} tokens/s; {left}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def left(self) -> float:
+        """Seconds that the rounds still take, by those that were, or by the guess."""
+        total = 0.0
+        with self._lock:
+            for case, rounds in self._rounds.items():
+                for name in self._names:
+                    took = self._took.get((name, case), [])
+                    each = statistics.fmean(took) if took else self._expected.get((name, case), 0.0)
+                    total += each * (rounds - len(took))
+            if self._now is not None:
+                total -= time.perf_counter() - self._began
+        return max(total, 0.0)
+
+    def __rich__(self) -> RenderableType:
+        with self._lock:
+            return Group(self._table(), Text(self._line())) if self._rates else Text(self._line())
+
+    def _line(self) -> str:
+        if self._now is None:
+            return self._phase
+        name, case = self._now
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        number = len(self._took.get(self._now, [])) + 1
+        rate = f"{self._tokens / seconds:.1f} tokens/s" if self._tokens else "no token yet"
+        return (
+            f"{name}: {_said(case)}, round {number} of {self._rounds[case]}, {rate}; "
+            f"about {_clock(self.left())} left"
+        )
+
+    def _table(self) -> Table:
+        table = Table(title="output tokens/s, median of the rounds so far", title_justify="left")
+        table.add_column("")
+        for name in self._names:
+            table.add_column(escape(name), justify="right")
+        for case in self._rounds:
+            cells = [self._rates.get((name, case)) for name in self._names]
+            table.add_row(
+                escape(_said(case)), *(f"{statistics.median(c):.1f} ({len(c)})" if c else "" for c in cells)
+            )
+        return table
+
+
+def _said(case: Case) -> str:
+    return f"{case[0]}, {case[1]} client{'' if case[1] == 1 else 's'}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
