@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from convert import template, verify
 from convert import verify_probes as probes
 from convert.folder import check_folder
+from convert.verify_logits import Reference
 from convert.verify_probes import TEXTS as PROBES
 from convert.verify_readers import GgufReader, TorchReader
 from edge import hardware, manifest
@@ -231,7 +232,7 @@ def _choose(origin: Source, final: Path, plain: Path, console: Console) -> dict[
         for name, path in (("with", final), ("without", plain)):
             readers[name] = stack.enter_context(contextlib.closing(GgufReader(path)))
             readers[name].thinking = origin.known.thinking
-        reference = stack.enter_context(contextlib.closing(verify.Reference(source, readers["with"])))
+        reference = stack.enter_context(contextlib.closing(Reference(source, readers["with"])))
         for name, reader in readers.items():
             found[name] = reference.against(reader)["kl_mean"]
     factor = found["without"] / found["with"] if found["with"] else 1.0

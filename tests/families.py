@@ -57,12 +57,18 @@ def make_family(folder: Path, family: str, *, tied: bool | None = None, seed: in
     return folder
 
 
-def make_adapter(folder: Path, base: Path, *, settings: dict[str, Any] | None = None, **lora: Any) -> Path:
-    """A random adapter over `base` as training leaves one, with its manifest; `lora` goes to LoraConfig."""
+def make_adapter(
+    folder: Path, base: Path, *, settings: dict[str, Any] | None = None, added: int = 0, **lora: Any
+) -> Path:
+    """A random adapter over `base` as training leaves one, with its manifest; `lora` goes to LoraConfig.
+
+    added: tokens that were put behind the base's, and whose embeddings peft then writes by itself.
+    """
     import shutil
 
     import torch
     from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
@@ -70,18 +76,24 @@ def make_adapter(folder: Path, base: Path, *, settings: dict[str, Any] | None = 
         warnings.simplefilter("ignore")
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if added:
+            model.resize_token_embeddings(model.config.vocab_size + added, mean_resizing=False)
         adapted = get_peft_model(model, LoraConfig(**options))
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
             elif "lora_magnitude" in name:
                 parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
-            elif "modules_to_save" in name:
+            elif "modules_to_save" in name or "trainable_tokens" in name:
                 parameter.data += 0.05 * torch.randn_like(parameter)
-        adapted.save_pretrained(folder, save_embedding_layers=False)
+        adapted.save_pretrained(folder, save_embedding_layers=bool(added))
     (folder / "README.md").unlink(missing_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(base / name, folder / name)
+    if added:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        assert tokenizer.add_special_tokens([f"<|added_{number}|>" for number in range(added)]) == added
+        tokenizer.save(str(folder / "tokenizer.json"))
     config = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
     known = manifest.Manifest(
         "adapter",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
 from convert import gguf, gguf_lora, merge, verify
 from edge import artefact, manifest, sdist
@@ -182,3 +183,55 @@ def test_the_merged_model_is_what_peft_computes(tmp_path: Path, tied: bool, lora
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     touched = "embed_tokens" in str(lora) or "lm_head" in str(lora)
     assert config["tie_word_embeddings"] is (tied and not touched)
+
+
+_TOKENS = {"trainable_token_indices": [384, 385]}
+_BOTH, _ONE = {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tied", "added", "lora"),
+    [
+        (True, 0, {"trainable_token_indices": [5, 300]}),
+        (False, 0, {"trainable_token_indices": {"embed_tokens": [5, 300]}}),
+        (True, 2, _TOKENS),
+        (False, 2, _TOKENS),
+        (True, 2, _BOTH),
+        (False, 2, _BOTH),
+        (True, 2, _ONE),
+        (True, 2, _ONE | {"ensure_weight_tying": True}),
+        (True, 2, {}),
+        (False, 2, {}),
+    ],
+    ids=str,
+)
+def test_t14_added_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, added: int, lora: dict[str, object]
+) -> None:
+    """Tokens behind the base's, or trained by themselves: in the tables, the tokenizer and config.json."""
+    from convert import verify_torch
+
+    base = make_family(tmp_path / "base", "llama", tied=tied)
+    adapter = tmp_path / "run" / "adapter"
+    make_adapter(adapter, base, added=added, **{"target_modules": ["q_proj"]} | lora)
+    merged = merge.run(tmp_path / "run", dtype="float32", console=quiet())
+    found = manifest.read(merged).verify
+    assert found["unequal"] == [] and found["logits"]["kl_mean"] < 1e-6 and found["logits"]["top1"] == 1.0
+    monkeypatch.setattr(verify_torch, "WHOLE", 0)  # the reference a layer at a time
+    report = verify.run(adapter, merged, console=quiet())
+    if lora is _TOKENS and tied:
+        assert "in memory as a whole" in report.notes[-1]
+    else:
+        assert report.logits["kl_mean"] < 1e-6
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    tensors, plain = (load_file(folder / "model.safetensors") for folder in (merged, base))
+    table, before = (one["model.embed_tokens.weight"] for one in (tensors, plain))
+    assert table.shape == (384 + added, 256) and config["vocab_size"] == 384 + added
+    # peft trains a copy of a table that is named alone; its twin then stays behind.
+    apart = tied and lora.get("modules_to_save") == ["embed_tokens"] and "ensure_weight_tying" not in lora
+    both = tied and len(str(lora.get("modules_to_save"))) > 20 and "lm_head" in str(lora)
+    assert config["tie_word_embeddings"] is (tied and not apart and not both)
+    if "trainable_token_indices" in lora and not added:
+        changed = (table != before).any(1).nonzero().flatten().tolist()
+        assert changed == [5, 300]

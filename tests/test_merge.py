@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import merge, merge_adapter, qlora
+from convert import merge, merge_adapter, qlora, shards
 from edge import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
@@ -197,7 +197,7 @@ def test_shards(trained, monkeypatch):
 
     run, _ = trained(max_steps=1, toy={"tied": False})
     whole = load_file(merge.run(run) / "model.safetensors")
-    monkeypatch.setattr(merge, "SHARD", 100_000)
+    monkeypatch.setattr(shards, "LARGEST", 100_000)
     target = merge.run(run, overwrite=True)
     assert len(list(target.glob("*.safetensors"))) > 1 and not (target / "model.safetensors").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
