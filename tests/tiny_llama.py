@@ -84,3 +84,21 @@ def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_lora(path: Path, *, seed: int = 0, strength: float = 1.0) -> Path:
+    """A LoRA adapter of rank 4 for it, as GGUF."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    for i in range(LAYERS):
+        for half, shape in (("a", (4, WIDTH)), ("b", (WIDTH, 4))):
+            values = rng.normal(0, strength / 2, shape).astype(np.float32)
+            writer.add_tensor(f"blk.{i}.attn_output.weight.lora_{half}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
