@@ -50,6 +50,7 @@ QUANTS = (
 NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 TEMPLATE = "chat_template.jinja"
+_PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,10 @@ class Source:
 
     def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
         """The manifest of `file` in the type `quant`, without its verification."""
-        return manifest.Manifest(
-            stage="gguf",
-            name=self.known.name,
-            base_model=self.known.base_model,
-            parents=[self.known.parent(self.path)],
-            settings={"quant": quant, "file": file.name, **settings},
-            chat_template=manifest.text_digest(self.template),
-            stop_ids=self.known.stop_ids,
-            thinking=self.known.thinking,
-            versions=manifest.versions("edge", "llama-cpp-python", "torch", "transformers", "tokenizers"),
-        )
+        settings = {"quant": quant, "file": file.name, **settings}
+        made = self.known.child("gguf", self.path, settings=settings, packages=_PACKAGES)
+        made.chat_template = manifest.text_digest(self.template)
+        return made
 
 
 def run(

@@ -119,20 +119,8 @@ def run(
             if (words / name).is_file():
                 shutil.copyfile(words / name, partial / name)
         (partial / "chat_template.jinja").write_bytes(chat_template)
-        manifest.write(
-            partial,
-            manifest.Manifest(
-                stage="merged",
-                name=known.name,
-                base_model=known.base_model,
-                parents=[known.parent(adapter.absolute()), *known.parents],
-                settings={"dtype": dtype, "into": into, "drift": drift.numbers()},
-                chat_template=known.chat_template,
-                stop_ids=known.stop_ids,
-                thinking=known.thinking,
-                versions=manifest.versions(*_PACKAGES),
-            ),
-        )
+        settings = {"dtype": dtype, "into": into, "drift": drift.numbers()}
+        manifest.write(partial, known.child("merged", adapter, settings=settings, packages=_PACKAGES))
         report = _compare(adapter, partial, console)
     numbers = drift.numbers()
     kind = "dequantised NF4" if into == "nf4" else "original"
