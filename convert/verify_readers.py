@@ -24,7 +24,7 @@ from convert import template
 from edge import artefact, hardware, manifest, native
 from edge.chat import ChatTemplate
 from edge.errors import EdgeError, InputError, RequestError
-from edge.gguf_header import read_header
+from edge.gguf_parts import read_whole
 
 Logits = NDArray[np.float32]
 
@@ -165,7 +165,7 @@ class GgufReader(Reader):
         folder = path.parent
         known = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
         self.known = known if known is not None and path.name in known.files else None
-        header = read_header(path)
+        header = read_whole(path)
         if header.chat_template is None:
             raise InputError(f"{path} has no chat template", "export it again from a folder that has one")
         self.path, self.stage, self.kind = path, "gguf", header.file_type or "GGUF"

@@ -22,8 +22,11 @@ def ids(text: str) -> list[int]:
     return [SPACE if b == ord(" ") else BYTES_AT + b for b in text.encode()]
 
 
-def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path:
-    """Write the model to `path`: token i + 3 is byte i; `<|user|>` and `<|end|>` are control tokens."""
+def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE, part: int = 0) -> Path:
+    """Write the model to `path`: token i + 3 is byte i; `<|user|>` and `<|end|>` are control tokens.
+
+    part: tensors of each of several files, which are called after `path`; 0: one file.
+    """
     rng = np.random.default_rng(seed)
     tokens = [b"<unk>", b"<s>", b"</s>"] + [b"<0x%02X>" % i for i in range(256)] + [b"<|user|>", b"<|end|>"]
     # A SentencePiece vocabulary writes a space as this character.
@@ -36,7 +39,7 @@ def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path
         *[gguf.TokenType.CONTROL] * 2,
         gguf.TokenType.NORMAL,
     ]
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=part)
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
