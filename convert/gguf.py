@@ -187,13 +187,15 @@ def open_source(path: Path) -> Source:
     A folder without edge.json was made elsewhere: its own files say where a turn ends.
     """
     if (path / manifest.FILE).is_file() or not (path / "config.json").is_file():
-        known = manifest.read(path)
+        known, kept = manifest.read(path), ""
     else:
         form = template.load(check_folder(path).path)
+        kept = form.source
         digest = manifest.text_digest(form.source)
         known = manifest.Manifest("model", path.resolve().name, chat_template=digest, stop_ids=form.stop_ids)
     path = path.resolve()
-    text = _template(path, known)
+    # transformers 4 keeps the template in tokenizer_config.json.
+    text = kept if kept and not (path / TEMPLATE).is_file() else _template(path, known)
     config = _json(path / "config.json")
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if not weights:

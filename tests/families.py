@@ -10,7 +10,7 @@ from typing import Any
 from edge import manifest
 from tests.toy import CHATML, make_model
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi", "phi3")
 
 
 def make_family(folder: Path, family: str, *, tied: bool | None = None, seed: int = 0) -> Path:
@@ -21,7 +21,7 @@ def make_family(folder: Path, family: str, *, tied: bool | None = None, seed: in
     make_model(folder, seed=seed)
     names = {
         "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
-        "gemma3": "Gemma3", "mistral": "Mistral", "phi3": "Phi3",
+        "gemma3": "Gemma3", "mistral": "Mistral", "phi": "Phi", "phi3": "Phi3",
     }  # fmt: skip
     stem = names[family]
     config_class = getattr(t, "Gemma3TextConfig" if family == "gemma3" else f"{stem}Config")
@@ -29,10 +29,10 @@ def make_family(folder: Path, family: str, *, tied: bool | None = None, seed: in
     options: dict[str, Any] = {
         "vocab_size": 384,
         "hidden_size": 256,
-        "intermediate_size": 512,
+        "intermediate_size": 1024 if family == "phi" else 512,  # the converter knows Phi-2's width alone
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4 if family == "phi" else 2,  # Phi-2 shares no heads
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -105,4 +105,39 @@ def make_adapter(
         stop_ids=sorted(config["eos_token_id"]),
     )
     manifest.write(folder, known)
+    return folder
+
+
+def as_transformers_4(folder: Path, *, shard: int = 300_000) -> Path:
+    """Rewrite a model's folder as transformers 4 would have saved it, in several shards of `shard` bytes."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+    config["transformers_version"] = "4.44.2"
+    config.pop("layer_types", None)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
+    template = folder / "chat_template.jinja"
+    words["chat_template"] = template.read_text(encoding="utf-8")
+    words["tokenizer_class"] = "PreTrainedTokenizerFast"
+    template.unlink()
+    path.write_text(json.dumps(words), encoding="utf-8")
+    weights = folder / "model.safetensors"
+    parts: list[dict[str, Any]] = [{}]
+    for name, tensor in load_file(weights).items():
+        if parts[-1] and sum(one.nbytes for one in parts[-1].values()) + tensor.nbytes > shard:
+            parts.append({})
+        parts[-1][name] = tensor.clone()
+    weights.unlink()
+    where = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
