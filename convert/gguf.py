@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from convert import template, verify
 from convert import verify_probes as probes
 from convert.folder import check_folder
+from convert.verify_logits import Reference
 from convert.verify_probes import TEXTS as PROBES
 from convert.verify_readers import GgufReader, TorchReader
 from edge import hardware, manifest
@@ -49,6 +50,7 @@ QUANTS = (
 NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 TEMPLATE = "chat_template.jinja"
+_PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,10 @@ class Source:
 
     def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
         """The manifest of `file` in the type `quant`, without its verification."""
-        return manifest.Manifest(
-            stage="gguf",
-            name=self.known.name,
-            base_model=self.known.base_model,
-            parents=[self.known.parent(self.path)],
-            settings={"quant": quant, "file": file.name, **settings},
-            chat_template=manifest.text_digest(self.template),
-            stop_ids=self.known.stop_ids,
-            thinking=self.known.thinking,
-            versions=manifest.versions("edge", "llama-cpp-python", "torch", "transformers", "tokenizers"),
-        )
+        settings = {"quant": quant, "file": file.name, **settings}
+        made = self.known.child("gguf", self.path, settings=settings, packages=_PACKAGES)
+        made.chat_template = manifest.text_digest(self.template)
+        return made
 
 
 def run(
@@ -192,13 +187,15 @@ def open_source(path: Path) -> Source:
     A folder without edge.json was made elsewhere: its own files say where a turn ends.
     """
     if (path / manifest.FILE).is_file() or not (path / "config.json").is_file():
-        known = manifest.read(path)
+        known, kept = manifest.read(path), ""
     else:
         form = template.load(check_folder(path).path)
+        kept = form.source
         digest = manifest.text_digest(form.source)
         known = manifest.Manifest("model", path.resolve().name, chat_template=digest, stop_ids=form.stop_ids)
     path = path.resolve()
-    text = _template(path, known)
+    # transformers 4 keeps the template in tokenizer_config.json.
+    text = kept if kept and not (path / TEMPLATE).is_file() else _template(path, known)
     config = _json(path / "config.json")
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if not weights:
@@ -231,7 +228,7 @@ def _choose(origin: Source, final: Path, plain: Path, console: Console) -> dict[
         for name, path in (("with", final), ("without", plain)):
             readers[name] = stack.enter_context(contextlib.closing(GgufReader(path)))
             readers[name].thinking = origin.known.thinking
-        reference = stack.enter_context(contextlib.closing(verify.Reference(source, readers["with"])))
+        reference = stack.enter_context(contextlib.closing(Reference(source, readers["with"])))
         for name, reader in readers.items():
             found[name] = reference.against(reader)["kl_mean"]
     factor = found["without"] / found["with"] if found["with"] else 1.0

@@ -63,18 +63,12 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
         shutil.rmtree(scaled)
         artefact.check_lora(final)
         form = words(folder, base.path)
-        manifest.write(
-            partial,
-            manifest.Manifest(
-                stage="lora",
-                name=known.name,
-                base_model=known.base_model,
-                parents=[known.parent(folder.absolute()), *known.parents],
-                settings={"file": final.name, "layers": len(found.updates)},
-                chat_template=manifest.text_digest(form.source),
-                stop_ids=known.stop_ids,
-                thinking=known.thinking,
-                versions=manifest.versions("edge", "llama-cpp-python"),
-            ),
+        made = known.child(
+            "lora",
+            folder,
+            settings={"file": final.name, "layers": len(found.updates)},
+            packages=("edge", "llama-cpp-python"),
         )
+        made.chat_template = manifest.text_digest(form.source)
+        manifest.write(partial, made)
     return target / final.name

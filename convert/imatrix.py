@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from convert import data, encode, template
 from convert import verify_probes as probes
-from convert.verify_torch import TorchModel
+from convert.verify_layers import load
 from edge import manifest
 from edge.errors import EdgeError, InputError
 from edge.gguf_header import GGUFHeader
@@ -59,10 +59,10 @@ def gather(folder: Path, known: manifest.Manifest | None, header: GGUFHeader) ->
         total = values.double().square().sum(0)
         sums[tensor] = sums[tensor] + total if tensor in sums else total
 
-    model = TorchModel(folder)
+    model = load(folder)
     try:
         with model.observed(observe):
-            for _ in model.logits(ids):
+            for _ in model.logits(ids, [1] * len(ids)):
                 pass
     finally:
         model.close()

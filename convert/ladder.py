@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import gguf, verify
+from convert.verify_logits import Reference
 from convert.verify_readers import GgufReader, TorchReader
 from edge import hardware, manifest
 from edge.errors import EdgeError, InputError
@@ -115,7 +116,7 @@ def _climb(
         speaker = stack.enter_context(contextlib.closing(GgufReader(first)))
         speaker.thinking = origin.known.thinking
         with console.status("computing the merged model"):
-            reference = stack.enter_context(contextlib.closing(verify.Reference(a, speaker)))
+            reference = stack.enter_context(contextlib.closing(Reference(a, speaker)))
         speaker.close()
         for number, (quant, matrix) in enumerate(plan, 1):
             path = folder / "rung.gguf"

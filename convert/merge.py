@@ -4,14 +4,15 @@
 
 Training saw the base through 4 bits, so the adapter is added to the dequantised 4-bit weights (--into nf4),
 in float32, and the sum is rounded once: to float16, which loses an eighth of what bfloat16 does, and what
-does not fit into it is said. Tensors are read, changed and written one shard at a time. Before the folder is
-published it is compared with the adapter over its base.
+does not fit into it is said. Tensors are mapped from their files, changed and written some rows at a time.
+Before the folder is published it is compared with the adapter over its base.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -24,9 +25,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from convert import template, verify
+from convert import shards, template, verify
 from convert.folder import Folder, check_folder
 from convert.merge_adapter import (
     EMBEDDINGS,
@@ -36,13 +36,13 @@ from convert.merge_adapter import (
     known_adapter,
     read_adapter,
 )
-from convert.seen import DTYPES, Seen
+from convert.seen import DTYPES, Rows, Seen, spans
+from convert.shards import Part
 from convert.verify_readers import TorchReader
 from edge import manifest
 from edge.errors import EdgeError, InputError, UsageError
 
 INTO = ("nf4", "original")
-SHARD = 2 * 2**30
 _PACKAGES = ("torch", "bitsandbytes", "safetensors")
 
 
@@ -63,13 +63,11 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor to write: its name, its size there, and the name and the file of its base."""
+class Plan:
+    """parts: the tensors to write. sources: name -> the base's file that it comes from, its name there."""
 
-    name: str
-    bytes: int
-    base: str
-    path: Path
+    parts: list[Part]
+    sources: dict[str, tuple[Path, str]]
 
 
 def run(
@@ -105,14 +103,14 @@ def run(
     seen = Seen(known.settings) if into == "nf4" else None
     into = into if known.settings.get("quantized") else "original"
     config = dict(base.config)
-    shards = _plan(base, found, config, DTYPES[dtype])
+    plan = _plan(base, found, config, DTYPES[dtype])
     # Everything else stays as the base has it: other readers know these keys.
     config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = dtype
-    manifest.check_free(target, sum(part.bytes for shard in shards for part in shard))
+    manifest.check_free(target, sum(part.bytes for part in plan.parts))
     drift = Drift()
     with manifest.publish(target, overwrite=overwrite) as partial:
         with console.status(f"merging into {target}"):
-            _write(shards, partial, found, seen, DTYPES[dtype], drift)
+            shards.write(partial, plan.parts, lambda part: _rows(part, plan, found, seen, drift))
         _dump(partial / "config.json", config)
         generation = _load(base.path / "generation_config.json")
         _dump(partial / "generation_config.json", {**generation, "eos_token_id": known.stop_ids})
@@ -121,20 +119,8 @@ def run(
             if (words / name).is_file():
                 shutil.copyfile(words / name, partial / name)
         (partial / "chat_template.jinja").write_bytes(chat_template)
-        manifest.write(
-            partial,
-            manifest.Manifest(
-                stage="merged",
-                name=known.name,
-                base_model=known.base_model,
-                parents=[known.parent(adapter.absolute()), *known.parents],
-                settings={"dtype": dtype, "into": into, "drift": drift.numbers()},
-                chat_template=known.chat_template,
-                stop_ids=known.stop_ids,
-                thinking=known.thinking,
-                versions=manifest.versions(*_PACKAGES),
-            ),
-        )
+        settings = {"dtype": dtype, "into": into, "drift": drift.numbers()}
+        manifest.write(partial, known.child("merged", adapter, settings=settings, packages=_PACKAGES))
         report = _compare(adapter, partial, console)
     numbers = drift.numbers()
     kind = "dequantised NF4" if into == "nf4" else "original"
@@ -157,118 +143,105 @@ def _compare(adapter: Path, merged: Path, console: Console) -> verify.Report:
     return report
 
 
-def _plan(base: Folder, adapter: Adapter, config: dict[str, Any], dtype: torch.dtype) -> list[list[Part]]:
-    """The parts of each shard, of at most SHARD bytes or one tensor; `config` is brought up to date.
+def _plan(base: Folder, adapter: Adapter, config: dict[str, Any], dtype: torch.dtype) -> Plan:
+    """What is to be written; `config` is brought up to date.
 
     An output head that was trained apart from the embeddings it was tied to is written, and the tie undone.
     Added tokens need both tables whole in the adapter, or a tie. Raises InputError where something lacks.
     """
-    # tensor -> (file, shape, its name there)
-    where: dict[str, tuple[Path, list[int], str]] = {}
+    where: dict[str, Part] = {}
+    sources: dict[str, tuple[Path, str]] = {}
     for path in base.weights:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                where[name] = (path, file.get_slice(name).get_shape(), name)
+                part = file.get_slice(name)
+                kind = shards.TYPES.get(part.get_dtype())
+                if kind is None:
+                    raise InputError(
+                        f"{path}: {name} is of the type {part.get_dtype()}, which cannot be merged",
+                        "give the 16-bit model",
+                    )
+                where[name] = Part(name, tuple(part.get_shape()), dtype if kind.is_floating_point else kind)
+                sources[name] = (path, name)
     tied = bool(config.get("tie_word_embeddings"))
     if tied:
         # A copy of the embeddings: readers tie it, and some refuse a second one.
         where.pop(HEAD, None)
         # peft trains a copy of a table that is named alone, and leaves its twin as it was.
-        apart = adapter.names & {EMBEDDINGS, HEAD}
+        apart = (set(adapter.updates) | set(adapter.whole)) & {EMBEDDINGS, HEAD}
         if apart and not adapter.config.get("ensure_weight_tying") and not _same_tables(adapter):
-            where[HEAD] = where[EMBEDDINGS]
+            where[HEAD] = dataclasses.replace(where[EMBEDDINGS], name=HEAD)
+            sources[HEAD] = sources[EMBEDDINGS]
             config["tie_word_embeddings"] = tied = False
     rows = adapter.rows()
     tables = [EMBEDDINGS] if tied else [EMBEDDINGS, HEAD]
-    if rows and rows != where[EMBEDDINGS][1][0]:
+    if rows and rows != where[EMBEDDINGS].shape[0]:
         lacking = [name for name in tables if name not in adapter.whole]
         if lacking:
             raise InputError(
-                f"{adapter.folder} has {rows} tokens, {base.path} has {where[EMBEDDINGS][1][0]}, and the "
+                f"{adapter.folder} has {rows} tokens, {base.path} has {where[EMBEDDINGS].shape[0]}, and the "
                 f"adapter does not hold {lacking[0]} with the added ones",
-                "train again with additional_target: embed_tokens,lm_head",
+                "train again with modules_to_save: embed_tokens, lm_head",
             )
         config["vocab_size"] = rows
     missing = sorted(adapter.names - set(where) - ({HEAD} if tied else set()))
     if missing:
         raise InputError(f"{base.path} has no {missing[0]}, which the adapter changes", "train again")
-    shards: list[list[Part]] = [[]]
-    size = 0
-    for name, (path, shape, base_name) in where.items():
-        if name in adapter.whole and name in tables:
-            shape = [rows, *shape[1:]]
-        bytes_ = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + bytes_ > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(Part(name, bytes_, base_name, path))
-        size += bytes_
-    return shards
+    for name in tables:
+        if rows and name in adapter.whole:
+            where[name] = dataclasses.replace(where[name], shape=(rows, *where[name].shape[1:]))
+    return Plan(list(where.values()), sources)
 
 
 def _same_tables(adapter: Adapter) -> bool:
     """Whether the adapter holds embeddings and head whole, and they are one table."""
     if not {EMBEDDINGS, HEAD} <= set(adapter.whole):
         return False
-    return torch.equal(adapter.read(EMBEDDINGS), adapter.read(HEAD))
+    return set(adapter.tokens) != {HEAD} and torch.equal(adapter.read(EMBEDDINGS), adapter.read(HEAD))
 
 
-def _write(
-    shards: list[list[Part]],
-    folder: Path,
-    adapter: Adapter,
-    seen: Seen | None,
-    dtype: torch.dtype,
-    drift: Drift,
-) -> None:
-    where = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+def _rows(
+    part: Part, plan: Plan, adapter: Adapter, seen: Seen | None, drift: Drift
+) -> Iterator[torch.Tensor]:
+    """The rows of a merged tensor, some at a time; `drift` is told of them."""
+    name = part.name
+    if name in adapter.whole:
+        weight = adapter.read(name)
+        rows: Rows = lambda start, stop: weight[start:stop]  # noqa: E731
+    else:
+        path, base_name = plan.sources[name]
+        with safe_open(path, framework="pt") as file:
+            weight = file.get_tensor(base_name)
+        rows = seen.rows(base_name, weight) if seen else lambda start, stop: weight[start:stop]
+    rows = adapter.with_tokens(name, rows)
+    lora = adapter.updates.get(name)
+    if tuple(weight.shape) != part.shape or (lora is not None and lora.shape != part.shape):
+        have = tuple(weight.shape) if lora is None else lora.shape
+        raise InputError(
+            f"{adapter.folder}: {name} has the shape {have} there, {part.shape} in the base",
+            "the adapter belongs to another model",
         )
-        tensors = dict(_tensors(shard, adapter, seen, dtype, drift))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        where.update(dict.fromkeys(tensors, file))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        _dump(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": where},
-        )
-
-
-def _tensors(
-    shard: list[Part], adapter: Adapter, seen: Seen | None, dtype: torch.dtype, drift: Drift
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for part in shard:
-        name = part.name
-        if name in adapter.whole:
-            weight = adapter.read(name)
-        else:
-            with safe_open(part.path, framework="pt") as file:
-                weight = file.get_tensor(part.base)
-            if seen is not None:
-                weight = seen(part.base, weight)
-        lora = adapter.updates.get(name)
-        if lora is not None:
-            old = weight.float()
-            if old.shape != lora.shape:
-                raise InputError(
-                    f"{part.path}: {name} has the shape {tuple(old.shape)}, the adapter's {lora.shape}",
-                    "the adapter belongs to another model",
+    change = lora.onto(rows) if lora is not None else None
+    for start, stop in spans(part.shape):
+        found = rows(start, stop)
+        if change is not None:
+            old = found.float()
+            found = change(old, start)
+        if part.dtype.is_floating_point:
+            exact, found = found, found.to(part.dtype)
+            if not torch.isfinite(found).all():
+                raise EdgeError(
+                    f"{name} does not fit into {part.dtype}, or holds no numbers", "--dtype bfloat16"
                 )
-            weight = lora.apply(old)
-            drift.weight += float(old.square().sum())
-            drift.update += float((weight - old).square().sum())
-            drift.lost += float((weight - weight.to(dtype).float()).square().sum())
-        if weight.is_floating_point():
-            weight = weight.to(dtype)
-            if not torch.isfinite(weight).all():
-                raise EdgeError(f"{name} does not fit into {dtype}, or holds no numbers", "--dtype bfloat16")
-        yield name, weight.contiguous()
+            if change is not None:
+                drift.weight += _square(old)
+                drift.update += _square(exact - old)
+                drift.lost += _square(exact - found.float())
+        yield found
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def _chat_template(adapter: Path, base: Path, known: manifest.Manifest) -> bytes:

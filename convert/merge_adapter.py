@@ -3,6 +3,7 @@
 LoRA    W' = W + s B A,  s = alpha / r, or alpha / sqrt(r) rank-stabilised (arXiv:2312.03732)
 DoRA    W' = m / ||W + s B A|| * (W + s B A), the norm over each output's row (arXiv:2402.09353)
 whole   W' = what the adapter holds (modules_to_save, biases, embeddings of added tokens)
+tokens  W'[i] = what the adapter holds for the tokens i (trainable_token_indices)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,14 @@ from safetensors import safe_open
 
 from convert import template
 from convert.folder import check_safetensors
+from convert.seen import Rows, spans
 from edge import manifest
 from edge.errors import InputError
 
 _LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?(A|B)(\.weight)?")
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+# Beside the tables of a model with added tokens peft also writes its wrappers' views of them.
+_VIEW = re.compile(r".+\.(modules_to_save|original_module)\.weight")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(\.weight)?")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -40,19 +46,37 @@ class Lora:
     magnitude: torch.Tensor | None = None
     embedding: bool = False
 
-    def delta(self) -> torch.Tensor:
-        """The low-rank update in float32, shaped as the weight."""
-        update = self.scaling * (self.b.float() @ self.a.float())
-        return update.T if self.embedding else update
+    def delta(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The low-rank update of some rows, or of all, in float32."""
+        if self.embedding:
+            return self.scaling * (self.b.float() @ self.a[:, start:stop].float()).T
+        return self.scaling * (self.b[start:stop].float() @ self.a.float())
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The trained weight, from the base's in float32. Both (outputs, inputs), or an embedding's."""
-        changed = weight + self.delta()
+    def onto(self, rows: Rows) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """What makes some of the base's rows, which begin at a number, those of the trained weight.
+
+        All in float32; rows: the base's, for norms that go over all of them.
+        """
+
+        def plain(old: torch.Tensor, start: int) -> torch.Tensor:
+            return old + self.delta(start, start + len(old))
+
         if self.magnitude is None:
-            return changed
-        rows = 0 if self.embedding else 1
-        factor = self.magnitude.float() / torch.linalg.norm(changed, dim=rows)
-        return changed * (factor if self.embedding else factor[:, None])
+            return plain
+        magnitude = self.magnitude.float()
+        if not self.embedding:
+
+            def normed(old: torch.Tensor, start: int) -> torch.Tensor:
+                changed = plain(old, start)
+                norms = torch.linalg.norm(changed, dim=1)
+                return changed * (magnitude[start : start + len(old)] / norms)[:, None]
+
+            return normed
+        squares = torch.zeros(self.shape[1])
+        for start, stop in spans(self.shape):
+            squares += plain(rows(start, stop).float(), start).square().sum(0)
+        factor = magnitude / squares.sqrt()
+        return lambda old, start: plain(old, start) * factor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,13 +86,17 @@ class Lora:
 
 @dataclass
 class Adapter:
-    """updates: by the name of the base's tensor. whole: name -> key in `weights`, read when it is needed."""
+    """updates: by the name of the base's tensor. whole: name -> key in `weights`, read when it is needed.
+
+    tokens: name of a table -> the tokens and their rows, which take the place of those of the table.
+    """
 
     folder: Path
     weights: Path
     config: dict[str, Any]
     updates: dict[str, Lora] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` that the adapter holds whole."""
@@ -86,7 +114,24 @@ class Adapter:
     @property
     def names(self) -> set[str]:
         """Every tensor of the base that it changes."""
-        return set(self.updates) | set(self.whole)
+        return set(self.updates) | set(self.whole) | set(self.tokens)
+
+    def with_tokens(self, name: str, rows: Rows) -> Rows:
+        """`rows` of the table `name` with those that were trained by themselves in their place."""
+        if name not in self.tokens:
+            return rows
+        indices, values = self.tokens[name]
+        places = torch.tensor(indices)
+
+        def replaced(start: int, stop: int) -> torch.Tensor:
+            found = rows(start, stop)
+            here = (places >= start) & (places < stop)
+            if here.any():
+                found = found.float()
+                found[places[here] - start] = values[here].float()
+            return found
+
+        return replaced
 
 
 def scaling(config: dict[str, Any], layer: str) -> float:
@@ -122,7 +167,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(
             f"{path}: an adapter of the type {kind!r} cannot be merged", "only LoRA and DoRA can"
         )
-    for key in ("fan_in_fan_out", "trainable_token_indices", "lora_bias", "target_parameters"):
+    for key in ("fan_in_fan_out", "lora_bias", "target_parameters"):
         if config.get(key):
             raise InputError(f"{path}: {key} is {config[key]!r}, which cannot be merged")
     check_safetensors(weights)
@@ -132,8 +177,13 @@ def read_adapter(folder: Path) -> Adapter:
     tables: set[str] = set()
     with safe_open(weights, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
-            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            if found := _LOW_RANK.fullmatch(name):
+            name = key.removeprefix("base_model.model.")
+            name = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+            if _VIEW.fullmatch(name):
+                continue
+            if found := _TOKENS.fullmatch(name):
+                adapter.tokens[f"{found[1]}.weight"] = _tokens(config, found[1], file.get_tensor(key), path)
+            elif found := _LOW_RANK.fullmatch(name):
                 halves.setdefault(found[1], {})[found[3]] = file.get_tensor(key)
                 if found[2]:
                     tables.add(found[1])
@@ -152,6 +202,20 @@ def read_adapter(folder: Path) -> Adapter:
             two["A"], two["B"], scaling(config, layer), magnitudes.get(layer), layer in tables
         )
     return adapter
+
+
+def _tokens(
+    config: dict[str, Any], layer: str, values: torch.Tensor, path: Path
+) -> tuple[list[int], torch.Tensor]:
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((one for name, one in given.items() if f".{layer}".endswith(f".{name}")), None)
+    if not isinstance(given, list) or len(given) != len(values) or any(type(one) is not int for one in given):
+        raise InputError(
+            f"{path}: trainable_token_indices does not name the {len(values)} tokens that {layer} holds",
+            "the file is damaged: train again",
+        )
+    return given, values
 
 
 def known_adapter(folder: Path) -> manifest.Manifest:

@@ -15,24 +15,19 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from convert import verify_probes as probes
-from convert.verify_metrics import Divergence
+from convert.verify_logits import Reference
 from convert.verify_readers import Reader, open_reader
 from edge import manifest
 from edge.errors import InputError
-
-GREEDY = 24  # tokens of a model's own answer
-LONGEST_PROMPT = 512
 
 
 @dataclass(frozen=True)
@@ -205,96 +200,6 @@ def _compare_stops(report: Report) -> None:
 
 
 # Logits
-
-
-@dataclass
-class _Row:
-    ids: list[int]
-    answer: list[int]
-    made: bool
-
-    @property
-    def positions(self) -> slice:
-        """Those whose logits predict the answer."""
-        return slice(len(self.ids) - len(self.answer) - 1, len(self.ids) - 1)
-
-
-class Reference:
-    """The logits of one stage, computed once and kept on disk for as many comparisons as are wanted.
-
-    a: the stage; its weights are let go of afterwards. speaker: what it is compared with, or is near to it.
-    The rows are the data set's answers, and what the quicker of the two says to the fixed prompts: greedy
-    texts are equal for as long as the other finds each token of it the most probable.
-    Raises InputError where the memory or the disk does not suffice.
-    """
-
-    def __init__(self, a: Reader, speaker: Reader) -> None:
-        self.notes: list[str] = []
-        found = probes.from_data(a.known or speaker.known)
-        self.named = found.rows
-        if found.note:
-            self.notes.append(f"only the fixed prompts are compared: {found.note}")
-        self._folder = tempfile.TemporaryDirectory()
-        try:
-            self._rows = [*_answers(a, found.probes), *self._continued(a, speaker)]
-            self._kept = _keep(a, self._rows, Path(self._folder.name) / "logits")
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            a.close()
-
-    def against(self, b: Reader) -> dict[str, Any]:
-        """The divergence of `b` from the reference, as in edge.json."""
-        divergence = Divergence()
-        found = b.all_logits([row.ids for row in self._rows])
-        for row, kept, logits in zip(self._rows, self._kept, found, strict=True):
-            divergence.add(kept, logits[row.positions], row.answer, made=row.made)
-        numbers = divergence.numbers()
-        return {**numbers, "rows": self.named} if "perplexity" in numbers else numbers
-
-    def close(self) -> None:
-        # Windows does not remove a file that is still mapped.
-        self._kept: list[Any] = []
-        self._folder.cleanup()
-
-    def _continued(self, a: Reader, speaker: Reader) -> list[_Row]:
-        rows = []
-        quick = min((speaker, a), key=lambda reader: reader.slowness)
-        for prompt in a.encode([a.prompt(probe.messages) for probe in probes.fixed()]):
-            made = quick.greedy(prompt, GREEDY)
-            if made is None:
-                self.notes.append(
-                    "no greedy text is compared: both models are too large to write one quickly"
-                )
-                return []
-            rows.append(_Row(prompt + made, made, True))
-        return rows
-
-
-def _answers(reader: Reader, asked: list[probes.Probe]) -> list[_Row]:
-    prompts = reader.encode([reader.prompt(probe.messages) for probe in asked])
-    answers = reader.encode([probe.answer for probe in asked])
-    return [
-        _Row(prompt + answer[: probes.LONGEST_ANSWER], answer[: probes.LONGEST_ANSWER], False)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if answer and len(prompt) <= LONGEST_PROMPT
-    ]
-
-
-def _keep(reader: Reader, rows: list[_Row], path: Path) -> list[Any]:
-    """The logits of `reader` that predict the answers, in the file `path`; one array a row."""
-    total = sum(len(row.answer) for row in rows)
-    kept: Any = None
-    parts, at = [], 0
-    for row, found in zip(rows, reader.all_logits([row.ids for row in rows]), strict=True):
-        if kept is None:
-            manifest.check_free(path.parent, 4 * total * found.shape[1])
-            kept = np.memmap(path, np.float32, "w+", shape=(total, found.shape[1]))
-        kept[at : at + len(row.answer)] = found[row.positions]
-        parts.append(kept[at : at + len(row.answer)])
-        at += len(row.answer)
-    return parts
 
 
 def _compare_logits(report: Report) -> None:

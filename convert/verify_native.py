@@ -56,16 +56,20 @@ class Session:
         return {"texts": [piece.decode("utf-8", "replace") for piece in pieces]}
 
     def logits(self, request: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        ids = request["ids"]
+        """Those after the `last` tokens of `ids`."""
+        ids, first = request["ids"], len(request["ids"]) - request["last"]
         self._backend.truncate(0, 0)
         parts = []
         for at in range(0, len(ids), CHUNK):
             chunk = ids[at : at + CHUNK]
-            parts.append(self._backend.step([Row(0, at, chunk, len(chunk))]).copy())
+            wanted = min(len(chunk), max(0, at + len(chunk) - first))
+            found = self._backend.step([Row(0, at, chunk, wanted)])
+            if wanted:
+                parts.append(found.copy())
         return np.concatenate(parts)
 
     def greedy(self, request: dict[str, Any]) -> dict[str, Any]:
-        found = [int(self.logits(request)[-1].argmax())]
+        found = [int(self.logits(request | {"last": 1})[-1].argmax())]
         ends, at = set(request["ends"]), len(request["ids"])
         while len(found) < request["count"] and found[-1] not in ends:
             found.append(int(self._backend.step([Row(0, at, [found[-1]], 1)])[0].argmax()))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from convert import template
 from edge import artefact, hardware, manifest, native
 from edge.chat import ChatTemplate
 from edge.errors import EdgeError, InputError, RequestError
-from edge.gguf_header import read_header
+from edge.gguf_parts import read_whole
 
 Logits = NDArray[np.float32]
 
@@ -73,9 +73,12 @@ class Reader(ABC):
     def logits(self, ids: list[int]) -> Logits:
         """Logits after each of `ids`: float32 (len(ids), vocab)."""
 
-    def all_logits(self, rows: list[list[int]]) -> Iterator[Logits]:
-        """`logits` of each row in turn. To be overridden where many rows at once are cheaper."""
-        return (self.logits(ids) for ids in rows)
+    def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
+        """Logits after the `last` tokens of each row in turn, float32 (last, vocab).
+
+        To be overridden where many rows at once, or fewer logits, are cheaper.
+        """
+        return (self.logits(ids)[-count:] for ids, count in zip(rows, last, strict=True))
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
         """At most `count` most probable next tokens, a stop token included; None where it is too slow."""
@@ -128,21 +131,26 @@ class TorchReader(Reader):
         return [self._form.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
     def logits(self, ids: list[int]) -> Logits:
-        return next(self.all_logits([ids]))
+        return next(self.all_logits([ids], [len(ids)]))
 
-    def all_logits(self, rows: list[list[int]]) -> Iterator[Logits]:
-        return (found.numpy() for found in self.model().logits(rows))
+    def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
+        return (found.numpy() for found in self.model().logits(rows, last))
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
-        found: list[int] | None = self.model().greedy(ids, count, self.stop_ids)
+        from convert.verify_layers import is_large
+
+        # Each token would read all of its weights.
+        if is_large(self._base):
+            return None
+        found: list[int] = self.model().greedy(ids, count, self.stop_ids)
         return found
 
     def model(self) -> Any:
         """The loaded model (convert.verify_torch.TorchModel)."""
         if self._model is None:
-            from convert.verify_torch import TorchModel
+            from convert.verify_layers import load
 
-            self._model = TorchModel(self._base, self._adapter)
+            self._model = load(self._base, self._adapter)
         return self._model
 
     def close(self) -> None:
@@ -158,7 +166,7 @@ class GgufReader(Reader):
         folder = path.parent
         known = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
         self.known = known if known is not None and path.name in known.files else None
-        header = read_header(path)
+        header = read_whole(path)
         if header.chat_template is None:
             raise InputError(f"{path} has no chat template", "export it again from a folder that has one")
         self.path, self.stage, self.kind = path, "gguf", header.file_type or "GGUF"
@@ -209,7 +217,13 @@ class GgufReader(Reader):
         return found
 
     def logits(self, ids: list[int]) -> Logits:
-        rows, columns = self._ask({"op": "logits", "ids": ids})["shape"]
+        return self._logits(ids, len(ids))
+
+    def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
+        return (self._logits(ids, count) for ids, count in zip(rows, last, strict=True))
+
+    def _logits(self, ids: list[int], last: int) -> Logits:
+        rows, columns = self._ask({"op": "logits", "ids": ids, "last": last})["shape"]
         assert self._process.stdout is not None
         data = self._process.stdout.read(4 * rows * columns)
         if len(data) != 4 * rows * columns:

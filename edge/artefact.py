@@ -8,6 +8,7 @@ from pathlib import Path
 from edge import manifest
 from edge.errors import InputError
 from edge.gguf_header import GGUFHeader, read_header
+from edge.gguf_parts import is_later, read_whole
 from edge.onnx_header import OnnxHeader, read_onnx
 
 TEMPLATE = "chat_template.jinja"
@@ -59,7 +60,7 @@ def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Ar
     found = []
     for kind in kinds:
         for folder in (given / SUFFIXES[kind], given):
-            files = sorted(folder.glob(f"*.{SUFFIXES[kind]}"))
+            files = [file for file in sorted(folder.glob(f"*.{SUFFIXES[kind]}")) if not is_later(file)]
             if len(files) > 1:
                 names = ", ".join(file.name for file in files)
                 raise InputError(
@@ -169,7 +170,7 @@ def _artefact(path: Path, kind: str, known: manifest.Manifest | None) -> Artefac
         file = path.parent / TEMPLATE
         template = file.read_text(encoding="utf-8") if file.is_file() else None
     else:
-        header = read_header(path)
+        header = read_whole(path)
         template = header.chat_template
     if known is None:
         return Artefact(path.absolute(), path.stem, header, chat_template=template, kind=kind)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +54,23 @@ class Manifest:
     def parent(self, path: Path) -> dict[str, str]:
         """This manifest as an entry for a child's `parents`; `path` is where it lies."""
         return {"stage": self.stage, "path": str(path), "digest": self.digest}
+
+    def child(self, stage: str, path: Path, *, settings: dict[str, Any], packages: Iterable[str]) -> Manifest:
+        """The manifest of what was made from this one's folder at `path`: the same model in another form.
+
+        packages: those that made it.
+        """
+        return Manifest(
+            stage=stage,
+            name=self.name,
+            base_model=self.base_model,
+            parents=[self.parent(path.absolute()), *self.parents],
+            settings=settings,
+            chat_template=self.chat_template,
+            stop_ids=list(self.stop_ids),
+            thinking=self.thinking,
+            versions=versions(*packages),
+        )
 
 
 def text_digest(text: str | None) -> str | None:

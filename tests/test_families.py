@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
 from convert import gguf, gguf_lora, merge, verify
 from edge import artefact, manifest, sdist
 from edge.errors import InputError
 from edge.gguf_header import read_header
 from tests import tiny_llama
-from tests.families import make_adapter, make_family
+from tests.families import FAMILIES, as_transformers_4, make_adapter, make_family
+from tests.toy import CHATML
 
 # The toy's vocabulary has no pre-tokenizer that the converter would know by its hash: it is GPT-2's.
 CONVERTER = """
@@ -52,9 +54,7 @@ def quiet() -> Console:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: None, family: str) -> None:
     base = make_family(tmp_path / "base", family)
     run = tmp_path / "run"
@@ -67,6 +67,32 @@ def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: No
     assert found["unequal"] == [] and found["token_ids"] == "equal"
     assert found["logits"]["kl_mean"] < 1e-4 and found["logits"]["top1"] > 0.98
     assert ("output.weight" in read_header(path).tensors) is not family.startswith("gemma")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_folder_of_transformers_4(tmp_path: Path, toy_converter: None, family: str) -> None:
+    """rope_theta at the top level, the template in tokenizer_config.json, several shards."""
+    base = make_family(tmp_path / "base", family)
+    run = tmp_path / "run"
+    make_adapter(run / "adapter", base)
+    as_transformers_4(base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["rope_theta"] = 500.0  # none that anybody would guess
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert len(list(base.glob("*.safetensors"))) > 3
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        (run / "adapter" / name).unlink()
+    merged = merge.run(run, dtype="float32", console=quiet())
+    found = manifest.read(merged).verify
+    assert found["unequal"] == [] and found["logits"]["kl_mean"] < 1e-6 and found["logits"]["top1"] == 1.0
+    assert (merged / "chat_template.jinja").read_text(encoding="utf-8") == CHATML
+    for folder in (run, base):
+        path = gguf.run(folder, quant="F32", console=quiet())
+        found = manifest.read(path.parent).verify
+        assert found["unequal"] == [] and found["logits"]["kl_mean"] < 1e-4
+        header = read_header(path)
+        assert header.chat_template == CHATML and header.metadata[f"{family}.rope.freq_base"] == 500.0
 
 
 @pytest.mark.slow
@@ -182,3 +208,55 @@ def test_the_merged_model_is_what_peft_computes(tmp_path: Path, tied: bool, lora
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     touched = "embed_tokens" in str(lora) or "lm_head" in str(lora)
     assert config["tie_word_embeddings"] is (tied and not touched)
+
+
+_TOKENS = {"trainable_token_indices": [384, 385]}
+_BOTH, _ONE = {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tied", "added", "lora"),
+    [
+        (True, 0, {"trainable_token_indices": [5, 300]}),
+        (False, 0, {"trainable_token_indices": {"embed_tokens": [5, 300]}}),
+        (True, 2, _TOKENS),
+        (False, 2, _TOKENS),
+        (True, 2, _BOTH),
+        (False, 2, _BOTH),
+        (True, 2, _ONE),
+        (True, 2, _ONE | {"ensure_weight_tying": True}),
+        (True, 2, {}),
+        (False, 2, {}),
+    ],
+    ids=str,
+)
+def test_t14_added_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, added: int, lora: dict[str, object]
+) -> None:
+    """Tokens behind the base's, or trained by themselves: in the tables, the tokenizer and config.json."""
+    from convert import verify_torch
+
+    base = make_family(tmp_path / "base", "llama", tied=tied)
+    adapter = tmp_path / "run" / "adapter"
+    make_adapter(adapter, base, added=added, **{"target_modules": ["q_proj"]} | lora)
+    merged = merge.run(tmp_path / "run", dtype="float32", console=quiet())
+    found = manifest.read(merged).verify
+    assert found["unequal"] == [] and found["logits"]["kl_mean"] < 1e-6 and found["logits"]["top1"] == 1.0
+    monkeypatch.setattr(verify_torch, "WHOLE", 0)  # the reference a layer at a time
+    report = verify.run(adapter, merged, console=quiet())
+    if lora is _TOKENS:
+        assert "in memory as a whole" in report.notes[-1]
+    else:
+        assert report.logits["kl_mean"] < 1e-6
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    tensors, plain = (load_file(folder / "model.safetensors") for folder in (merged, base))
+    table, before = (one["model.embed_tokens.weight"] for one in (tensors, plain))
+    assert table.shape == (384 + added, 256) and config["vocab_size"] == 384 + added
+    # peft trains a copy of a table that is named alone; its twin then stays behind.
+    apart = tied and lora.get("modules_to_save") == ["embed_tokens"] and "ensure_weight_tying" not in lora
+    both = tied and len(str(lora.get("modules_to_save"))) > 20 and "lm_head" in str(lora)
+    assert config["tie_word_embeddings"] is (tied and not apart and not both)
+    if "trainable_token_indices" in lora and not added:
+        changed = (table != before).any(1).nonzero().flatten().tolist()
+        assert changed == [5, 300]

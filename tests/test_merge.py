@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import merge, merge_adapter, qlora
+from convert import merge, merge_adapter, qlora, shards
 from edge import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
@@ -156,6 +156,20 @@ def test_m8_rank_stabilised(trained):
     assert {lora.scaling for lora in plain.updates.values()} == {8 / math.sqrt(4)}
 
 
+@pytest.mark.parametrize("bits", [4, None])
+def test_dora_trained_here_is_merged_as_it_was_trained(trained, bits):
+    run, _ = trained(use_dora=True, quantization_bit=bits, max_steps=4)
+    target = merge.run(run, dtype="float32")
+    found = manifest.read(target)
+    updates = merge_adapter.read_adapter(run / "adapter").updates
+    assert all(lora.magnitude is not None for lora in updates.values()) and len(updates) == 14
+    assert found.settings["into"] == ("nf4" if bits else "original")
+    assert found.settings["drift"]["update"] > 1e-3
+    logits = found.verify["logits"]
+    assert logits["kl_mean"] < 1e-6 and logits["top1"] == 1.0
+    assert logits["greedy_equal"] == logits["greedy_tokens"] > 0
+
+
 def test_the_folder_has_what_serving_needs(trained):
     run, base = trained(toy={"arch": "qwen2"})
     target = merge.run(run)
@@ -197,7 +211,7 @@ def test_shards(trained, monkeypatch):
 
     run, _ = trained(max_steps=1, toy={"tied": False})
     whole = load_file(merge.run(run) / "model.safetensors")
-    monkeypatch.setattr(merge, "SHARD", 100_000)
+    monkeypatch.setattr(shards, "LARGEST", 100_000)
     target = merge.run(run, overwrite=True)
     assert len(list(target.glob("*.safetensors"))) > 1 and not (target / "model.safetensors").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ import pytest
 from edge import artefact, hardware, manifest, native, planning, tune
 from edge.artefact import Artefact
 from edge.backends.llamacpp import Model, Settings
-from edge.errors import InputError, UnavailableError, UsageError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.hardware import Memory
 from edge.planning import Options
 from edge.server import run as run_module
+from edge.server.registry import Planned
+from edge.worker import Load
 from tests import tiny_llama
 from tests.fake_server import Server, launch
 
@@ -265,17 +268,21 @@ def test_only_what_is_loaded_at_the_start_is_loaded_as_it_was_seen(
     monkeypatch: pytest.MonkeyPatch, default: str | None, once: str
 ) -> None:
     looks: list[str] = []
-    monkeypatch.setattr(run_module, "planned", lambda path, _: looks.append(path.name) or len(looks))
-    monkeypatch.setattr(artefact, "resolve", lambda path: path)
-    args = argparse.Namespace(paths=[Path("a"), Path("b")], name=None, lora=None, default=default)
+
+    def planned(path: Path, args: argparse.Namespace, lora: Path | None) -> Planned:
+        looks.append(path.name)
+        return Planned(Load(kind="fake", path=str(path)), bytes=len(looks))
+
+    monkeypatch.setattr(run_module, "planned", planned)
+    args = argparse.Namespace(paths=[Path("a"), Path("b")], name=None, lora=[], default=default)
     models = run_module.sources(args)
     assert looks == ["a", "b"]
-    first = {name: models[name]() for name in ("a", "b")}
+    first = {name: models[name]().bytes for name in ("a", "b")}
     other = "b" if once == "a" else "a"
     assert first[once] == looks.index(once) + 1
     assert looks == ["a", "b", other]
     # A reload looks afresh.
-    assert models[once]() == 4
+    assert models[once]().bytes == 4
 
 
 # -- several artefacts ------------------------------------------------------------------------------------
@@ -305,3 +312,62 @@ def test_several_artefacts_by_their_names(tmp_path: Path) -> None:
         done = subprocess.run([*serve, *extra], capture_output=True, text=True, encoding="utf-8", timeout=60)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_are_asked_for_by_their_ids(tmp_path: Path) -> None:
+    """Base and adapters behind one server, at once: each answers as it does when it is served alone."""
+    base = tiny_llama.write(tmp_path / "基.gguf")
+    folder = tmp_path / "a=b 目录"
+    folder.mkdir()
+    adapters = [tiny_llama.write_lora(folder / f"{name}.gguf", seed=seed) for seed, name in enumerate("xy")]
+    common = [
+        sys.executable,
+        "-m",
+        "edge.cli",
+        "serve",
+        str(base),
+        "--port",
+        "0",
+        "--no-tune",
+        "--ctx",
+        "256",
+    ]
+
+    def text(server: Server, model: str | None) -> str:
+        body = {"prompt": "hello", "max_tokens": 24, "model": model, "temperature": 0}
+        answer = server.post("/generate", body)
+        assert answer.status_code == 200, answer.text
+        found: str = answer.json()["generate_text"]
+        return found
+
+    alone = {}
+    for name, more in (("基", []), ("x", ["--lora", str(adapters[0])])):
+        with launch([*common, *more]) as server:
+            server.wait()
+            alone[name] = text(server, None)
+    command = [*common, "--lora", str(adapters[0]), "--lora", f"第二={adapters[1]}"]
+    with launch(command) as server:
+        server.wait()
+        ids = [one["id"] for one in server.get("/v1/models").json()["data"]]
+        assert ids == ["x", "第二", "基"]
+        with ThreadPoolExecutor(6) as pool:
+            asked = [None, *ids, *ids]
+            found = list(pool.map(lambda model: text(server, model), asked))
+        assert found[1:4] == found[4:] and found[0] == found[1] == alone["x"]
+        assert found[3] == alone["基"] and len(set(found[1:4])) == 3
+        unknown = server.post("/generate", {"prompt": "x", "model": "y"})
+        assert unknown.status_code == 404 and "'第二'" in unknown.json()["error"]["message"]
+
+
+def test_adapters_that_cannot_be_served_are_said_at_once(tmp_path: Path, run: Path) -> None:
+    lora = tiny_llama.write_lora(tmp_path / "x.gguf")
+    for more, message in (
+        (["--lora", str(lora), "--lora", str(lora)], "two of the models have the id 'x'"),
+        (["--lora", f"={lora}"], "a name or a path lacks"),
+        (["--lora", f"n={tmp_path / 'none.gguf'}"], "no such file"),
+        (["--lora", f"n={run / 'gguf' / '微小.gguf'}"], "is no LoRA adapter"),
+        ([str(run), "--lora", str(lora)], "--lora goes with a single model"),
+    ):
+        with pytest.raises(EdgeError, match=message):
+            run_module.main([str(run), *more, "--port", "0"])

@@ -154,15 +154,26 @@ def test_m7_the_thinking_mode_is_part_of_the_prompt(base: Path, tmp_path: Path) 
 # Large models: a layer at a time
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3"])
-def test_layers_in_turn_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    from convert import verify_torch
+def test_layers_in_turn_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool
+) -> None:
+    from convert import seen, verify_layers, verify_torch
 
-    folder = make_family(tmp_path / family, family)
-    rows = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [3] * 40]
-    whole = [found.clone() for found in verify_torch.TorchModel(folder).logits(rows)]
-    monkeypatch.setattr(verify_torch, "WHOLE", 0)
-    model = verify_torch.TorchModel(folder)
+    folder = make_family(tmp_path / family, family, tied=tied)
+    rows, last = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [3] * 40], [7, 1, 5]
+    whole = [found.clone() for found in verify_layers.load(folder).logits(rows, last)]
+    assert [one.shape for one in whole] == [(7, 384), (1, 384), (5, 384)]
+    # Rows in several batches, logits in several parts, the head some rows at a time.
+    for module, name, value in (
+        (verify_torch, "WHOLE", 0),
+        (verify_layers, "TOKENS", 14),
+        (verify_layers, "POSITIONS", 8),
+        (seen, "CHUNK", 7000),
+    ):
+        monkeypatch.setattr(module, name, value)
+    model = verify_layers.load(folder)
     assert all(parameter.is_meta for parameter in model._layers[0].parameters())
     told: dict[str, int] = {}
 
@@ -170,27 +181,40 @@ def test_layers_in_turn_give_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
         told[name] = told.get(name, 0) + len(values)
 
     with model.observed(observe):
-        found = list(model.logits(rows))
+        found = list(model.logits(rows, last))
     assert [one.shape for one in found] == [one.shape for one in whole]
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, whole, strict=True))
     # All but the first token of each row.
     assert {count for name, count in told.items() if "layers.1." in name} == {6 + 1 + 39}
-    assert model.greedy([5, 6], 4, frozenset()) is None
+    # The tables were never in memory: of one the rows' tokens, of the other nothing.
+    assert model.model.get_input_embeddings().weight.shape[0] == 10
+    assert model.model.get_output_embeddings().weight.is_meta
+    assert TorchReader(folder).greedy([5, 6], 4) is None
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=str,
+)
 def test_an_adapter_a_layer_at_a_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
-    from convert import verify_torch
+    from convert import verify_layers, verify_torch
 
     adapter = make_adapter(tmp_path / "adapter", base, **lora)
-    rows = [[5, 6, 7, 8], [9, 10, 11]]
-    whole = [found.clone() for found in verify_torch.TorchModel(base, adapter).logits(rows)]
-    plain = next(verify_torch.TorchModel(base).logits(rows))
+    rows, last = [[5, 6, 7, 8], [9, 10, 11]], [4, 2]
+    whole = [found.clone() for found in verify_layers.load(base, adapter).logits(rows, last)]
+    plain = next(verify_layers.load(base).logits(rows, last))
     assert not torch.allclose(whole[0], plain, atol=1e-2)
     monkeypatch.setattr(verify_torch, "WHOLE", 0)
-    found = list(verify_torch.TorchModel(base, adapter).logits(rows))
+    found = list(verify_layers.load(base, adapter).logits(rows, last))
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, whole, strict=True))
 
 

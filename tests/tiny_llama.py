@@ -22,8 +22,11 @@ def ids(text: str) -> list[int]:
     return [SPACE if b == ord(" ") else BYTES_AT + b for b in text.encode()]
 
 
-def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path:
-    """Write the model to `path`: token i + 3 is byte i; `<|user|>` and `<|end|>` are control tokens."""
+def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE, part: int = 0) -> Path:
+    """Write the model to `path`: token i + 3 is byte i; `<|user|>` and `<|end|>` are control tokens.
+
+    part: tensors of each of several files, which are called after `path`; 0: one file.
+    """
     rng = np.random.default_rng(seed)
     tokens = [b"<unk>", b"<s>", b"</s>"] + [b"<0x%02X>" % i for i in range(256)] + [b"<|user|>", b"<|end|>"]
     # A SentencePiece vocabulary writes a space as this character.
@@ -36,7 +39,7 @@ def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path
         *[gguf.TokenType.CONTROL] * 2,
         gguf.TokenType.NORMAL,
     ]
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=part)
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
@@ -79,6 +82,24 @@ def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE) -> Path
         add(block + "ffn_gate", FEED, WIDTH)
         add(block + "ffn_up", FEED, WIDTH)
         add(block + "ffn_down", WIDTH, FEED)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_lora(path: Path, *, seed: int = 0, strength: float = 1.0) -> Path:
+    """A LoRA adapter of rank 4 for it, as GGUF."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    for i in range(LAYERS):
+        for half, shape in (("a", (4, WIDTH)), ("b", (WIDTH, 4))):
+            values = rng.normal(0, strength / 2, shape).astype(np.float32)
+            writer.add_tensor(f"blk.{i}.attn_output.weight.lora_{half}", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -36,7 +36,11 @@ def main(argv: list[str]) -> int:
         help="a run, a folder with a model, or a .gguf or .onnx file",
     )
     parser.add_argument(
-        "--lora", type=Path, help="an adapter (edge export lora), put on top for every request of this server"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]ADAPTER",
+        help="an adapter (edge export lora) on top of the model, asked for by its id; may be given again",
     )
     parser.add_argument("--default", help="with several: the id of the one for requests that name none")
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")
@@ -97,15 +101,23 @@ def sources(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
     models: dict[str, Callable[[], Planned]] = {}
     if args.name is not None and len(args.paths) > 1:
         raise UsageError("--name goes with a single model", "the ids of several are their artefacts' names")
-    if args.lora is not None and len(args.paths) > 1:
-        raise UsageError("--lora goes with a single model", "serve the model under the adapter by itself")
-    for path in args.paths:
-        name = args.name or artefact.resolve(path).name
-        if name in models:
-            raise UsageError(f"two of the models have the id '{name}'", "serve them one by one, with --name")
-        plan = functools.partial(planned, path, args)
+    if args.lora and len(args.paths) > 1:
+        raise UsageError("--lora goes with a single model", "serve the model under the adapters by itself")
+    # Whoever gives an adapter wants it: it stands for requests that name no model.
+    wanted = [(*named(given), args.paths[0]) for given in args.lora]
+    for name, lora, path in [*wanted, *((args.name, None, path) for path in args.paths)]:
+        plan = functools.partial(planned, path, args, lora)
         # A path that cannot be served is said at once, not when it is first asked for.
         seen = [plan()]
+        found = seen[0].artefact
+        name = name or (found.name if found is not None else path.name)
+        if name in models:
+            hint = (
+                "name the adapters: --lora NAME=ADAPTER"
+                if args.lora
+                else "serve them one by one, with --name"
+            )
+            raise UsageError(f"two of the models have the id '{name}'", hint)
         models[name] = plan
         if name == args.default or (args.default is None and len(models) == 1):
             models[name] = functools.partial(_once, seen, plan)
@@ -116,8 +128,22 @@ def _once(seen: list[Planned], again: Callable[[], Planned]) -> Planned:
     return seen.pop() if seen else again()
 
 
-def planned(path: Path, args: argparse.Namespace) -> Planned:
-    """How the artefact at `path` is to be loaded on this machine now. Raises EdgeError."""
+def named(given: str) -> tuple[str | None, Path]:
+    """(id, path) of `NAME=ADAPTER`, or of a path alone. Raises UsageError for an empty half."""
+    name, equals, path = given.partition("=")
+    if not equals or Path(given).exists():
+        return None, Path(given)
+    if not name or not path:
+        raise UsageError(f"--lora {given}: a name or a path lacks", "give it as NAME=ADAPTER")
+    return name, Path(path)
+
+
+def planned(path: Path, args: argparse.Namespace, lora: Path | None = None) -> Planned:
+    """How the artefact at `path` is to be loaded on this machine now. Raises EdgeError.
+
+    lora: an adapter on top. llama.cpp puts it on a whole context, so each adapter has a process of its own;
+    what they map of the base's file is in memory once.
+    """
     options = planning.Options(
         context=args.ctx,
         slots=args.slots,
@@ -126,9 +152,9 @@ def planned(path: Path, args: argparse.Namespace) -> Planned:
         kv_type=args.kv_type,
     )
     # An adapter in GGUF goes on top of a GGUF.
-    found, why = planning.pick(path, args.backend if args.lora is None else "llamacpp", options)
-    if args.lora is not None:
-        found = artefact.with_lora(found, args.lora)
+    found, why = planning.pick(path, "llamacpp" if args.lora else args.backend, options)
+    if lora is not None:
+        found = artefact.with_lora(found, lora)
     settings = planning.plan(found, options)
     load = Load.of(
         found,
