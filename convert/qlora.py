@@ -24,7 +24,16 @@ from rich.console import Console
 from convert import answers, checkpoint, dist, interrupt, loop, memory, plots, prepare, template
 from convert.folder import check_folder
 from convert.losses import LossHead, Preference, reference
-from convert.model import Place, add_adapter, choose_place, load_model, quantized_layers, unfreeze
+from convert.model import (
+    Place,
+    add_adapter,
+    autocast,
+    choose_place,
+    load_model,
+    quantized_layers,
+    unfreeze,
+    use_liger,
+)
 from convert.watch import Actions, Watch
 from edge import manifest
 from edge.config import TrainConfig
@@ -145,11 +154,12 @@ def _train(
     model = load_model(
         base, weights, double_quant=config.double_quantization, attention="eager" if eager else "sdpa"
     )
+    if config.enable_liger_kernel:
+        use_liger(model, place)
     quantized = quantized_layers(model) if place.four_bit else []
     model = unfreeze(model, config) if full else add_adapter(model, config)
     start = _pissa_start(model) if config.pissa_init else None
-    autocast = place.dtype if full and place.dtype != torch.float32 else None
-    head = LossHead(model, autocast=autocast)
+    head = LossHead(model, autocast=autocast(config, place))
     objective: Any = head
     if config.stage == "dpo":
         model.eval()

@@ -34,6 +34,7 @@ class TrainConfig:
     disable_gradient_checkpointing: bool = _key(
         False, "bool", "keep activations: faster by a third, needs more memory"
     )
+    enable_liger_kernel: bool = _key(False, "bool", "fused layers of the package liger-kernel (CUDA only)")
     # Method
     stage: str = _key("sft", "text", "sft: answers; dpo: preferences", choices=("sft", "dpo"))
     finetuning_type: str = _key(
@@ -155,7 +156,6 @@ ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
     "do_eval": (ANY, ""),
     "do_predict": ((False,), ""),
     "do_train": ((True,), ""),
-    "enable_liger_kernel": ((False,), ""),
     "flash_attn": (("auto", "sdpa"), ""),
     "fsdp": ((None, ""), ""),
     "gradient_checkpointing": ((True,), ""),
