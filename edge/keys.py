@@ -26,6 +26,7 @@ class TrainConfig:
 
     # Model
     model_name_or_path: str = _key(MISSING, "text", "a folder in transformers' format, or a hub id")
+    adapter_name_or_path: str | None = _key(None, "text", "a run or adapter to go on from, with its rank")
     model_revision: str = _key("main", "text", "branch, tag or commit on the hub")
     quantization_bit: int | None = _key(
         None, "int", "4: train over NF4 weights (QLoRA); none: over 16-bit weights", choices=(4,)
@@ -143,7 +144,6 @@ REQUIRED = ("model_name_or_path", "dataset", "output_dir")
 # Keys of LLaMA-Factory that we do not act on: the values that change nothing here, and what to say of them.
 _NO_CODE = "is ignored: models are loaded with transformers' own classes, code from a repository is never run"
 ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
-    "adapter_name_or_path": ((None,), ""),
     "add_tokens": ((None,), ""),
     "additional_target": ((None,), ""),
     "cache_dir": ((None,), ""),
