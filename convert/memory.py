@@ -34,10 +34,11 @@ from edge import hardware
 from edge.config import TrainConfig
 from edge.errors import EdgeError
 
-# What a process holds beside tensors. On a CPU: torch and its friends, before training and in it, and freed
-# pieces that the C allocator keeps, as a share of what passes need (fitted to measured peaks, see
-# docs/NOTES.md). On a card: workspaces of the matrix library.
-CPU_LOADING, CPU_PROCESS, CPU_KEPT, CUDA_WORKSPACE = 435 * 2**20, 520 * 2**20, 0.4, 40 * 2**20
+# What a process holds beside tensors. On a CPU: torch and its friends; freed pieces that the C allocator
+# keeps, as a share of what passes need, and bytes for each token, layer and unit of width (fitted to three
+# measured peaks, see docs/NOTES.md). On a card: workspaces of the matrix library.
+CPU_PROCESS, CPU_KEPT, CPU_TOKEN = 520 * 2**20, 0.22, 15
+CUDA_WORKSPACE = 40 * 2**20
 _BLOCK, _DOUBLE = 64, 256
 
 
@@ -45,23 +46,20 @@ _BLOCK, _DOUBLE = 64, 256
 class Estimate:
     """Bytes at the peak. weights: as they lie on the device. trained: parameters that are trained, and what
     the optimizer knows of them. passes: gradients, activations and what is computed with. other: the process
-    itself. loading: the peak before training, on a CPU, where the file's pages are in memory too."""
+    itself. While the weights are read the files' pages are in memory too; those the system takes back."""
 
     weights: int
     trained: int
     passes: int
     other: int
-    loading: int = 0
 
     @property
     def total(self) -> int:
-        return max(self.loading, self.weights + self.trained + self.passes + self.other)
+        return self.weights + self.trained + self.passes + self.other
 
     def __str__(self) -> str:
         parts = ("weights", "trained", "passes", "other")
         shown = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in parts)
-        if self.total == self.loading:
-            shown = f"while the model is loaded; training: {shown}"
         return f"{self.total / 2**30:.2f} GiB ({shown})"
 
 
@@ -219,7 +217,8 @@ def estimate(
     paged = config.optim == "paged_adamw_8bit"
     # Adam's two numbers in float32. Paged ones lie in the system's memory when the card's is needed.
     kept = trained + (0 if paged else trained * 2)
-    passes = max(_passes(model, batch, config, chunked=chunked) for batch in _largest(config, made))
+    largest = _largest(config, made)
+    passes = max(_passes(model, batch, config, chunked=chunked) for batch in largest)
     for batch in list(by_length(made.held, config.per_device_eval_batch_size))[-1:]:
         passes = max(passes, _passes(model, batch, config, learn=False))
     if autocast(config, place) is not None:
@@ -230,15 +229,10 @@ def estimate(
         passes = max(passes, trained + (trained if place.device != "cpu" else 3 * max(each)))
     if place.device != "cpu":
         return Estimate(weights, kept, passes, CUDA_WORKSPACE)
-    other = CPU_PROCESS + int(CPU_KEPT * passes)
-    return Estimate(weights, kept, passes, other, CPU_LOADING + _loading(base, model, config, weights))
-
-
-def _loading(base: Path, model: Any, config: TrainConfig, weights: int) -> int:
-    """Bytes while the weights are read: pages of the files, and the 16-bit copy of what goes into 4 bits."""
-    files = sum(one.stat().st_size for one in base.glob("*.safetensors"))
-    copies = [one.numel() * one.element_size() for one in model.parameters() if not one.requires_grad]
-    return files + weights + (sum(copies) if config.quantization_bit else 0)
+    shape = model.config.get_text_config()
+    tokens = max(map(_padded, largest)) * shape.num_hidden_layers * shape.hidden_size
+    other = CPU_PROCESS + int(CPU_KEPT * passes) + CPU_TOKEN * tokens
+    return Estimate(weights, kept, passes, other)
 
 
 def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> Any:
