@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from convert import encode, loop, model, prepare, qlora, template, train_cli
 from convert.encode import Pair, Sample
 from convert.losses import LossHead, Preference
-from edge.config import as_yaml, parse
+from edge.config import as_yaml
 from edge.errors import EdgeError, InputError, UsageError
+from tests.runs import PAIRS, ROWS, configure
 from tests.test_config import DPO, QLORA
 from tests.toy import make_model
 
@@ -27,8 +28,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 QUIET = Console(quiet=True)
-ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]
-PAIRS = [{"instruction": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}!"} for n in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +37,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def made(tmp_path, base):
-    (tmp_path / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    (tmp_path / "p.json").write_text(json.dumps(PAIRS), encoding="utf-8")
-    info = {"d": {"file_name": "d.json"}, "p": {"file_name": "p.json", "ranking": True}}
-    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-
-    def config(name="run", **changes):
-        return parse(
-            {
-                "model_name_or_path": str(base),
-                "dataset": "d",
-                "dataset_dir": str(tmp_path),
-                "output_dir": str(tmp_path / name),
-                "use_cpu": True,
-                "per_device_train_batch_size": 2,
-                "learning_rate": 5e-3,
-                "max_steps": 2,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "disable_gradient_checkpointing": True,
-                **changes,
-            }
-        )
-
-    return config
+    return configure(tmp_path, base, max_steps=2, save_strategy="no")
 
 
 def plain(base):
