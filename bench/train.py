@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -116,34 +115,19 @@ def _compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def memory(path: Path, overrides: list[str], steps: int, console: Console) -> list[dict[str, Any]]:
-    """Estimate against the measured peak of a process that trains `steps` steps, for each of SETTINGS."""
+    """Estimate against the peak of a process that only trains, `steps` steps, for each of SETTINGS."""
     found = []
     for setting in SETTINGS:
         words = [*overrides, *setting, f"max_steps={steps}", "save_strategy=no"]
         with tempfile.TemporaryDirectory(prefix="edge-bench-") as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "edge.cli",
-                "train",
-                str(path),
-                *words,
-                f"output_dir={folder}/run",
-            ]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            assert process.stdout is not None
-            with process.stdout as pipe:
-                said = pipe.read().decode("utf-8", "replace")
-            # Its own peak: the children's common one would be that of the largest so far.
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        line = next((one for one in said.splitlines() if one.startswith("memory: ")), "")
-        if status or not line:
+            command = [sys.executable, "-m", "bench.peak", str(path), *words]
+            command.append(f"output_dir={folder}/run")
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = done.stdout.decode("utf-8", "replace")
+        lines = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) > 1}
+        if done.returncode or not {"memory:", "peak:"} <= set(lines):
             raise EdgeError(f"training with {' '.join(setting)} failed", said[-500:])
-        estimated, measured = (
-            float(line.split()[1]),
-            used.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20),
-        )
+        estimated, measured = float(lines["memory:"]), float(lines["peak:"])
         off = estimated / measured - 1
         numbers = {"estimate": estimated, "measured": round(measured, 2), "off": round(off, 3)}
         found.append({"setting": " ".join(setting)} | numbers)

@@ -187,7 +187,8 @@ def check_same(found: Found, config: TrainConfig, *, data: str, processes: int) 
             "put them back, or train anew: --overwrite",
         )
     for key, value in now.items():
-        before = found.settings.get(key)
+        # A key that is younger than the checkpoint was as it is by default.
+        before = found.settings.get(key, FIELDS[key].default if key in FIELDS else None)
         if key not in _FREE and before != value and before != _plain(value):
             raise UsageError(
                 f"{key} is {value!r}, {name} was trained with {before!r}: that is another run",

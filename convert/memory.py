@@ -8,10 +8,13 @@ architecture, the adapter, checkpointing and the vocabulary, and not from a rule
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import random
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +26,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from convert.encode import Pair, Sample
-from convert.loop import batches
-from convert.losses import LossHead
-from convert.model import Place, add_adapter, no_advice, unfreeze
+from convert.loop import batches, total_steps
+from convert.losses import by_length
+from convert.model import Place, add_adapter, autocast, no_advice, unfreeze
 from convert.prepare import Prepared
 from edge import hardware
 from edge.config import TrainConfig
 from edge.errors import EdgeError
 
-# What a process holds beside tensors. On a CPU: torch and its friends, and what the C allocator keeps of
-# freed pieces, which grows with the tokens of a batch (fitted to measured peaks, see docs/NOTES.md). On a
-# card: workspaces of the matrix library.
-CPU_PROCESS, CPU_TOKEN, CUDA_WORKSPACE = 560 * 2**20, 420_000, 40 * 2**20
+# What a process holds beside tensors. On a CPU: torch and its friends; freed pieces that the C allocator
+# keeps, as a share of what passes need, and bytes for each token, layer and unit of width (fitted to three
+# measured peaks, see docs/NOTES.md). On a card: workspaces of the matrix library.
+CPU_PROCESS, CPU_KEPT, CPU_TOKEN = 520 * 2**20, 0.22, 15
+CUDA_WORKSPACE = 40 * 2**20
 _BLOCK, _DOUBLE = 64, 256
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak. weights: as they lie on the device. trained: parameters that are trained, with
-    gradients and optimizer. passes: activations and what is computed with. other: the process itself."""
+    """Bytes at the peak. weights: as they lie on the device. trained: parameters that are trained, and what
+    the optimizer knows of them. passes: gradients, activations and what is computed with. other: the process
+    itself. While the weights are read the files' pages are in memory too; those the system takes back."""
 
     weights: int
     trained: int
@@ -59,12 +64,15 @@ class Estimate:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, and the most that lived at once."""
+    """Counts the bytes of all storages that operations make, and the most that lived at once.
 
-    def __init__(self) -> None:
+    there: tensors that were there before and are not counted, nor are their views.
+    """
+
+    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, Any] = {}
+        self._known: dict[int, Any] = {one.untyped_storage()._cdata: one for one in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -123,6 +131,53 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+class _Chunked(torch.autograd.Function):
+    """What a fused head and loss does with memory: logits of some rows at a time, the gradient at once.
+
+    Stands in for the output head; (1, rows, 1) in place of logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = chunk(*flat.shape, weight.shape[0])
+        ctx.save_for_backward(torch.empty_like(hidden))
+        logits = nn.functional.linear(flat[:rows], weight)
+        wide = logits.float()
+        wide.softmax(-1)
+        return wide.new_empty(1, len(flat), 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (made,) = ctx.saved_tensors
+        return made * gradients[0].sum().to(made.dtype), None
+
+
+def chunk(rows: int, width: int, vocab: int) -> int:
+    """Rows of logits that liger-kernel's fused loss makes at once: as large as the hidden states are.
+
+    Its rule: rows / ceil(vocab / width), rounded up to a power of two.
+    """
+    return min(rows, 2 ** math.ceil(math.log2(math.ceil(rows / math.ceil(vocab / width)))))
+
+
+class _Gated(torch.autograd.Function):
+    """liger-kernel's silu(gate) * up: keeps both inputs, and writes their gradients over them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(ctx.saved_tensors)
+
+
+def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
+
+
 def _fused(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -131,10 +186,19 @@ def _fused(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) ->
 
 
 def estimate(
-    base: Path, config: TrainConfig, made: Prepared, place: Place, *, eager: bool, model: Any = None
+    base: Path,
+    config: TrainConfig,
+    made: Prepared,
+    place: Place,
+    *,
+    eager: bool,
+    model: Any = None,
+    chunked: bool = False,
 ) -> Estimate:
-    """The peak of training `made` as `config` says, in bytes. model: what `skeleton` gave, to use again."""
-    full = config.finetuning_type == "full"
+    """The peak of training `made` as `config` says, in bytes.
+
+    model: what `skeleton` gave, to use again. chunked: the loss makes logits of some rows at a time.
+    """
     model = model if model is not None else skeleton(base, config, place, eager=eager)
     weights = trained = 0
     seen: set[int] = set()
@@ -144,21 +208,30 @@ def estimate(
                 continue
             seen.add(id(one))
             if one.requires_grad:
-                trained += one.numel() * one.element_size()
+                trained += one.numel() * 4
             elif isinstance(module, _Layer) and name == "weight":
                 scale = 1 + 4 / _DOUBLE if config.double_quantization else 4
                 weights += int(one.numel() / 2 + one.numel() / _BLOCK * scale)
             else:
                 weights += one.numel() * one.element_size()
-    # A gradient, and Adam's two numbers in float32 or in eight bits.
-    each = 4 + (2 if config.optim == "paged_adamw_8bit" else 8)
-    kept = trained + trained // 4 * each
-    autocast = place.dtype if full and place.dtype != torch.float32 else None
+    paged = config.optim == "paged_adamw_8bit"
+    # Adam's two numbers in float32. Paged ones lie in the system's memory when the card's is needed.
+    kept = trained + (0 if paged else trained * 2)
     largest = _largest(config, made)
-    passes = max(_passes(model, batch, autocast) for batch in largest)
-    other = CUDA_WORKSPACE
-    if place.device == "cpu":
-        other = CPU_PROCESS + CPU_TOKEN * max(map(_padded, largest))
+    passes = max(_passes(model, batch, config, chunked=chunked) for batch in largest)
+    for batch in list(by_length(made.held, config.per_device_eval_batch_size))[-1:]:
+        passes = max(passes, _passes(model, batch, config, learn=False))
+    if autocast(config, place) is not None:
+        passes += trained  # copies in 16 bits, and gradients twice as large as they were counted
+    if not paged:
+        # At the step: every gradient, and what the update computes with: of all at once on a card.
+        each = [one.numel() * 4 for one in model.parameters() if one.requires_grad]
+        passes = max(passes, trained + (trained if place.device != "cpu" else 3 * max(each)))
+    if place.device != "cpu":
+        return Estimate(weights, kept, passes, CUDA_WORKSPACE)
+    shape = model.config.get_text_config()
+    tokens = max(map(_padded, largest)) * shape.num_hidden_layers * shape.hidden_size
+    other = CPU_PROCESS + int(CPU_KEPT * passes) + CPU_TOKEN * tokens
     return Estimate(weights, kept, passes, other)
 
 
@@ -169,7 +242,7 @@ def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> A
 
     no_advice()
     ALL_ATTENTION_FUNCTIONS.register("edge_fused", _fused)
-    full = config.finetuning_type == "full"
+    full, half = config.finetuning_type == "full", autocast(config, place)
     shape = AutoConfig.from_pretrained(base, local_files_only=True)
     shape._attn_implementation = "eager" if eager else "edge_fused"
     quiet = dataclasses.replace(config, pissa_init=False)
@@ -178,9 +251,13 @@ def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> A
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(
             shape,
-            dtype=torch.float32 if full else place.dtype,
+            dtype=(half or torch.float32) if full else place.dtype,
             attn_implementation=shape._attn_implementation,
         )
+        if config.enable_liger_kernel:
+            for module in model.modules():
+                if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+                    module.forward = functools.partial(_gated, module)
         if full:
             return unfreeze(model, config)
         if place.four_bit:
@@ -188,17 +265,25 @@ def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> A
             for module in model.modules():
                 if type(module) is nn.Linear and module is not head:
                     module.__class__ = _Layer
-        return add_adapter(model, quiet)
+        adapted = add_adapter(model, quiet)
+        for one in adapted.parameters():
+            if one.requires_grad and half is not None:
+                one.data = one.data.to(half)
+        return adapted
 
 
 def _largest(config: TrainConfig, made: Prepared) -> list[list[Any]]:
-    """The batches that may need most: by padded tokens, by tokens with loss, by the square of the length."""
-    kinds = (_padded, _learnt, _square)
+    """The batches that may need most of those that will come: by padded tokens, by tokens with loss, by the
+    square of the length."""
     best: list[list[Any]] = []
     shuffle = None if config.disable_shuffling else random.Random(config.seed)
-    for _ in range(min(10, math.ceil(config.num_train_epochs)) if shuffle else 1):
-        many = batches(made.train, config.per_device_train_batch_size, shuffle)
-        best = [max([*many, *best[at : at + 1]], key=weigh) for at, weigh in enumerate(kinds)]
+    left = total_steps(config, len(made.train)) * config.gradient_accumulation_steps
+    for _ in range(10 if shuffle else 1):
+        many = batches(made.train, config.per_device_train_batch_size, shuffle)[:left]
+        best = [max([*many, *best[at : at + 1]], key=weigh) for at, weigh in enumerate(_KINDS)]
+        left -= len(many)
+        if left <= 0:
+            break
     return list({id(batch): batch for batch in best}.values())
 
 
@@ -214,40 +299,54 @@ def _square(batch: list[Any]) -> int:
     return len(batch) * max(item.size for item in batch) ** 2
 
 
-def _passes(model: Any, batch: list[Any], autocast: torch.dtype | None) -> int:
-    """Bytes at the peak of one forward and backward pass, without what is there before it."""
+_KINDS = (_padded, _learnt, _square)
+
+
+def _passes(
+    model: Any, batch: list[Any], config: TrainConfig, *, learn: bool = True, chunked: bool = False
+) -> int:
+    """Bytes at the peak of one forward and backward pass (or an evaluation), beside the parameters."""
     samples: list[Sample] = [
         one for item in batch for one in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))
     ]
-    model.train()
-    for one in model.parameters():
-        one.grad = None
+    model.train(learn)
     longest = max(len(one.ids) for one in samples)
     keep = sum(one.learnt for one in samples)
     head = model.get_output_embeddings()
     # The positions that are learnt cannot be looked up without storage: any as many will do.
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:keep],))
-    counted = Peak()
+    if chunked and learn:
+        head.forward = lambda hidden: _Chunked.apply(hidden, head.weight)
+    counted = Peak(itertools.chain(model.parameters(), model.buffers()))
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), counted:
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            torch.set_grad_enabled(learn),
+            counted,
+        ):
             warnings.simplefilter("ignore")
+            for one in model.parameters():
+                # Those of earlier micro-batches, to which this one's are added.
+                kept = learn and one.requires_grad and config.gradient_accumulation_steps > 1
+                one.grad = torch.empty_like(one) if kept else None
             ids = torch.zeros(len(samples), longest, dtype=torch.long, device="meta")
             targets = torch.zeros(keep, dtype=torch.long, device="meta")
             # Given whole: transformers would look into the positions to make it.
             side = longest if model.config._attn_implementation == "eager" else 1
             mask = torch.zeros(len(samples), 1, side, side, dtype=model.dtype, device="meta")
-            with LossHead(model, autocast=autocast)._computing("cpu"):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            nn.functional.cross_entropy(logits.float(), targets, reduction="none").sum().backward()
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            if not (chunked and learn):
+                logits = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            if learn:
+                logits.sum().backward()
             del logits
     finally:
         hook.remove()
-        grads = sum(
-            one.grad.numel() * one.grad.element_size() for one in model.parameters() if one.grad is not None
-        )
+        vars(head).pop("forward", None)
         for one in model.parameters():
             one.grad = None
-    return max(0, counted.peak - grads)
+    return counted.peak
 
 
 def free(place: Place) -> int:

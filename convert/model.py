@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import re
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 
 from edge.config import TrainConfig
-from edge.errors import InputError, UsageError
+from edge.errors import InputError, UnavailableError, UsageError
 
 
 @dataclass
@@ -45,6 +48,16 @@ def choose_place(config: TrainConfig) -> Place:
     return place
 
 
+def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
+    """The type that float32 weights are trained in, where it is another: always for fully trained ones.
+
+    On a card adapters too: their inputs, kept for the backward pass, would else be kept in float32.
+    """
+    if place.dtype == torch.float32 or (config.finetuning_type == "lora" and place.device != "cuda"):
+        return None
+    return place.dtype
+
+
 def load_model(folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa") -> Any:
     """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`."""
     no_advice()
@@ -68,6 +81,35 @@ def load_model(folder: Path, place: Place, *, double_quant: bool = True, attenti
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
     keep_unpacked(model)
+    _trim()
+    return model
+
+
+def _trim() -> None:
+    """Give back to the system what loading took and freed: hundreds of megabytes that glibc would keep."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def use_liger(model: Any, place: Place) -> Any:
+    """`model` with liger-kernel's norms, rotations and gates in place of its own; its loss is not taken.
+
+    Raises UnavailableError without CUDA, without the package, and for a kind of model that it does not know.
+    """
+    key = "enable_liger_kernel: true"
+    if place.device != "cuda":
+        raise UnavailableError(f"{key} needs CUDA, training runs on {place.device}", "leave it out")
+    try:
+        from liger_kernel.transformers import monkey_patch as liger
+    except ImportError as error:
+        raise UnavailableError(
+            f"{key} needs the package 'liger-kernel'", "pip install liger-kernel"
+        ) from error
+    kind = model.config.model_type
+    if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UnavailableError(f"{key}: the installed liger-kernel does not know {kind}", "leave it out")
+    liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     return model
 
 

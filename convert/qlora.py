@@ -21,10 +21,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from convert import answers, checkpoint, dist, interrupt, loop, memory, plots, prepare, template
+from convert import answers, checkpoint, dist, interrupt, loop, memory, plots, prepare, start, template
 from convert.folder import check_folder
 from convert.losses import LossHead, Preference, reference
-from convert.model import Place, add_adapter, choose_place, load_model, quantized_layers, unfreeze
+from convert.model import (
+    Place,
+    add_adapter,
+    autocast,
+    choose_place,
+    load_model,
+    quantized_layers,
+    unfreeze,
+    use_liger,
+)
 from convert.watch import Actions, Watch
 from edge import manifest
 from edge.config import TrainConfig
@@ -74,7 +83,8 @@ def run(
         plots.check()
     base = base_folder(config.model_name_or_path, config.model_revision)
     form = template.load(base)
-    said = [*config.warnings, template.check_name(config.template, form), *form.warnings]
+    config, about = start.shaped(config) if config.adapter_name_or_path else (config, [])
+    said = [*config.warnings, *about, template.check_name(config.template, form), *form.warnings]
     made = prepare.prepare(config, form)
     said += made.notes
     if config.default_system is not None:
@@ -145,11 +155,14 @@ def _train(
     model = load_model(
         base, weights, double_quant=config.double_quantization, attention="eager" if eager else "sdpa"
     )
+    if config.enable_liger_kernel:
+        use_liger(model, place)
     quantized = quantized_layers(model) if place.four_bit else []
     model = unfreeze(model, config) if full else add_adapter(model, config)
-    start = _pissa_start(model) if config.pissa_init else None
-    autocast = place.dtype if full and place.dtype != torch.float32 else None
-    head = LossHead(model, autocast=autocast)
+    if config.adapter_name_or_path:
+        start.load(model, config)
+    pissa = _pissa_start(model) if config.pissa_init else None
+    head = LossHead(model, autocast=autocast(config, place))
     objective: Any = head
     if config.stage == "dpo":
         model.eval()
@@ -237,7 +250,7 @@ def _train(
         watch.finish(_results(state, found))
     if world.first:
         with manifest.publish(target, overwrite=overwrite_ok(target)) as partial:
-            _write(model, partial, base, form, full, start)
+            _write(model, partial, base, form, full, pissa)
             manifest.write(
                 partial,
                 manifest.Manifest(
@@ -363,20 +376,20 @@ def _pissa_start(model: Any) -> Path:
 
 
 def _write(
-    model: Any, folder: Path, base: Path, form: template.ChatFormat, full: bool, start: Path | None
+    model: Any, folder: Path, base: Path, form: template.ChatFormat, full: bool, pissa: Path | None
 ) -> None:
     if full:
         _write_weights(model, folder, base, form)
     else:
-        more = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
-        if start is not None:
+        more = {} if pissa is None else {"path_initial_model_for_weight_conversion": str(pissa)}
+        if pissa is not None:
             model.peft_config["default"].init_lora_weights = "pissa"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Not "auto": that would ask a hub whether the base's vocabulary was changed.
             model.save_pretrained(folder, save_embedding_layers=False, **more)
-        if start is not None:
-            shutil.rmtree(start.parent, ignore_errors=True)
+        if pissa is not None:
+            shutil.rmtree(pissa.parent, ignore_errors=True)
         (folder / "README.md").unlink(missing_ok=True)
     copy_tokenizer(form.folder, folder, form.source)
 

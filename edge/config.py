@@ -127,13 +127,18 @@ def _check_together(config: TrainConfig) -> None:
             "leave quantization_bit out, or train with lora",
         )
     if config.finetuning_type == "full":
-        lora = [key for key in ("use_dora", "pissa_init", "use_rslora") if getattr(config, key)]
+        keys = ("use_dora", "pissa_init", "use_rslora", "adapter_name_or_path")
+        lora = [key for key in keys if getattr(config, key)]
         if lora:
             raise UsageError(f"{lora[0]} belongs to finetuning_type: lora", "leave it out")
     if config.pissa_init and config.quantization_bit:
         raise UsageError(
             "pissa_init changes the base's weights, which 4 bits would round off again",
             "leave quantization_bit out (16-bit LoRA), or pissa_init",
+        )
+    if config.pissa_init and config.adapter_name_or_path:
+        raise UsageError(
+            "pissa_init starts a new adapter, adapter_name_or_path goes on from one", "keep one of them"
         )
     if config.stage == "dpo" and (config.packs or config.train_on_prompt):
         key = "packing" if config.packs else "train_on_prompt"

@@ -26,6 +26,7 @@ class TrainConfig:
 
     # Model
     model_name_or_path: str = _key(MISSING, "text", "a folder in transformers' format, or a hub id")
+    adapter_name_or_path: str | None = _key(None, "text", "a run or adapter to go on from, with its rank")
     model_revision: str = _key("main", "text", "branch, tag or commit on the hub")
     quantization_bit: int | None = _key(
         None, "int", "4: train over NF4 weights (QLoRA); none: over 16-bit weights", choices=(4,)
@@ -34,6 +35,7 @@ class TrainConfig:
     disable_gradient_checkpointing: bool = _key(
         False, "bool", "keep activations: faster by a third, needs more memory"
     )
+    enable_liger_kernel: bool = _key(False, "bool", "fused layers of the package liger-kernel (CUDA only)")
     # Method
     stage: str = _key("sft", "text", "sft: answers; dpo: preferences", choices=("sft", "dpo"))
     finetuning_type: str = _key(
@@ -142,7 +144,6 @@ REQUIRED = ("model_name_or_path", "dataset", "output_dir")
 # Keys of LLaMA-Factory that we do not act on: the values that change nothing here, and what to say of them.
 _NO_CODE = "is ignored: models are loaded with transformers' own classes, code from a repository is never run"
 ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
-    "adapter_name_or_path": ((None,), ""),
     "add_tokens": ((None,), ""),
     "additional_target": ((None,), ""),
     "cache_dir": ((None,), ""),
@@ -155,7 +156,6 @@ ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
     "do_eval": (ANY, ""),
     "do_predict": ((False,), ""),
     "do_train": ((True,), ""),
-    "enable_liger_kernel": ((False,), ""),
     "flash_attn": (("auto", "sdpa"), ""),
     "fsdp": ((None, ""), ""),
     "gradient_checkpointing": ((True,), ""),

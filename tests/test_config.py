@@ -120,6 +120,9 @@ def test_t7_no_such_rate(tmp_path, text):
         ("stage", "kto", "stage: 'kto' is not supported"),
         ("finetuning_type", "freeze", "finetuning_type: 'freeze' is not supported"),
         ("report_to", "wandb", "report_to: 'wandb' is not supported"),
+        # T14: never a size mismatch later, but a refusal before anything is loaded.
+        ("add_tokens", "<a>,<b>", "add_tokens: '<a>,<b>' is known from LLaMA-Factory, but not supported yet"),
+        ("resize_vocab", True, "resize_vocab: True is known from LLaMA-Factory, but not supported yet"),
         ("deepspeed", "z3.json", "known from LLaMA-Factory, but not supported yet"),
         ("eval_strategy", "steps", "has nothing to evaluate on"),
         ("early_stopping_steps", 3, "early_stopping_steps needs evaluations"),
@@ -220,6 +223,8 @@ def test_print_config_reads_back(tmp_path):
         ({"finetuning_type": "full", "quantization_bit": 4}, "cannot train 4-bit weights"),
         ({"finetuning_type": "full", "use_dora": True}, "use_dora belongs to finetuning_type: lora"),
         ({"pissa_init": True, "quantization_bit": 4}, "pissa_init changes the base's weights"),
+        ({"pissa_init": True, "adapter_name_or_path": "a"}, "pissa_init starts a new adapter"),
+        ({"finetuning_type": "full", "adapter_name_or_path": "a"}, "adapter_name_or_path belongs to"),
         ({"stage": "dpo", "neat_packing": True}, "packing has no meaning in stage: dpo"),
         ({"max_steps": 10, "warmup_steps": 10}, "warmup_steps: 10 takes all 10 steps"),
         (

@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from convert import encode, loop, model, prepare, qlora, template
+from convert import encode, loop, model, prepare, qlora, template, train_cli
 from convert.encode import Pair, Sample
 from convert.losses import LossHead, Preference
-from edge.config import as_yaml, parse
-from edge.errors import EdgeError, UsageError
+from edge.config import as_yaml
+from edge.errors import EdgeError, InputError, UsageError
+from tests.runs import PAIRS, ROWS, configure
+from tests.test_config import DPO, QLORA
 from tests.toy import make_model
 
 # Seconds of servers and training: left out of the quick part.
@@ -26,8 +28,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 QUIET = Console(quiet=True)
-ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]
-PAIRS = [{"instruction": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}!"} for n in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +37,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def made(tmp_path, base):
-    (tmp_path / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    (tmp_path / "p.json").write_text(json.dumps(PAIRS), encoding="utf-8")
-    info = {"d": {"file_name": "d.json"}, "p": {"file_name": "p.json", "ranking": True}}
-    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-
-    def config(name="run", **changes):
-        return parse(
-            {
-                "model_name_or_path": str(base),
-                "dataset": "d",
-                "dataset_dir": str(tmp_path),
-                "output_dir": str(tmp_path / name),
-                "use_cpu": True,
-                "per_device_train_batch_size": 2,
-                "learning_rate": 5e-3,
-                "max_steps": 2,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "disable_gradient_checkpointing": True,
-                **changes,
-            }
-        )
-
-    return config
+    return configure(tmp_path, base, max_steps=2, save_strategy="no")
 
 
 def plain(base):
@@ -168,6 +145,32 @@ def test_preferences_are_learnt(made, tmp_path, loss):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "names"), [(QLORA, ("identity", "alpaca_en_demo")), (DPO, ("dpo_en_demo",))]
+)
+def test_examples_of_llamafactory_run_through(tmp_path, base, capsys, text, names):
+    """Their keys and values; places, template and, for a short run, logging_steps are this test's own."""
+    ranking = text is DPO
+    info = {name: {"file_name": "d.json", **({"ranking": True} if ranking else {})} for name in names}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    (tmp_path / "d.json").write_text(json.dumps(PAIRS if ranking else ROWS), encoding="utf-8")
+    (tmp_path / "theirs.yaml").write_text(text, encoding="utf-8")
+    places = {"model_name_or_path": base, "dataset_dir": tmp_path, "output_dir": tmp_path / "run"}
+    words = [
+        *(f"{key}={value}" for key, value in places.items()),
+        "template=qwen",
+        "use_cpu=true",
+        "logging_steps=2",
+    ]
+    assert train_cli.main([str(tmp_path / "theirs.yaml"), *words]) == 0
+    rows = len(names) * len(PAIRS if ranking else ROWS)
+    steps = 3 * math.ceil(rows / 8)
+    assert f"{rows} {'pairs' if ranking else 'rows'} to train on" in capsys.readouterr().out
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == steps and (tmp_path / "run" / "training_loss.png").is_file()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_stage_and_data_must_fit(made):
     with pytest.raises(UsageError, match="stage: dpo needs preference rows"):
         qlora.run(made(stage="dpo"), console=QUIET)
@@ -213,6 +216,38 @@ def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
     again = load_tuned(target, base, made(), model.Place("cpu", torch.float32, False)).eval()
     assert torch.allclose(logits(again), seen["trained"], atol=1e-3)
     assert not torch.allclose(logits(plain(base)), seen["trained"], atol=1e-1)
+
+
+def test_training_goes_on_from_an_adapter(made, base, tmp_path):
+    first = qlora.run(made("one", lora_rank=4, use_rslora=True, lora_target="q_proj,v_proj"), console=QUIET)
+    said = Console(record=True, width=200)
+    again = made("two", adapter_name_or_path=str(tmp_path / "one"), learning_rate=1e-9)
+    second = qlora.run(again, console=said)
+    assert "whose settings hold: lora_rank 4, lora_alpha 8, use_rslora True" in said.export_text()
+    before, after = (load_file(one / "adapter_model.safetensors") for one in (first, second))
+    assert set(before) == set(after) and all(
+        torch.allclose(before[key], after[key], atol=1e-7) for key in before
+    )
+    assert all(one.abs().max() > 0 for key, one in before.items() if "lora_B" in key)
+    assert json.loads((second / "adapter_config.json").read_text(encoding="utf-8"))["use_rslora"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"modules_to_save": ["lm_head"]}, UsageError, "has modules_to_save: .*edge merge"),
+        ({"r": 2}, InputError, "does not fit this model"),
+        ({"r": None}, InputError, "adapter_config.json cannot be read"),
+    ],
+)
+def test_adapters_that_cannot_be_gone_on_from(made, tmp_path, change, error, words):
+    target = qlora.run(made("one", max_steps=1), console=QUIET)
+    known = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+    (target / "adapter_config.json").write_text(json.dumps({**known, **change}), encoding="utf-8")
+    with pytest.raises(error, match=f"(?s){words}"):
+        qlora.run(made("two", adapter_name_or_path=str(target)), console=QUIET)
+    with pytest.raises(InputError, match=r"adapter_name_or_path: .*none holds no adapter_config\.json"):
+        qlora.run(made("two", adapter_name_or_path=str(tmp_path / "none")), console=QUIET)
 
 
 @pytest.mark.slow

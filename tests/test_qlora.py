@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 from array import array
 
 import pytest
@@ -279,6 +281,27 @@ def test_thinking_mode_is_stored(made, tmp_path):
 def test_paged_optimizer_needs_cuda(made):
     with pytest.raises(EdgeError, match="paged_adamw_8bit needs CUDA"):
         qlora.run(made(optim="paged_adamw_8bit"))
+
+
+def test_liger_is_never_left_out_in_silence(base, made, monkeypatch):
+    with pytest.raises(EdgeError, match="enable_liger_kernel: true needs CUDA, training runs on cpu"):
+        qlora.run(made(enable_liger_kernel=True))
+    place, asked = model.Place("cuda", torch.bfloat16, True), []
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    with pytest.raises(EdgeError, match="needs the package 'liger-kernel'"):
+        model.use_liger(None, place)
+    package = types.ModuleType("liger_kernel.transformers")
+    package.monkey_patch = types.SimpleNamespace(
+        MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None},
+        _apply_liger_kernel_to_instance=lambda *_, **how: asked.append(how),
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    one = types.SimpleNamespace(config=types.SimpleNamespace(model_type="llama"))
+    assert model.use_liger(one, place) is one
+    assert asked == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
+    one.config.model_type = "mamba"
+    with pytest.raises(EdgeError, match="does not know mamba"):
+        model.use_liger(one, place)
 
 
 def test_place(made, monkeypatch):

@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 
 from convert import checkpoint, loop, qlora, train_cli
 from edge import manifest
-from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
+from tests.runs import ROWS, configure
 from tests.toy import make_model
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
 
-ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,33 +32,11 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def made(tmp_path, base):
-    (tmp_path / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
-
-    def config(name="run", **changes):
-        return parse(
-            {
-                "model_name_or_path": str(base),
-                "dataset": "d",
-                "dataset_dir": str(tmp_path),
-                "output_dir": str(tmp_path / name),
-                "quantization_bit": 4,
-                "use_cpu": True,
-                "per_device_train_batch_size": 2,
-                "gradient_accumulation_steps": 2,
-                "learning_rate": 5e-3,
-                "lora_dropout": 0.1,
-                "neftune_noise_alpha": 5,
-                "lr_scheduler_type": "cosine",
-                "num_train_epochs": 3,
-                "logging_steps": 1,
-                "save_steps": 2,
-                "disable_gradient_checkpointing": True,
-                **changes,
-            }
-        )
-
-    return config
+    """With all that is drawn at random, so that the way of a run depends on its random numbers."""
+    return configure(
+        tmp_path, base, quantization_bit=4, gradient_accumulation_steps=2, lora_dropout=0.1,
+        neftune_noise_alpha=5, lr_scheduler_type="cosine", num_train_epochs=3, save_steps=2,
+    )  # fmt: skip
 
 
 @pytest.fixture
