@@ -653,6 +653,7 @@ def test_tuning_measures_threads_and_spinning_once(
     assert told == (found["chosen"]["one"], found["chosen"]["eight"], found["chosen"]["prompt"])
 
 
+@pytest.mark.slow
 def test_it_needs_neither_torch_nor_llama_cpp(folder: Path) -> None:
     code = """
 import sys

@@ -250,6 +250,7 @@ def test_of_two_layouts_that_are_near_the_parts_are_taken() -> None:
     assert tune._best([trial(True, 1.0), trial(False, 1.2)]).unified
 
 
+@pytest.mark.slow
 def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "edge.cli", "tune", str(run), "--threads", "1"],

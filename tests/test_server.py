@@ -236,6 +236,7 @@ def test_s7_a_long_system_prompt_is_read_once(emoji: Server) -> None:
     assert used[1]["cached_tokens"] == len("<system>" + "s" * 150 + "<user>")
 
 
+@pytest.mark.slow
 def test_s13_both_names_of_the_limit_and_a_sane_default(slow: Server) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         body = slow.post(CHAT, {"messages": user(), "temperature": 0, name: 4}).json()
@@ -243,6 +244,7 @@ def test_s13_both_names_of_the_limit_and_a_sane_default(slow: Server) -> None:
         assert body["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_s13_without_a_limit_the_context_is_the_limit() -> None:
     with fake_server(reply="y" * 500, context=128) as server:
         body = server.post(CHAT, {"messages": user(), "temperature": 0}).json()
@@ -330,6 +332,7 @@ def test_models(spelling: Server) -> None:
     assert [row["id"] for row in spelling.get("/v1/models").json()["data"]] == ["fake"]
 
 
+@pytest.mark.slow
 def test_s9_a_thought_that_the_template_opened_is_split_off() -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
     with fake_server(reply="a</think>\n\nb", chat_template=template) as server:
@@ -344,6 +347,7 @@ def test_s9_a_thought_that_the_template_opened_is_split_off() -> None:
 # -- many at once, and clients that go -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_s4_parallel_requests_are_isolated() -> None:
     with fake_server(slots=4, context=256) as server:
 
@@ -387,6 +391,7 @@ def test_health_answers_while_tokens_are_made(slow: Server) -> None:
     assert sorted(waits)[10] < 0.05
 
 
+@pytest.mark.slow
 def test_s3_a_client_that_goes_frees_its_slot_in_every_phase(slow: Server) -> None:
     long = {"prompt": "p" * 1500, "raw": True, "cache_prompt": False}
     cases = {
@@ -408,6 +413,7 @@ def test_s3_a_client_that_goes_frees_its_slot_in_every_phase(slow: Server) -> No
         assert time.monotonic() - began < 1.0, phase
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429_with_retry_after(slow: Server) -> None:
     body = {"prompt": "x", "max_tokens": 3}
     with ThreadPoolExecutor(3) as pool:
@@ -421,6 +427,7 @@ def test_a_full_queue_answers_429_with_retry_after(slow: Server) -> None:
         assert [future.result().status_code for future in queued] == [200] * 3
 
 
+@pytest.mark.slow
 def test_a_deadline_answers_408(slow: Server) -> None:
     response = slow.post("/generate", {"prompt": "x", "timeout": 0.2})
     assert (response.status_code, error(response)["code"]) == (408, "timeout")

@@ -320,6 +320,7 @@ def test_a_format_beside_tools_binds_the_answer_and_leaves_the_call(caller: Serv
     assert (refused["param"], refused["code"]) == ("guided_regex", "unsupported")
 
 
+@pytest.mark.slow
 def test_a_tool_is_never_dropped() -> None:
     with fake_server(
         reply="x", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}", context=512
