@@ -38,17 +38,10 @@ class World:
         return [float(one) for one in sums]
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes; a missing one counts as zero."""
-        if self.size == 1:
-            return
-        wanted = list(parameters)
-        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in wanted]
-        flat = torch.cat([one.flatten().float() for one in grads])
-        distributed.all_reduce(flat)
-        at = 0
-        for one, grad in zip(wanted, grads, strict=True):
-            one.grad = flat[at : at + grad.numel()].view_as(grad).to(grad.dtype)
-            at += grad.numel()
+        """Replace every gradient by its sum over all processes."""
+        if self.size > 1:
+            for one in parameters:
+                distributed.all_reduce(one.grad)
 
     def wait(self) -> None:
         if self.size > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,13 @@ from torch.nn import functional
 
 from convert.encode import IGNORED, Pair, Sample
 from edge.config import TrainConfig
+
+
+class Body(Protocol):
+    """The part of a model below its output head."""
+
+    def __call__(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """(tokens, width): the last hidden state of each of `ids` (tokens,), which are rows of `lengths`."""
 
 
 class Objective(Protocol):
@@ -25,19 +33,64 @@ class Objective(Protocol):
         """(losses, rows): float32 losses, and for each the index in `batch` that it belongs to."""
 
 
+# Logits that are made at once: a hundred rows of 150,000, 0.2 GiB with all that is computed from them.
+_LOGITS = 1 << 24
+
+
+class TokenLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden` (tokens, width) through a head (vocabulary, width), a piece at a time.
+
+    No more than a piece of the logits is ever held: its gradient is taken while it is there, as each token's
+    loss depends on its own hidden state alone. Gives float32 (tokens,). The weight gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = loss_rows(*hidden.shape, len(weight))
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(hidden), rows):
+            piece, wanted = slice(at, at + rows), targets[at : at + rows, None]
+            logits = (hidden[piece] @ weight.T).float()
+            total = torch.logsumexp(logits, -1, keepdim=True)
+            losses[piece] = (total - logits.gather(-1, wanted))[:, 0]
+            if gradient is not None:
+                # Of a token's loss by its logits: softmax, less 1 at the target.
+                slope = logits.sub_(total).exp_()
+                slope.scatter_add_(-1, wanted, slope.new_full(wanted.shape, -1.0))
+                gradient[piece] = slope.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None
+
+
+def loss_rows(tokens: int, width: int, vocabulary: int) -> int:
+    """How many tokens' logits are made at once: more where the hidden states take as much anyway."""
+    return max(16, max(_LOGITS, tokens * width) // vocabulary // 16 * 16)
+
+
 class LossHead:
     """Losses of tokens, with logits made only where a token is learnt.
 
     The output head's input is cut down to those positions on its way in, so that a large vocabulary costs
     memory and time for answers only, whatever the architecture does behind its head. Rows packed into
     one sequence have positions of their own, by which transformers keeps them from seeing each other.
+
+    body: computes the hidden states of rows behind one another instead (see `convert.packed`); then logits
+    are made a piece at a time, from a head that is no more than its weight.
     """
 
     zero_is_bad = True
 
-    def __init__(self, model: Any, *, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, *, autocast: torch.dtype | None = None, body: Body | None = None) -> None:
         self._model = model
         self._autocast = autocast
+        self._body = body
         self._keep: torch.Tensor | None = None
 
     def _cut(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -48,6 +101,8 @@ class LossHead:
 
     def __call__(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses, rows): one float32 loss per learnt token of `batch`, and the index of the row it is in."""
+        if self._body is not None:
+            return self._joined(self._body, batch)
         longest = max(len(sample.ids) for sample in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         places = torch.arange(longest).repeat(len(batch), 1)
@@ -74,6 +129,28 @@ class LossHead:
             hook.remove()
         losses = functional.cross_entropy(logits.float(), targets[keep].to(device), reduction="none")
         return losses, keep.nonzero()[:, 0]
+
+    def _joined(self, body: Body, batch: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, of all rows behind one another in one sequence."""
+        ids = torch.tensor([one for sample in batch for one in sample.ids])
+        lengths: list[int] = []
+        kept: list[torch.Tensor] = []
+        rows: list[torch.Tensor] = []
+        for at, sample in enumerate(batch):
+            begins = sum(lengths)
+            lengths += [end - start for start, end in pairwise([*sample.starts, len(sample.ids)])]
+            for start, end in sample.spans:
+                kept.append(torch.arange(begins + start, begins + end))
+                rows.append(torch.full((end - start,), at))
+        where = torch.cat(kept)
+        hidden = body(ids, lengths)
+        # What comes before position t predicts the token at t.
+        before, targets = ((one.pin_memory() if hidden.is_cuda else one).to(hidden.device, non_blocking=True)
+                           for one in (where - 1, ids[where]))  # fmt: skip
+        weight = self._model.get_output_embeddings().weight
+        chosen = hidden.index_select(0, before).to(weight.dtype)
+        losses: torch.Tensor = TokenLoss.apply(chosen, weight, targets)
+        return losses, torch.cat(rows)
 
     def _computing(self, device: str) -> contextlib.AbstractContextManager[Any]:
         if self._autocast is None:

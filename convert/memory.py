@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import random
 import warnings
 import weakref
@@ -25,10 +24,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from convert import packed
 from convert.encode import Pair, Sample
+from convert.fused import fuse
 from convert.loop import batches, total_steps
-from convert.losses import by_length
-from convert.model import Place, add_adapter, autocast, no_advice, unfreeze
+from convert.losses import TokenLoss, by_length
+from convert.model import Place, add_adapter, autocast, keeps_embeddings_off, no_advice, unfreeze
 from convert.prepare import Prepared
 from edge import hardware
 from edge.config import TrainConfig
@@ -112,8 +113,24 @@ class _Quantized(torch.autograd.Function):
 
 
 class _Layer(nn.Linear):
+    def unpacked(self) -> torch.Tensor:
+        return torch.empty_like(self.weight)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Quantized.apply(x, self.weight, self.bias).clone()
+
+
+class _Norm(torch.autograd.Function):
+    """What a norm in one kernel does with memory: it keeps its input, and a number for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(gradients[0])
 
 
 class _Attention(torch.autograd.Function):
@@ -129,36 +146,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _Chunked(torch.autograd.Function):
-    """What a fused head and loss does with memory: logits of some rows at a time, the gradient at once.
-
-    Stands in for the output head; (1, rows, 1) in place of logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        rows = chunk(*flat.shape, weight.shape[0])
-        ctx.save_for_backward(torch.empty_like(hidden))
-        logits = nn.functional.linear(flat[:rows], weight)
-        wide = logits.float()
-        wide.softmax(-1)
-        return wide.new_empty(1, len(flat), 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (made,) = ctx.saved_tensors
-        return made * gradients[0].sum().to(made.dtype), None
-
-
-def chunk(rows: int, width: int, vocab: int) -> int:
-    """Rows of logits that liger-kernel's fused loss makes at once: as large as the hidden states are.
-
-    Its rule: rows / ceil(vocab / width), rounded up to a power of two.
-    """
-    return min(rows, 2 ** math.ceil(math.log2(math.ceil(rows / math.ceil(vocab / width)))))
 
 
 class _Gated(torch.autograd.Function):
@@ -193,15 +180,17 @@ def estimate(
     *,
     eager: bool,
     model: Any = None,
-    chunked: bool = False,
+    joined: bool = False,
 ) -> Estimate:
     """The peak of training `made` as `config` says, in bytes.
 
-    model: what `skeleton` gave, to use again. chunked: the loss makes logits of some rows at a time.
+    model: what `skeleton` gave, to use again. joined: rows lie behind one another, see `convert.packed`.
     """
-    model = model if model is not None else skeleton(base, config, place, eager=eager)
+    model = model if model is not None else skeleton(base, config, place, eager=eager, joined=joined)
     weights = trained = 0
-    seen: set[int] = set()
+    seen: set[int] = (
+        {id(model.get_input_embeddings().weight)} if keeps_embeddings_off(model, place) else set()
+    )
     for module in model.modules():
         for name, one in module.named_parameters(recurse=False):
             if id(one) in seen:  # the output head may be the embeddings
@@ -218,9 +207,9 @@ def estimate(
     # Adam's two numbers in float32. Paged ones lie in the system's memory when the card's is needed.
     kept = trained + (0 if paged else trained * 2)
     largest = _largest(config, made)
-    passes = max(_passes(model, batch, config, chunked=chunked) for batch in largest)
+    passes = max(_passes(model, batch, config, joined=joined) for batch in largest)
     for batch in list(by_length(made.held, config.per_device_eval_batch_size))[-1:]:
-        passes = max(passes, _passes(model, batch, config, learn=False))
+        passes = max(passes, _passes(model, batch, config, learn=False, joined=joined))
     if autocast(config, place) is not None:
         passes += trained  # copies in 16 bits, and gradients twice as large as they were counted
     if not paged:
@@ -235,8 +224,8 @@ def estimate(
     return Estimate(weights, kept, passes, other)
 
 
-def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> Any:
-    """The model that is to be trained, without storage."""
+def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool, joined: bool = False) -> Any:
+    """The model that is to be trained, without storage. joined: as `convert.packed` trains it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -269,6 +258,11 @@ def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool) -> A
         for one in adapted.parameters():
             if one.requires_grad and half is not None:
                 one.data = one.data.to(half)
+        if joined:
+            fuse(adapted)
+            for module in adapted.modules():
+                if hasattr(module, "variance_epsilon"):
+                    module.forward = _Norm.apply
         return adapted
 
 
@@ -303,20 +297,17 @@ _KINDS = (_padded, _learnt, _square)
 
 
 def _passes(
-    model: Any, batch: list[Any], config: TrainConfig, *, learn: bool = True, chunked: bool = False
+    model: Any, batch: list[Any], config: TrainConfig, *, learn: bool = True, joined: bool = False
 ) -> int:
     """Bytes at the peak of one forward and backward pass (or an evaluation), beside the parameters."""
     samples: list[Sample] = [
         one for item in batch for one in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))
     ]
     model.train(learn)
-    longest = max(len(one.ids) for one in samples)
     keep = sum(one.learnt for one in samples)
-    head = model.get_output_embeddings()
-    # The positions that are learnt cannot be looked up without storage: any as many will do.
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:keep],))
-    if chunked and learn:
-        head.forward = lambda hidden: _Chunked.apply(hidden, head.weight)
+    shape = len(samples), max(len(one.ids) for one in samples)
+    if joined:
+        shape = 1, packed.size(sum(len(one.ids) for one in samples))
     counted = Peak(itertools.chain(model.parameters(), model.buffers()))
     try:
         with (
@@ -327,26 +318,39 @@ def _passes(
         ):
             warnings.simplefilter("ignore")
             for one in model.parameters():
-                # Those of earlier micro-batches, to which this one's are added.
-                kept = learn and one.requires_grad and config.gradient_accumulation_steps > 1
-                one.grad = torch.empty_like(one) if kept else None
-            ids = torch.zeros(len(samples), longest, dtype=torch.long, device="meta")
-            targets = torch.zeros(keep, dtype=torch.long, device="meta")
-            # Given whole: transformers would look into the positions to make it.
-            side = longest if model.config._attn_implementation == "eager" else 1
-            mask = torch.zeros(len(samples), 1, side, side, dtype=model.dtype, device="meta")
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            if not (chunked and learn):
-                logits = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+                # They stay where they are from step to step.
+                one.grad = torch.empty_like(one) if learn and one.requires_grad else None
+            losses = _losses(model, shape, keep, joined=joined)
             if learn:
-                logits.sum().backward()
-            del logits
+                losses.sum().backward()
+            del losses
     finally:
-        hook.remove()
-        vars(head).pop("forward", None)
         for one in model.parameters():
             one.grad = None
     return counted.peak
+
+
+def _losses(model: Any, shape: tuple[int, int], keep: int, *, joined: bool) -> torch.Tensor:
+    """Losses of `keep` tokens of a batch of `shape`. The positions that are learnt cannot be looked up
+    without storage: any as many will do."""
+    head = model.get_output_embeddings()
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    targets = torch.zeros(keep, dtype=torch.long, device="meta")
+    # Given whole: transformers would look into the positions to make it.
+    side = shape[1] if model.config._attn_implementation == "eager" else 1
+    mask = torch.zeros(shape[0], 1, side, side, dtype=model.dtype, device="meta")
+    if joined:
+        whole = getattr(model, "get_base_model", lambda: model)()
+        decoder = getattr(whole, whole.base_model_prefix)
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        found: torch.Tensor = TokenLoss.apply(hidden[0, :keep], head.weight, targets)
+        return found
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:keep],))
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        hook.remove()
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def free(place: Place) -> int:
@@ -361,8 +365,9 @@ def check(
     base: Path, config: TrainConfig, made: Prepared, place: Place, *, eager: bool, console: Console
 ) -> Estimate:
     """Say what training will take. Raises EdgeError, with settings that fit, where less is free."""
-    model = skeleton(base, config, place, eager=eager)
-    found = estimate(base, config, made, place, eager=eager, model=model)
+    joined = packed.likely(config, place)
+    model = skeleton(base, config, place, eager=eager, joined=joined)
+    found = estimate(base, config, made, place, eager=eager, model=model, joined=joined)
     room = free(place)
     console.print(f"memory: {found} at the peak, {room / 2**30:.2f} GiB free")
     if found.total <= room or config.ignore_memory:
@@ -410,7 +415,8 @@ def _proposal(base: Path, config: TrainConfig, made: Prepared, place: Place, roo
 
 def _fits(base: Path, config: TrainConfig, made: Prepared, place: Place, room: int) -> bool:
     eager = place.device == "cpu" and made.longest <= 512
-    return estimate(base, config, made, place, eager=eager).total <= room
+    joined = packed.likely(config, place)
+    return estimate(base, config, made, place, eager=eager, joined=joined).total <= room
 
 
 def _shortened(made: Prepared, cut: int) -> Prepared:

@@ -73,7 +73,8 @@ def load_model(folder: Path, place: Place, *, double_quant: bool = True, attenti
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=place.dtype,
         )
-    if place.device != "cpu":
+    if place.device != "cpu" or torch.cuda.is_available():
+        # Unasked, 4-bit weights would go to the card although the CPU is wanted.
         how["device_map"] = {"": place.device}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
@@ -111,6 +112,36 @@ def use_liger(model: Any, place: Place) -> Any:
         raise UnavailableError(f"{key}: the installed liger-kernel does not know {kind}", "leave it out")
     liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     return model
+
+
+def keeps_embeddings_off(model: Any, place: Place) -> bool:
+    """Whether an adapted model's embeddings lie in the system's memory: beside 4 bits on a card, if they are
+    neither trained nor the head's weight too.
+
+    Those of a 7B model are a gigabyte, of which a batch reads a few rows.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = hasattr(embeddings, "base_layer") or embeddings.weight.requires_grad
+    tied = embeddings.weight is head.weight
+    there = embeddings.weight.device.type == "cpu"
+    return place.device == "cuda" and place.four_bit and not (adapted or tied or there)
+
+
+def keep_embeddings_off(model: Any) -> None:
+    """Move the embeddings to the system's memory; their output is on the card as before."""
+    embeddings = model.get_input_embeddings()
+    device, real = embeddings.weight.device, embeddings.forward
+    weight = torch.nn.Parameter(embeddings.weight.data.cpu(), requires_grad=False)
+    # No parameter of the model any more: transformers takes the first one's device for that of all.
+    del embeddings._parameters["weight"]
+    embeddings.to("cpu")
+    object.__setattr__(embeddings, "weight", weight)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = real(ids.cpu()).pin_memory().to(device, non_blocking=True)
+        return made
+
+    embeddings.forward = forward
 
 
 def no_advice() -> None:
@@ -165,8 +196,19 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
         raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
     adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     if not config.disable_gradient_checkpointing:
-        adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        # Without dropout a pass that is computed again needs no random numbers, and can be recorded.
+        adapted.get_base_model().activation_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": drops(adapted)}
+        )
     return adapted
+
+
+def drops(model: Any) -> bool:
+    """Whether a training pass draws random numbers: for dropout, wherever it is."""
+    shape = model.config.get_text_config()
+    return bool(getattr(shape, "attention_dropout", 0.0)) or any(
+        isinstance(one, torch.nn.Dropout) and one.p > 0 for one in model.modules()
+    )
 
 
 def unfreeze(model: Any, config: TrainConfig) -> Any:

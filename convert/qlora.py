@@ -21,7 +21,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from convert import answers, checkpoint, dist, interrupt, loop, memory, plots, prepare, start, template
+from convert import (
+    answers,
+    checkpoint,
+    dist,
+    interrupt,
+    loop,
+    memory,
+    packed,
+    plots,
+    prepare,
+    start,
+    template,
+)
 from convert.folder import check_folder
 from convert.losses import LossHead, Preference, reference
 from convert.model import (
@@ -101,11 +113,11 @@ def run(
         console.print(f"note: {line}", style="yellow")
     console.print(_plan(config, made, place, world.size))
     eager = place.device == "cpu" and made.longest <= _EAGER_LONGEST
-    memory.check(base, config, made, place, eager=eager, console=console)
+    passes = memory.check(base, config, made, place, eager=eager, console=console).passes
     try:
         with loop.out_of_memory(config):
             return _train(
-                config, folder, target, base, form, made, place, world, resumed, eager, console, again
+                config, folder, target, base, form, made, place, world, resumed, eager, passes, console, again
             )
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -147,14 +159,17 @@ def _train(
     world: dist.World,
     resumed: checkpoint.Found | None,
     eager: bool,
+    passes: int,
     console: Console,
     again: str,
 ) -> Path:
     full = config.finetuning_type == "full"
     weights = dataclasses.replace(place, dtype=torch.float32) if full else place
-    model = load_model(
-        base, weights, double_quant=config.double_quantization, attention="eager" if eager else "sdpa"
-    )
+    attention = "eager" if eager else "sdpa"
+    if place.device == "cuda":
+        packed.register()
+        attention = packed.ATTENTION
+    model = load_model(base, weights, double_quant=config.double_quantization, attention=attention)
     if config.enable_liger_kernel:
         use_liger(model, place)
     quantized = quantized_layers(model) if place.four_bit else []
@@ -162,7 +177,11 @@ def _train(
     if config.adapter_name_or_path:
         start.load(model, config)
     pissa = _pissa_start(model) if config.pissa_init else None
-    head = LossHead(model, autocast=autocast(config, place))
+    if place.device == "cuda" and not full:
+        head, how = packed.head(model, config, place, passes=passes)
+        console.print(how)
+    else:
+        head = LossHead(model, autocast=autocast(config, place))
     objective: Any = head
     if config.stage == "dpo":
         model.eval()

@@ -1,0 +1,239 @@
+"""Rows joined without padding: the same losses and gradients as padded ones, recorded or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from array import array
+from typing import Any
+
+import pytest
+import torch
+
+from convert import fused, loop, model, packed
+from convert.encode import Sample
+from convert.losses import LossHead, TokenLoss, loss_rows
+from edge.config import TrainConfig, parse
+
+VOCABULARY = 600
+
+
+def config(**changes: Any) -> TrainConfig:
+    given = {
+        "model_name_or_path": "base", "template": "qwen", "dataset": "d", "output_dir": "run", "lora_rank": 8,
+        "quantization_bit": 4, "disable_gradient_checkpointing": False, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2, "max_steps": 12, "learning_rate": 1e-3,
+    }  # fmt: skip
+    return parse(given | changes)
+
+
+def sample(length: int, *, at: int = 0, starts: tuple[int, ...] = (0,)) -> Sample:
+    draw = torch.Generator().manual_seed(1000 * at + length)
+    ids = array("l", torch.randint(0, VOCABULARY, (length,), generator=draw).tolist())
+    ends = [*starts[1:], length]
+    spans = tuple((start + (end - start) // 3 + 1, end) for start, end in zip(starts, ends, strict=True))
+    return Sample(f"row {at}", ids, spans, starts, at)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    folder = tmp_path_factory.mktemp("packed") / "基"
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=False, initializer_range=0.1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+class Alone:
+    """Hidden states of each row by itself, as the body that joins them must give."""
+
+    def __init__(self, whole: Any) -> None:
+        self._decoder = whole.get_base_model().model
+
+    def __call__(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        pieces = ids.split(lengths)
+        return torch.cat([self._decoder(input_ids=one[None]).last_hidden_state[0] for one in pieces])
+
+
+def gradients(adapted: Any) -> torch.Tensor:
+    return torch.cat([one.grad.flatten().float() for one in adapted.parameters() if one.requires_grad])
+
+
+def adapter(base: Any, place: model.Place, setting: TrainConfig, attention: str = "sdpa") -> Any:
+    adapted = model.add_adapter(model.load_model(base, place, attention=attention), setting).train()
+    torch.manual_seed(3)
+    for name, one in adapted.named_parameters():
+        if "lora_B" in name:  # at zero it would hide all behind it
+            one.data = torch.randn(one.shape).mul(0.05).to(one.device)
+    return adapted
+
+
+BATCHES = {
+    "rows": [sample(5), sample(70, at=1), sample(33, at=2)],
+    "packed": [sample(60, starts=(0, 20, 41)), sample(44, at=1, starts=(0, 10))],
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_joined_rows_have_the_losses_and_gradients_of_padded_ones(base: Any, kind: str) -> None:
+    place = model.Place("cpu", torch.float32, False)
+    adapted = adapter(base, place, config(quantization_bit=None))
+    found = []
+    for body in (None, Alone(adapted)):
+        adapted.zero_grad()
+        losses, rows = LossHead(adapted, body=body)(BATCHES[kind], "cpu")
+        losses.mean().backward()
+        found.append((losses.detach(), rows, gradients(adapted)))
+    (padded, rows, slope), (joined, same, other) = found
+    assert torch.equal(rows, same)
+    torch.testing.assert_close(joined, padded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other, slope, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_in_pieces_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 24, dtype=torch.float64).requires_grad_()
+    weight, targets = torch.randn(90, 24, dtype=torch.float64), torch.randint(0, 90, (50,))
+    by = torch.rand(50)
+    monkeypatch.setattr("convert.losses._LOGITS", 90 * 16)
+    assert loss_rows(50, 24, 90) == 16
+    losses = TokenLoss.apply(hidden, weight, targets)
+    (mine,) = torch.autograd.grad((losses * by).sum(), hidden)
+    want = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    (theirs,) = torch.autograd.grad((want * by).sum(), hidden)
+    torch.testing.assert_close(losses.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(TokenLoss.apply(hidden, weight, targets), losses)
+
+
+def test_few_sizes_and_little_padding() -> None:
+    sizes = {packed.size(tokens) for tokens in range(1, 8193)}
+    assert len(sizes) < 80
+    for tokens in range(300, 8193):
+        assert tokens <= packed.size(tokens) < tokens * 1.13
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("rank", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}])
+def test_fused_layers_are_pefts(base: Any, bits: int | None, rank: dict[str, Any]) -> None:
+    setting = config(quantization_bit=bits, **rank)
+    adapted = adapter(base, model.Place("cpu", torch.float32, bits == 4), setting)
+    found = []
+    for step in range(2):
+        if step:
+            fused.fuse(adapted)
+        adapted.zero_grad()
+        torch.manual_seed(0)
+        losses, _ = LossHead(adapted)(BATCHES["rows"], "cpu")
+        losses.mean().backward()
+        found.append((losses.detach(), gradients(adapted)))
+    (want, slope), (losses, other) = found
+    torch.testing.assert_close(losses, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(other, slope, atol=1e-5, rtol=1e-3)
+    layer = adapted.get_base_model().model.layers[0]
+    took = [isinstance(one.forward, functools.partial) for one in (layer.mlp.up_proj, layer.input_layernorm)]
+    assert took == ["use_dora" not in rank and "lora_dropout" not in rank, True]
+
+
+def test_a_norm_of_another_kind_stays(base: Any) -> None:
+    adapted = adapter(base, model.Place("cpu", torch.float32, False), config(quantization_bit=None))
+    norm = adapted.get_base_model().model.norm
+    norm.forward = lambda x: x * (1 + norm.weight)
+    before = norm.forward
+    fused.fuse(adapted)
+    assert norm.forward is before
+
+
+# -- on a card ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def card() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card")
+
+
+def on_card(base: Any, setting: TrainConfig) -> tuple[Any, model.Place]:
+    place = model.Place("cuda", torch.bfloat16, setting.quantization_bit == 4)
+    packed.register()
+    return adapter(base, place, setting, packed.ATTENTION), place
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("kind", BATCHES)
+def test_recorded_passes_give_what_padded_rows_do(base: Any, kind: str) -> None:
+    setting = config()
+    adapted, place = on_card(base, setting)
+    whole = loop.joined([one for one in adapted.parameters() if one.requires_grad])[0]
+    head, said = packed.head(adapted, setting, place)
+    assert "joined without padding, passes are recorded" in said
+    assert adapted.get_input_embeddings().weight.device.type == "cpu"
+    plain = LossHead(adapted, autocast=model.autocast(setting, place))
+    found = []
+    # As they come, recorded, replayed; and a batch of another size between, to write over what is not kept.
+    for one in (plain, head, head, head, head):
+        whole.grad.zero_()
+        losses, _ = one(BATCHES[kind], "cuda")
+        losses.mean().backward()
+        found.append((losses.detach().clone(), whole.grad.clone()))
+        if one is head:
+            other, _ = head([sample(200, at=7)], "cuda")
+            other.mean().backward()
+    for losses, slope in found[1:]:
+        torch.testing.assert_close(losses, found[0][0], atol=0.05, rtol=0.02)
+        assert torch.nn.functional.cosine_similarity(slope, found[0][1], 0) > 0.995
+    for losses, slope in found[2:]:
+        torch.testing.assert_close(losses, found[1][0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(slope, found[1][1], atol=1e-3, rtol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_8bit"])
+def test_a_run_goes_the_way_of_one_that_is_not_recorded(base: Any, optim: str) -> None:
+    rows = [sample(length, at=at) for at, length in enumerate([20, 31, 45, 60, 90, 130] * 4)]
+    ways = []
+    for record in (False, True):
+        setting = config(optim=optim)
+        adapted, place = on_card(base, setting)
+        if record:
+            head, _ = packed.head(adapted, setting, place)
+        else:
+            body = packed.Body(adapted, autocast=model.autocast(setting, place), record=False)
+            head = LossHead(adapted, autocast=model.autocast(setting, place), body=body)
+        losses: list[float] = []
+        runner = loop.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)
+        runner.run(lambda state, losses=losses: losses.append(state.loss))
+        ways.append(losses)
+    assert ways[1] == pytest.approx(ways[0], rel=0.01)
+    assert ways[0][-1] < ways[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("card")
+def test_dropout_is_not_recorded_and_answers_come_from_the_same_model(base: Any) -> None:
+    setting = config(lora_dropout=0.1)
+    adapted, place = on_card(base, setting)
+    head, said = packed.head(adapted, setting, place)
+    assert "launched one by one: dropout" in said
+    head(BATCHES["rows"], "cuda")[0].mean().backward()
+    adapted.eval()
+    ids = torch.tensor([list(sample(30).ids)], device="cuda")
+    # Left padding, as batches of questions have.
+    padded = torch.nn.functional.pad(ids, (6, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (6, 0))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        alone = adapted(input_ids=ids).logits[0, -1]
+        beside = adapted(input_ids=padded, attention_mask=mask).logits[0, -1]
+        made = adapted.generate(input_ids=padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    torch.testing.assert_close(beside, alone, atol=0.1, rtol=0.05)
+    assert made.shape == (1, 40)
+    setting = dataclasses.replace(setting, neftune_noise_alpha=5.0)
+    assert "neftune" in packed.head(adapted, setting, place)[1]
