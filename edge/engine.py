@@ -6,6 +6,7 @@ text, stop strings and finish are decided here, so that a stream ends at the ver
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from edge.errors import EdgeError, RequestError
 from edge.grammar import Grammars, Matcher
 from edge.guide import Guide
 from edge.kvcache import KVCache
-from edge.pace import Pace
+from edge.pace import Pace, StepTimes
 from edge.prefixes import PrefixStore
 from edge.sampling import Choice, Sampler
 from edge.scheduler import Scheduler, Sequence, Work
@@ -101,6 +102,8 @@ class Engine:
         self.cache = KVCache(backend, store)
         self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
         self._pace = Pace(info.batch)
+        # What drafts cost; apart from the pace, which must not forget how long a crowd's steps are.
+        self._costs = StepTimes(fade=0.998)
         self._grammars = Grammars(backend)
         # Masks are computed beside the model's step; llguidance lets go of the GIL.
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="mask")
@@ -291,9 +294,11 @@ class Engine:
             return
         self._emit([msg.Embedded(item.key, vector.astype("<f4").tobytes(), len(item.tokens))])
 
-    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+    def _draft(self, sequence: Sequence, most: int, rows: int) -> list[int]:
         lookup = self._of[sequence].lookup
-        return lookup.draft(most) if lookup is not None else []
+        if lookup is None:
+            return []
+        return lookup.draft(most, rows, functools.partial(self._costs.longer, rows))
 
     def _step(self, plan: list[Work], decoding: int) -> None:
         rows = [self._row(work) for work in plan]
@@ -320,8 +325,11 @@ class Engine:
         self._steps += 1
         self._step_tokens += sum(len(row.tokens) for row in rows)
         self._step_s += now - before
-        if not any(work.draft for work in plan):
+        drafted = sum(len(work.draft) for work in plan)
+        if not drafted:
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
+        if not prefill:
+            self._costs.learn(decoding + drafted, now - before)
         urgent = False
         at = 0
         for work, row in zip(plan, rows, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 # A step with prompt tokens takes at most this share longer than a step of the running streams alone, or
@@ -16,6 +17,8 @@ ALONE_S = 0.4
 BURST_SHARE = 0.5
 BURST_S = 1.5
 SMALLEST_CHUNK = 4
+# What a row more adds to a step where steps of one width alone were seen, as a share of it.
+GUESSED_SHARE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,62 @@ class Newcomers:
     last: int = 0
 
 
+class StepTimes:
+    """Seconds of a step without prompts by its rows (exponential means).
+
+    fade: what is left, after each step, of the seconds of wider ones, so that one that was long by chance is
+    tried again.
+    """
+
+    def __init__(self, fade: float = 1.0) -> None:
+        self._fade = fade
+        self._seen: dict[int, float] = {}
+        self._rows: list[int] = []
+
+    def learn(self, rows: int, seconds: float) -> None:
+        # A coarse clock may see no time pass at all.
+        seconds = max(seconds, 1e-6)
+        place = bisect.bisect_left(self._rows, rows)
+        if rows not in self._seen:
+            self._rows.insert(place, rows)
+        self._seen[rows] = _mean(self._seen.get(rows), seconds)
+        for wider in self._rows[place + 1 :]:
+            self._seen[wider] *= self._fade
+
+    def at(self, rows: int) -> float | None:
+        """Expected seconds, between what was seen; as those of the nearest beyond it; None at first."""
+        if not self._rows:
+            return None
+        place = bisect.bisect_left(self._rows, rows)
+        above = self._rows[min(place, len(self._rows) - 1)]
+        below = self._rows[max(place - 1, 0)] if above > rows else above
+        if below == above or below > rows:
+            return self._seen[above]
+        part = (rows - below) / (above - below)
+        return self._seen[below] + part * (self._seen[above] - self._seen[below])
+
+    def longer(self, rows: int, more: int) -> float:
+        """How many times as long a step of `rows` takes with `more` of them; a guess beyond what was seen."""
+        now, then = self.at(rows), self.at(rows + more)
+        if now is None or then is None:
+            return 1.0 + GUESSED_SHARE * more
+        first, widest = self._rows[0], max(self._rows[-1], rows)
+        if rows + more > widest:
+            # Matrix units take rows by the tile: those that were not tried cost less than those that were.
+            each = (
+                (then - self._seen[first]) / (widest - first) / 2 if widest > first else GUESSED_SHARE * now
+            )
+            then += max(0.0, each) * (rows + more - widest)
+        # A row more never makes a step shorter: that is noise.
+        return max(1.0, then / now)
+
+
 class Pace:
     """How much of a step prompts may take, learnt from the steps themselves (seconds, exponential means)."""
 
     def __init__(self, batch: int) -> None:
         self._batch = batch
-        # Seconds of a step without prompts, by its number of decoding rows.
-        self._quiet: dict[int, float] = {}
+        self.times = StepTimes()
         self._alone: float | None = None
         self._mixed: float | None = None
         # The youngest request of the last burst.
@@ -55,24 +107,12 @@ class Pace:
         if new.count and new.first <= self._burst:
             whole = new.tokens * (self._alone or 0.0)
             return self._bounded(max(ALONE_S, min(BURST_SHARE * whole, BURST_S)), self._alone)
-        quiet = self.quiet(decoding) if decoding else None
+        # Beyond what was seen a step is taken to be no longer: a guess that is polite to the streams.
+        quiet = self.times.at(decoding) if decoding else None
         if quiet is None:
             return self._bounded(ALONE_S, self._alone)
         seconds = max(PREFILL_SHARE * quiet, UNFELT_S - quiet)
         return self._bounded(min(seconds, ALONE_S), self._mixed or self._alone)
-
-    def quiet(self, rows: int) -> float | None:
-        """Expected seconds of a step of `rows` decoding rows alone, between or beyond what was seen."""
-        seen = sorted(self._quiet)
-        if not seen:
-            return None
-        below = max((n for n in seen if n <= rows), default=None)
-        above = min((n for n in seen if n >= rows), default=None)
-        if below is None or above is None or below == above:
-            # Beyond what was seen a step is taken to be no longer: a guess that is polite to the streams.
-            return self._quiet[seen[0] if below is None else below]
-        part = (rows - below) / (above - below)
-        return self._quiet[below] + part * (self._quiet[above] - self._quiet[below])
 
     def _bounded(self, seconds: float, per_token: float | None) -> int:
         if per_token is None:
@@ -84,10 +124,10 @@ class Pace:
         # A coarse clock may see no time pass at all.
         seconds = max(seconds, 1e-6)
         if decoding and not prefill:
-            self._quiet[decoding] = _mean(self._quiet.get(decoding), seconds)
+            self.times.learn(decoding, seconds)
         elif prefill and not decoding:
             self._alone = _mean(self._alone, seconds / prefill)
-        elif (quiet := self.quiet(decoding)) is not None:
+        elif (quiet := self.times.at(decoding)) is not None:
             self._mixed = _mean(self._mixed, max(seconds - quiet, 1e-6) / prefill)
 
 

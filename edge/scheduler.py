@@ -94,11 +94,12 @@ class Scheduler:
         new = Newcomers(len(coming), tokens, min(keys), max(keys)) if coming else Newcomers()
         return len(self.running) - len(reading), new
 
-    def plan(self, chunk: int, draft: Callable[[Sequence, int], list[int]] | None = None) -> list[Work]:
+    def plan(self, chunk: int, draft: Callable[[Sequence, int, int], list[int]] | None = None) -> list[Work]:
         """The rows of the next step.
 
         chunk: prompt tokens that the step may hold beside decoding rows. draft: proposes up to n tokens
-        after a sequence's own (speculation); asked only where the step has room.
+        after a sequence's own (speculation), told how many tokens the step decodes so far; asked only where
+        it has room.
         """
         work: list[Work] = []
         room = self._batch
@@ -106,11 +107,12 @@ class Scheduler:
             room -= 1
             work.append(Work(sequence, 1, []))
         if draft is not None:
-            spare = self._outputs - self._slots
+            spare, drafted = self._outputs - self._slots, 0
             for item in work:
                 most = min(room, spare, item.sequence.limit - len(item.sequence.tokens) - 1)
                 if most > 0:
-                    item.draft = draft(item.sequence, most)[:most]
+                    item.draft = draft(item.sequence, most, len(work) + drafted)[:most]
+                    drafted += len(item.draft)
                     room -= len(item.draft)
                     spare -= len(item.draft)
         room = min(room, chunk)

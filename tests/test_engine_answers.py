@@ -99,7 +99,7 @@ def test_speculation_saves_steps_and_keeps_the_text(
 ) -> None:
     def run(speculate: bool) -> tuple[Desk, int]:
         backend = make()
-        desk = Desk(backend, speculate=speculate)
+        desk = Desk(backend, speculate=speculate, clock=lambda: 0.0)
         with monkeypatch.context() as patch:
             steps = counted(backend, patch)
             desk.submit(1, "aaaaaaaaaa", max_tokens=60, logprobs=0, logit_bias=only(backend, "a"), **sampling)
@@ -120,7 +120,7 @@ def test_speculation_saves_most_steps_where_text_repeats() -> None:
 
     def run(speculate: bool) -> tuple[Desk, int]:
         backend = FakeBackend(context=512, reply=lambda ids: list(text.encode()))
-        desk = Desk(backend, speculate=speculate)
+        desk = Desk(backend, speculate=speculate, clock=lambda: 0.0)
         desk.submit(1, text + "?", temperature=0.0)
         desk.run()
         return desk, len(backend.steps)
@@ -131,12 +131,56 @@ def test_speculation_saves_most_steps_where_text_repeats() -> None:
     assert fast.done(1).accepted > 150
 
 
-def test_speculation_pauses_where_it_does_not_pay() -> None:
+def test_a_draft_is_as_wide_as_pays() -> None:
+    def width(chance: float, cost: float, streams: int = 1) -> int:
+        lookup = Lookup([1, 2, 3, 9, 8, 7, 6, 5, 1, 2, 3])
+        lookup._short.right, lookup._short.tried = 10 * chance, 10
+        return len(lookup.draft(40, streams, lambda more: 1 + cost * more))
+
+    # For nothing: all that is there; where every row costs as much as it may bring: none.
+    assert width(1.0, 0.0) == 15
+    assert width(1.0, 1.0) == width(0.5, 0.6) == 0
+    assert 1 <= width(0.5, 0.1) < width(0.9, 0.1) < 15
+    # What one draft adds to a step is spread over all that run.
+    assert width(0.7, 0.2) > width(0.7, 0.2, streams=4) == 0
+
+
+def test_speculation_rests_where_it_does_not_pay_and_tries_again() -> None:
     lookup = Lookup([1, 2, 3, 9, 1, 2, 3])
-    tries = 0
-    for _ in range(200):
-        draft = lookup.draft(8)
-        if draft:
-            tries += 1
+    tried = []
+    for step in range(3000):
+        if draft := lookup.draft(8, 1, lambda more: 1 + 0.15 * more):
+            tried.append(step)
             lookup.learn(len(draft), 0)
-    assert 1 < tries < 12
+    assert tried[0] == 0 and len([step for step in tried if step < 200]) < 12
+    assert tried[-1] > 200
+
+
+@pytest.mark.parametrize("row", [0.02, 0.25, 0.6])
+def test_speculation_is_never_much_slower_and_twice_as_fast_where_rows_are_cheap(row: float) -> None:
+    """Seconds of a backend whose steps take 10 ms, and `row` of that for each row more."""
+
+    def seconds(reply: bytes, speculate: bool) -> float:
+        now = [0.0]
+        backend = FakeBackend(context=1024, reply=lambda _: list(reply))
+        step = backend.step
+
+        def slow(rows: list[Row]) -> Any:
+            decoded = sum(len(one.tokens) for one in rows if one.outputs)
+            now[0] += 0.010 * (1 + row * (decoded - 1)) if rows[0].pos else 0.1
+            return step(rows)
+
+        backend.step = slow  # type: ignore[method-assign]
+        desk = Desk(backend, speculate=speculate, clock=lambda: now[0])
+        desk.submit(1, "the cat sat on the mat?", temperature=0.0, max_tokens=600)
+        desk.run()
+        assert desk.done(1).completion_tokens >= 400
+        return now[0]
+
+    same = b"the cat sat on the mat. " * 25
+    # Words come again, what follows them does not.
+    words = [b"one ", b"two ", b"three ", b"four ", b"five ", b"six ", b"seven ", b"eight "]
+    free = b"".join(words[n] for n in np.random.default_rng(0).integers(0, 8, 110))
+    repeated, unlike = (seconds(text, False) / seconds(text, True) for text in (same, free))
+    assert unlike > 0.97
+    assert repeated > {0.02: 5.0, 0.25: 2.0, 0.6: 1.2}[row]

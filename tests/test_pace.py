@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge.pace import Newcomers, Pace
+from edge.pace import Newcomers, Pace, StepTimes
 
 
 def one(key: int = 1) -> Newcomers:
@@ -48,10 +48,33 @@ def test_pace_knows_steps_of_each_width() -> None:
     pace = Pace(512)
     for rows, seconds in ((1, 0.010), (9, 0.050), (16, 0.070)):
         pace.learn(rows, 0, seconds)
-    assert pace.quiet(5) == pytest.approx(0.030)
-    assert (pace.quiet(1), pace.quiet(16), pace.quiet(32)) == (0.010, 0.070, 0.070)
+    assert pace.times.at(5) == pytest.approx(0.030)
+    assert (pace.times.at(1), pace.times.at(16), pace.times.at(32)) == (0.010, 0.070, 0.070)
     # A step that is short anyway may become as long as nobody feels.
     pace.learn(0, 100, 0.1)
     assert pace.chunk(1, one()) in (49, 50)
     # A lone stream at the end does not make the next crowd's steps look short.
     assert pace.chunk(16, one()) == int(0.7 * 0.070 / 0.001)
+
+
+def test_step_times_say_how_much_longer_a_wider_step_is() -> None:
+    times = StepTimes()
+    assert times.at(3) is None and times.longer(1, 2) == pytest.approx(1.3)
+    for rows, seconds in ((1, 0.010), (9, 0.030), (17, 0.025)):
+        times.learn(rows, seconds)
+    assert times.longer(1, 8) == pytest.approx(3.0)
+    assert times.longer(1, 4) == pytest.approx(2.0)
+    # More rows never shorten a step; beyond what was seen each costs half of what those did.
+    assert times.longer(9, 8) == 1.0
+    assert times.longer(1, 20) == pytest.approx((0.025 + 4 * 0.015 / 16 / 2) / 0.010)
+    assert times.longer(17, 2) == pytest.approx((0.025 + 2 * 0.015 / 16 / 2) / 0.025)
+
+
+def test_a_wide_step_that_was_long_by_chance_is_thought_shorter_in_time() -> None:
+    times, kept = StepTimes(fade=0.998), StepTimes()
+    for one in (times, kept):
+        one.learn(16, 10.0)
+        for _ in range(1000):
+            one.learn(1, 0.010)
+    assert kept.longer(1, 15) == pytest.approx(1000)
+    assert times.longer(1, 15) < 200
