@@ -22,6 +22,14 @@ def is_later(path: Path) -> bool:
     return found is not None and int(found[2]) > 1
 
 
+def part_files(path: Path) -> list[Path]:
+    """The file, or all parts by their names where it is the first of several."""
+    found = _NAME.fullmatch(path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1)]
+
+
 def read_whole(path: Path) -> GGUFHeader:
     """The header of `path`, with the tensors of all parts where it is the first of several.
 
@@ -38,7 +46,7 @@ def read_whole(path: Path) -> GGUFHeader:
             f"{path} is one of {count} parts, which its name does not say",
             f"call the parts NAME-00001-of-{count:05d}.gguf and so on",
         )
-    files = [path.with_name(f"{found[1]}-{number:05d}-of-{found[3]}.gguf") for number in range(1, count + 1)]
+    files = part_files(path)
     if path != files[0]:
         raise InputError(f"{path} is not the first of its parts", f"give {files[0]}")
     missing = [file.name for file in files if not file.is_file()]

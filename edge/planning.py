@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge import hardware, native
+from edge import hardware, native, offload
 from edge.artefact import SUFFIXES, Artefact, candidates
 from edge.backends import onnx
 from edge.backends.llamacpp import KV_BYTES, Settings
@@ -176,6 +176,12 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
     if artefact.kind == "onnx" and options.device in ("auto", "cuda") and (cards := hardware.gpus()):
         # Its cells may come to lie there.
         memory = min(memory, cards[0].memory_free)
+    device, gpu_layers, why = "cpu", 0, ""
+    if not isinstance(artefact.header, OnnxHeader):
+        device, gpu_layers, why = choose_device(options.device)
+        if gpu_layers:
+            # Layers that find no room on a card stay in the system's memory.
+            memory += offload.room(hardware.gpus())
     fits = need.cells(memory)
     if fits < context:
         raise InputError(
@@ -190,7 +196,13 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits)
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(slots * context, fits, slots * context if asked_for_all else DEFAULT_POOL))
-    device, gpu_layers, why = choose_device(options.device)
+    if gpu_layers and not isinstance(artefact.header, OnnxHeader):
+        gpu_layers, said = offload.layers(artefact.header, pool, need.cell, need.buffers, hardware.gpus())
+        if not gpu_layers and options.device == "cuda":
+            raise UnavailableError(
+                f"--device cuda: {said}", "free some of the card's memory, or lower --ctx and --slots"
+            )
+        device, why = device if gpu_layers else "cpu", f"{why}; {said}"
     return Settings(
         slots=slots,
         context=context,
@@ -240,7 +252,7 @@ def choose_device(asked: str) -> tuple[str, int, str]:
     if not built:
         missing.append("llama-cpp-python was built without GPU support (make install CUDA=1 builds it)")
     if not missing:
-        return f"cuda: {cards[0].name}", -1, "asked for" if asked == "cuda" else "a card was found"
+        return f"cuda: {cards[0].name}", offload.ALL, "asked for" if asked == "cuda" else "a card was found"
     if asked == "cuda":
         raise UnavailableError("--device cuda: " + "; ".join(missing), "serve with --device cpu or auto")
     return "cpu", 0, "; ".join(missing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends import mapped
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.backends.embedder import Embedder
 from edge.backends.governor import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.gguf_parts import part_files
 
 # Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
 _INTERRUPTIBLE_TOKENS = 32
@@ -75,7 +78,9 @@ class Model:
         with native_errors() as log:
             self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
-            raise InputError(f"llama.cpp cannot load {path}: {log.tail()}", "verify or export the file again")
+            raise _no_memory(path, log.tail()) or InputError(
+                f"llama.cpp cannot load {path}: {log.tail()}", "verify or export the file again"
+            )
         if lib.llama_model_has_encoder(self.pointer) or not lib.llama_model_has_decoder(self.pointer):
             raise InputError(f"{path} is not a decoder-only text model", "serve a causal language model")
         if lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer):
@@ -83,6 +88,8 @@ class Model:
                 f"{path} has recurrent layers, whose state cannot be cut back to a prefix",
                 "serve a transformer model",
             )
+        if extra_buffers:
+            mapped.let_go(part_files(path))
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self._adapters: dict[Path, Any] = {}
 
@@ -103,6 +110,16 @@ class Model:
         if self.pointer:
             self.lib.llama_model_free(self.pointer)
         self.pointer = None
+
+
+def _no_memory(path: Path, log: str) -> EdgeError | None:
+    """What to say where the log tells that a device's memory was full; None where it does not."""
+    if not re.search(r"out of memory|failed to allocate|unable to allocate", log, re.IGNORECASE):
+        return None
+    return UnavailableError(
+        f"{path}: the memory is full: {log}",
+        "free some of it (nvidia-smi shows who has the card's), lower --ctx or --slots, or add --device cpu",
+    )
 
 
 class LlamaCpp:
@@ -162,7 +179,7 @@ class LlamaCpp:
         with native_errors() as log:
             context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:
-            raise InputError(
+            raise _no_memory(self._model.path, log.tail()) or InputError(
                 f"{self._model.path}: llama.cpp cannot make a context of {params.n_ctx} tokens: {log.tail()}",
                 "serve with a smaller --ctx or fewer --slots",
             )
