@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convert import gguf, gguf_lora, ladder, ollama, onnx
+from convert import gguf, gguf_lora, gguf_split, ladder, ollama, onnx
 from convert.folder import shell
 from edge.errors import UsageError
 
@@ -22,6 +22,9 @@ def main(argv: list[str]) -> int:
     )
     to_gguf.add_argument(
         "--imatrix", action="store_true", help="weigh by the data set's activations, where that is closer"
+    )
+    to_gguf.add_argument(
+        "--split-max-size", metavar="SIZE", help="several files of at most this, as 500M or 2G"
     )
     to_gguf.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     to_lora = formats.add_parser("lora", help="an adapter as GGUF, for edge serve BASE.gguf --lora")
@@ -60,10 +63,13 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"{made}\n  take it: ollama create {name} -f {shell(made)}\n")
         return 0
     if options.ladder:
-        if options.quant or options.imatrix:
-            raise UsageError("--ladder chooses type and matrix itself", "leave --quant and --imatrix out")
+        if options.quant or options.imatrix or options.split_max_size:
+            raise UsageError(
+                "--ladder chooses type and matrix itself, and keeps one file", "leave the other options out"
+            )
         ladder.run(options.run, overwrite=options.overwrite)
         return 0
     quant = options.quant or gguf.DEFAULT
-    gguf.run(options.run, quant=quant, imatrix=options.imatrix, overwrite=options.overwrite)
+    split = gguf_split.parse_size(options.split_max_size) if options.split_max_size else 0
+    gguf.run(options.run, quant=quant, imatrix=options.imatrix, split=split, overwrite=options.overwrite)
     return 0

@@ -10,9 +10,11 @@ the merged model: chat template byte for byte, vocabulary, end tokens, and the t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from convert import template, verify
+from convert import gguf_split, template, verify
 from convert import verify_probes as probes
 from convert.folder import check_folder
 from convert.verify_logits import Reference
@@ -87,6 +89,7 @@ def run(
     *,
     quant: str = DEFAULT,
     imatrix: bool = False,
+    split: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
@@ -96,7 +99,9 @@ def run(
     usable merged model or an artefact that differs from it, ExistsError without `overwrite`.
     """
     source, target = folders(run_folder)
-    return export(source, target, quant=quant, imatrix=imatrix, overwrite=overwrite, console=console)
+    return export(
+        source, target, quant=quant, imatrix=imatrix, split=split, overwrite=overwrite, console=console
+    )
 
 
 def folders(given: Path) -> tuple[Path, Path]:
@@ -114,12 +119,15 @@ def export(
     *,
     quant: str = DEFAULT,
     imatrix: bool = False,
+    split: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Export the transformers folder `source` to the folder `target`; as `run`.
 
-    imatrix: quantise with and without an importance matrix, and keep what is closer to the source.
+    imatrix: quantise with and without an importance matrix, and keep what is closer to the source. split:
+    bytes of tensors of one file at most, 0 for a single file. What was converted before an export broke off
+    is taken by the next one of the same weights.
     """
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
     quant = check_quant(quant)
@@ -131,10 +139,13 @@ def export(
     with manifest.publish(target, overwrite=overwrite) as partial:
         final = partial / f"{origin.file_name}-{quant}.gguf"
         settings: dict[str, Any] = {}
-        first = final if quant in WHOLE else partial / f"first-{origin.whole}.gguf"
         check_space(origin, target, quant)
         with console.status(f"converting {origin.path} with llama.cpp's converter"):
-            convert(origin, first, quant if quant in WHOLE else origin.whole)
+            if quant in WHOLE:
+                first = final
+                convert(origin, final, quant)
+            else:
+                first = converted(origin, target, console)
         fallbacks: list[str] = []
         if first is not final:
             matrix = None
@@ -148,13 +159,15 @@ def export(
                 if matrix and quant not in NEED_MATRIX:
                     plain = partial / "plain.gguf"
                     quantize(first, plain, quant)
-            first.unlink()
+            shutil.rmtree(_kept(target))
             if plain is not None:
                 settings["imatrix"] |= _choose(origin, final, plain, console)
             (partial / "imatrix.npz").unlink(missing_ok=True)
         with console.status("comparing with the merged model"):
             header = read_header(final)
             found = check(header, origin)
+        if split:
+            final = gguf_split.split(final, split)
         types = dict(Counter(tensor.type for tensor in header.tensors.values()).most_common())
         made = origin.manifest(quant, final, types=types, fallbacks=len(fallbacks), **settings)
         made.stop_ids = made.stop_ids or found["ends"]
@@ -162,7 +175,7 @@ def export(
         manifest.write(partial, made)
         report = compare(origin, final, console)
     result = target / final.name
-    size = result.stat().st_size
+    size = sum(one.bytes for one in header.tensors.values())
     console.print(f"{result}: {quant}, {size / 2**20:.0f} MiB ({origin.weights / size:.1f} times smaller)")
     console.print("  " + ", ".join(f"{count} x {kind}" for kind, count in types.items()))
     if fallbacks:
@@ -288,6 +301,31 @@ def convert(origin: Source, target: Path, quant: str) -> None:
     """Write the source as the unquantised GGUF `target` of the type `quant`, one of WHOLE."""
     options = ["--outtype", WHOLE[quant], "--model-name", origin.known.name]
     run_converter("convert_hf_to_gguf.py", origin.path, target, options)
+
+
+def converted(origin: Source, target: Path, console: Console) -> Path:
+    """The unquantised GGUF that an export to `target` starts from: made, or left by one that broke off."""
+    seen = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(origin.path.iterdir())]
+    key = hashlib.sha256(repr((seen, origin.template)).encode()).hexdigest()[:16]
+    folder = _kept(target)
+    path = folder / f"{origin.whole}-{key}.gguf"
+    if path.is_file():
+        console.print(f"going on from what an earlier export had converted: {path}")
+        return path
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    part = path.with_suffix(".part")
+    try:
+        convert(origin, part, origin.whole)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    part.replace(path)
+    return path
+
+
+def _kept(target: Path) -> Path:
+    return target.with_name(f".{target.name}-first")
 
 
 def run_converter(script_name: str, source: Path, target: Path, options: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,39 @@ def test_m3_an_untied_model_must_have_its_output(converted: dict[str, Any], tmp_
     converted["prepare"]()
     with pytest.raises(InputError, match=r"lacks output\.weight"):
         gguf.run(tmp_path / "untied", quant="F16", console=quiet())
+
+
+def test_what_was_converted_before_an_export_broke_off_is_taken(
+    converted: dict[str, Any], run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    converted["prepare"]()
+    calls: list[str] = []
+
+    def quantize(source: Path, target: Path, quant: str, matrix: Path | None = None) -> list[str]:
+        calls.append(quant)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        target.write_bytes(source.read_bytes())
+        return []
+
+    monkeypatch.setattr(gguf, "quantize", quantize)
+    with pytest.raises(KeyboardInterrupt):
+        gguf.run(run_folder, quant="Q8_0", console=quiet())
+    assert leftovers(run_folder) == [".gguf-first"]
+    # No converter is asked again for the same weights; other ones are converted anew.
+    fake_converter(monkeypatch, tmp_path, "import sys; sys.exit('converted twice')")
+    console = quiet()
+    gguf.run(run_folder, quant="Q8_0", console=console)
+    assert "going on from what an earlier export had converted" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert leftovers(run_folder) == ["gguf"]
+    calls.clear()
+    converted["prepare"]()
+    with pytest.raises(KeyboardInterrupt):
+        gguf.run(run_folder, quant="Q8_0", overwrite=True, console=quiet())
+    os.utime(next((run_folder / "merged").glob("*.safetensors")), ns=(1, 1))
+    fake_converter(monkeypatch, tmp_path, "import sys; sys.exit('converted twice')")
+    with pytest.raises(EdgeError, match="converted twice"):
+        gguf.run(run_folder, quant="Q8_0", overwrite=True, console=quiet())
 
 
 def write_model(folder: Path, *, tied: bool) -> Path:
