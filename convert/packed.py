@@ -89,7 +89,8 @@ def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
         return "enable_liger_kernel brings kernels of its own"
     if config.neftune_noise_alpha:
         return "neftune_noise_alpha scales its noise by the length of a row"
-    if shape.hidden_size // shape.num_attention_heads > 256:
+    wide = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    if wide > 256:
         return "its heads are wider than flash attention takes"
     if not _plain_head(model, head):
         return "it changes its logits behind the output head"
@@ -122,7 +123,8 @@ def head(model: Any, config: TrainConfig, place: Place, *, passes: int = 0) -> t
     """The losses of an adapted model on a CUDA card, and a line that says how they are computed.
 
     passes: bytes that a forward and backward pass needs; a recorded one keeps them, beside those of a batch
-    of a size that comes for the first time. The model's attention must be ATTENTION. Its embeddings go to the system's memory if they can.
+    of a size that comes for the first time. The model's attention must be ATTENTION. Its embeddings go to the
+    system's memory if they can.
     """
     # All on one stream, for each keeps the workspaces that it grew; and the usual one cannot be recorded.
     torch.cuda.set_stream(torch.cuda.Stream())
