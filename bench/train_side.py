@@ -72,12 +72,13 @@ def card_peak() -> int | None:
 
 
 def ours(base: Path, config: TrainConfig, items: list[Any], place: Any, goal: float) -> Course:
-    from convert import loop, model
+    from convert import loop, model, packed
 
     longest = max(one.size for one in items)
-    eager = place.device == "cpu" and longest <= 512
-    adapted = model.add_adapter(model.load_model(base, place, attention="eager" if eager else "sdpa"), config)
-    runner = loop.Loop(adapted, items, config, device=place.device, dtype=place.dtype)
+    attention = packed.attention_name(place, eager=place.device == "cpu" and longest <= 512)
+    adapted = model.add_adapter(model.load_model(base, place, attention=attention), config)
+    head, _ = packed.head(adapted, config, place)
+    runner = loop.Loop(adapted, items, config, device=place.device, dtype=place.dtype, objective=head)
     course, last = Course(goal), 0
 
     def report(state: Any) -> None:

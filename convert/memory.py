@@ -340,9 +340,7 @@ def _losses(model: Any, shape: tuple[int, int], keep: int, *, joined: bool) -> t
     side = shape[1] if model.config._attn_implementation == "eager" else 1
     mask = torch.zeros(shape[0], 1, side, side, dtype=model.dtype, device="meta")
     if joined:
-        whole = getattr(model, "get_base_model", lambda: model)()
-        decoder = getattr(whole, whole.base_model_prefix)
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = packed.decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         found: torch.Tensor = TokenLoss.apply(hidden[0, :keep], head.weight, targets)
         return found
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:keep],))

@@ -63,32 +63,49 @@ def attention(
     return out[None], None
 
 
+def attention_name(place: Place, *, eager: bool) -> str:
+    """The attention that a model to be trained is loaded with."""
+    if place.device != "cuda":
+        return "eager" if eager else "sdpa"
+    register()
+    return ATTENTION
+
+
+def decoder(model: Any) -> Any:
+    """The part of a causal model, with or without an adapter, below its output head."""
+    whole = getattr(model, "get_base_model", lambda: model)()
+    return getattr(whole, whole.base_model_prefix)
+
+
 def likely(config: TrainConfig, place: Place) -> bool:
     """Whether rows will be joined, as far as that is known before the model is there."""
-    return (
-        place.device == "cuda"
-        and place.dtype != torch.float32
-        and config.finetuning_type == "lora"
-        and not config.neftune_noise_alpha
-        and not config.enable_liger_kernel
-    )
+    return place.device == "cuda" and config.finetuning_type == "lora" and not _refused(config, place.dtype)
 
 
-def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
-    """Why the model, with its adapter, cannot be trained on joined rows ("" if it can)."""
-    shape = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return "its output head is trained, or is more than a weight"
-    if torch.cuda.get_device_capability() < (8, 0) or dtype == torch.float32:
-        return "the card or the type has no flash attention"
-    if getattr(shape, "attn_logit_softcapping", None):
-        return "its attention caps its logits"
+def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
+    """Why settings alone keep rows from being joined ("" if they do not)."""
+    if dtype == torch.float32:
+        return "float32 has no flash attention"
     if config.enable_liger_kernel:
         # Seen on an H100: a gate's kernel read where nothing was, unless each was waited for.
         return "enable_liger_kernel brings kernels of its own"
     if config.neftune_noise_alpha:
         return "neftune_noise_alpha scales its noise by the length of a row"
+    return ""
+
+
+def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
+    """Why the model, with its adapter, cannot be trained on joined rows ("" if it can)."""
+    if why := _refused(config, dtype):
+        return why
+    shape = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return "its output head is trained, or is more than a weight"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the card has no flash attention"
+    if getattr(shape, "attn_logit_softcapping", None):
+        return "its attention caps its logits"
     wide = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     if wide > 256:
         return "its heads are wider than flash attention takes"
@@ -120,17 +137,19 @@ def recordable(model: Any) -> str:
 
 
 def head(model: Any, config: TrainConfig, place: Place, *, passes: int = 0) -> tuple[LossHead, str]:
-    """The losses of an adapted model on a CUDA card, and a line that says how they are computed.
+    """The losses of a model that is trained, and on a CUDA card a line that says how they are computed.
 
     passes: bytes that a forward and backward pass needs; a recorded one keeps them, beside those of a batch
-    of a size that comes for the first time. The model's attention must be ATTENTION. Its embeddings go to the
-    system's memory if they can.
+    of a size that comes for the first time. The model's attention must be `attention_name`'s. On a card an
+    adapted model's embeddings go to the system's memory if they can.
     """
+    half = autocast(config, place)
+    if place.device != "cuda" or config.finetuning_type == "full":
+        return LossHead(model, autocast=half), ""
     # All on one stream, for each keeps the workspaces that it grew; and the usual one cannot be recorded.
     torch.cuda.set_stream(torch.cuda.Stream())
     if keeps_embeddings_off(model, place):
         keep_embeddings_off(model)
-    half = autocast(config, place)
     if why := usable(model, config, place.dtype):
         said = f"rows are padded to the longest of their batch, kernels launched one by one: {why}"
         return LossHead(model, autocast=half), said
@@ -187,9 +206,8 @@ class Body:
     """
 
     def __init__(self, model: Any, *, autocast: torch.dtype | None, record: bool) -> None:
-        whole = getattr(model, "get_base_model", lambda: model)()
-        self._decoder = getattr(whole, whole.base_model_prefix)
-        self._embeddings = whole.get_input_embeddings()
+        self._decoder = decoder(model)
+        self._embeddings = model.get_input_embeddings()
         self._autocast, self._record, self._model = autocast, record, model
         # transformers makes no mask of its own where it gets one with four axes.
         self._mask = torch.zeros(1, 1, 1, 1, device="cuda")

@@ -35,11 +35,10 @@ from convert import (
     template,
 )
 from convert.folder import check_folder
-from convert.losses import LossHead, Preference, reference
+from convert.losses import Preference, reference
 from convert.model import (
     Place,
     add_adapter,
-    autocast,
     choose_place,
     load_model,
     quantized_layers,
@@ -165,10 +164,7 @@ def _train(
 ) -> Path:
     full = config.finetuning_type == "full"
     weights = dataclasses.replace(place, dtype=torch.float32) if full else place
-    attention = "eager" if eager else "sdpa"
-    if place.device == "cuda":
-        packed.register()
-        attention = packed.ATTENTION
+    attention = packed.attention_name(place, eager=eager)
     model = load_model(base, weights, double_quant=config.double_quantization, attention=attention)
     if config.enable_liger_kernel:
         use_liger(model, place)
@@ -177,11 +173,9 @@ def _train(
     if config.adapter_name_or_path:
         start.load(model, config)
     pissa = _pissa_start(model) if config.pissa_init else None
-    if place.device == "cuda" and not full:
-        head, how = packed.head(model, config, place, passes=passes)
+    head, how = packed.head(model, config, place, passes=passes)
+    if how:
         console.print(how)
-    else:
-        head = LossHead(model, autocast=autocast(config, place))
     objective: Any = head
     if config.stage == "dpo":
         model.eval()
