@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +21,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench import genai
 from bench.metrics import median, ratio
 from bench.probe import noise
-from convert.onnx_graph import for_generator
 from edge import artefact, hardware, planning, tune_onnx
 from edge import messages as msg
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.cli import guarded
 from edge.engine import Engine
-from edge.errors import EdgeError, UnavailableError
+from edge.errors import EdgeError
 from edge.sampling import Params
 
 PROMPT, TOKENS, STREAMS = 85, 64, 8
@@ -100,32 +99,13 @@ class Generator:
     name = "onnxruntime-genai"
 
     def __init__(self, folder: Path, threads: int) -> None:
-        try:
-            import onnxruntime_genai
-        except ImportError as error:
-            raise UnavailableError(
-                "onnxruntime-genai is not installed", "pip install -c constraints.txt -e '.[export-onnx]'"
-            ) from error
-        self._library: Any = onnxruntime_genai
-        twin = tempfile.TemporaryDirectory(prefix="edge-onnx-")
-        for_generator(folder, Path(twin.name))
-        config = onnxruntime_genai.Config(twin.name)
-        options = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(json.dumps({"model": {"decoder": options}}))
-        self._model = onnxruntime_genai.Model(config)
-        twin.cleanup()
+        self._loop = genai.Loop(folder, threads)
 
     def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> list[float]:
         """As Ours.run: one batch, which ends with its longest answer."""
-        count = len(prompts[0]) + max(tokens)
-        params = self._library.GeneratorParams(self._model)
-        params.set_search_options(
-            batch_size=len(prompts), max_length=count, min_length=count, do_sample=False
-        )
         times = []
         began = time.perf_counter()
-        generator = self._library.Generator(self._model, params)
-        generator.append_tokens(np.array(prompts, np.int32))
+        generator = self._loop.generator(prompts, max(tokens))
         for _ in range(max(tokens)):
             generator.generate_next_token()
             generator.get_next_tokens()

@@ -15,7 +15,6 @@ import asyncio
 import json
 import queue
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench import genai
 from edge import hardware
 from edge.cli import guarded
-from edge.errors import InputError, UnavailableError
+from edge.errors import InputError
 
 MOST_ROWS = 32
 # What a static cache holds; the workloads' longest prompts and 512 tokens of answer fit.
@@ -63,37 +63,17 @@ class Genai:
     rows = MOST_ROWS
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import onnxruntime_genai
-        except ImportError as error:
-            raise UnavailableError(
-                "onnxruntime-genai is not installed", "pip install -c constraints.txt -e '.[export-onnx]'"
-            ) from error
-        from convert.onnx_graph import for_generator
-
-        self._library: Any = onnxruntime_genai
         threads = hardware.cpu_threads()
-        with tempfile.TemporaryDirectory(prefix="edge-onnx-") as twin:
-            for_generator(folder, Path(twin))
-            config = onnxruntime_genai.Config(twin)
-            options = {"session_options": {"intra_op_num_threads": threads}}
-            config.overlay(json.dumps({"model": {"decoder": options}}))
-            self._model = onnxruntime_genai.Model(config)
-            self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
-        version = str(onnxruntime_genai.__version__)
+        self._loop = genai.Loop(folder, threads)
+        self._tokenizer = self._loop.library.Tokenizer(self._loop.model)
+        version = str(self._loop.library.__version__)
         self.info = {"library": "onnxruntime-genai", "version": version, "device": "cpu", "threads": threads}
 
     def encode(self, prompt: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(prompt)]
 
     def run(self, batch: Sequence[Asked], emit: Callable[[int, str], None]) -> None:
-        import numpy as np
-
-        count = len(batch[0].ids) + batch[0].tokens
-        params = self._library.GeneratorParams(self._model)
-        params.set_search_options(batch_size=len(batch), max_length=count, min_length=count, do_sample=False)
-        generator = self._library.Generator(self._model, params)
-        generator.append_tokens(np.array([asked.ids for asked in batch], np.int32))
+        generator = self._loop.generator([list(asked.ids) for asked in batch], batch[0].tokens)
         streams = [self._tokenizer.create_stream() for _ in batch]
         for _ in range(batch[0].tokens):
             generator.generate_next_token()
