@@ -305,7 +305,8 @@ def convert(origin: Source, target: Path, quant: str) -> None:
 
 def converted(origin: Source, target: Path, console: Console) -> Path:
     """The unquantised GGUF that an export to `target` starts from: made, or left by one that broke off."""
-    seen = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(origin.path.iterdir())]
+    states = [(one.name, one.stat()) for one in sorted(origin.path.iterdir())]
+    seen = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     key = hashlib.sha256(repr((seen, origin.template)).encode()).hexdigest()[:16]
     folder = _kept(target)
     path = folder / f"{origin.whole}-{key}.gguf"

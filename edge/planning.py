@@ -177,11 +177,13 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         # Its cells may come to lie there.
         memory = min(memory, cards[0].memory_free)
     device, gpu_layers, why = "cpu", 0, ""
+    used: list[hardware.GPU] = []
     if not isinstance(artefact.header, OnnxHeader):
         device, gpu_layers, why = choose_device(options.device)
         if gpu_layers:
             # Layers that find no room on a card stay in the system's memory.
-            memory += offload.room(hardware.gpus())
+            used = hardware.gpus()
+            memory += offload.room(used)
     fits = need.cells(memory)
     if fits < context:
         raise InputError(
@@ -196,8 +198,8 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits)
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(slots * context, fits, slots * context if asked_for_all else DEFAULT_POOL))
-    if gpu_layers and not isinstance(artefact.header, OnnxHeader):
-        gpu_layers, said = offload.layers(artefact.header, pool, need.cell, need.buffers, hardware.gpus())
+    if used and not isinstance(artefact.header, OnnxHeader):
+        gpu_layers, said = offload.layers(artefact.header, pool, need.cell, need.buffers, used)
         if not gpu_layers and options.device == "cuda":
             raise UnavailableError(
                 f"--device cuda: {said}", "free some of the card's memory, or lower --ctx and --slots"
