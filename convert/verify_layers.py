@@ -171,6 +171,8 @@ class LayeredModel(TorchModel):
             names[1] = names[0]
         if any(name not in self._where for name in names):
             return []
+        # It names a row of the whole table, and matters to gradients alone.
+        embeddings.padding_idx = None
         embeddings.register_forward_pre_hook(lambda _, ids: (torch.searchsorted(self._used, ids[0]),))
         head.forward = lambda states: self._head(states, names[1], head.bias)
         return names

@@ -36,7 +36,7 @@ def make_family(folder: Path, family: str, *, tied: bool | None = None, seed: in
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": 2,
+        "pad_token_id": 383,  # beyond what any text here uses
         "tie_word_embeddings": family.startswith("gemma") if tied is None else tied,
     }
     if family.startswith(("gemma", "qwen3")):
