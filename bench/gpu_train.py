@@ -90,10 +90,10 @@ def side(name: str, base: Path, batches: list[Any], *, cap: float, accumulate: i
     from convert import dist, packed
     from convert import model as models
 
+    place = models.choose_place(settings(base, 1))
     world = dist.join(cpu=False)
     if cap:
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.mem_get_info()[1])
-    place = models.Place("cuda", torch.bfloat16, True)
     config = settings(base, 1, accumulate)
     packed.register()
     model = models.load_model(base, place, attention=packed.ATTENTION if name == "edge" else "sdpa")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import re
 import sys
 import warnings
@@ -33,6 +34,7 @@ def choose_place(config: TrainConfig) -> Place:
     four_bit = config.quantization_bit == 4
     asked = "bf16" if config.bf16 else "fp16" if config.fp16 else None
     if torch.cuda.is_available() and not config.use_cpu:
+        _grow_in_place()
         if asked == "fp16" or not torch.cuda.is_bf16_supported(including_emulation=False):
             notes = ["this GPU has no bfloat16: computing in float16"] if asked == "bf16" else []
             return Place("cuda", torch.float16, four_bit, notes)
@@ -46,6 +48,16 @@ def choose_place(config: TrainConfig) -> Place:
     if asked == "fp16" or (asked == "bf16" and not fast):
         place.notes.append(f"{asked} is slow on this CPU: computing in {str(dtype).removeprefix('torch.')}")
     return place
+
+
+def _grow_in_place() -> None:
+    """Let the allocator's pieces grow, before it has any; Windows has no such memory.
+
+    Else a recorded pass finds no room between pieces of other sizes: 7B would need 8 GB in place of 6.5.
+    """
+    said = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if sys.platform != "win32" and not said:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
