@@ -42,9 +42,12 @@ class Setting:
 
 
 class Bare:
-    """A model file, loaded once for all settings. Raises InputError for a file llama.cpp cannot load."""
+    """A model file, loaded once for all settings. Raises InputError for a file llama.cpp cannot load.
 
-    def __init__(self, path: Path) -> None:
+    gpu: put all of its layers on the card.
+    """
+
+    def __init__(self, path: Path, *, gpu: bool = False) -> None:
         try:
             import llama_cpp.llama_cpp as lib
         except (ImportError, OSError, RuntimeError) as error:
@@ -58,7 +61,7 @@ class Bare:
         lib.llama_log_set(self._quiet, None)
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = -1 if gpu else 0
         self._model: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise InputError(f"llama.cpp cannot load {path}", "export the file again")

@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edge.onnx_header import CANDIDATES, HIDDEN
 
+_GROUPS = 64
 _HEADS = ("MatMul", "MatMulNBits", "Gemm")
 
 
@@ -62,13 +65,48 @@ def complete(path: Path, name: str, head_size: int, *, width: int, candidates: i
 
 
 def add_candidates(graph: onnx.GraphProto, count: int) -> None:
-    """Outputs for the `count` largest logits, the largest first and equal ones by id, and for their ids."""
+    """Outputs for the `count` largest logits, the largest first and equal ones by id, and for their ids.
+
+    A card's TopK gives a row to one of its many processors: a long row is cut into groups, and the largest
+    of the groups' largest are taken.
+    """
     [logits] = [output for output in graph.output if output.name == "logits"]
     tensor = logits.type.tensor_type
-    count = min(count, tensor.shape.dim[2].dim_value)
-    graph.initializer.append(numpy_helper.from_array(np.array([count], np.int64), "candidate_count"))
-    node = helper.make_node("TopK", ["logits", "candidate_count"], list(CANDIDATES), name="/candidates/TopK")
-    graph.node.append(node)
+    vocabulary = tensor.shape.dim[2].dim_value
+    count = min(count, vocabulary)
+    values, ids = CANDIDATES
+
+    def constant(name: str, array: NDArray[Any]) -> str:
+        graph.initializer.append(numpy_helper.from_array(array, f"candidate_{name}"))
+        return f"candidate_{name}"
+
+    def node(kind: str, inputs: list[str], *outputs: str, **attributes: int) -> None:
+        name = f"/candidates/{outputs[0]}"
+        graph.node.append(helper.make_node(kind, inputs, list(outputs), name=name, **attributes))
+
+    wanted = constant("count", np.array([count], np.int64))
+    each = -(-vocabulary // _GROUPS)
+    if each < 4 * count:
+        node("TopK", ["logits", wanted], values, ids)
+    else:
+        source = "logits"
+        if missing := each * _GROUPS - vocabulary:
+            source, dtype = "candidate_padded", helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            pads = constant("pads", np.array([0, 0, 0, 0, 0, missing], np.int64))
+            node("Pad", ["logits", pads, constant("none", np.array(-np.inf, dtype))], source)
+        node(
+            "Reshape",
+            [source, constant("groups", np.array([0, 0, _GROUPS, each], np.int64))],
+            "candidate_grouped",
+        )
+        node("TopK", ["candidate_grouped", wanted], "candidate_best", "candidate_places")
+        starts = constant("starts", np.arange(_GROUPS, dtype=np.int64)[:, None] * each)
+        node("Add", ["candidate_places", starts], "candidate_whole_places")
+        flat = constant("flat_shape", np.array([0, 0, _GROUPS * count], np.int64))
+        node("Reshape", ["candidate_best", flat], "candidate_flat")
+        node("Reshape", ["candidate_whole_places", flat], "candidate_flat_places")
+        node("TopK", ["candidate_flat", wanted], values, "candidate_among")
+        node("GatherElements", ["candidate_flat_places", "candidate_among"], ids, axis=2)
     for name, kind in zip(CANDIDATES, (tensor.elem_type, TensorProto.INT64), strict=True):
         graph.output.append(helper.make_tensor_value_info(name, kind, ["batch", "outputs", count]))
 

@@ -7,6 +7,7 @@ text, stop strings and finish are decided here, so that a stream ends at the ver
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import time
 from collections import deque
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import messages as msg
-from edge.backends.base import Backend, Embeds, Logits, Row, StepInterrupted
+from edge.backends.base import Backend, Candidates, Embeds, Row, StepInterrupted, StepOutputs
 from edge.errors import EdgeError, RequestError
 from edge.grammar import Grammars, Matcher
 from edge.guide import Guide
@@ -34,6 +35,9 @@ from edge.thought import ThoughtMeter
 Emit = Callable[[list[msg.Event]], None]
 Mask = NDArray[np.bool_]
 
+# So many logits in a step take long enough to sample that rows of a card's step are sampled side by side.
+_WIDE = 2**20
+_SAMPLERS = 4
 # Tokens that come faster than an eye reads share an event; the first one never waits.
 FLUSH_S = 0.04
 STATS_S = 0.25
@@ -107,6 +111,8 @@ class Engine:
         self._grammars = Grammars(backend)
         # Masks are computed beside the model's step; llguidance lets go of the GIL.
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="mask")
+        # Where the model runs on a card, the processor has cores to spare when a step ends.
+        self._samplers = None if info.device == "cpu" else ThreadPoolExecutor(_SAMPLERS, "sample")
         self._inbox: queue.SimpleQueue[Job | _Cancelled | _Drain | _Embed] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._embeds: deque[_Embed] = deque()
@@ -314,7 +320,7 @@ class Engine:
             if work.ends and (matcher := self._of[work.sequence].matcher) is not None
         }
         try:
-            logits = self._backend.step(rows)
+            outputs = self._backend.step(rows)
         except StepInterrupted:
             for row in rows:
                 self.cache.restore(row.slot)
@@ -330,16 +336,19 @@ class Engine:
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
         if not prefill:
             self._costs.learn(decoding + drafted, now - before)
-        urgent = False
+        ends: list[tuple[Work, int, int]] = []
         at = 0
         for work, row in zip(plan, rows, strict=True):
             self.cache.extend(row.slot, list(row.tokens))
-            sequence = work.sequence
-            sequence.computed += work.n
+            work.sequence.computed += work.n
             if row.outputs:
-                out = logits[at : at + row.outputs]
-                urgent |= self._advance(self._of[sequence], work, out, masks.get(sequence), now)
+                ends.append((work, at, row.outputs))
             at += row.outputs
+        picked = self._picked(ends, outputs)
+        urgent = False
+        for work, at, count in ends:
+            job, masked = self._of[work.sequence], masks.get(work.sequence)
+            urgent |= self._advance(job, work, outputs[at : at + count], masked, picked.get(at), now)
         if urgent or now - self._flushed >= self._flush_s:
             self._flush(now)
 
@@ -353,8 +362,32 @@ class Engine:
         few = free and job.sampler.reach <= self._backend.info.candidates
         return Row(sequence.slot, start, tokens, work.outputs, few)
 
-    def _advance(self, job: Job, work: Work, logits: Logits, masked: Future[Mask] | None, now: float) -> bool:
-        """Sample after each output as long as the draft was right. True for an event that may not wait."""
+    def _picked(self, ends: list[tuple[Work, int, int]], outputs: StepOutputs) -> dict[int, Choice]:
+        """Output -> what is sampled there, for rows that wait for nothing, where it pays to do so at once."""
+        if self._samplers is None or not isinstance(outputs, np.ndarray) or outputs.size < _WIDE:
+            return {}
+        jobs = [(self._of[work.sequence], at) for work, at, _ in ends]
+        free = [(job.sampler, at) for job, at in jobs if job.matcher is None and job.guide is None]
+
+        def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
+            return [(at, sampler.pick(outputs[at])) for sampler, at in part]
+
+        parts = [free[start::_SAMPLERS] for start in range(_SAMPLERS)]
+        return dict(itertools.chain.from_iterable(self._samplers.map(pick, parts)))
+
+    def _advance(
+        self,
+        job: Job,
+        work: Work,
+        outputs: StepOutputs,
+        masked: Future[Mask] | None,
+        first: Choice | None,
+        now: float,
+    ) -> bool:
+        """Sample after each output as long as the draft was right. True for an event that may not wait.
+
+        first: what was sampled after the first output already.
+        """
         sequence = job.sequence
         mask = None
         if masked is not None:
@@ -372,7 +405,13 @@ class Engine:
             job.first = now
             urgent = True
         for i in range(len(work.draft) + 1):
-            choice = job.sampler.pick(logits[i], mask)
+            found = outputs[i]
+            if i == 0 and first is not None:
+                choice = first
+            elif isinstance(found, Candidates):
+                choice = job.sampler.pick_among(found)
+            else:
+                choice = job.sampler.pick(found, mask)
             try:
                 reason = self._take(job, choice)
             except RequestError as error:

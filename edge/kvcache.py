@@ -86,7 +86,7 @@ class KVCache:
                     n == shared and n and best >= 0 and self._slots[best].busy and not slot.busy
                 ):
                     best, shared = i, n
-        spare = min(idle, key=lambda i: (self._slots[i].length > 0, self._slots[i].used))
+        spare = self._spare(idle)
         if shared == 0:
             taken = spare
             self.truncate(taken, 0)
@@ -102,6 +102,22 @@ class KVCache:
         if reuse and self._store is not None:
             shared = self._from_disk(self._store, taken, wanted)
         return taken, shared
+
+    def _spare(self, idle: list[int]) -> int:
+        """The idle slot to fill anew: an empty one, or the one that was used least recently.
+
+        Where each slot has a part of its own, a step runs neighbours at once and others one after the other:
+        a slot between busy ones comes first, then one beside them.
+        """
+
+        def order(i: int) -> tuple[int, bool, int]:
+            slot = self._slots[i]
+            beside = 0
+            if not self._shared:
+                beside = sum(self._slots[j].busy for j in (i - 1, i + 1) if 0 <= j < len(self._slots))
+            return -beside, slot.length > 0, slot.used if slot.length else 0
+
+        return min(idle, key=order)
 
     def keep_on_disk(self) -> int:
         """Store what the slots hold, the newest last; the number of prefixes that were kept."""

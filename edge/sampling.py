@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.base import Candidates
+
 # A vocabulary is looked at in this many interleaved groups, so that numpy works on whole rows of them.
 _GROUPS = 64
 # Below this temperature the best token is certain to single precision; dividing by it could overflow.
@@ -104,6 +106,19 @@ class Sampler:
             self._seen[token] = True
             self._counts[token] += 1
 
+    def pick_among(self, candidates: Candidates) -> Choice:
+        """Choose a token where no more than `reach` of the largest logits decide."""
+        ids, logits = candidates.ids, candidates.logits
+        if self.holds_back_stops and len(self._stops):
+            free = ~np.isin(ids, self._stops)
+            ids, logits = ids[free], logits[free]
+        if self.params.temperature < _GREEDY:
+            token = int(ids[0])
+        else:
+            token = self._draw_top(ids[: self.params.top_k], logits[: self.params.top_k])
+        self.accept(token)
+        return Choice(token)
+
     def pick(self, logits: NDArray[np.float32], mask: NDArray[np.bool_] | None = None) -> Choice:
         """Choose a token from `logits` [vocab], which may be written into. mask: True where allowed."""
         params = self.params
@@ -153,26 +168,29 @@ class Sampler:
         best = logits.max()
         if 0 < params.top_k < len(logits):
             ids = _top(logits, params.top_k)
-            weights = np.exp((logits[ids] - best).astype(np.float64) / params.temperature)
-            count = _nucleus(weights, params.top_p * float(weights.sum()))
-            ids, weights = ids[:count], weights[:count]
-        else:
-            every = np.exp((logits - best) * np.float32(1.0 / params.temperature))
-            if params.top_p >= 1.0:
-                if params.min_p > 0.0:
-                    every[every < params.min_p] = 0.0
-                return self._draw_from_all(every)
+            return self._draw_top(ids, logits[ids])
+        every = np.exp((logits - best) * np.float32(1.0 / params.temperature))
+        if params.top_p < 1.0:
             goal = params.top_p * float(every.sum(dtype=np.float64))
             ids = _top(logits, _PROBE)
             weights = every[ids].astype(np.float64)
             if weights.sum() >= goal:
-                count = _nucleus(weights, goal)
-                ids, weights = ids[:count], weights[:count]
-            else:
-                _cut_to_nucleus(every, goal)
-                if params.min_p > 0.0:
-                    every[every < params.min_p] = 0.0
-                return self._draw_from_all(every)
+                return self._draw_weighted(ids, weights, goal)
+            _cut_to_nucleus(every, goal)
+        if params.min_p > 0.0:
+            every[every < params.min_p] = 0.0
+        return self._draw_from_all(every)
+
+    def _draw_top(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> int:
+        """Draw from the largest logits, the largest first, which are all that may come."""
+        weights = np.exp((logits - logits[0]).astype(np.float64) / self.params.temperature)
+        return self._draw_weighted(ids, weights, self.params.top_p * float(weights.sum()))
+
+    def _draw_weighted(self, ids: NDArray[np.int64], weights: NDArray[np.float64], goal: float) -> int:
+        """Draw from `ids` with falling `weights`, of which the first to reach the sum `goal` may come."""
+        params = self.params
+        count = _nucleus(weights, goal)
+        ids, weights = ids[:count], weights[:count]
         if params.min_p > 0.0:
             # The best token's weight is 1.
             likely = weights >= params.min_p

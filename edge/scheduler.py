@@ -95,7 +95,7 @@ class Scheduler:
         return len(self.running) - len(reading), new
 
     def plan(self, chunk: int, draft: Callable[[Sequence, int, int], list[int]] | None = None) -> list[Work]:
-        """The rows of the next step.
+        """The rows of the next step, in the order of their slots, as backends run neighbours at once.
 
         chunk: prompt tokens that the step may hold beside decoding rows. draft: proposes up to n tokens
         after a sequence's own (speculation), told how many tokens the step decodes so far; asked only where
@@ -134,7 +134,7 @@ class Scheduler:
                 sequence.cached = sequence.computed
             self.running.append(sequence)
             room -= self._prefill(work, sequence, room)
-        return self._fit(work)
+        return sorted(self._fit(work), key=lambda item: item.sequence.slot or 0)
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether the pool holds the whole sequence beside those that run, one step of theirs included.

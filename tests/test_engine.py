@@ -46,6 +46,22 @@ def interleave(busy: Backend, quiet: Backend, todo: list[Plan], *, speculate: bo
             assert (done.reason, done.completion_tokens) == (wanted.reason, wanted.completion_tokens)
 
 
+def test_rows_come_in_the_order_of_their_slots() -> None:
+    backend = FakeBackend(slots=4)
+    desk, ran, step = Desk(backend), [], backend.step
+
+    def watched(rows: Sequence[Row]) -> Any:
+        ran.append([row.slot for row in rows])
+        return step(rows)
+
+    backend.step = watched  # type: ignore[method-assign]
+    for key, length in enumerate((3, 9, 5, 12, 4, 7, 2)):
+        desk.submit(key, f"{key}", max_tokens=length, ignore_eos=True, reuse=key % 2 == 0)
+    desk.run()
+    assert all(slots == sorted(slots) for slots in ran)
+    assert max(map(len, ran)) == 4
+
+
 # A pool of 64 cells is too small for four requests of 44 tokens: they are preempted.
 @settings(
     deadline=None,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edge import engine
 from edge.backends.base import Row
 from edge.backends.fake import FakeBackend
 from edge.grammar import Constraint, json_constraint
+from edge.sampling import Choice, Sampler
 from edge.speculate import Lookup
 from tests.backends import Maker, counted, only
 from tests.desk import Desk
@@ -34,6 +38,32 @@ def test_a_seed_gives_the_same_text_whatever_else_runs(make: Maker) -> None:
         desk.submit(seed, "once", temperature=1.0, seed=seed, max_tokens=30, ignore_eos=True, logprobs=0)
     desk.run()
     assert desk.made(7) != desk.made(8)
+
+
+def test_rows_of_a_card_are_sampled_side_by_side_to_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(device: str) -> list[list[bytes]]:
+        backend = FakeBackend(slots=6)
+        backend.info = dataclasses.replace(backend.info, device=device)
+        desk = Desk(backend)
+        for key in range(9):
+            given = {"logprobs": key % 3, "temperature": key % 2, "ignore_eos": key % 4 == 0}
+            constraint = Constraint("regex", "[a-z]{12}") if key == 5 else None
+            desk.submit(key, f"{key} of many", seed=key, max_tokens=20, constraint=constraint, **given)
+        desk.run()
+        return [desk.made(key) for key in range(9)]
+
+    want = run("cpu")
+    sampled: set[int] = set()
+    pick = Sampler.pick
+
+    def watched(self: Sampler, *given: Any) -> Choice:
+        sampled.add(threading.get_ident())
+        return pick(self, *given)
+
+    monkeypatch.setattr(Sampler, "pick", watched)
+    monkeypatch.setattr(engine, "_WIDE", 0)
+    assert run("cuda: a card") == want
+    assert len(sampled) > 2
 
 
 def test_logprobs_are_those_of_the_backend(make: Maker) -> None:

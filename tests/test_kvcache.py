@@ -124,3 +124,28 @@ def test_books_and_backend_agree_after_random_work() -> None:
         free = cache.free_cells()
         assert free is not None
         assert 256 - free == backend.used()
+
+
+def test_requests_are_neighbours_where_each_slot_has_a_part_of_its_own() -> None:
+    backend = FakeBackend(slots=6)
+    cache = KVCache(backend)
+    for slot in range(6):
+        assert cache.acquire([slot], reuse=False) == (slot, 0)
+    for slot in (3, 0, 5, 4, 1):
+        fill(backend, cache, slot, [slot])
+        cache.release(slot)
+    # 2 is busy: of those beside it the one that was used least recently, then what is beside both.
+    assert [cache.acquire([9])[0] for _ in range(3)] == [3, 4, 5]  # type: ignore[index]
+    cache.release(3)
+    assert cache.acquire([8]) == (3, 0)
+
+
+def test_in_a_pool_any_slot_is_as_good() -> None:
+    backend = FakeBackend(slots=4, capacity=64)
+    cache = KVCache(backend)
+    for slot in range(4):
+        assert cache.acquire([slot], reuse=False) == (slot, 0)
+    for slot in (3, 1, 0):
+        fill(backend, cache, slot, [slot])
+        cache.release(slot)
+    assert [cache.acquire([9])[0] for _ in range(2)] == [3, 1]  # type: ignore[index]

@@ -21,12 +21,15 @@ pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
 import onnx
+import onnxruntime
+from onnx import TensorProto, helper
 
+from convert.onnx_graph import add_candidates
 from edge import artefact, hardware, manifest, planning, tune, tune_onnx
 from edge import messages as msg
 from edge.backends import onnx_embed
 from edge.backends import onnx_providers as providers
-from edge.backends.base import Row, StepInterrupted
+from edge.backends.base import Candidates, Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.backends.onnx_binding import Buffer
 from edge.backends.onnx_rows import Rows
@@ -34,7 +37,7 @@ from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.grammar import Constraint
 from edge.hardware import GPU, Memory
-from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
+from edge.onnx_header import CANDIDATES, OUTPUT_POSITIONS, read_onnx
 from edge.planning import Options
 from tests import tiny_llama, tiny_onnx
 from tests.desk import Desk
@@ -394,19 +397,35 @@ def test_rows_that_need_few_logits_get_candidates(tmp_path: Path) -> None:
     want = made.step([Row(0, 0, text, 4), Row(1, 0, text[:1], 1)]).copy()
     for slot in (0, 1):
         made.truncate(slot, 0)
-    got = made.step([Row(0, 0, text, 4, few=True), Row(1, 0, text[:1], 1)]).copy()
+    got = made.step([Row(0, 0, text, 4, few=True), Row(1, 0, text[:1], 1)])
     # Each run by itself: the second one's row wants all.
     np.testing.assert_array_equal(got[4], want[4])
     for row, whole in zip(got[:4], want[:4], strict=True):
-        best = np.sort(np.argsort(-whole, kind="stable")[:8])
-        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(row)), best)
-        np.testing.assert_array_equal(row[best], whole[best])
-    # Nothing is left of a step before; one row that needs all gives all to those of its run.
-    few = made.step([Row(0, 4, [5], 1, few=True), Row(1, 1, [5], 1, few=True)])
-    assert np.isfinite(few).sum(axis=1).tolist() == [8, 8]
-    both = made.step([Row(0, 5, [5], 1, few=True), Row(1, 2, [5], 1)])
+        assert isinstance(row, Candidates)
+        best = np.argsort(-whole, kind="stable")[:8]
+        np.testing.assert_array_equal(row.ids, best)
+        np.testing.assert_array_equal(row.logits, whole[best])
+    # One row that needs all gives all to those of its run.
+    both = made.step([Row(0, 4, [5], 1, few=True), Row(1, 1, [5], 1)])
     assert np.isfinite(both).all()
     made.close()
+
+
+@pytest.mark.parametrize("vocabulary", [40, 1000, 1024])
+def test_candidates_of_a_long_row_are_found_in_groups(vocabulary: int) -> None:
+    shape = ["batch", "outputs", vocabulary]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "logits"))
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["logits"])], "head", [x], [y])
+    add_candidates(graph, 4)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    # Many of them equal; the last tokens among the largest.
+    logits = np.random.default_rng(0).integers(-9, 9, (3, 2, vocabulary)).astype(np.float32)
+    logits[0, 0, -3:], logits[0, 1] = 9, -np.inf
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    values, ids = session.run(list(CANDIDATES), {"x": logits})
+    want = np.argsort(-logits, axis=2, kind="stable")[:, :, :4]
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, want, axis=2))
+    np.testing.assert_array_equal(ids[np.isfinite(values)], want[np.isfinite(values)])
 
 
 @pytest.mark.parametrize(

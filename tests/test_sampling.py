@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from edge.backends.base import Candidates
 from edge.sampling import Params, Sampler, _cut_to_nucleus
 
 LOGITS = np.array([1.0, 3.0, 2.0, 0.5, -1.0, 2.5], np.float32)
@@ -52,16 +53,23 @@ def test_masked_tokens_are_never_drawn() -> None:
 )
 def test_no_more_logits_matter_than_it_reaches(given: dict[str, object], reach: int) -> None:
     rng = np.random.default_rng(0)
-    two = [Sampler(Params(seed=1, **given), 300, [4], frozenset({7, 9})) for _ in range(2)]  # type: ignore[arg-type]
-    assert two[0].reach == reach
+    whole, cut, among = (
+        Sampler(Params(seed=1, **given), 300, [4], frozenset({7, 9}))  # type: ignore[arg-type]
+        for _ in range(3)
+    )
+    assert whole.reach == reach
     for _ in range(200):
         # Many of them equal, and stops among the largest.
         logits = rng.integers(0, 12, 300).astype(np.float32)
         logits[[7, 9]] += 6
         few = np.full(300, -np.inf, np.float32)
-        best = np.argsort(-logits, kind="stable")[: two[0].reach]
+        best = np.argsort(-logits, kind="stable")[: whole.reach]
         few[best] = logits[best]
-        assert two[0].pick(logits).token == two[1].pick(few).token
+        candidates = Candidates(best, logits[best])
+        token = whole.pick(logits).token
+        assert cut.pick(few).token == token
+        if reach < 300:
+            assert among.pick_among(candidates).token == token
 
 
 def test_plain_sampling_has_the_models_distribution() -> None:

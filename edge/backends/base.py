@@ -18,6 +18,18 @@ from numpy.typing import NDArray
 Logits = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The most probable tokens alone: ids and their float32 logits, the largest first, equal ones by id."""
+
+    ids: NDArray[np.int64]
+    logits: Logits
+
+
+# One for each row that was asked for: a 2-D array of logits, or a list of logits and candidates.
+StepOutputs = Logits | list[Logits | Candidates]
+
+
 class StepInterrupted(Exception):
     """A step was ended early by `interrupt`. Every slot that had a row in it stands as before the step."""
 
@@ -64,7 +76,7 @@ class Row:
     """One sequence's part of a step: `tokens` go to `slot` at positions `pos`, `pos + 1`, ...
 
     outputs: logits are wanted for the last `outputs` of them (0: none).
-    few: no more than `BackendInfo.candidates` of the largest logits matter; the others may be given as -inf.
+    few: no more than `BackendInfo.candidates` of the largest logits matter: they may be given alone.
     """
 
     slot: int
@@ -87,11 +99,11 @@ class Backend(Protocol):
         """The bytes that `token` stands for, maybe a part of a character; none for a control token."""
         ...
 
-    def step(self, rows: Sequence[Row]) -> Logits:
-        """Run the rows; float32 logits [sum of outputs, vocab] in row order, valid until the next step.
+    def step(self, rows: Sequence[Row]) -> StepOutputs:
+        """Run the rows; float32 logits [vocab] of each output in row order, valid until the next step.
 
-        The caller may write into them, but not raise one that was given as -inf. Raises StepInterrupted,
-        ValueError from `check_rows`, EdgeError where the device fails.
+        The caller may write into them. Raises StepInterrupted, ValueError from `check_rows`, EdgeError where
+        the device fails.
         """
         ...
 

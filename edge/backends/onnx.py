@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
-from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.base import BackendInfo, Row, StepInterrupted, StepOutputs, check_rows
 from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_embed import Embedder
@@ -118,7 +118,7 @@ class Onnx:
         self._picks = zeros(settings.batch)
         self._first = zeros(1)
         # One row more: a piece of a prompt without outputs gives one that nobody reads.
-        self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1, outputs=settings.outputs)
+        self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1)
         self._copied = opened.memory != "cpu"
         self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lengths = [0] * settings.slots
@@ -168,7 +168,7 @@ class Onnx:
     def decode(self, token: int) -> bytes:
         return self._model.vocabulary.decode(token)
 
-    def step(self, rows: Sequence[Row]) -> Logits:
+    def step(self, rows: Sequence[Row]) -> StepOutputs:
         check_rows(rows, self.info, self._lengths)
         self._interrupted = False
         self._options.terminate = False

@@ -10,23 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge.backends.base import Logits
+from edge.backends.base import Candidates, Logits, StepOutputs
 from edge.backends.onnx_binding import Binding, zeros
 from edge.onnx_header import CANDIDATES, OnnxHeader
 
 
 class Outputs:
-    """Buffers in the processor's memory for `rows` rows of a step's runs; `outputs` of them are asked for."""
+    """Buffers in the processor's memory for `rows` rows of a step's runs."""
 
-    def __init__(self, header: OnnxHeader, *, rows: int, outputs: int) -> None:
+    def __init__(self, header: OnnxHeader, *, rows: int) -> None:
         count = header.candidates
         self._logits = zeros(rows, header.vocab_size, kind=header.cache_type)
         self._values = zeros(rows if count else 0, count, kind=header.cache_type)
         self._ids = zeros(rows if count else 0, count)
-        # What is not a candidate is -inf, and stays so: only what was written is cleared again.
-        self._spread = np.full((outputs if count else 0, header.vocab_size), -np.inf, np.float32)
-        self._written: list[tuple[int, Any]] = []
 
     def bind(self, binding: Binding, at: int, batch: int, picks: int, *, few: bool) -> None:
         """Let a run over `batch` rows write what its `picks` positions of each give, from row `at` on."""
@@ -35,12 +33,10 @@ class Outputs:
         ):
             binding.write(name, buffer, at, (batch, picks, buffer.array.shape[1]))
 
-    def read(self, places: Sequence[tuple[int, bool]]) -> Logits:
-        """Float32 logits of each place: a row, and whether a run wrote candidates there. To be written into
-        by the caller, who raises no -inf.
-        """
+    def read(self, places: Sequence[tuple[int, bool]]) -> StepOutputs:
+        """What each place holds: a row, and whether a run wrote candidates there."""
         if any(few for _, few in places):
-            return self._mixed(places)
+            return [self._one(row, few) for row, few in places]
         wanted = [row for row, _ in places]
         first = wanted[0] if wanted else 0
         found = (
@@ -48,15 +44,13 @@ class Outputs:
             if wanted == list(range(first, first + len(wanted)))
             else self._logits.array[wanted]
         )
-        logits: Logits = found if found.dtype == np.float32 else found.astype(np.float32)
-        return logits
+        return _single(found)
 
-    def _mixed(self, places: Sequence[tuple[int, bool]]) -> Logits:
-        for at, gone in self._written:
-            self._spread[at, gone] = -np.inf
-        self._written.clear()
-        for at, (row, few) in enumerate(places):
-            where: Any = self._ids.array[row].copy() if few else slice(None)
-            self._spread[at, where] = self._values.array[row] if few else self._logits.array[row]
-            self._written.append((at, where))
-        return self._spread[: len(places)]
+    def _one(self, row: int, few: bool) -> Logits | Candidates:
+        if few:
+            return Candidates(self._ids.array[row], _single(self._values.array[row]))
+        return _single(self._logits.array[row])
+
+
+def _single(found: NDArray[Any]) -> Logits:
+    return found if found.dtype == np.float32 else found.astype(np.float32)

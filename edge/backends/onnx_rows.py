@@ -58,7 +58,7 @@ class Placement:
             slot for slot, row in enumerate(self._row_of) if slot not in wanted and rows[0] < row < rows[-1]
         ]
         full = any(lengths[slot] >= self._room for slot in others)
-        if not full and self._run_along * TOKENS_OF_A_ROW < cost:
+        if not full and self._run_along < cost:
             return rows[0], count
         self._run_along = 0
         inside = range(first, first + len(rows))
@@ -69,11 +69,11 @@ class Placement:
             self._row_of[a], self._row_of[b] = self._row_of[b], self._row_of[a]
         return first, len(rows)
 
-    def _cost(self, wanted: set[int], first: int, lengths: Sequence[int]) -> int:
-        """Tokens to copy until `wanted` lie in the rows from `first` on."""
+    def _cost(self, wanted: set[int], first: int, lengths: Sequence[int]) -> float:
+        """What it costs until `wanted` lie in the rows from `first` on, in rows run along for a step."""
         inside = range(first, first + len(wanted))
         return sum(
-            length
+            self._worth(length)
             for slot, length in enumerate(lengths)
             if (slot in wanted) != (self._row_of[slot] in inside)
         )
@@ -89,6 +89,10 @@ class Placement:
     def pointer(self, part: int, row: int) -> int:
         """The address of `row` in `part`: 2 x layer for keys, one more for values."""
         raise NotImplementedError
+
+    def _worth(self, length: int) -> float:
+        """What moving `length` tokens costs, in rows run along for a step."""
+        return length / TOKENS_OF_A_ROW
 
     def _swap(self, a: int, b: int, n: int, m: int) -> None:
         """Exchange the first `n` tokens of row `a` and the first `m` of row `b`."""

@@ -1,0 +1,155 @@
+"""Serving on a CUDA card: our engine beside bare loops and beside transformers, one table, interleaved.
+
+    python -m bench.gpu_serve RUN/gguf RUN/onnx --merged RUN/merged [--report docs/reports/serve-CARD]
+
+A GGUF is compared with a bare llama.cpp loop over it, with all layers on the card; an ONNX folder with
+onnxruntime-genai's own Generator; all of them with transformers' generate in bf16 and in fp32, which answers
+one request after the other. No HTTP on any side, the same forced number of greedy tokens, no speculation.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import direct
+from edge import artefact, hardware, manifest, planning
+from edge.backends.base import Backend
+from edge.cli import guarded
+from edge.errors import UnavailableError
+from edge.worker import Load, open_backend
+
+PROMPT, ONE, MANY, STREAMS = 100, 256, 64, 32
+# Answers of unequal length, MANY tokens each on the average.
+UNEQUAL = tuple(MANY // 2 + MANY * n // (STREAMS - 1) for n in range(STREAMS))
+_PACKAGES = ("edge", "llama-cpp-python", "onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
+_KEYS = ("what", "edge", "other", "name", "ratio", "goal")
+
+
+def _backend(found: artefact.Artefact) -> Backend:
+    """As the server would load it, but for a context of the length that is needed here."""
+    options = planning.Options(context=512, slots=STREAMS, device="cuda")
+    backend = open_backend(Load.of(found, planning.plan(found, options), tune=True))
+    if not backend.info.device.startswith("cuda"):
+        raise UnavailableError(f"{found.path} runs on {backend.info.device}: {backend.info.why}")
+    return backend
+
+
+def _other(found: artefact.Artefact, backend: Backend) -> direct.Side:
+    if found.kind == "onnx":
+        return direct.Generator(found.path.parent, hardware.cpu_threads())
+    said = backend.info.settings
+    return direct.Loop(
+        found.path,
+        gpu=True,
+        unified=said["kv"] == "one pool",
+        flash_attention=said["flash_attention"] == "on",
+        threads=int(said["threads"]),
+    )
+
+
+def cases(name: str, ours: direct.Side, other: direct.Side, slow: list[direct.Side]) -> list[direct.Case]:
+    """What is measured of one artefact."""
+    many = (MANY,) * STREAMS
+    pair = (ours, other)
+    one = 0.97 if other.name == direct.Generator.name else 0.95
+    made = [
+        direct.Case(f"{name}: decode, 1 stream", (ONE,), "decode", {other.name: one}, pair),
+        direct.Case(
+            f"{name}: total, 1 stream",
+            (ONE,),
+            "total",
+            dict.fromkeys((side.name for side in slow), 10.0),
+            (*pair, *slow),
+        ),
+        direct.Case(f"{name}: decode, {STREAMS} streams", many, "decode", {other.name: 1.0}, pair),
+        direct.Case(
+            f"{name}: total, {STREAMS} streams",
+            many,
+            "total",
+            {**dict.fromkeys((side.name for side in slow), 100.0), other.name: 1.0},
+            (*pair, *slow),
+        ),
+    ]
+    if other.name == direct.Generator.name:
+        made.append(
+            direct.Case(
+                f"{name}: total, {STREAMS} streams, joining and leaving",
+                UNEQUAL,
+                "total",
+                {other.name: 1.0},
+                pair,
+            )
+        )
+    return made
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_serve", description=__doc__.splitlines()[0])
+    parser.add_argument("paths", type=Path, nargs="+", help="GGUF files and folders with an ONNX model")
+    parser.add_argument("--merged", type=Path, help="the same model for transformers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--report", type=Path, help="write this path with .json and .md")
+    args = parser.parse_args(argv)
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    slow: list[direct.Side] = []
+    for dtype in ("bfloat16", "float32") if args.merged else ():
+        slow.append(direct.Transformers(args.merged, dtype=dtype, device="cuda", threads=4))
+    lines: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {}
+    for path in args.paths:
+        found = artefact.resolve(path)
+        backend = _backend(found)
+        settings[found.path.name] = {"device": backend.info.device, **backend.info.settings}
+        mine = direct.Ours(backend)
+        todo = cases(found.path.name, mine, _other(found, backend), slow)
+        # What transformers makes does not depend on our artefact.
+        slow = []
+        rates = direct.race(todo, console, prompt=PROMPT, vocab=mine.vocab, rounds=args.rounds, slow_rounds=1)
+        for case in todo:
+            for what, ours, theirs, name, ratio, goal in direct.rows(case, rates[case.name]):
+                lines.append(
+                    {"what": what, "edge": ours, "other": theirs, "name": name, "ratio": ratio, "goal": goal}
+                )
+        backend.close()
+    made = {
+        "card": hardware.gpus()[0].name,
+        "rounds": args.rounds,
+        "prompt": PROMPT,
+        "lines": lines,
+        "settings": settings,
+        "versions": manifest.versions(*_PACKAGES),
+    }
+    if args.report:
+        text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+        args.report.with_suffix(".json").write_text(text, encoding="utf-8")
+        args.report.with_suffix(".md").write_text(shown(made), encoding="utf-8")
+    sys.stdout.write(shown(made) + "\n" + json.dumps(made, ensure_ascii=False) + "\n")
+    return 0
+
+
+def shown(made: dict[str, Any]) -> str:
+    """The figures as a table in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
+    said = [
+        "| tokens/s | edge | other | | edge is faster by (least to most) | goal |",
+        "| --- | ---: | ---: | --- | --- | --- |",
+    ]
+    for line in made["lines"]:
+        said.append("| " + " | ".join(str(line[key]) for key in _KEYS) + " |")
+    said += [
+        "",
+        f"{made['card']}; {made['rounds']} rounds, prompts of {made['prompt']} tokens; {versions}",
+        "",
+    ]
+    return "\n".join(said)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
