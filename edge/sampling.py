@@ -70,6 +70,7 @@ class Sampler:
         self.params = params
         self._vocab = vocab
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._stop_set = stop_ids
         self._stops = np.fromiter(sorted(stop_ids), np.int64, len(stop_ids))
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
@@ -109,12 +110,13 @@ class Sampler:
     def pick_among(self, candidates: Candidates) -> Choice:
         """Choose a token where no more than `reach` of the largest logits decide."""
         ids, logits = candidates.ids, candidates.logits
-        if self.holds_back_stops and len(self._stops):
-            free = ~np.isin(ids, self._stops)
-            ids, logits = ids[free], logits[free]
+        held = self._stop_set if self.holds_back_stops else frozenset[int]()
         if self.params.temperature < _GREEDY:
-            token = int(ids[0])
+            token = next(int(found) for found in ids if int(found) not in held)
         else:
+            if held:
+                free = [at for at, found in enumerate(ids.tolist()) if found not in held]
+                ids, logits = ids[free], logits[free]
             token = self._draw_top(ids[: self.params.top_k], logits[: self.params.top_k])
         self.accept(token)
         return Choice(token)

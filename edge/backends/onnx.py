@@ -116,7 +116,7 @@ class Onnx:
         # A single row's mask has no padding.
         self._ones = Buffer(np.ones(settings.context, np.int64))
         self._picks = zeros(settings.batch)
-        self._first = zeros(1)
+        self._first = Buffer(np.zeros(1, np.int64), constant=True)
         # One row more: a piece of a prompt without outputs gives one that nobody reads.
         self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1)
         self._copied = opened.memory != "cpu"

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 class Buffer:
     """An array that stays where it is."""
 
-    __slots__ = ("address", "array", "row_bytes")
+    __slots__ = ("address", "array", "constant", "row_bytes")
 
-    def __init__(self, array: NDArray[Any]) -> None:
+    def __init__(self, array: NDArray[Any], *, constant: bool = False) -> None:
         self.array = array
+        self.constant = constant
         self.address = int(array.ctypes.data)
         self.row_bytes = int(array.strides[0])
 
@@ -38,7 +39,7 @@ class Binding:
     def read(self, name: str, buffer: Buffer, shape: tuple[int, ...]) -> None:
         """Let the input `name` be the beginning of `buffer`."""
         place = (buffer.address, shape)
-        if self._copied or self._bound.get(name) != place:
+        if (self._copied and not buffer.constant) or self._bound.get(name) != place:
             self.native.bind_input(name, "cpu", 0, buffer.array.dtype.type, shape, buffer.address)
             self._bound[name] = place
 
