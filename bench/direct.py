@@ -130,9 +130,12 @@ class Loop:
 
 
 class Transformers:
-    """transformers' generate, one request after the other, as the tutorial's server does."""
+    """transformers' generate, one request after the other, as the tutorial's server does.
 
-    def __init__(self, merged: Path, *, dtype: str, device: str, threads: int) -> None:
+    most: of how many requests the rate is taken; that of more is no other.
+    """
+
+    def __init__(self, merged: Path, *, dtype: str, device: str, threads: int, most: int = 64) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -141,15 +144,16 @@ class Transformers:
         disable_progress_bar()
         torch.set_num_threads(threads)
         self._torch: Any = torch
-        self._device = device
+        self._device, self._most = device, most
         model = AutoModelForCausalLM.from_pretrained(
             merged, dtype=getattr(torch, dtype), local_files_only=True
         )
         self._model = model.to(device)
 
     def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> Rates:
+        tokens = tokens[: self._most]
         began = time.perf_counter()
-        for prompt, count in zip(prompts, tokens, strict=True):
+        for prompt, count in zip(prompts, tokens, strict=False):
             ids = self._torch.tensor([prompt], device=self._device)
             with self._torch.inference_mode():
                 made = self._model.generate(

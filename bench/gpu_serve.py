@@ -4,8 +4,8 @@
 
 A GGUF is compared with a bare llama.cpp loop over it, with all layers on the card; an ONNX folder with
 onnxruntime-genai's own Generator; all of them with transformers' generate in bf16 and in fp32, which answers
-one request after the other. No HTTP on any side, the same forced number of greedy tokens, no speculation.
-The last line is JSON.
+one request after the other: of 32 it is asked for two. No HTTP on any side, the same forced number of greedy
+tokens, no speculation. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from edge.cli import guarded
 from edge.errors import UnavailableError
 from edge.worker import Load, open_backend
 
-PROMPT, ONE, MANY, STREAMS = 100, 256, 64, 32
-# Answers of unequal length, MANY tokens each on the average.
-UNEQUAL = tuple(MANY // 2 + MANY * n // (STREAMS - 1) for n in range(STREAMS))
+PROMPT, TOKENS, STREAMS = 100, 256, 32
+# Answers of unequal length, TOKENS each on the average.
+UNEQUAL = tuple(TOKENS // 2 + TOKENS * n // (STREAMS - 1) for n in range(STREAMS))
 _PACKAGES = ("edge", "llama-cpp-python", "onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
 _KEYS = ("what", "edge", "other", "name", "ratio", "goal")
 
@@ -56,14 +56,14 @@ def _other(found: artefact.Artefact, backend: Backend) -> direct.Side:
 
 def cases(name: str, ours: direct.Side, other: direct.Side, slow: list[direct.Side]) -> list[direct.Case]:
     """What is measured of one artefact."""
-    many = (MANY,) * STREAMS
+    many = (TOKENS,) * STREAMS
     pair = (ours, other)
     one = 0.97 if other.name == direct.Generator.name else 0.95
     made = [
-        direct.Case(f"{name}: decode, 1 stream", (ONE,), "decode", {other.name: one}, pair),
+        direct.Case(f"{name}: decode, 1 stream", (TOKENS,), "decode", {other.name: one}, pair),
         direct.Case(
             f"{name}: total, 1 stream",
-            (ONE,),
+            (TOKENS,),
             "total",
             dict.fromkeys((side.name for side in slow), 10.0),
             (*pair, *slow),
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     slow: list[direct.Side] = []
     for dtype in ("bfloat16", "float32") if args.merged else ():
-        slow.append(direct.Transformers(args.merged, dtype=dtype, device="cuda", threads=4))
+        slow.append(direct.Transformers(args.merged, dtype=dtype, device="cuda", threads=4, most=2))
     lines: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
     for path in args.paths:

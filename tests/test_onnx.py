@@ -390,6 +390,42 @@ def test_a_step_is_interrupted_between_its_runs_and_within_one(folder: Path) -> 
     made.close()
 
 
+@pytest.mark.parametrize("candidates", [0, 8])
+def test_texts_of_about_one_length_are_begun_in_one_run(tmp_path: Path, candidates: int) -> None:
+    def opened() -> tuple[Onnx, list[tuple[int, int]]]:
+        made = Onnx(Model(tiny_onnx.write(tmp_path, candidates=candidates)), SMALL)
+        ran: list[tuple[int, int]] = []
+        run = made._run
+        made._run = lambda first, n, totals, *more: (  # type: ignore[method-assign]
+            ran.append((n, len(totals))) or run(first, n, totals, *more)
+        )
+        return made, ran
+
+    def best(found: Any) -> list[int]:
+        return [int(one.ids[0] if isinstance(one, Candidates) else one.argmax()) for one in found]
+
+    texts = [list(text) for text in (b"a first text", b"second text", b"third", b"the fourth text")]
+    made, ran = opened()
+    few = bool(candidates)
+    rows = [Row(slot, 0, text, int(slot != 1), few) for slot, text in enumerate(texts)]
+    got = best(made.step(rows))
+    # The third is too short to go with the others, and parts the fourth from them.
+    assert ran == [(12, 2), (5, 1), (15, 1)]
+    for slot in range(4):
+        made.truncate(slot, 0)
+    ran.clear()
+    again = best(made.step([rows[0], rows[3], Row(1, 0, texts[1], 1, few)]))
+    assert ran == [(12, 2), (15, 1)]
+    alone, ran = opened()
+    want = [best(alone.step([Row(slot, 0, text, 1, few)]))[0] for slot, text in enumerate(texts)]
+    assert (got, again) == ([want[0], want[2], want[3]], [want[0], want[3], want[1]])
+    # What lay behind the shorter one is not seen.
+    after = [made.step([Row(1, len(texts[1]), [7], 1)]), alone.step([Row(1, len(texts[1]), [7], 1)])]
+    np.testing.assert_allclose(after[0][0], after[1][0], atol=1e-5)
+    made.close()
+    alone.close()
+
+
 def test_rows_that_need_few_logits_get_candidates(tmp_path: Path) -> None:
     made = Onnx(Model(tiny_onnx.write(tmp_path, candidates=8)), SMALL)
     assert made.info.candidates == 8

@@ -30,6 +30,8 @@ from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
 TEMPLATE = "chat_template.jinja"
 # Windows of rows whose tensors are kept bound, the oldest let go first.
 _BINDINGS = 64
+# Texts that are begun in one run, and how much of it may be padding behind the shorter ones.
+_TOGETHER, _PADDED = 8, 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +112,16 @@ class Onnx:
         self._rows = _rows(model, opened, settings.slots, settings.context)
         self._embedder = Embedder(opened.session, header, lambda room: _rows(model, opened, 1, room))
         # The run's inputs. A window may hold rows that are run along.
-        self._ids = zeros(max(settings.batch, settings.slots))
+        self._ids = zeros(max(int(_PADDED * settings.batch), settings.slots))
         self._mask = zeros(settings.slots * settings.context)
         self._order = np.arange(settings.context, dtype=np.int64)
         # A single row's mask has no padding.
         self._ones = Buffer(np.ones(settings.context, np.int64))
         self._picks = zeros(settings.batch)
         self._first = Buffer(np.zeros(1, np.int64), constant=True)
-        # One row more: a piece of a prompt without outputs gives one that nobody reads.
-        self._outputs = Outputs(header, rows=settings.slots + settings.outputs + 1)
+        # Among them rows that nobody reads: of a piece of a prompt, of rows that are run along, and of a run
+        # over several texts, which gives the last position of each for all of them.
+        self._outputs = Outputs(header, rows=(1 + _TOGETHER) * settings.slots + settings.outputs)
         self._copied = opened.memory != "cpu"
         self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lengths = [0] * settings.slots
@@ -176,10 +179,8 @@ class Onnx:
         begin: dict[int, tuple[int, bool]] = {}
         # First: a row that is run along writes one cell where another row's piece is to lie.
         at = self._decode([row for row in rows if len(row.tokens) == 1], begin)
-        for row in rows:
-            if len(row.tokens) > 1:
-                begin[row.slot] = at, self._few([row])
-                at += self._read(row, at)
+        for group in self._groups([row for row in rows if len(row.tokens) > 1]):
+            at += self._read(group, at, begin)
         for row in rows:
             self._lengths[row.slot] += len(row.tokens)
         places = [(begin[row.slot][0] + i, begin[row.slot][1]) for row in rows for i in range(row.outputs)]
@@ -208,14 +209,46 @@ class Onnx:
         self._run(first, 1, totals, self._first, 1, 0, few)
         return count
 
-    def _read(self, row: Row, at: int) -> int:
-        """A piece of a prompt, or a draft; the outputs that were written, from `at` on."""
-        n = len(row.tokens)
-        self._ids.array[:n] = row.tokens
-        wanted = max(1, row.outputs)
-        self._picks.array[:wanted] = range(n - wanted, n)
-        self._run(self._rows.row(row.slot), n, [row.pos + n], self._picks, wanted, at, self._few([row]))
-        return wanted
+    def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows that are run at once: beginnings of texts, neighbours in the cache and of about one length.
+
+        What lies behind the shorter ones is computed for nothing, and overwritten later.
+        """
+        groups: list[list[Row]] = []
+        for row in sorted(rows, key=lambda row: self._rows.row(row.slot)):
+            group = [*groups[-1], row] if groups else [row]
+            place = self._rows.row(group[0].slot)
+            longest, tokens = max(len(one.tokens) for one in group), sum(len(one.tokens) for one in group)
+            if (
+                1 < len(group) <= _TOGETHER
+                and self._rows.row(row.slot) == place + len(group) - 1
+                and all(one.pos == 0 and one.outputs <= 1 for one in group)
+                and longest * len(group) <= _PADDED * tokens
+            ):
+                groups[-1] = group
+            else:
+                groups.append([row])
+        return groups
+
+    def _read(self, group: Sequence[Row], at: int, begin: dict[int, tuple[int, bool]]) -> int:
+        """A piece of a prompt, a draft, or beginnings of texts; the outputs written, from `at` on."""
+        few, n = self._few(group), max(len(row.tokens) for row in group)
+        grid = self._ids.array[: len(group) * n].reshape(len(group), n)
+        grid[:] = 0
+        picks: set[int] = set()
+        for ids, row in zip(grid, group, strict=True):
+            end = len(row.tokens)
+            ids[:end] = row.tokens
+            picks.update(range(end - row.outputs, end))
+        wanted = sorted(picks) or [0]
+        self._picks.array[: len(wanted)] = wanted
+        for i, row in enumerate(group):
+            if row.outputs:
+                first = wanted.index(len(row.tokens) - row.outputs)
+                begin[row.slot] = at + i * len(wanted) + first, few
+        totals = [row.pos + len(row.tokens) for row in group]
+        self._run(self._rows.row(group[0].slot), n, totals, self._picks, len(wanted), at, few)
+        return len(group) * len(wanted)
 
     def _run(
         self, first: int, n: int, totals: list[int], picks: Buffer, wanted: int, at: int, few: bool
