@@ -26,6 +26,7 @@ from convert import (
     checkpoint,
     dist,
     interrupt,
+    loftq,
     loop,
     memory,
     packed,
@@ -173,6 +174,9 @@ def _train(
     if config.adapter_name_or_path:
         start.load(model, config)
     pissa = _pissa_start(model) if config.pissa_init else None
+    if config.loftq_init and place.four_bit and resumed is None:
+        share = loftq.begin(model, base)
+        console.print(f"the adapter begins with {share:.0%} of what 4 bits lost of the weights")
     head, how = packed.head(model, config, place, passes=passes)
     if how:
         console.print(how)

@@ -127,7 +127,7 @@ def _check_together(config: TrainConfig) -> None:
             "leave quantization_bit out, or train with lora",
         )
     if config.finetuning_type == "full":
-        keys = ("use_dora", "pissa_init", "use_rslora", "adapter_name_or_path")
+        keys = ("use_dora", "pissa_init", "loftq_init", "use_rslora", "adapter_name_or_path")
         lora = [key for key in keys if getattr(config, key)]
         if lora:
             raise UsageError(f"{lora[0]} belongs to finetuning_type: lora", "leave it out")
@@ -136,10 +136,15 @@ def _check_together(config: TrainConfig) -> None:
             "pissa_init changes the base's weights, which 4 bits would round off again",
             "leave quantization_bit out (16-bit LoRA), or pissa_init",
         )
-    if config.pissa_init and config.adapter_name_or_path:
-        raise UsageError(
-            "pissa_init starts a new adapter, adapter_name_or_path goes on from one", "keep one of them"
-        )
+    if config.loftq_init and config.quantization_bit != 4:
+        raise UsageError("loftq_init starts from what 4 bits lost", "add quantization_bit: 4")
+    if config.loftq_init and config.use_dora:
+        raise UsageError("loftq_init and use_dora cannot go together", "keep one of them")
+    for key in ("pissa_init", "loftq_init"):
+        if getattr(config, key) and config.adapter_name_or_path:
+            raise UsageError(
+                f"{key} starts a new adapter, adapter_name_or_path goes on from one", "keep one of them"
+            )
     if config.stage == "dpo" and (config.packs or config.train_on_prompt):
         key = "packing" if config.packs else "train_on_prompt"
         raise UsageError(f"{key} has no meaning in stage: dpo", "leave it out")

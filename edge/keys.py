@@ -51,6 +51,7 @@ class TrainConfig:
     use_dora: bool = _key(False, "bool", "learn the length of each weight's columns apart (DoRA)")
     pissa_init: bool = _key(False, "bool", "start from the weights' principal components (16-bit LoRA)")
     pissa_iter: int = _key(16, "int", "steps of the fast SVD of pissa_init; -1: the whole one", low=-1)
+    loftq_init: bool = _key(False, "bool", "start from what 4 bits lost of the weights (QLoRA)")
     neftune_noise_alpha: float | None = _key(None, "float", "noise on the embeddings, e.g. 5", low=0.0)
     pref_loss: str = _key("sigmoid", "text", "the preference loss of stage dpo", choices=PREFERENCES)
     pref_beta: float = _key(0.1, "float", "how far preferences may pull from the start", above=0.0)

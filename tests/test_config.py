@@ -224,6 +224,12 @@ def test_print_config_reads_back(tmp_path):
         ({"finetuning_type": "full", "use_dora": True}, "use_dora belongs to finetuning_type: lora"),
         ({"pissa_init": True, "quantization_bit": 4}, "pissa_init changes the base's weights"),
         ({"pissa_init": True, "adapter_name_or_path": "a"}, "pissa_init starts a new adapter"),
+        ({"loftq_init": True}, "loftq_init starts from what 4 bits lost"),
+        (
+            {"loftq_init": True, "quantization_bit": 4, "adapter_name_or_path": "a"},
+            "loftq_init starts a new adapter",
+        ),
+        ({"loftq_init": True, "quantization_bit": 4, "use_dora": True}, "loftq_init and use_dora"),
         ({"finetuning_type": "full", "adapter_name_or_path": "a"}, "adapter_name_or_path belongs to"),
         ({"stage": "dpo", "neat_packing": True}, "packing has no meaning in stage: dpo"),
         ({"max_steps": 10, "warmup_steps": 10}, "warmup_steps: 10 takes all 10 steps"),

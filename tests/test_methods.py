@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from rich.console import Console
 from safetensors.torch import load_file
 
-from convert import encode, loop, model, prepare, qlora, template, train_cli
+from convert import encode, loftq, loop, merge, model, prepare, qlora, template, train_cli
 from convert.encode import Pair, Sample
 from convert.losses import LossHead, Preference
 from edge.config import as_yaml
@@ -216,6 +217,35 @@ def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
     again = load_tuned(target, base, made(), model.Place("cpu", torch.float32, False)).eval()
     assert torch.allclose(logits(again), seen["trained"], atol=1e-3)
     assert not torch.allclose(logits(plain(base)), seen["trained"], atol=1e-1)
+
+
+def test_loftq_begins_with_what_four_bits_lost(base, made, tmp_path):
+    config = made(loftq_init=True, quantization_bit=4, lora_rank=16, lora_alpha=8, use_rslora=True)
+    tuned = model.add_adapter(model.load_model(base, model.Place("cpu", torch.float32, True)), config).eval()
+    before, want = logits(tuned), logits(plain(base))
+    share = loftq.begin(tuned, base)
+    assert 0.1 < share < 0.9
+    assert (logits(tuned) - want).norm() < 0.9 * (before - want).norm()
+    # By the formula, of one layer.
+    layer = tuned.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    weight = load_file(base / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].float()
+    data = layer.get_base_layer().weight
+    missing = weight - dequantize_4bit(data.data, data.quant_state).float()
+    kept = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    rest = torch.linalg.svdvals(missing)[16:].square().sum()
+    assert float((missing - kept).detach().square().sum()) == pytest.approx(float(rest), rel=0.02)
+    other = make_model(tmp_path / "other", layers=1)
+    with pytest.raises(InputError, match="has no tensor model\\.layers\\.1"):
+        loftq.begin(tuned, other)
+
+
+def test_training_starts_with_loftq_and_merges_as_it_was_trained(made, tmp_path):
+    said = Console(record=True, width=200)
+    target = qlora.run(made("run", loftq_init=True, quantization_bit=4, learning_rate=1e-9), console=said)
+    assert "of what 4 bits lost" in said.export_text()
+    merge.run(target.parent, console=QUIET)
+    found = json.loads((target.parent / "merged" / "edge.json").read_text(encoding="utf-8"))
+    assert found["verify"]["logits"]["kl_mean"] < 1e-4
 
 
 def test_training_goes_on_from_an_adapter(made, base, tmp_path):
