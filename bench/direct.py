@@ -59,7 +59,7 @@ class Ours:
         self.vocab = backend.info.vocab
         self._events: list[tuple[float, msg.Event]] = []
         # One for all runs: it learns how long steps take.
-        self._engine = Engine(backend, self._emit, speculate=False, flush_s=0.0)
+        self._engine = Engine(backend, self._emit, speculate=False)
         self._key = 0
 
     def _emit(self, events: list[msg.Event]) -> None:

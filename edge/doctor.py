@@ -75,6 +75,33 @@ def missing_library(error: str, driver_cuda: str = "") -> MissingLibrary | None:
     return MissingLibrary(found[0], cuda, package)
 
 
+def card_todo(lacks: str, cards: list[hardware.GPU]) -> str:
+    """What helps where a card cannot be used, by what CUDA says of it; "" where nothing is known."""
+    card = cards[0] if cards else None
+    if "driver version is insufficient" in lacks:
+        knows = f" ({card.driver} knows CUDA up to {card.cuda or 'an unknown version'})" if card else ""
+        return f"install a newer NVIDIA driver{knows}, or build for its CUDA: {BUILD} --cuda --force"
+    if "busy or unavailable" in lacks:
+        return "another process holds the card for itself: `nvidia-smi` names it"
+    if "no CUDA-capable device" in lacks:
+        return "CUDA_VISIBLE_DEVICES may hide the card: unset it"
+    if library := missing_library(lacks, card.cuda if card else ""):
+        return f"pip install {library.package}  (CUDA {library.cuda or 'major unknown'})"
+    return ""
+
+
+def old_driver(built_for: str, cards: list[hardware.GPU]) -> str:
+    """What to say where the driver's CUDA is older than the major that a library is built for, or ""."""
+    wanted, _, _ = built_for.partition(".")
+    known, _, _ = cards[0].cuda.partition(".") if cards else ("", "", "")
+    if not (wanted.isdigit() and known.isdigit()) or int(known) >= int(wanted):
+        return ""
+    return (
+        f"it is built for CUDA {built_for}, and the driver {cards[0].driver} knows CUDA up to "
+        f"{cards[0].cuda}: install a newer NVIDIA driver"
+    )
+
+
 def load_error() -> str:
     """What llama.cpp's loader says, asked in a child process; empty when it loads."""
     command = [sys.executable, "-c", "import llama_cpp.llama_cpp"]
@@ -175,9 +202,13 @@ def _llama(cards: list[hardware.GPU]) -> list[Item]:
     )
     checks = ", ".join(f"{mode} {outcome}" for mode, outcome in info["check"].items())
     rows.append(Item("llama.cpp", "one decode each", checks, "; ".join(info["notes"])))
-    if cards:
-        todo = "" if info["gpu"] else f"{BUILD} --cuda  (or: make install CUDA=1)"
-        rows.append(Item("llama.cpp", "card", "used" if info["gpu"] else "not used by this build", todo))
+    if cards and not info["gpu"]:
+        todo = f"{BUILD} --cuda  (or: make install CUDA=1)"
+        rows.append(Item("llama.cpp", "card", "not used by this build", todo))
+    elif cards:
+        lacks = native.no_card()
+        todo = (card_todo(lacks, cards) or f"{BUILD} --cuda --force") if lacks else ""
+        rows.append(Item("llama.cpp", "card", lacks or "used", todo))
     return rows
 
 

@@ -246,11 +246,8 @@ class Engine:
         return True
 
     def _receive(self, *, block: bool) -> None:
-        while True:
-            try:
-                item = self._inbox.get(block=block)
-            except queue.Empty:
-                return
+        while block or not self._inbox.empty():
+            item = self._inbox.get()
             block = False
             if isinstance(item, Job):
                 self._enqueue(item)
@@ -334,7 +331,7 @@ class Engine:
         drafted = sum(len(work.draft) for work in plan)
         if not drafted:
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
-        if not prefill:
+        if self._speculate and not prefill:
             self._costs.learn(decoding + drafted, now - before)
         ends: list[tuple[Work, int, int]] = []
         at = 0

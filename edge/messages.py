@@ -162,10 +162,11 @@ class Ready(msgspec.Struct, tag="ready"):
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """The engine cannot load; what the user must know, and do."""
+    """The engine cannot load, or (again) cannot go on and is started anew; what to know, and to do."""
 
     message: str
     hint: str
+    again: bool = False
 
 
 class Stats(msgspec.Struct, tag="stats"):

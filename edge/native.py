@@ -280,10 +280,18 @@ def check(mode: str) -> str:
     return f"exit code {done.returncode:#x}: {lines[-1] if lines else 'no message'}"
 
 
-def gpu_offload() -> bool:
-    """Whether the installed build can put layers on a card (asked in a child process)."""
-    code = "import sys, llama_cpp.llama_cpp as lib; sys.exit(0 if lib.llama_supports_gpu_offload() else 1)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+def no_card() -> str:
+    """Why the installed build cannot put layers on a card; "" where it can (asked in a child process)."""
+    code = "import sys, llama_cpp.llama_cpp as lib; sys.exit(0 if lib.llama_supports_gpu_offload() else 3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.decode("utf-8", "replace").strip()
+    if found := re.search(r"failed to initialize (?:CUDA|HIP|MUSA): (.+)", said):
+        return f"llama-cpp-python is built for cards, but finds none that it can use: {found[1].strip()}"
+    if done.returncode != 3:
+        return f"llama-cpp-python does not load: {said.splitlines()[-1] if said else 'it gives no reason'}"
+    return "llama-cpp-python was built without GPU support (make install CUDA=1 builds it)"
 
 
 def install(*, cuda: bool = False, force: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -356,7 +364,7 @@ def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
     pip(["install", "--quiet", *constraints, str(path)], "installing what the wheel needs")
     importlib.invalidate_caches()
     outcome = {mode: check(mode) for mode in ("plain", "extra")}
-    if cuda or gpu_offload():
+    if cuda or not no_card():
         outcome["gpu"] = check("gpu")
     return outcome
 

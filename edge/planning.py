@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge import hardware, native, offload
+from edge import doctor, hardware, native, offload
 from edge.artefact import SUFFIXES, Artefact, candidates
 from edge.backends import onnx
 from edge.backends.llamacpp import KV_BYTES, Settings
@@ -246,15 +246,12 @@ def choose_device(asked: str) -> tuple[str, int, str]:
         return "cpu", 0, "asked for"
     if asked in DEVICES and asked not in ("auto", "cuda"):
         raise UnavailableError(f"--device {asked} is for ONNX", "serve with --backend onnx, or --device auto")
-    built = native.gpu_offload()
+    lacks = native.no_card()
     cards = hardware.gpus()
-    missing = []
-    if not cards:
-        missing.append("no NVIDIA card was found")
-    if not built:
-        missing.append("llama-cpp-python was built without GPU support (make install CUDA=1 builds it)")
+    missing = [*([] if cards else ["no NVIDIA card was found"]), *filter(None, [lacks])]
     if not missing:
         return f"cuda: {cards[0].name}", offload.ALL, "asked for" if asked == "cuda" else "a card was found"
     if asked == "cuda":
-        raise UnavailableError("--device cuda: " + "; ".join(missing), "serve with --device cpu or auto")
+        todo = doctor.card_todo(lacks, cards) or "serve with --device cpu or auto"
+        raise UnavailableError("--device cuda: " + "; ".join(missing), todo)
     return "cpu", 0, "; ".join(missing)

@@ -82,6 +82,9 @@ class Sampler:
         self._counts = np.zeros(vocab if self._penalised else 0, np.int32)
         if self._penalised:
             self._seen[np.asarray(prompt, np.int64)] = True
+        # Nothing but the largest logit matters, and whether it is a stop.
+        changed = self._penalised or len(self._bias_ids) or params.logprobs is not None
+        self._plain = params.temperature < _GREEDY and not changed
         self._made = 0
 
     @property
@@ -124,6 +127,11 @@ class Sampler:
     def pick(self, logits: NDArray[np.float32], mask: NDArray[np.bool_] | None = None) -> Choice:
         """Choose a token from `logits` [vocab], which may be written into. mask: True where allowed."""
         params = self.params
+        if self._plain and mask is None:
+            token = int(logits.argmax())
+            if token not in self._stop_set or not self.holds_back_stops:
+                self.accept(token)
+                return Choice(token)
         if params.logprobs is not None:
             raw = logits.astype(np.float64)
             norm = raw.max()

@@ -104,6 +104,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._broken = ""
 
     @property
     def state(self) -> str:
@@ -302,6 +303,9 @@ class EngineProcess:
         elif isinstance(event, msg.Ready):
             self.ready = event
             self._settled.set()
+        elif isinstance(event, msg.Failed) and event.again:
+            self._broken = f"{event.message}; the engine is started anew"
+            log.error("%s", event.message)
         elif isinstance(event, msg.Failed):
             self.failure = EdgeError(event.message, event.hint)
             self._settled.set()
@@ -327,7 +331,8 @@ class EngineProcess:
         self._writer = self.ready = self.stats = None
         if self.failure is None and not self._stopping:
             self._settled.clear()
-        error = RequestError(_CRASHED, status=503, code="engine_crashed", retry_after=1.0)
+        error = RequestError(self._broken or _CRASHED, status=503, code="engine_crashed", retry_after=1.0)
+        self._broken = ""
         for stream in self._streams.values():
             stream.put(error)
         self._streams.clear()

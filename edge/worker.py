@@ -225,7 +225,12 @@ def main() -> int:
     link.send([_ready(backend.info, time.monotonic() - began, load.why)])
     reader = threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True)
     reader.start()
-    engine.run()
+    try:
+        engine.run()
+    except EdgeError as error:
+        # A step failed, for want of memory maybe: what it left behind in native code is not known.
+        link.send([msg.Failed(error.message, error.hint, again=True)])
+        return error.exit_code
     backend.close()
     return 0
 

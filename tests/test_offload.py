@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> artefact.Artefact:
 
 
 def plan(tiny: artefact.Artefact, monkeypatch: pytest.MonkeyPatch, found: list[GPU], device: str = "auto"):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(native, "gpu_offload", lambda: True)
+    monkeypatch.setattr(native, "no_card", lambda: "")
     monkeypatch.setattr(hardware, "gpus", lambda: found)
     return planning.plan(tiny, Options(device=device, context=64, slots=2))
 

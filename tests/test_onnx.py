@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from convert.onnx_graph import add_candidates
 from edge import artefact, hardware, manifest, planning, tune, tune_onnx
 from edge import messages as msg
 from edge.backends import onnx_embed
-from edge.backends import onnx_providers as providers
 from edge.backends.base import Candidates, Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.backends.onnx_binding import Buffer
@@ -515,76 +513,6 @@ def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> 
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=0.05)
     made.close()
-
-
-# -- providers -------------------------------------------------------------------------------------------
-
-
-def test_s10_auto_says_why_it_takes_what_it_takes() -> None:
-    cpu, cuda = providers.NAMES["cpu"][0], providers.NAMES["cuda"][0]
-    assert providers.choose("auto", [cpu], []) == ("cpu", "no NVIDIA card was found")
-    name, why = providers.choose("auto", [cpu], [CARD])
-    assert name == "cpu"
-    assert "onnxruntime-gpu" in why
-    assert providers.choose("auto", [cuda, cpu], [CARD]) == ("cuda", "a card was found")
-    assert providers.choose("openvino", ["OpenVINOExecutionProvider", cpu], []) == ("openvino", "asked for")
-    with pytest.raises(UnavailableError, match="CPUExecutionProvider only") as caught:
-        providers.choose("cuda", [cpu], [CARD])
-    assert "onnxruntime-gpu" in str(caught.value)
-    with pytest.raises(UsageError, match="no such device"):
-        providers.choose("tpu", [cpu], [])
-
-
-class Stub:
-    """An onnxruntime that lists CUDA, and whose sessions run on the processor all the same."""
-
-    __file__ = "/nowhere/onnxruntime/__init__.py"
-
-    def get_available_providers(self) -> list[str]:
-        return [providers.NAMES["cuda"][0], providers.NAMES["cpu"][0]]
-
-    def preload_dlls(self) -> None:
-        sys.stdout.write("Failed to load libcublasLt.so.13: cannot open shared object file")
-
-    SessionOptions = lambda self: SimpleNamespace(add_session_config_entry=lambda *_: None)  # noqa: E731
-
-    def InferenceSession(self, *_: Any, **__: Any) -> Any:
-        return SimpleNamespace(get_providers=lambda: [providers.NAMES["cpu"][0]])
-
-
-def test_s10_s11_cuda_that_fell_back_names_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
-    with pytest.raises(UnavailableError) as caught:
-        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
-    for word in ("libcublasLt.so.13", "CUDA 13", "pip install nvidia-cublas"):
-        assert word in str(caught.value)
-    opened = providers.open_session(
-        Stub(), Path("m.onnx"), "auto", threads=1, spin=True, cache_type="float16"
-    )
-    assert (opened.device, opened.provider) == ("cpu", "CPUExecutionProvider")
-    assert "libcublasLt.so.13 is missing" in opened.why
-    # What the library printed does not reach the terminal.
-    assert capsys.readouterr().out == ""
-
-
-def test_s10_a_provider_that_gives_no_reason_is_an_error_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
-    monkeypatch.setattr(Stub, "preload_dlls", lambda self: None)
-    with pytest.raises(UnavailableError, match="no reason was given"):
-        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
-
-
-def test_a_file_for_processors_is_not_put_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
-    opened = providers.open_session(Stub(), Path("m.onnx"), "auto", threads=1, spin=True)
-    assert opened.device == "cpu"
-    assert "--ep cuda" in opened.why
-    with pytest.raises(InputError, match="exported for processors"):
-        providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True)
 
 
 # -- which backend, and how it is loaded -----------------------------------------------------------------

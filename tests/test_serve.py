@@ -182,7 +182,7 @@ def test_the_pool_shrinks_to_the_memory_before_the_context_does(
 
 def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: [])
-    monkeypatch.setattr(native, "gpu_offload", lambda: False)
+    monkeypatch.setattr(native, "no_card", lambda: "built without GPU support (make install CUDA=1)")
     device, layers, why = planning.choose_device("auto")
     assert (device, layers) == ("cpu", 0)
     assert "no NVIDIA card" in why

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.errors import EdgeError
 
 EOS = 256
 VOCAB = 260
@@ -43,6 +44,7 @@ class FakeBackend:
         embedding: int = 16,
         step_s: float = 0.0,
         token_s: float = 0.0,
+        fails_at: int = 0,
     ) -> None:
         self.info = BackendInfo(
             kind="fake",
@@ -65,6 +67,7 @@ class FakeBackend:
         self._pieces = pieces
         self._step_s = step_s
         self._token_s = token_s
+        self._fails_at = fails_at
         self._held: list[list[tuple[int, int, int]]] = [[] for _ in range(slots)]
         self._cells = 0
         self._interrupted = False
@@ -93,6 +96,8 @@ class FakeBackend:
             time.sleep(min(left, 0.005))
             if self._interrupted:
                 raise StepInterrupted
+        if self._fails_at and len(self.steps) + 1 >= self._fails_at:
+            raise EdgeError(f"the stand-in failed in a step of {total} tokens", "it was told to")
         out = np.zeros((sum(row.outputs for row in rows), VOCAB), np.float32)
         at = 0
         for row in rows:

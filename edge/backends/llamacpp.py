@@ -278,7 +278,7 @@ class LlamaCpp:
             at = end
         self._batch.n_tokens = total
         self._interrupted = False
-        long = total >= _INTERRUPTIBLE_TOKENS
+        long = max(len(row.tokens) for row in rows) >= _INTERRUPTIBLE_TOKENS
         if long:
             self._lib.llama_set_abort_callback(self._context, self._abort, None)
         code = self._decode_governed(total)
@@ -289,7 +289,8 @@ class LlamaCpp:
                 self._lib.llama_memory_seq_rm(self._memory, row.slot, row.pos, -1)
             raise StepInterrupted
         if code != 0:
-            raise EdgeError(f"llama.cpp failed in a step of {total} tokens (code {code})")
+            hint = "where its memory was full: lower --slots or --ctx, or free some of it"
+            raise EdgeError(f"llama.cpp failed in a step of {total} tokens (code {code})", hint)
         for row in rows:
             self._lengths[row.slot] += len(row.tokens)
         if not outputs:

@@ -126,6 +126,8 @@ class Onnx:
         self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lengths = [0] * settings.slots
         self._options = model.runtime.RunOptions()
+        # Asked for at every run: without it the answer is a C++ exception, a percent of a small model's step.
+        self._options.add_run_config_entry("gpu_graph_id", "-1")
         self._interrupted = False
         self.info = self._describe(opened, extra_stop_ids)
 
@@ -276,7 +278,8 @@ class Onnx:
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             if self._interrupted:
                 raise StepInterrupted from None
-            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}") from error
+            hint = "where its memory was full: lower --slots or --ctx, or free some of it"
+            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}", hint) from error
 
     def _binding(self, first: int, count: int, few: bool) -> Binding:
         """A binding of the cells in the rows `first` to `first + count`, kept for the next run over them."""

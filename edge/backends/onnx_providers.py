@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge import hardware
-from edge.doctor import missing_library
+from edge.doctor import missing_library, old_driver
 from edge.errors import InputError, UnavailableError, UsageError
 
 # Short name -> (onnxruntime's name, the package that brings it).
@@ -139,6 +139,8 @@ def _preload(runtime: Any) -> str:
 
 def _missing(runtime: Any, name: str, said: str, cards: list[hardware.GPU]) -> str:
     """Why the provider did not load, with the library, its version and the package that brings it."""
+    if name == "cuda" and (old := old_driver(getattr(runtime, "cuda_version", "") or "", cards)):
+        return old
     error = said + load_error(runtime, name)
     library = missing_library(error, cards[0].cuda if cards else "")
     if library is None:
