@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,13 @@ from numpy.typing import NDArray
 from edge import messages as msg
 from edge.backends.base import Backend, Candidates, Embeds, Row, StepInterrupted, StepOutputs
 from edge.errors import EdgeError, RequestError
-from edge.grammar import Grammars, Matcher
-from edge.guide import Guide
+from edge.grammar import Grammars
+from edge.job import Job, admit, prompt_tokens
 from edge.kvcache import KVCache
 from edge.pace import Pace, StepTimes
 from edge.prefixes import PrefixStore
 from edge.sampling import Choice, Sampler
 from edge.scheduler import Scheduler, Sequence, Work
-from edge.speculate import Lookup
-from edge.text import TextStream
-from edge.thought import ThoughtMeter
 
 Emit = Callable[[list[msg.Event]], None]
 Mask = NDArray[np.bool_]
@@ -41,29 +38,6 @@ _SAMPLERS = 4
 # Tokens that come faster than an eye reads share an event; the first one never waits.
 FLUSH_S = 0.04
 STATS_S = 0.25
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request in the engine: what was asked, and everything made for it so far."""
-
-    request: msg.Submit
-    sequence: Sequence
-    sampler: Sampler
-    text: TextStream
-    stop_ids: frozenset[int]
-    lookup: Lookup | None
-    matcher: Matcher | None
-    guide: Guide | None
-    thought: ThoughtMeter | None
-    arrived: float
-    started: float = 0.0
-    first: float = 0.0
-    pending: str = ""
-    pending_tokens: int = 0
-    logprobs: list[msg.Logprob] = field(default_factory=list)
-    drafted: int = 0
-    accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -133,7 +107,7 @@ class Engine:
     def submit(self, request: msg.Submit) -> None:
         """Take a request in; one that cannot be served is answered with Refused at once."""
         try:
-            self._inbox.put(self._admit(request))
+            self._inbox.put(self._admitted(request))
         except RequestError as error:
             self._refuse(request.key, error)
 
@@ -142,7 +116,7 @@ class Engine:
         try:
             if not isinstance(self._backend, Embeds) or not self._backend.info.embedding:
                 raise RequestError("this backend gives no embeddings", code="unsupported", param="model")
-            self._inbox.put(_Embed(request.key, self.prompt_tokens(request.prompt)))
+            self._inbox.put(_Embed(request.key, prompt_tokens(self._backend, request.prompt)))
         except RequestError as error:
             self._refuse(request.key, error)
 
@@ -156,61 +130,8 @@ class Engine:
         """Admit nothing more and let `run` return when all is done, or after `seconds`."""
         self._inbox.put(_Drain(self._clock() + seconds))
 
-    def prompt_tokens(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
-        """The ids of a prompt, with one begin token where the model wants it. Raises RequestError."""
-        info = self._backend.info
-        if isinstance(prompt, str):
-            tokens = self._backend.encode(prompt, special=special)
-            begins = bool(info.bos_text) and special and prompt.startswith(info.bos_text)
-            if info.add_bos and info.bos_id is not None and not begins:
-                tokens.insert(0, info.bos_id)
-        else:
-            tokens = list(prompt)
-            if any(not 0 <= t < info.vocab for t in tokens):
-                raise RequestError(f"token ids must lie in 0..{info.vocab - 1}", param="prompt")
-        if not tokens:
-            raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
-        if len(tokens) >= info.context:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; this server's context holds {info.context}, "
-                "one of them for the answer",
-                code="context_length_exceeded",
-                param="messages",
-                hint="shorten the prompt, or serve with a larger --ctx",
-            )
-        return tokens
-
-    def _admit(self, request: msg.Submit) -> Job:
-        info = self._backend.info
-        tokens = self.prompt_tokens(request.prompt, special=request.special)
-        params = request.params
-        for param, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_ids)):
-            if bad := [i for i in ids if not 0 <= i < info.vocab]:
-                raise RequestError(f"{param}: token id {bad[0]} is outside 0..{info.vocab - 1}", param=param)
-        limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
-        stop_ids = info.stop_ids | frozenset(params.stop_ids)
-        matcher = self._grammars.compile(request.constraint) if request.constraint is not None else None
-        guide = thought = None
-        if (asked := request.guidance) is not None:
-            thought = ThoughtMeter(inside=asked.inside)
-            if asked.budget is not None or asked.after:
-                guide = Guide(asked, thought, self._backend, stop_ids, matcher)
-            if asked.after:
-                matcher = None
-        # A draft of a guided answer would need a mask for each of its tokens.
-        speculate = self._speculate and request.speculate and matcher is None and guide is None
-        return Job(
-            request=request,
-            sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
-            sampler=Sampler(params, info.vocab, tokens, stop_ids),
-            text=TextStream(params.stop),
-            stop_ids=stop_ids,
-            lookup=Lookup(tokens) if speculate else None,
-            matcher=matcher,
-            guide=guide,
-            thought=thought,
-            arrived=self._clock(),
-        )
+    def _admitted(self, request: msg.Submit) -> Job:
+        return admit(request, self._backend, self._grammars, speculate=self._speculate, arrived=self._clock())
 
     def _refuse(self, key: int, error: RequestError) -> None:
         event = msg.Refused(key, error.status, error.code, str(error), error.param, error.retry_after)
@@ -410,7 +331,7 @@ class Engine:
             else:
                 choice = job.sampler.pick(found, mask)
             try:
-                reason = self._take(job, choice)
+                reason = job.take(choice, self._backend)
             except RequestError as error:
                 self._fail(job, error)
                 return True
@@ -432,29 +353,6 @@ class Engine:
             return True
         return urgent
 
-    def _take(self, job: Job, choice: Choice) -> str | None:
-        """Book one token and its text; the reason to finish, if it ends the request."""
-        sequence, token = job.sequence, choice.token
-        sequence.tokens.append(token)
-        job.pending_tokens += 1
-        if token in job.stop_ids and not job.request.params.ignore_eos:
-            return "stop"
-        if job.lookup is not None:
-            job.lookup.extend(token)
-        data = self._backend.decode(token)
-        if choice.logprob is not None:
-            top = [(self._backend.decode(t), p) for t, p in choice.top]
-            job.logprobs.append(msg.Logprob(data, choice.logprob, top))
-        job.pending += job.text.push(data)
-        complete = job.matcher is not None and job.matcher.accept(token)
-        if job.thought is not None:
-            job.thought.take(data)
-        if job.guide is not None:
-            job.matcher = job.guide.take(token, data) or job.matcher
-        if complete or job.text.stopped is not None:
-            return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
-
     def _forget(self, job: Job) -> None:
         self._scheduler.remove(job.sequence, keep=job.request.reuse)
         del self._jobs[job.request.key], self._of[job.sequence]
@@ -464,35 +362,12 @@ class Engine:
         self._refuse(job.request.key, error)
 
     def _finish(self, job: Job, reason: str) -> None:
-        sequence, now = job.sequence, self._clock()
-        job.pending += job.text.finish()
-        if job.text.stopped is not None and reason == "length":
-            reason = "stop"
+        now = self._clock()
+        self._events.append(job.done(reason, now))
         self._forget(job)
         # A slot that is free is told at once.
         self._stats_at = 0.0
-        started = job.started or now
-        first = job.first or now
-        self._service_s = 0.9 * self._service_s + 0.1 * (now - started)
-        self._events.append(
-            msg.Done(
-                key=job.request.key,
-                text=job.pending,
-                tokens=job.pending_tokens,
-                reason=reason,
-                prompt_tokens=sequence.prompt,
-                completion_tokens=len(sequence.tokens) - sequence.prompt,
-                cached_tokens=sequence.cached,
-                queue_s=started - job.arrived,
-                prefill_s=first - started,
-                decode_s=now - first,
-                stop=job.text.stopped,
-                drafted=job.drafted,
-                accepted=job.accepted,
-                thought_tokens=job.thought.tokens if job.thought is not None else 0,
-                logprobs=job.logprobs or None,
-            )
-        )
+        self._service_s = 0.9 * self._service_s + 0.1 * (now - (job.started or now))
 
     def _flush(self, now: float) -> None:
         for key, job in self._jobs.items():

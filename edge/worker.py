@@ -27,6 +27,7 @@ from edge import messages as msg
 from edge.backends.base import Backend, BackendInfo
 from edge.engine import Engine
 from edge.errors import EdgeError, RequestError
+from edge.job import prompt_tokens
 from edge.prefixes import PrefixStore
 
 if TYPE_CHECKING:
@@ -179,18 +180,18 @@ def _serve_requests(link: Link, engine: Engine, backend: Backend) -> None:
         elif isinstance(request, msg.Embed):
             engine.embed(request)
         else:
-            link.send([_tokens(request, engine, backend)])
+            link.send([_tokens(request, backend)])
     engine.drain(0.0)
 
 
-def _tokens(request: msg.Encode | msg.Decode, engine: Engine, backend: Backend) -> msg.Event:
+def _tokens(request: msg.Encode | msg.Decode, backend: Backend) -> msg.Event:
     try:
         if isinstance(request, msg.Decode):
             ids = request.ids
             if any(not 0 <= i < backend.info.vocab for i in ids):
                 raise RequestError(f"token ids must lie in 0..{backend.info.vocab - 1}", param="tokens")
         elif request.whole:
-            ids = engine.prompt_tokens(request.text, special=request.special)
+            ids = prompt_tokens(backend, request.text, special=request.special)
         else:
             ids = backend.encode(request.text, special=request.special)
     except RequestError as error:

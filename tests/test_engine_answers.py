@@ -15,6 +15,7 @@ from edge import engine
 from edge.backends.base import Row
 from edge.backends.fake import FakeBackend
 from edge.grammar import Constraint, json_constraint
+from edge.job import prompt_tokens
 from edge.sampling import Choice, Sampler
 from edge.speculate import Lookup
 from tests.backends import Maker, counted, only
@@ -71,7 +72,7 @@ def test_logprobs_are_those_of_the_backend(make: Maker) -> None:
     desk = Desk(backend)
     desk.submit(1, "abc", temperature=1.0, seed=1, max_tokens=6, ignore_eos=True, logprobs=3)
     desk.run()
-    prompt = desk.engine.prompt_tokens("abc")
+    prompt = prompt_tokens(backend, "abc")
     entries = desk.logprobs(1)
     assert len(entries) == 6
     fresh = make(slots=1)

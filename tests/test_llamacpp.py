@@ -17,6 +17,7 @@ from edge.backends.base import Row, StepInterrupted
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.engine import Engine
 from edge.errors import EdgeError, InputError
+from edge.job import prompt_tokens
 from edge.sampling import Params
 from tests import tiny_llama
 from tests.tiny_llama import VOCAB, ids
@@ -198,9 +199,8 @@ def test_preemption_in_a_small_pool_loses_nothing(model: Model) -> None:
 
 def test_s20_exactly_one_begin_of_text_token(model: Model) -> None:
     made = LlamaCpp(model, SMALL)
-    engine = Engine(made, lambda events: None)
     for prompt in ("x", "<s>x"):
-        assert engine._admit(msg.Submit(1, prompt, Params())).sequence.tokens == [1, *ids("x")]
+        assert prompt_tokens(made, prompt) == [1, *ids("x")]
     made.close()
 
 

@@ -1,0 +1,147 @@
+"""A request in the engine: what becomes of it, and what was made for it so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edge import messages as msg
+from edge.backends.base import Backend
+from edge.errors import RequestError
+from edge.grammar import Grammars, Matcher
+from edge.guide import Guide
+from edge.sampling import Choice, Sampler
+from edge.scheduler import Sequence
+from edge.speculate import Lookup
+from edge.text import TextStream
+from edge.thought import ThoughtMeter
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request in the engine: what was asked, and everything made for it so far."""
+
+    request: msg.Submit
+    sequence: Sequence
+    sampler: Sampler
+    text: TextStream
+    stop_ids: frozenset[int]
+    lookup: Lookup | None
+    matcher: Matcher | None
+    guide: Guide | None
+    thought: ThoughtMeter | None
+    arrived: float
+    started: float = 0.0
+    first: float = 0.0
+    pending: str = ""
+    pending_tokens: int = 0
+    logprobs: list[msg.Logprob] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+
+    def take(self, choice: Choice, backend: Backend) -> str | None:
+        """Book one token and its text; the reason to finish, if it ends the request."""
+        sequence, token = self.sequence, choice.token
+        sequence.tokens.append(token)
+        self.pending_tokens += 1
+        if token in self.stop_ids and not self.request.params.ignore_eos:
+            return "stop"
+        if self.lookup is not None:
+            self.lookup.extend(token)
+        data = backend.decode(token)
+        if choice.logprob is not None:
+            top = [(backend.decode(t), p) for t, p in choice.top]
+            self.logprobs.append(msg.Logprob(data, choice.logprob, top))
+        self.pending += self.text.push(data)
+        complete = self.matcher is not None and self.matcher.accept(token)
+        if self.thought is not None:
+            self.thought.take(data)
+        if self.guide is not None:
+            self.matcher = self.guide.take(token, data) or self.matcher
+        if complete or self.text.stopped is not None:
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def done(self, reason: str, now: float) -> msg.Done:
+        """The request's last event, with what was not sent yet."""
+        self.pending += self.text.finish()
+        if self.text.stopped is not None and reason == "length":
+            reason = "stop"
+        started, first = self.started or now, self.first or now
+        return msg.Done(
+            key=self.request.key,
+            text=self.pending,
+            tokens=self.pending_tokens,
+            reason=reason,
+            prompt_tokens=self.sequence.prompt,
+            completion_tokens=len(self.sequence.tokens) - self.sequence.prompt,
+            cached_tokens=self.sequence.cached,
+            queue_s=started - self.arrived,
+            prefill_s=first - started,
+            decode_s=now - first,
+            stop=self.text.stopped,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            thought_tokens=self.thought.tokens if self.thought is not None else 0,
+            logprobs=self.logprobs or None,
+        )
+
+
+def prompt_tokens(backend: Backend, prompt: str | list[int], *, special: bool = True) -> list[int]:
+    """The ids of a prompt, with one begin token where the model wants it. Raises RequestError."""
+    info = backend.info
+    if isinstance(prompt, str):
+        tokens = backend.encode(prompt, special=special)
+        begins = bool(info.bos_text) and special and prompt.startswith(info.bos_text)
+        if info.add_bos and info.bos_id is not None and not begins:
+            tokens.insert(0, info.bos_id)
+    else:
+        tokens = list(prompt)
+        if any(not 0 <= t < info.vocab for t in tokens):
+            raise RequestError(f"token ids must lie in 0..{info.vocab - 1}", param="prompt")
+    if not tokens:
+        raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
+    if len(tokens) >= info.context:
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens; this server's context holds {info.context}, "
+            "one of them for the answer",
+            code="context_length_exceeded",
+            param="messages",
+            hint="shorten the prompt, or serve with a larger --ctx",
+        )
+    return tokens
+
+
+def admit(
+    request: msg.Submit, backend: Backend, grammars: Grammars, *, speculate: bool, arrived: float
+) -> Job:
+    """What becomes of a request. Raises RequestError for one that cannot be served here."""
+    info = backend.info
+    tokens = prompt_tokens(backend, request.prompt, special=request.special)
+    params = request.params
+    for param, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_ids)):
+        if bad := [i for i in ids if not 0 <= i < info.vocab]:
+            raise RequestError(f"{param}: token id {bad[0]} is outside 0..{info.vocab - 1}", param=param)
+    limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
+    stop_ids = info.stop_ids | frozenset(params.stop_ids)
+    matcher = grammars.compile(request.constraint) if request.constraint is not None else None
+    guide = thought = None
+    if (asked := request.guidance) is not None:
+        thought = ThoughtMeter(inside=asked.inside)
+        if asked.budget is not None or asked.after:
+            guide = Guide(asked, thought, backend, stop_ids, matcher)
+        if asked.after:
+            matcher = None
+    # A draft of a guided answer would need a mask for each of its tokens.
+    drafts = speculate and request.speculate and matcher is None and guide is None
+    return Job(
+        request=request,
+        sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
+        sampler=Sampler(params, info.vocab, tokens, stop_ids),
+        text=TextStream(params.stop),
+        stop_ids=stop_ids,
+        lookup=Lookup(tokens) if drafts else None,
+        matcher=matcher,
+        guide=guide,
+        thought=thought,
+        arrived=arrived,
+    )
