@@ -26,12 +26,18 @@ def begin(model: Any, base: Path) -> float:
     base: the folder that the model was loaded from. Raises InputError where that names its weights otherwise.
     """
     from bitsandbytes.functional import dequantize_4bit
+    from safetensors import safe_open
 
+    files = _files(base)
     lost = left = 0.0
     for name, layer in _adapted(model):
         weight = layer.get_base_layer().weight
         known = dequantize_4bit(weight.data, weight.quant_state).float()
-        missing = _original(base, f"{name}.weight").to(known.device, torch.float32) - known
+        if f"{name}.weight" not in files:
+            raise InputError(f"loftq_init: {base} has no tensor {name}.weight", "leave loftq_init out")
+        with safe_open(files[f"{name}.weight"], framework="pt") as file:
+            original = file.get_tensor(f"{name}.weight")
+        missing = original.to(known.device, torch.float32) - known
         rank = layer.r["default"]
         some = min(rank + _MORE, *missing.shape)
         u, s, v = torch.svd_lowrank(missing, q=some, niter=_REPEATS)
@@ -52,12 +58,12 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def _original(base: Path, name: str) -> torch.Tensor:
+def _files(base: Path) -> dict[str, Path]:
+    """Name of a tensor -> the file that holds it."""
     from safetensors import safe_open
 
+    found: dict[str, Path] = {}
     for path in check_folder(base).weights:
         with safe_open(path, framework="pt") as file:
-            if name in set(file.keys()):
-                found: torch.Tensor = file.get_tensor(name)
-                return found
-    raise InputError(f"loftq_init: {base} has no tensor {name}", "leave loftq_init out")
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
