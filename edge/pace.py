@@ -37,12 +37,13 @@ class Newcomers:
 class StepTimes:
     """Seconds of a step without prompts by its rows (exponential means).
 
-    fade: what is left, after each step, of the seconds of wider ones, so that one that was long by chance is
-    tried again.
+    fade: what is left, after each step of the narrowest kind, of what wider ones are known to take beyond it,
+    until a wider one is seen: one that was long by chance is tried again, and tells of all of them.
     """
 
     def __init__(self, fade: float = 1.0) -> None:
         self._fade = fade
+        self._left = 1.0
         self._seen: dict[int, float] = {}
         self._rows: list[int] = []
 
@@ -53,8 +54,11 @@ class StepTimes:
         if rows not in self._seen:
             self._rows.insert(place, rows)
         self._seen[rows] = _mean(self._seen.get(rows), seconds)
-        for wider in self._rows[place + 1 :]:
-            self._seen[wider] *= self._fade
+        self._left = 1.0 if place else self._left * self._fade
+
+    def _of(self, rows: int) -> float:
+        least, seconds = self._seen[self._rows[0]], self._seen[rows]
+        return least + (seconds - least) * self._left if seconds > least else seconds
 
     def at(self, rows: int) -> float | None:
         """Expected seconds, between what was seen; as those of the nearest beyond it; None at first."""
@@ -64,9 +68,9 @@ class StepTimes:
         above = self._rows[min(place, len(self._rows) - 1)]
         below = self._rows[max(place - 1, 0)] if above > rows else above
         if below == above or below > rows:
-            return self._seen[above]
+            return self._of(above)
         part = (rows - below) / (above - below)
-        return self._seen[below] + part * (self._seen[above] - self._seen[below])
+        return self._of(below) + part * (self._of(above) - self._of(below))
 
     def longer(self, rows: int, more: int) -> float:
         """How many times as long a step of `rows` takes with `more` of them; a guess beyond what was seen."""

@@ -78,3 +78,17 @@ def test_a_wide_step_that_was_long_by_chance_is_thought_shorter_in_time() -> Non
             one.learn(1, 0.010)
     assert kept.longer(1, 15) == pytest.approx(1000)
     assert times.longer(1, 15) < 200
+
+
+def test_one_wide_step_tells_of_all_widths_again() -> None:
+    times = StepTimes(fade=0.99)
+    for rows, seconds in ((1, 0.010), (2, 0.020), (4, 0.040)):
+        times.learn(rows, seconds)
+    assert times.longer(1, 3) == pytest.approx(4.0)
+    for _ in range(300):
+        times.learn(1, 0.010)
+    # Nearly forgotten, but never shorter than the narrowest.
+    assert 1.0 < times.longer(1, 1) < times.longer(1, 3) < 1.2
+    times.learn(2, 0.020)
+    assert times.longer(1, 1) == pytest.approx(2.0)
+    assert times.longer(1, 3) == pytest.approx(4.0)
