@@ -15,6 +15,9 @@ from convert.encode import Sample
 from convert.losses import LossHead, TokenLoss, loss_rows
 from edge.config import TrainConfig, parse
 
+# Seconds of passes through small models: left out of the quick part.
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 600
 
 
