@@ -90,11 +90,11 @@ def side(name: str, base: Path, batches: list[Any], *, cap: float, accumulate: i
     from convert import dist, packed
     from convert import model as models
 
-    place = models.choose_place(settings(base, 1))
+    config = settings(base, 1, accumulate)
+    place = models.choose_place(config)
     world = dist.join(cpu=False)
     if cap:
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.mem_get_info()[1])
-    config = settings(base, 1, accumulate)
     packed.register()
     model = models.load_model(base, place, attention=packed.ATTENTION if name == "edge" else "sdpa")
     found = []

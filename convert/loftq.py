@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from convert import shards
 from convert.folder import check_folder
 from edge.errors import InputError
 
@@ -26,9 +28,8 @@ def begin(model: Any, base: Path) -> float:
     base: the folder that the model was loaded from. Raises InputError where that names its weights otherwise.
     """
     from bitsandbytes.functional import dequantize_4bit
-    from safetensors import safe_open
 
-    files = _files(base)
+    files = shards.files(check_folder(base).weights)
     lost = left = 0.0
     for name, layer in _adapted(model):
         weight = layer.get_base_layer().weight
@@ -56,14 +57,3 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A") and hasattr(layer.get_base_layer().weight, "quant_state"):
             yield name, layer
-
-
-def _files(base: Path) -> dict[str, Path]:
-    """Name of a tensor -> the file that holds it."""
-    from safetensors import safe_open
-
-    found: dict[str, Path] = {}
-    for path in check_folder(base).weights:
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found

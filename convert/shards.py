@@ -1,4 +1,6 @@
-"""Safetensors written a few rows at a time: shapes are known, so the header goes first and no shard is held.
+"""Safetensors: which file holds what, and new ones written a few rows at a time.
+
+Their shapes are known before, so the header goes first and no shard is held in memory.
 
 Format: github.com/huggingface/safetensors, "Format". Files are named as transformers names them.
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from convert.folder import INDEX
 
@@ -38,6 +41,15 @@ class Part:
 
 # A part -> its rows from the first to the last, some at a time.
 Rows = Callable[[Part], Iterable[torch.Tensor]]
+
+
+def files(weights: Iterable[Path]) -> dict[str, Path]:
+    """Name of a tensor -> the one of `weights` (safetensors files) that holds it."""
+    found: dict[str, Path] = {}
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
 
 
 def write(folder: Path, parts: list[Part], rows: Rows) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from convert import verify_torch
+from convert import shards, verify_torch
 from convert.folder import check_folder
 from convert.merge_adapter import EMBEDDINGS, HEAD, read_adapter
 from convert.seen import Seen, spans
@@ -145,10 +145,7 @@ class LayeredModel(TorchModel):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._held = read_adapter(self._adapter) if self._adapter else None
-        self._where: dict[str, Path] = {}
-        for path in self._folder.weights:
-            with safe_open(path, framework="pt") as file:
-                self._where.update(dict.fromkeys(file.keys(), path))
+        self._where = shards.files(self._folder.weights)
         with named(self._folder.path):
             config = AutoConfig.from_pretrained(self._folder.path, local_files_only=True)
             with init_empty_weights(include_buffers=False):

@@ -107,7 +107,14 @@ class Engine:
     def submit(self, request: msg.Submit) -> None:
         """Take a request in; one that cannot be served is answered with Refused at once."""
         try:
-            self._inbox.put(self._admitted(request))
+            job = admit(
+                request,
+                self._backend,
+                self._grammars,
+                speculate=self._speculate,
+                arrived=self._clock(),
+            )
+            self._inbox.put(job)
         except RequestError as error:
             self._refuse(request.key, error)
 
@@ -129,9 +136,6 @@ class Engine:
     def drain(self, seconds: float) -> None:
         """Admit nothing more and let `run` return when all is done, or after `seconds`."""
         self._inbox.put(_Drain(self._clock() + seconds))
-
-    def _admitted(self, request: msg.Submit) -> Job:
-        return admit(request, self._backend, self._grammars, speculate=self._speculate, arrived=self._clock())
 
     def _refuse(self, key: int, error: RequestError) -> None:
         event = msg.Refused(key, error.status, error.code, str(error), error.param, error.retry_after)

@@ -305,7 +305,7 @@ class EngineProcess:
             self._settled.set()
         elif isinstance(event, msg.Failed) and event.again:
             self._broken = f"{event.message}; the engine is started anew"
-            log.error("%s", event.message)
+            log.error("%s", EdgeError(event.message, event.hint))
         elif isinstance(event, msg.Failed):
             self.failure = EdgeError(event.message, event.hint)
             self._settled.set()

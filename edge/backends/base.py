@@ -30,6 +30,10 @@ class Candidates:
 StepOutputs = Logits | list[Logits | Candidates]
 
 
+# What may help where a step failed.
+FULL = "where its memory was full: lower --slots or --ctx, or free some of it"
+
+
 class StepInterrupted(Exception):
     """A step was ended early by `interrupt`. Every slot that had a row in it stands as before the step."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import mapped
-from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.base import FULL, BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.backends.embedder import Embedder
 from edge.backends.governor import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
@@ -289,8 +289,7 @@ class LlamaCpp:
                 self._lib.llama_memory_seq_rm(self._memory, row.slot, row.pos, -1)
             raise StepInterrupted
         if code != 0:
-            hint = "where its memory was full: lower --slots or --ctx, or free some of it"
-            raise EdgeError(f"llama.cpp failed in a step of {total} tokens (code {code})", hint)
+            raise EdgeError(f"llama.cpp failed in a step of {total} tokens (code {code})", FULL)
         for row in rows:
             self._lengths[row.slot] += len(row.tokens)
         if not outputs:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
-from edge.backends.base import BackendInfo, Row, StepInterrupted, StepOutputs, check_rows
+from edge.backends.base import FULL, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows
 from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_embed import Embedder
@@ -278,8 +278,7 @@ class Onnx:
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             if self._interrupted:
                 raise StepInterrupted from None
-            hint = "where its memory was full: lower --slots or --ctx, or free some of it"
-            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}", hint) from error
+            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}", FULL) from error
 
     def _binding(self, first: int, count: int, few: bool) -> Binding:
         """A binding of the cells in the rows `first` to `first + count`, kept for the next run over them."""

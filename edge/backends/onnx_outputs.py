@@ -35,9 +35,6 @@ class Outputs:
 
     def read(self, places: Sequence[tuple[int, bool]]) -> StepOutputs:
         """What each place holds: a row, and whether a run wrote candidates there."""
-        if len(places) == 1:
-            [(row, few)] = places
-            return [self._one(row, True)] if few else _single(self._logits.array[row : row + 1])
         if any(few for _, few in places):
             return [self._one(row, few) for row, few in places]
         wanted = [row for row, _ in places]
