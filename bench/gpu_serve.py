@@ -3,14 +3,15 @@
     python -m bench.gpu_serve RUN/gguf RUN/onnx --merged RUN/merged [--report docs/reports/serve-CARD]
 
 A GGUF is compared with a bare llama.cpp loop over it, with all layers on the card; an ONNX folder with
-onnxruntime-genai's own Generator; all of them with transformers' generate in bf16 and in fp32, which answers
-one request after the other: of 32 it is asked for two. No HTTP on any side, the same forced number of greedy
-tokens, no speculation. The last line is JSON.
+onnxruntime-genai's own Generator, and with our engine when it records nothing; all of them with transformers'
+generate in bf16 and in fp32, which answers one request after the other: of 32 it is asked for two. No HTTP on
+any side, the same forced number of greedy tokens, no speculation. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from bench import direct
 from edge import artefact, hardware, manifest, planning
+from edge.backends import onnx
 from edge.backends.base import Backend
 from edge.cli import guarded
 from edge.errors import UnavailableError
@@ -32,10 +34,13 @@ _PACKAGES = ("edge", "llama-cpp-python", "onnxruntime-gpu", "onnxruntime-genai-c
 _KEYS = ("what", "edge", "other", "name", "ratio", "goal")
 
 
-def _backend(found: artefact.Artefact) -> Backend:
+def _backend(found: artefact.Artefact, *, record: bool = True) -> Backend:
     """As the server would load it, but for a context of the length that is needed here."""
     options = planning.Options(context=512, slots=STREAMS, device="cuda")
-    backend = open_backend(Load.of(found, planning.plan(found, options), tune=True))
+    settings = planning.plan(found, options)
+    if isinstance(settings, onnx.Settings):
+        settings = dataclasses.replace(settings, record=record)
+    backend = open_backend(Load.of(found, settings, tune=True))
     if not backend.info.device.startswith("cuda"):
         raise UnavailableError(f"{found.path} runs on {backend.info.device}: {backend.info.why}")
     return backend
@@ -54,13 +59,15 @@ def _other(found: artefact.Artefact, backend: Backend) -> direct.Side:
     )
 
 
-def cases(name: str, ours: direct.Side, other: direct.Side, slow: list[direct.Side]) -> list[direct.Case]:
-    """What is measured of one artefact."""
+def cases(
+    name: str, ours: direct.Side, other: direct.Side, slow: list[direct.Side], plain: list[direct.Side]
+) -> list[direct.Case]:
+    """What is measured of one artefact. plain: ours without recordings, where there are any."""
     many = (TOKENS,) * STREAMS
     pair = (ours, other)
     one = 0.97 if other.name == direct.Generator.name else 0.95
     made = [
-        direct.Case(f"{name}: decode, 1 stream", (TOKENS,), "decode", {other.name: one}, pair),
+        direct.Case(f"{name}: decode, 1 stream", (TOKENS,), "decode", {other.name: one}, (*pair, *plain)),
         direct.Case(
             f"{name}: total, 1 stream",
             (TOKENS,),
@@ -68,7 +75,7 @@ def cases(name: str, ours: direct.Side, other: direct.Side, slow: list[direct.Si
             dict.fromkeys((side.name for side in slow), 10.0),
             (*pair, *slow),
         ),
-        direct.Case(f"{name}: decode, {STREAMS} streams", many, "decode", {other.name: 1.0}, pair),
+        direct.Case(f"{name}: decode, {STREAMS} streams", many, "decode", {other.name: 1.0}, (*pair, *plain)),
         direct.Case(
             f"{name}: total, {STREAMS} streams",
             many,
@@ -108,7 +115,9 @@ def main(argv: list[str]) -> int:
         backend = _backend(found)
         settings[found.path.name] = {"device": backend.info.device, **backend.info.settings}
         mine = direct.Ours(backend)
-        todo = cases(found.path.name, mine, _other(found, backend), slow)
+        plain: list[Backend] = [_backend(found, record=False)] if found.kind == "onnx" else []
+        unrecorded: list[direct.Side] = [direct.Ours(one, "edge, nothing recorded") for one in plain]
+        todo = cases(found.path.name, mine, _other(found, backend), slow, unrecorded)
         # What transformers makes does not depend on our artefact.
         slow = []
         rates = direct.race(todo, console, prompt=PROMPT, vocab=mine.vocab, rounds=args.rounds, slow_rounds=1)
@@ -117,7 +126,8 @@ def main(argv: list[str]) -> int:
                 lines.append(
                     {"what": what, "edge": ours, "other": theirs, "name": name, "ratio": ratio, "goal": goal}
                 )
-        backend.close()
+        for one in (backend, *plain):
+            one.close()
     made = {
         "card": hardware.gpus()[0].name,
         "rounds": args.rounds,

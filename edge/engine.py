@@ -56,6 +56,14 @@ class _Embed:
     tokens: list[int]
 
 
+def _argmax(logits: NDArray[np.float32], pool: ThreadPoolExecutor | None) -> list[int]:
+    """The id of each row's largest logit."""
+    if pool is None:
+        return list(logits.argmax(axis=1).tolist())
+    parts = pool.map(lambda part: part.argmax(axis=1).tolist(), np.array_split(logits, _SAMPLERS))
+    return list(itertools.chain.from_iterable(parts))
+
+
 class Engine:
     """Runs requests on a backend. emit: called with the events of a step; must be thread-safe."""
 
@@ -230,7 +238,7 @@ class Engine:
 
     def _step(self, plan: list[Work], decoding: int) -> None:
         rows = [self._row(work) for work in plan]
-        prefill = [work for work in plan if not work.sequence.decoding]
+        prefill = [work for work in plan if not work.decodes]
         self._prefilling = frozenset(work.sequence.key for work in prefill)
         before = self._clock()
         for work in prefill:
@@ -258,19 +266,21 @@ class Engine:
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
         if self._speculate and not prefill:
             self._costs.learn(decoding + drafted, now - before)
-        ends: list[tuple[Work, int, int]] = []
+        ends: list[tuple[Job, Work, int]] = []
         at = 0
         for work, row in zip(plan, rows, strict=True):
-            self.cache.extend(row.slot, list(row.tokens))
+            self.cache.extend(row.slot, row.tokens)
             work.sequence.computed += work.n
             if row.outputs:
-                ends.append((work, at, row.outputs))
-            at += row.outputs
+                ends.append((self._of[work.sequence], work, at))
+                at += row.outputs
         picked = self._picked(ends, outputs)
         urgent = False
-        for work, at, count in ends:
-            job, masked = self._of[work.sequence], masks.get(work.sequence)
-            urgent |= self._advance(job, work, outputs[at : at + count], masked, picked.get(at), now)
+        for job, work, at in ends:
+            masked = masks.get(work.sequence) if masks else None
+            urgent |= self._advance(
+                job, work, outputs[at : at + 1 + len(work.draft)], masked, picked.get(at), now
+            )
         if urgent or now - self._flushed >= self._flush_s:
             self._flush(now)
 
@@ -278,24 +288,31 @@ class Engine:
         sequence = work.sequence
         assert sequence.slot is not None
         start = sequence.computed
-        tokens = sequence.tokens[start : start + work.n] + work.draft
+        tokens = sequence.tokens[start : start + work.n]
+        if work.draft:
+            tokens += work.draft
         job = self._of[sequence]
-        free = job.matcher is None and job.guide is None
-        few = free and job.sampler.reach <= self._backend.info.candidates
+        few = job.free and job.sampler.reach <= self._backend.info.candidates
         return Row(sequence.slot, start, tokens, work.outputs, few)
 
-    def _picked(self, ends: list[tuple[Work, int, int]], outputs: StepOutputs) -> dict[int, Choice]:
+    def _picked(self, ends: list[tuple[Job, Work, int]], outputs: StepOutputs) -> dict[int, Choice]:
         """Output -> what is sampled there, for rows that wait for nothing, where it pays to do so at once."""
-        if self._samplers is None or not isinstance(outputs, np.ndarray) or outputs.size < _WIDE:
+        if len(ends) < 2 or not isinstance(outputs, np.ndarray):
             return {}
-        jobs = [(self._of[work.sequence], at) for work, at, _ in ends]
-        free = [(job.sampler, at) for job, at in jobs if job.matcher is None and job.guide is None]
+        if not (free := [(job.sampler, at) for job, _, at in ends if job.free]):
+            return {}
+        pool = self._samplers if outputs.size >= _WIDE else None
+        if all(sampler.plain for sampler, _ in free):
+            best = _argmax(outputs, pool)
+            return {at: sampler.pick_best(best[at], outputs[at]) for sampler, at in free}
+        if pool is None:
+            return {}
 
         def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
             return [(at, sampler.pick(outputs[at])) for sampler, at in part]
 
         parts = [free[start::_SAMPLERS] for start in range(_SAMPLERS)]
-        return dict(itertools.chain.from_iterable(self._samplers.map(pick, parts)))
+        return dict(itertools.chain.from_iterable(pool.map(pick, parts)))
 
     def _advance(
         self,

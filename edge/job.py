@@ -38,6 +38,11 @@ class Job:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def free(self) -> bool:
+        """Whether its next token depends on nothing but the logits."""
+        return self.matcher is None and self.guide is None
+
     def take(self, choice: Choice, backend: Backend) -> str | None:
         """Book one token and its text; the reason to finish, if it ends the request."""
         sequence, token = self.sequence, choice.token

@@ -8,6 +8,7 @@ slots hold it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,8 @@ class KVCache:
             for _ in range(info.slots)
         ]
         self._holders = np.zeros(info.capacity if info.shared else 0, np.int32)
-        self._used_cells = 0
+        # Cells of the pool that nobody holds.
+        self._free = list(range(len(self._holders)))
         self._clock = 0
 
     @property
@@ -56,7 +58,7 @@ class KVCache:
 
     def free_cells(self) -> int | None:
         """Cells of the pool that nobody holds; None where every slot has its own room."""
-        return len(self._holders) - self._used_cells if self._shared else None
+        return len(self._free) if self._shared else None
 
     def available_cells(self) -> int | None:
         """Cells that no running request holds: free ones and those that only keep idle prefixes."""
@@ -150,16 +152,17 @@ class KVCache:
             self.truncate(index, shared)
         return slot.length
 
-    def extend(self, index: int, tokens: list[int]) -> None:
+    def extend(self, index: int, tokens: Sequence[int]) -> None:
         """Tell that the backend has computed `tokens` at the end of the slot."""
         slot = self._slots[index]
         end = slot.length + len(tokens)
         slot.tokens[slot.length : end] = tokens
         if self._shared:
-            cells = np.flatnonzero(self._holders == 0)[: len(tokens)]
+            left = len(self._free) - len(tokens)
+            cells = self._free[left:]
+            del self._free[left:]
             slot.cells[slot.length : end] = cells
             self._holders[cells] = 1
-            self._used_cells += len(tokens)
         slot.length = end
 
     def truncate(self, index: int, n: int) -> None:
@@ -209,5 +212,5 @@ class KVCache:
         if self._shared:
             gone = slot.cells[n : slot.length]
             self._holders[gone] -= 1
-            self._used_cells -= int((self._holders[gone] == 0).sum())
+            self._free += gone[self._holders[gone] == 0].tolist()
         slot.length = n

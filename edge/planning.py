@@ -25,6 +25,8 @@ DEFAULT_SLOTS = 16
 # sixteen short ones. A request that finds none free is computed later, never failed.
 DEFAULT_POOL = 8192
 BATCH = 512
+# Where a card's memory allows: it reads so many tokens hardly slower than fewer.
+CARD_BATCH = 2048
 # What Python, the tokenizer and llama.cpp's graphs take beside the counted buffers.
 _OVERHEAD = 200 * 2**20
 # The packages that a backend imports, and how they are got.
@@ -129,7 +131,7 @@ def _score(speed: Speed, all_speeds: list[Speed]) -> float:
     return sum(w * t / b for w, t, b in zip((0.5, 0.3, 0.2), speed, best, strict=True))
 
 
-def estimate(artefact: Artefact, *, kv_type: str, slots: int) -> Estimate:
+def estimate(artefact: Artefact, *, kv_type: str, slots: int, batch: int = BATCH) -> Estimate:
     """Weights from the file, a KV cell from the header, buffers from batch, width and vocabulary.
 
     A cell holds, for each block, key and value of every KV head: block_count x head_count_kv x
@@ -137,13 +139,13 @@ def estimate(artefact: Artefact, *, kv_type: str, slots: int) -> Estimate:
     """
     header = artefact.header
     cell = header.block_count * header.head_count_kv * (header.key_length + header.value_length)
-    outputs = min(BATCH, slots + 64)
+    outputs = min(batch, slots + 64)
     # Activations of a batch (a few copies of the widest layer) and the logits of its outputs, twice.
-    buffers = 4 * (BATCH * header.embedding_length * 24 + 2 * outputs * header.vocab_size)
+    buffers = 4 * (batch * header.embedding_length * 24 + 2 * outputs * header.vocab_size)
     if isinstance(header, OnnxHeader):
         size = {"float32": 4, "float16": 2}[header.cache_type]
         # Attention keeps a score for each head, position of the batch and cell of the longest slot.
-        buffers += 4 * BATCH * header.head_count * min(DEFAULT_CONTEXT, header.context_length)
+        buffers += 4 * batch * header.head_count * min(DEFAULT_CONTEXT, header.context_length)
         # Prepacked weights take the place of those in the file, which are mapped and let go of.
         return Estimate(header.weights_bytes, cell * size, buffers)
     return Estimate(header.weights_bytes, cell * KV_BYTES[kv_type], buffers)
@@ -172,10 +174,14 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
             why = f"; the model was trained for {trained} tokens" if name == "--ctx" else ""
             raise UsageError(f"{name} {value} is not within {least}..{most}{why}")
     need = estimate(artefact, kv_type=options.kv_type, slots=slots)
+    wide = estimate(artefact, kv_type=options.kv_type, slots=slots, batch=CARD_BATCH)
+    batch = BATCH
     memory = hardware.memory().available
     if artefact.kind == "onnx" and options.device in ("auto", "cuda") and (cards := hardware.gpus()):
         # Its cells may come to lie there.
         memory = min(memory, cards[0].memory_free)
+        if wide.cells(memory) >= slots * context:
+            batch = CARD_BATCH
     device, gpu_layers, why = "cpu", 0, ""
     used: list[hardware.GPU] = []
     if not isinstance(artefact.header, OnnxHeader):
@@ -195,7 +201,7 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         )
     threads = options.threads or hardware.cpu_threads()
     if artefact.kind == "onnx":
-        return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits)
+        return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(slots * context, fits, slots * context if asked_for_all else DEFAULT_POOL))
     if used and not isinstance(artefact.header, OnnxHeader):
@@ -205,11 +211,13 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
                 f"--device cuda: {said}", "free some of the card's memory, or lower --ctx and --slots"
             )
         device, why = device if gpu_layers else "cpu", f"{why}; {said}"
+        if offload.layers(artefact.header, pool, wide.cell, wide.buffers, used)[0] == offload.ALL:
+            batch = CARD_BATCH
     return Settings(
         slots=slots,
         context=context,
         capacity=pool,
-        batch=BATCH,
+        batch=batch,
         threads=threads,
         threads_batch=threads,
         kv_type=options.kv_type,
@@ -221,7 +229,9 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
     )
 
 
-def _plan_onnx(options: Options, *, slots: int, context: int, threads: int, fits: int) -> onnx.Settings:
+def _plan_onnx(
+    options: Options, *, slots: int, context: int, threads: int, fits: int, batch: int
+) -> onnx.Settings:
     """Each slot has room for a whole context of its own: where memory is short there are fewer slots."""
     if options.kv_type != "f16":
         raise UsageError(f"--kv-type {options.kv_type} is llama.cpp's", "an ONNX cache has the export's type")
@@ -234,7 +244,7 @@ def _plan_onnx(options: Options, *, slots: int, context: int, threads: int, fits
     return onnx.Settings(
         slots=min(slots, room),
         context=context,
-        batch=max(BATCH, slots),
+        batch=max(batch, slots),
         threads=threads,
         device=options.device,
     )

@@ -82,29 +82,28 @@ class Sampler:
         self._counts = np.zeros(vocab if self._penalised else 0, np.int32)
         if self._penalised:
             self._seen[np.asarray(prompt, np.int64)] = True
-        # Nothing but the largest logit matters, and whether it is a stop.
         changed = self._penalised or len(self._bias_ids) or params.logprobs is not None
-        self._plain = params.temperature < _GREEDY and not changed
+        # Nothing but the largest logit matters, and whether it is a stop.
+        self.plain = params.temperature < _GREEDY and not changed
+        # How many of the largest logits decide the next token; the whole vocabulary where any one may.
+        few = 1 if self.plain else params.top_k
+        held = len(self._stops) if params.ignore_eos or params.min_tokens else 0
+        self.reach = vocab if changed or not few else few + held
         self._made = 0
-
-    @property
-    def reach(self) -> int:
-        """How many of the largest logits decide the next token; the whole vocabulary where any one may."""
-        params = self.params
-        held = len(self._stops) if self.holds_back_stops else 0
-        if self._penalised or len(self._bias_ids) or params.logprobs is not None:
-            return self._vocab
-        if params.temperature < _GREEDY:
-            return 1 + held
-        return params.top_k + held if params.top_k > 0 else self._vocab
 
     @property
     def holds_back_stops(self) -> bool:
         """Whether the next token may not be a stop id."""
         return self.params.ignore_eos or self._made < self.params.min_tokens
 
-    def accept(self, token: int) -> None:
-        """Count a token that was chosen outside `pick` (a batched argmax)."""
+    def pick_best(self, token: int, logits: NDArray[np.float32]) -> Choice:
+        """As `pick` where `plain`: `token` has the largest of `logits`, which may be written into."""
+        if token in self._stop_set and self.holds_back_stops:
+            return self.pick(logits)
+        self._made += 1
+        return Choice(token)
+
+    def _accept(self, token: int) -> None:
         self._made += 1
         if self._penalised:
             self._seen[token] = True
@@ -121,16 +120,16 @@ class Sampler:
                 free = [at for at, found in enumerate(ids.tolist()) if found not in held]
                 ids, logits = ids[free], logits[free]
             token = self._draw_top(ids[: self.params.top_k], logits[: self.params.top_k])
-        self.accept(token)
+        self._accept(token)
         return Choice(token)
 
     def pick(self, logits: NDArray[np.float32], mask: NDArray[np.bool_] | None = None) -> Choice:
         """Choose a token from `logits` [vocab], which may be written into. mask: True where allowed."""
         params = self.params
-        if self._plain and mask is None:
+        if self.plain and mask is None:
             token = int(logits.argmax())
             if token not in self._stop_set or not self.holds_back_stops:
-                self.accept(token)
+                self._made += 1
                 return Choice(token)
         if params.logprobs is not None:
             raw = logits.astype(np.float64)
@@ -146,7 +145,7 @@ class Sampler:
             if mask is not None and logits.max() == -np.inf:
                 logits[self._stops] = kept
         token = int(logits.argmax()) if params.temperature < _GREEDY else self._draw(logits)
-        self.accept(token)
+        self._accept(token)
         if params.logprobs is None:
             return Choice(token)
         top: list[tuple[int, float]] = []

@@ -46,11 +46,15 @@ class Sequence:
 
 @dataclass(slots=True)
 class Work:
-    """One row of the next step: the sequence's next `n` tokens, then its draft; logits for `outputs`."""
+    """One row of the next step: the sequence's next `n` tokens, then its draft; logits for `outputs`.
+
+    decodes: no part of a prompt is among them.
+    """
 
     sequence: Sequence
     n: int
     draft: list[int]
+    decodes: bool = False
 
     @property
     def ends(self) -> bool:
@@ -88,6 +92,8 @@ class Scheduler:
     def load(self) -> tuple[int, Newcomers]:
         """How many requests decode, and those that wait for their first token with a slot or a free one."""
         reading = [s for s in self.running if not s.decoding]
+        if not reading and not self.waiting:
+            return len(self.running), Newcomers()
         coming = [*reading, *itertools.islice(self.waiting, self._slots - len(self.running))]
         keys = [s.key for s in coming]
         tokens = sum(len(s.tokens) - s.computed for s in coming)
@@ -101,11 +107,11 @@ class Scheduler:
         after a sequence's own (speculation), told how many tokens the step decodes so far; asked only where
         it has room.
         """
-        work: list[Work] = []
-        room = self._batch
-        for sequence in [s for s in self.running if s.decoding][:room]:
-            room -= 1
-            work.append(Work(sequence, 1, []))
+        decoding, reading = list[Sequence](), list[Sequence]()
+        for sequence in self.running:
+            (decoding if sequence.decoding else reading).append(sequence)
+        work = [Work(sequence, 1, [], True) for sequence in decoding]
+        room = self._batch - len(work)
         if draft is not None:
             spare, drafted = self._outputs - self._slots, 0
             for item in work:
@@ -116,24 +122,28 @@ class Scheduler:
                     room -= len(item.draft)
                     spare -= len(item.draft)
         room = min(room, chunk)
-        for sequence in [s for s in self.running if not s.decoding]:
-            if room <= 0:
+        whole = room
+        for sequence in reading:
+            if not (n := self._chunk(sequence, room, whole)):
                 break
-            room -= self._prefill(work, sequence, room)
+            room -= n
+            work.append(Work(sequence, n, []))
         while room > 0 and self.waiting and len(self.running) < self._slots:
             sequence = self.waiting[0]
             taken = self._cache.acquire(sequence.tokens, reuse=sequence.reuse)
             if taken is None:
                 break
             sequence.slot, sequence.computed = taken
-            if not self._fits(sequence):
+            n = self._chunk(sequence, room, whole)
+            if not n or not self._fits(sequence):
                 self._give_back(sequence, keep=True)
                 break
             self.waiting.popleft()
             if len(sequence.tokens) == sequence.prompt:
                 sequence.cached = sequence.computed
             self.running.append(sequence)
-            room -= self._prefill(work, sequence, room)
+            room -= n
+            work.append(Work(sequence, n, []))
         return sorted(self._fit(work), key=lambda item: item.sequence.slot or 0)
 
     def _fits(self, sequence: Sequence) -> bool:
@@ -146,10 +156,13 @@ class Scheduler:
             return True
         return len(sequence.tokens) - sequence.computed + len(self.running) < available
 
-    def _prefill(self, work: list[Work], sequence: Sequence, room: int) -> int:
-        n = min(len(sequence.tokens) - sequence.computed, room)
-        work.append(Work(sequence, n, []))
-        return n
+    def _chunk(self, sequence: Sequence, room: int, whole: int) -> int:
+        """How many of a prompt's tokens go into a step that had room for `whole` and has it for `room`.
+
+        What would fit into the next step is not cut: backends run rows of one length at once, pieces apart.
+        """
+        left = len(sequence.tokens) - sequence.computed
+        return left if left <= room else 0 if left <= whole else room
 
     def _fit(self, work: list[Work]) -> list[Work]:
         """Make the rows fit into the free cells: drafts, idle prefixes, then the youngest request go."""

@@ -72,7 +72,7 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
     """patch: a device's memory, allotted and copied as a card's is, but the processor's."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    from edge.backends import onnx, onnx_providers
+    from edge.backends import onnx, onnx_providers, onnx_recorded
     from edge.backends.onnx_device import DeviceRows
     from tests import tiny_onnx
 
@@ -85,9 +85,12 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
         patch.setattr(
             onnx_providers,
             "open_session",
-            lambda *given, **more: dataclasses.replace(open_session(*given, **more), memory="host"),
+            lambda *given, **more: dataclasses.replace(
+                open_session(*given, **more), memory="host", recordable=""
+            ),
         )
         patch.setattr(onnx, "DeviceRows", OnTheProcessor)
+        patch.setattr(onnx_recorded, "_AFTER", 1)
     # As a card is served: with candidates, too.
     count = 64 if patch is not None else 0
     model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx", candidates=count))

@@ -76,13 +76,14 @@ def test_the_cases_of_a_card_name_each_goal() -> None:
     ran: list[str] = []
     ours, bare = Told("edge", 1.0, ran), Told("bare llama.cpp loop", 1.0, ran)
     slow = Told("transformers bf16", 1.0, ran)
-    cases = gpu_serve.cases("m.gguf", ours, bare, [slow])
+    cases = gpu_serve.cases("m.gguf", ours, bare, [slow], [])
     goals = {case.name: case.goals for case in cases}
     assert goals["m.gguf: decode, 1 stream"] == {bare.name: 0.95}
     assert goals["m.gguf: total, 1 stream"] == {slow.name: 10.0}
     assert goals["m.gguf: total, 32 streams"] == {slow.name: 100.0, bare.name: 1.0}
     other = Told(direct.Generator.name, 1.0, ran)
-    cases = gpu_serve.cases("m.onnx", ours, other, [])
+    plain = Told("edge, nothing recorded", 1.0, ran)
+    cases = gpu_serve.cases("m.onnx", ours, other, [], [plain])
     assert cases[0].goals == {other.name: 0.97}
     assert sum(gpu_serve.UNEQUAL) == pytest.approx(gpu_serve.TOKENS * gpu_serve.STREAMS, rel=0.01)
     assert cases[-1].tokens == gpu_serve.UNEQUAL and cases[-1].goals == {other.name: 1.0}

@@ -203,6 +203,22 @@ def test_the_context_ends_an_answer_without_max_tokens(make: Maker) -> None:
     assert (done.reason, done.prompt_tokens + done.completion_tokens) == ("length", 128)
 
 
+def test_a_prompt_that_fits_into_the_next_step_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend(slots=4, context=128, batch=64)
+    steps: list[list[int]] = []
+    step = backend.step
+    monkeypatch.setattr(
+        backend, "step", lambda rows: steps.append([len(row.tokens) for row in rows]) or step(rows)
+    )
+    desk = Desk(backend, speculate=False)
+    for key, length in enumerate((30, 30, 20, 100)):
+        desk.submit(key, "abcdefghij"[key] * length, max_tokens=2, temperature=0.0, ignore_eos=True)
+    desk.run()
+    pieces = [[n for n in lengths if n > 1] for lengths in steps]
+    # The third waits for a step that holds it; the last fits into none, and fills what is left.
+    assert pieces[:3] == [[30, 30], [20, 42], [58]]
+
+
 # -- prefixes -----------------------------------------------------------------------------------------------
 
 

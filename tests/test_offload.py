@@ -64,6 +64,11 @@ def test_what_lies_on_the_card_is_said(tiny: artefact.Artefact, monkeypatch: pyt
     settings = plan(tiny, monkeypatch, cards(8 * 2**30))
     assert (settings.device, settings.gpu_layers) == ("cuda: 小卡", offload.ALL)
     assert "all " in settings.why and "a card was found" in settings.why
+    # Longer steps where there is room for what they need, no fewer layers for their sake.
+    wide = planning.estimate(tiny, kv_type="f16", slots=2, batch=planning.CARD_BATCH)
+    tight = plan(tiny, monkeypatch, cards(offload.RESERVE + wide.buffers))
+    assert (settings.batch, tight.batch) == (planning.CARD_BATCH, planning.BATCH)
+    assert tight.gpu_layers == offload.ALL
     full = plan(tiny, monkeypatch, cards(100 * MIB))
     assert (full.device, full.gpu_layers) == ("cpu", 0)
     assert "no layer fits into the 0.1 GiB free there" in full.why

@@ -25,14 +25,16 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path, *, seed: int = 0, name: str = "tiny.onnx", candidates: int = 0) -> Path:
+def write(
+    folder: Path, *, seed: int = 0, name: str = "tiny.onnx", candidates: int = 0, dtype: str = "float32"
+) -> Path:
     """Write model, tokenizer and template: token i is byte i; `<|begin|>` and `<|end|>` are control.
 
-    candidates: as convert.onnx_graph.complete.
+    candidates: as convert.onnx_graph.complete. dtype: of weights and cells; cards want float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    graph = _graph(np.random.default_rng(seed))
+    graph = _graph(np.random.default_rng(seed), np.dtype(dtype))
     if candidates:
         add_candidates(graph, candidates)
     model = helper.make_model(
@@ -79,14 +81,15 @@ def tokenizer() -> dict[str, object]:
     }
 
 
-def _graph(rng: np.random.Generator) -> onnx.GraphProto:
+def _graph(rng: np.random.Generator, dtype: np.dtype[np.generic]) -> onnx.GraphProto:
+    kind = helper.np_dtype_to_tensor_dtype(dtype)
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
 
     def weight(name: str, *shape: int) -> str:
         # Larger than a trained model's, so that logits lie apart and greedy text varies.
         values = rng.normal(0, 2.0 / np.sqrt(shape[0]), shape) if len(shape) > 1 else np.ones(shape)
-        weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        weights.append(numpy_helper.from_array(values.astype(dtype), name))
         return name
 
     def node(
@@ -113,7 +116,7 @@ def _graph(rng: np.random.Generator) -> onnx.GraphProto:
     node("Cast", ["wide"], "total", to=TensorProto.INT32)
     angles = np.arange(CONTEXT)[:, None] / 10000 ** (np.arange(HEAD // 2) / (HEAD // 2))
     for name, values in (("cos_cache", np.cos(angles)), ("sin_cache", np.sin(angles))):
-        weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        weights.append(numpy_helper.from_array(values.astype(dtype), name))
     hidden = node("Gather", [weight("model.embed_tokens.weight", VOCAB, WIDTH), "input_ids"], "embedded")
     caches = []
     for layer in range(LAYERS):
@@ -159,11 +162,11 @@ def _graph(rng: np.random.Generator) -> onnx.GraphProto:
         value("attention_mask", 7, ["batch", "total_length"]),
     ]
     outputs = [
-        value("logits", 1, ["batch", "outputs", VOCAB]),
-        value(HIDDEN, 1, ["batch", "length", WIDTH]),
+        value("logits", kind, ["batch", "outputs", VOCAB]),
+        value(HIDDEN, kind, ["batch", "length", WIDTH]),
     ]
     for name, length in caches:
         side = inputs if name.startswith("past") else outputs
-        side.append(value(name, 1, ["batch", KV_HEADS, length, HEAD]))
+        side.append(value(name, kind, ["batch", KV_HEADS, length, HEAD]))
     inputs.append(value(OUTPUT_POSITIONS, 7, ["outputs"]))
     return helper.make_graph(nodes, "tiny", inputs, outputs, weights)

@@ -22,6 +22,7 @@ from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_embed import Embedder
 from edge.backends.onnx_outputs import Outputs
+from edge.backends.onnx_recorded import GRAPH, Recorder, Recording
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
@@ -30,8 +31,9 @@ from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
 TEMPLATE = "chat_template.jinja"
 # Windows of rows whose tensors are kept bound, the oldest let go first.
 _BINDINGS = 64
-# Texts that are begun in one run, and how much of it may be padding behind the shorter ones.
-_TOGETHER, _PADDED = 8, 1.25
+# Texts that are begun in one run on the processor and on a card, and how much of it may be padding behind the
+# shorter ones. Each of a run's texts gives the last position of every one of them: a text's share of these.
+_TOGETHER, _TOGETHER_ON_CARD, _PADDED, _LASTS = 8, 32, 1.25, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Settings:
     """How a model is loaded. context: tokens of one slot. threads: of a run.
 
     spin: threads wait for work by spinning, which is faster where no other program wants their cores.
-    device: auto, cpu, cuda or another provider's short name (onnx_providers.NAMES).
+    device: auto, cpu, cuda or another provider's short name (onnx_providers.NAMES). record: decoding steps
+    are recorded where the device can (onnx_recorded).
     """
 
     slots: int = 16
@@ -48,6 +51,7 @@ class Settings:
     threads: int = 1
     spin: bool = True
     device: str = "auto"
+    record: bool = True
     tuned: str = "not measured"
 
     @property
@@ -91,6 +95,15 @@ def _rows(model: Model, opened: onnx_providers.Opened, slots: int, room: int) ->
     return DeviceRows(model.runtime, opened.provider, opened.memory, **shape, dtype=header.cache_type)
 
 
+def _run_options(runtime: Any) -> Any:
+    """Of a run that is not recorded. Where nothing is said of it the answer to who asks is a C++ exception, a
+    percent of a small model's step.
+    """
+    options = runtime.RunOptions()
+    options.add_run_config_entry(GRAPH, "-1")
+    return options
+
+
 class Onnx:
     """A session over a model, as a Backend. Raises InputError, UnavailableError where it cannot be made."""
 
@@ -110,7 +123,19 @@ class Onnx:
         )
         self._session: Any = opened.session
         self._rows = _rows(model, opened, settings.slots, settings.context)
-        self._embedder = Embedder(opened.session, header, lambda room: _rows(model, opened, 1, room))
+        self._embedder = Embedder(
+            opened.session, _run_options(model.runtime), header, lambda room: _rows(model, opened, 1, room)
+        )
+        self._recorder: Recorder | None = None
+        if settings.record and not opened.recordable and isinstance(self._rows, DeviceRows):
+            self._recorder = Recorder(
+                model.runtime,
+                opened.session,
+                self._rows,
+                header,
+                slots=settings.slots,
+                context=settings.context,
+            )
         # The run's inputs. A window may hold rows that are run along.
         self._ids = zeros(max(int(_PADDED * settings.batch), settings.slots))
         self._mask = zeros(settings.slots * settings.context)
@@ -118,16 +143,16 @@ class Onnx:
         # A single row's mask has no padding.
         self._ones = Buffer(np.ones(settings.context, np.int64))
         self._picks = zeros(settings.batch)
-        self._first = Buffer(np.zeros(1, np.int64), constant=True)
+        # What stays bound on a card lies in memory that recordings use too.
+        self._first = Buffer(np.zeros(1, np.int64), constant=opened.memory == "cpu")
         # Among them rows that nobody reads: of a piece of a prompt, of rows that are run along, and of a run
         # over several texts, which gives the last position of each for all of them.
-        self._outputs = Outputs(header, rows=(1 + _TOGETHER) * settings.slots + settings.outputs)
+        self._outputs = Outputs(header, rows=(1 + _LASTS) * settings.slots + settings.outputs)
+        self._together = _TOGETHER if opened.memory == "cpu" else _TOGETHER_ON_CARD
         self._copied = opened.memory != "cpu"
         self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lengths = [0] * settings.slots
-        self._options = model.runtime.RunOptions()
-        # Asked for at every run: without it the answer is a C++ exception, a percent of a small model's step.
-        self._options.add_run_config_entry("gpu_graph_id", "-1")
+        self._options = _run_options(model.runtime)
         self._interrupted = False
         self.info = self._describe(opened, extra_stop_ids)
 
@@ -162,6 +187,9 @@ class Onnx:
                 "batch": str(settings.batch),
                 "tuned": settings.tuned,
                 "provider": opened.provider,
+                "recorded": "decoding steps"
+                if self._recorder
+                else f"nothing: {opened.recordable or 'switched off'}",
                 "matrices": bits,
                 "build": f"onnxruntime {self._model.runtime.__version__}",
             },
@@ -198,18 +226,42 @@ class Onnx:
             return 0
         few = self._few(rows)
         first, count = self._rows.window([row.slot for row in rows], self._lengths)
+        recording = self._recorder.find(first, count, few, self._totals) if self._recorder else None
+        if recording is not None:
+            first, count = recording.first, recording.count
         ids = self._ids.array[:count]
         ids[:] = 0
-        totals = [0] * count
-        for slot, length in enumerate(self._lengths):
-            if 0 <= (place := self._rows.row(slot) - first) < count:
-                totals[place] = length + 1
         for row in rows:
             place = self._rows.row(row.slot) - first
             ids[place] = row.tokens[0]
             begin[row.slot] = place, few
-        self._run(first, 1, totals, self._first, 1, 0, few)
+        totals = self._totals(first, count)
+        if recording is None or not self._replay(recording, ids, totals, few):
+            self._run(first, 1, totals, self._first, 1, 0, few)
         return count
+
+    def _replay(self, recording: Recording, ids: NDArray[np.int64], totals: list[int], few: bool) -> bool:
+        """Run a recording. False where it could not be made: nothing is recorded from then on."""
+        made = recording.made
+        try:
+            self._outputs.take(recording.run(ids, totals), few=few)
+        except Exception as error:  # onnxruntime raises classes of its own, without a common base
+            if made:
+                raise EdgeError(
+                    f"onnxruntime failed in a step of {len(ids)} tokens: {error}", FULL
+                ) from error
+            self._recorder = None
+            self.info.settings["recorded"] = f"nothing: {' '.join(str(error).split())[:200]}"
+            return False
+        return True
+
+    def _totals(self, first: int, count: int) -> list[int]:
+        """Tokens of each of the rows from `first` on, with one more."""
+        totals = [0] * count
+        for slot, length in enumerate(self._lengths):
+            if 0 <= (place := self._rows.row(slot) - first) < count:
+                totals[place] = length + 1
+        return totals
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows that are run at once: beginnings of texts, neighbours in the cache and of about one length.
@@ -220,9 +272,11 @@ class Onnx:
         for row in sorted(rows, key=lambda row: self._rows.row(row.slot)):
             group = [*groups[-1], row] if groups else [row]
             place = self._rows.row(group[0].slot)
-            longest, tokens = max(len(one.tokens) for one in group), sum(len(one.tokens) for one in group)
+            lengths = [len(one.tokens) for one in group]
+            longest, tokens = max(lengths), sum(lengths)
             if (
-                1 < len(group) <= _TOGETHER
+                1 < len(group) <= self._together
+                and len(set(lengths)) <= _LASTS
                 and self._rows.row(row.slot) == place + len(group) - 1
                 and all(one.pos == 0 and one.outputs <= 1 for one in group)
                 and longest * len(group) <= _PADDED * tokens
@@ -328,6 +382,7 @@ class Onnx:
 
     def close(self) -> None:
         self._bindings.clear()
+        self._recorder = None
         self._embedder.close()
         self._session = None
         self._rows.close()

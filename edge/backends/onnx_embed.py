@@ -22,10 +22,15 @@ PIECE = 256
 
 
 class Embedder:
-    """session: over a graph with hidden states. cells: makes one row of cells with room for n tokens."""
+    """session: over a graph with hidden states. options: of its runs. cells: makes one row of cells with
+    room for n tokens.
+    """
 
-    def __init__(self, session: Any, header: OnnxHeader, cells: Callable[[int], Rows | DeviceRows]) -> None:
+    def __init__(
+        self, session: Any, options: Any, header: OnnxHeader, cells: Callable[[int], Rows | DeviceRows]
+    ) -> None:
         self._session = session
+        self._options = options
         self._header = header
         self._cells: Any = cells
 
@@ -72,7 +77,7 @@ class Embedder:
         binding.bind_output(HIDDEN, "cpu", 0, states.dtype.type, (1, *states.shape), states.ctypes.data)
         rows.bind(binding, 0, 1)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._options)
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             raise EdgeError(f"onnxruntime failed to embed {len(ids)} tokens: {error}") from error
         return states

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import Candidates, Logits, StepOutputs
-from edge.backends.onnx_binding import Binding, zeros
+from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.onnx_header import CANDIDATES, OnnxHeader
 
 
@@ -28,10 +28,19 @@ class Outputs:
 
     def bind(self, binding: Binding, at: int, batch: int, picks: int, *, few: bool) -> None:
         """Let a run over `batch` rows write what its `picks` positions of each give, from row `at` on."""
-        for name, buffer in (
-            zip(CANDIDATES, (self._values, self._ids), strict=True) if few else (("logits", self._logits),)
-        ):
+        for name, buffer in self._of(few).items():
             binding.write(name, buffer, at, (batch, picks, buffer.array.shape[1]))
+
+    def take(self, found: Sequence[NDArray[Any]], *, few: bool) -> None:
+        """What a run over a batch gave elsewhere: one position of each row, as `bind` orders them."""
+        for array, buffer in zip(found, self._of(few).values(), strict=True):
+            buffer.array[: len(array)] = array
+
+    def _of(self, few: bool) -> dict[str, Buffer]:
+        """The graph's outputs by name: candidates, or all logits."""
+        if few:
+            return dict(zip(CANDIDATES, (self._values, self._ids), strict=True))
+        return {"logits": self._logits}
 
     def read(self, places: Sequence[tuple[int, bool]]) -> StepOutputs:
         """What each place holds: a row, and whether a run wrote candidates there."""
