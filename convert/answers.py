@@ -27,9 +27,19 @@ def reference(row: Row) -> str:
 
 
 def generate(
-    model: Any, form: ChatFormat, prompts: list[str], *, device: str, max_new_tokens: int, size: int
+    model: Any,
+    form: ChatFormat,
+    prompts: list[str],
+    *,
+    device: str,
+    max_new_tokens: int,
+    size: int,
+    together: bool = False,
 ) -> list[str]:
-    """The greedy answer to each prompt, without special tokens, in the order of `prompts`."""
+    """The greedy answer to each prompt, without special tokens, in the order of `prompts`.
+
+    together: all processes of a world ask the same, and go on until the last one has ended.
+    """
     from transformers import GenerationConfig
 
     ids = form.encode(prompts)
@@ -58,7 +68,10 @@ def generate(
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 made = model.generate(
-                    input_ids=rows.to(device), attention_mask=mask.to(device), generation_config=greedy
+                    input_ids=rows.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=greedy,
+                    synced_gpus=together,
                 )
             for one, tokens in zip(chosen, made[:, longest:].tolist(), strict=True):
                 end = next((n for n, token in enumerate(tokens) if token in form.stop_ids), len(tokens))

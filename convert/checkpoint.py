@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from convert.loop import Loop, Progress
+from convert.spread import plain
 from edge import manifest
 from edge.config import FIELDS, TrainConfig
 from edge.errors import InputError, UsageError
@@ -36,7 +37,7 @@ _FREE = {
     "logging_steps", "plot_loss", "report_to", "save_strategy", "save_steps", "save_total_limit",
     "save_only_model", "resume_from_checkpoint", "eval_strategy", "eval_steps", "eval_answers",
     "early_stopping_steps", "load_best_model_at_end", "ignore_memory", "strict", "template", "dataset",
-    "eval_dataset", "use_cpu",
+    "eval_dataset", "use_cpu", "fsdp",
 }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def save(
     data: digest of what is trained on. base: base_model and parents. compute: device and dtype.
     """
     target = folder_of(run, loop.state.step)
-    weights = _trainable(loop.model)
+    weights = {name: one.detach().contiguous().cpu() for name, one in _trained(loop.model).items()}
     # Adam keeps two numbers for each weight.
     manifest.check_free(
         run, (1 if config.save_only_model else 3) * sum(one.nbytes for one in weights.values())
@@ -242,7 +243,7 @@ def restore(loop: Loop, found: Found) -> Best:
 def load_weights(model: Any, folder: Path) -> None:
     """Put the trained weights of a checkpoint into `model`. Raises InputError where they do not fit it."""
     tensors = load_file(folder / WEIGHTS)
-    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    parameters = _trained(model)
     if set(tensors) != set(parameters):
         raise InputError(f"{folder} does not fit this model", "train anew: --overwrite")
     with torch.no_grad():
@@ -278,10 +279,8 @@ def remove_all(run: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _trainable(model: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: one.detach().contiguous().cpu() for name, one in model.named_parameters() if one.requires_grad
-    }
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {plain(name): one for name, one in model.named_parameters() if one.requires_grad}
 
 
 def _flat(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

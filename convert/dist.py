@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
@@ -18,11 +19,15 @@ from edge.errors import UsageError
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` others; rank 0 writes files and speaks."""
+    """This process among `size` others; rank 0 writes files and speaks.
+
+    spread: the processes hold the model's weights together, so that all go through its layers as often.
+    """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    spread: bool = False
 
     @property
     def first(self) -> bool:
@@ -42,6 +47,15 @@ class World:
         if self.size > 1:
             for one in parameters:
                 distributed.all_reduce(one.grad)
+
+    def share(self, batches: list[Any]) -> list[tuple[Any, bool]]:
+        """This process' part of `batches`, each with whether it counts: where weights are spread, those that
+        have one less compute the first for nothing.
+        """
+        mine = [(one, True) for one in batches[self.rank :: self.size]]
+        if self.spread and len(mine) < -(-len(batches) // self.size):
+            mine.append((batches[0], False))
+        return mine
 
     def wait(self) -> None:
         if self.size > 1:

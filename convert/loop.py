@@ -168,13 +168,13 @@ class Loop:
             one["lr"] = rate
         weight = sum(self.objective.weight(batch) for batch in group)
         values: list[torch.Tensor] = []
-        mine = group[world.rank :: world.size]
-        for batch in mine:
+        mine = world.share(group)
+        for batch, counts in mine:
             if world.size == 1 and stop():
                 self.optimizer.zero_grad(set_to_none=False)
                 return False
             losses, _ = self.objective(batch, self.device)
-            value = losses.sum() / weight
+            value = losses.sum() / weight * counts
             scaler.scale(value).backward()
             values.append(value.detach())
         world.add_gradients(self.parameters)
@@ -185,11 +185,11 @@ class Loop:
         wrong = [
             at
             for at, amount in enumerate(amounts)
-            if not math.isfinite(amount) or (not amount and self.objective.zero_is_bad)
+            if not math.isfinite(amount) or (not amount and mine[at][1] and self.objective.zero_is_bad)
         ]
         (total,) = world.total(math.nan if wrong else sum(amounts))
         if wrong:
-            raise self._bad_loss(amounts[wrong[0]], mine[wrong[0]])
+            raise self._bad_loss(amounts[wrong[0]], mine[wrong[0]][0])
         if math.isnan(total):
             raise EdgeError(f"step {state.step + 1}: another process met a loss that is no number")
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1.0):
@@ -241,10 +241,12 @@ class Loop:
         return self.model.get_input_embeddings().register_forward_hook(add).remove
 
     def _bad_loss(self, amount: float, batch: list[Any]) -> EdgeError:
-        # Only now the losses of single tokens are looked at, for the rows' names.
-        with torch.no_grad():
-            losses, rows = self.objective(batch, self.device)
-        wrong = set(rows[~torch.isfinite(losses.detach().cpu())].tolist()) or set(range(len(batch)))
+        wrong = set(range(len(batch)))
+        # Only now the losses of single tokens are looked at, for the rows' names; where no other has to join.
+        if not self.world.spread:
+            with torch.no_grad():
+                losses, rows = self.objective(batch, self.device)
+            wrong = set(rows[~torch.isfinite(losses.detach().cpu())].tolist()) or wrong
         names = ", ".join(batch[row].source for row in sorted(wrong)[:5])
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         return EdgeError(
@@ -268,10 +270,10 @@ def evaluate(
     model.eval()
     total = weight = 0.0
     with torch.no_grad():
-        for batch in list(by_length(items, size))[world.rank :: world.size]:
+        for batch, counts in world.share(list(by_length(items, size))):
             losses, _ = objective(batch, device)
-            total += float(losses.sum())
-            weight += objective.weight(batch)
+            total += float(losses.sum()) * counts
+            weight += objective.weight(batch) * counts
     model.train(was_training)
     total, weight = world.total(total, weight)
     return total / max(1.0, weight)

@@ -13,6 +13,7 @@ import itertools
 import random
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from convert import packed
+from convert import packed, spread
 from convert.encode import Pair, Sample
 from convert.fused import fuse
 from convert.loop import batches, total_steps
@@ -41,6 +42,8 @@ from edge.errors import EdgeError
 CPU_PROCESS, CPU_KEPT, CPU_TOKEN = 520 * 2**20, 0.22, 15
 CUDA_WORKSPACE = 40 * 2**20
 _BLOCK, _DOUBLE = 64, 256
+# In place of a layer's number: weights that every process has.
+_EVERYWHERE = -1
 
 
 @dataclass(frozen=True)
@@ -181,16 +184,21 @@ def estimate(
     eager: bool,
     model: Any = None,
     joined: bool = False,
+    shards: int = 1,
 ) -> Estimate:
     """The peak of training `made` as `config` says, in bytes.
 
     model: what `skeleton` gave, to use again. joined: rows lie behind one another, see `convert.packed`.
+    shards: processes that the layers' frozen weights are spread over, see `convert.spread`.
     """
     model = model if model is not None else skeleton(base, config, place, eager=eager, joined=joined)
     weights = trained = 0
     seen: set[int] = (
         {id(model.get_input_embeddings().weight)} if keeps_embeddings_off(model, place) else set()
     )
+    layer_of = {id(one): at for at, layer in enumerate(spread.layers(model) if shards > 1 else ())
+                for one in layer.parameters()}  # fmt: skip
+    gathered: Counter[int] = Counter()
     for module in model.modules():
         for name, one in module.named_parameters(recurse=False):
             if id(one) in seen:  # the output head may be the embeddings
@@ -200,9 +208,14 @@ def estimate(
                 trained += one.numel() * 4
             elif isinstance(module, _Layer) and name == "weight":
                 scale = 1 + 4 / _DOUBLE if config.double_quantization else 4
-                weights += int(one.numel() / 2 + one.numel() / _BLOCK * scale)
+                weights += int(one.numel() / _BLOCK * scale)
+                gathered[layer_of.get(id(one), _EVERYWHERE)] += one.numel() // 2
             else:
-                weights += one.numel() * one.element_size()
+                gathered[layer_of.get(id(one), _EVERYWHERE)] += one.numel() * one.element_size()
+    weights += gathered.pop(_EVERYWHERE, 0)
+    if gathered:
+        # A part of each layer, and the one that computes as a whole.
+        weights += gathered.total() // shards + max(gathered.values())
     paged = config.optim == "paged_adamw_8bit"
     # Adam's two numbers in float32. Paged ones lie in the system's memory when the card's is needed.
     kept = trained + (0 if paged else trained * 2)
@@ -360,23 +373,30 @@ def free(place: Place) -> int:
 
 
 def check(
-    base: Path, config: TrainConfig, made: Prepared, place: Place, *, eager: bool, console: Console
+    base: Path,
+    config: TrainConfig,
+    made: Prepared,
+    place: Place,
+    *,
+    eager: bool,
+    console: Console,
+    shards: int = 1,
 ) -> Estimate:
     """Say what training will take. Raises EdgeError, with settings that fit, where less is free."""
     joined = packed.likely(config, place)
     model = skeleton(base, config, place, eager=eager, joined=joined)
-    found = estimate(base, config, made, place, eager=eager, model=model, joined=joined)
+    found = estimate(base, config, made, place, eager=eager, model=model, joined=joined, shards=shards)
     room = free(place)
     console.print(f"memory: {found} at the peak, {room / 2**30:.2f} GiB free")
     if found.total <= room or config.ignore_memory:
         return found
     raise EdgeError(
         f"training needs about {found.total / 2**30:.2f} GiB, {place.device} has {room / 2**30:.2f} GiB free",
-        _proposal(base, config, made, place, room) + "; or ignore_memory: true to try",
+        _proposal(base, config, made, place, room, shards) + "; or ignore_memory: true to try",
     )
 
 
-def _proposal(base: Path, config: TrainConfig, made: Prepared, place: Place, room: int) -> str:
+def _proposal(base: Path, config: TrainConfig, made: Prepared, place: Place, room: int, shards: int) -> str:
     """The mildest change of settings that fits into `room` bytes, in words."""
     trial, said = config, []
     while True:
@@ -390,7 +410,7 @@ def _proposal(base: Path, config: TrainConfig, made: Prepared, place: Place, roo
             trial = dataclasses.replace(
                 trial, per_device_train_batch_size=size // 2, gradient_accumulation_steps=more
             )
-        if _fits(base, trial, made, place, room):
+        if _fits(base, trial, made, place, room, shards):
             break
     for key in (
         "disable_gradient_checkpointing",
@@ -399,22 +419,25 @@ def _proposal(base: Path, config: TrainConfig, made: Prepared, place: Place, roo
     ):
         if getattr(trial, key) != getattr(config, key):
             said.append(f"{key}: {str(getattr(trial, key)).lower()}")
-    if _fits(base, trial, made, place, room):
+    if _fits(base, trial, made, place, room, shards):
         return "this fits: " + ", ".join(said)
     cut = trial.cutoff_len
     while cut > 64:
         cut //= 2
-        if _fits(base, trial, _shortened(made, cut), place, room):
+        if _fits(base, trial, _shortened(made, cut), place, room, shards):
             return "this fits: " + ", ".join([*said, f"cutoff_len: {cut}"])
     if config.quantization_bit is None and config.finetuning_type == "lora":
         return "quantization_bit: 4 needs a quarter of the memory for weights"
-    return "even the shortest rows do not fit: take a smaller model, or free some memory"
+    return (
+        "even the shortest rows do not fit: take a smaller model, free some memory, or spread the weights "
+        "over several cards (fsdp: full_shard)"
+    )
 
 
-def _fits(base: Path, config: TrainConfig, made: Prepared, place: Place, room: int) -> bool:
+def _fits(base: Path, config: TrainConfig, made: Prepared, place: Place, room: int, shards: int) -> bool:
     eager = place.device == "cpu" and made.longest <= 512
     joined = packed.likely(config, place)
-    return estimate(base, config, made, place, eager=eager, joined=joined).total <= room
+    return estimate(base, config, made, place, eager=eager, joined=joined, shards=shards).total <= room
 
 
 def _shortened(made: Prepared, cut: int) -> Prepared:

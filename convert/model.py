@@ -70,8 +70,14 @@ def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
     return place.dtype
 
 
-def load_model(folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa") -> Any:
-    """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`."""
+def load_model(
+    folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa", spread: bool = False
+) -> Any:
+    """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`.
+
+    spread: as `convert.spread` takes it: in the system's memory, 4 bits packed as numbers of the other
+    weights' type, for what is spread in one piece must be of one.
+    """
     no_advice()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
@@ -84,10 +90,11 @@ def load_model(folder: Path, place: Place, *, double_quant: bool = True, attenti
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=place.dtype,
+            bnb_4bit_quant_storage=place.dtype if spread else torch.uint8,
         )
     if place.device != "cpu" or torch.cuda.is_available():
         # Unasked, 4-bit weights would go to the card although the CPU is wanted.
-        how["device_map"] = {"": place.device}
+        how["device_map"] = {"": "cpu" if spread else place.device}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
     except (OSError, ValueError, KeyError) as error:

@@ -136,12 +136,15 @@ def recordable(model: Any) -> str:
     return ""
 
 
-def head(model: Any, config: TrainConfig, place: Place, *, passes: int = 0) -> tuple[LossHead, str]:
+def head(
+    model: Any, config: TrainConfig, place: Place, *, passes: int = 0, spread: bool = False
+) -> tuple[LossHead, str]:
     """The losses of a model that is trained, and on a CUDA card a line that says how they are computed.
 
     passes: bytes that a forward and backward pass needs; a recorded one keeps them, beside those of a batch
-    of a size that comes for the first time. The model's attention must be `attention_name`'s. On a card an
-    adapted model's embeddings go to the system's memory if they can.
+    of a size that comes for the first time. spread: the weights are, see `convert.spread`. The model's
+    attention must be `attention_name`'s. On a card an adapted model's embeddings go to the system's memory
+    if they can.
     """
     half = autocast(config, place)
     if place.device != "cuda" or config.finetuning_type == "full":
@@ -153,9 +156,10 @@ def head(model: Any, config: TrainConfig, place: Place, *, passes: int = 0) -> t
     if why := usable(model, config, place.dtype):
         said = f"rows are padded to the longest of their batch, kernels launched one by one: {why}"
         return LossHead(model, autocast=half), said
-    fuse(model)
+    if not spread:
+        fuse(model)
     torch.cuda.empty_cache()
-    why = recordable(model)
+    why = "its weights are spread over processes" if spread else recordable(model)
     if not why and torch.cuda.mem_get_info()[0] < 2 * passes:
         why = f"a recording needs {2 * passes / 2**30:.2f} GiB free"
     body = Body(model, autocast=half, record=not why)

@@ -32,6 +32,7 @@ from convert import (
     packed,
     plots,
     prepare,
+    spread,
     start,
     template,
 )
@@ -103,6 +104,8 @@ def run(
         said.append("default_system is trained in: send the same system message when you ask the model")
     place = choose_place(config)
     world = dist.join(cpu=place.device == "cpu")
+    if spread.asked(config, world):
+        world = dataclasses.replace(world, spread=True)
     if not world.first:
         console = Console(quiet=True)
     said += _doubts(config, made, world.size)
@@ -111,9 +114,10 @@ def run(
         said += checkpoint.check_same(resumed, config, data=made.digest(), processes=world.size)
     for line in [*filter(None, said), *made.report.lines(), *place.notes]:
         console.print(f"note: {line}", style="yellow")
-    console.print(_plan(config, made, place, world.size))
+    console.print(_plan(config, made, place, world))
     eager = place.device == "cpu" and made.longest <= _EAGER_LONGEST
-    passes = memory.check(base, config, made, place, eager=eager, console=console).passes
+    shards = world.size if world.spread else 1
+    passes = memory.check(base, config, made, place, eager=eager, console=console, shards=shards).passes
     try:
         with loop.out_of_memory(config):
             return _train(
@@ -166,7 +170,13 @@ def _train(
     full = config.finetuning_type == "full"
     weights = dataclasses.replace(place, dtype=torch.float32) if full else place
     attention = packed.attention_name(place, eager=eager)
-    model = load_model(base, weights, double_quant=config.double_quantization, attention=attention)
+    model = load_model(
+        base,
+        weights,
+        double_quant=config.double_quantization,
+        attention=attention,
+        spread=world.spread,
+    )
     if config.enable_liger_kernel:
         use_liger(model, place)
     quantized = quantized_layers(model) if place.four_bit else []
@@ -177,7 +187,9 @@ def _train(
     if config.loftq_init and place.four_bit and resumed is None:
         share = loftq.begin(model, base)
         console.print(f"the adapter begins with {share:.0%} of what 4 bits lost of the weights")
-    head, how = packed.head(model, config, place, passes=passes)
+    if world.spread:
+        spread.spread(model, place.device)
+    head, how = packed.head(model, config, place, passes=passes, spread=world.spread)
     if how:
         console.print(how)
     objective: Any = head
@@ -228,7 +240,13 @@ def _train(
 
     def ask() -> list[tuple[str, str]]:
         found = answers.generate(
-            model, form, prompts, device=place.device, max_new_tokens=_ANSWER, size=len(prompts)
+            model,
+            form,
+            prompts,
+            device=place.device,
+            max_new_tokens=_ANSWER,
+            size=len(prompts),
+            together=world.spread,
         )
         return [(str(row.messages[-2 if not row.chosen else -1]["content"]), text)
                 for row, text in zip(asked, found, strict=True)]  # fmt: skip
@@ -265,6 +283,8 @@ def _train(
                 line["eval_loss"] for line in reversed(state.history) if "eval_loss" in line
             )
         watch.finish(_results(state, found))
+    if world.spread:
+        spread.end(model)
     if world.first:
         with manifest.publish(target, overwrite=overwrite_ok(target)) as partial:
             _write(model, partial, base, form, full, pissa)
@@ -294,14 +314,15 @@ def overwrite_ok(target: Path) -> bool:
     return (target / manifest.FILE).is_file()
 
 
-def _plan(config: TrainConfig, made: prepare.Prepared, place: Place, processes: int) -> str:
-    steps = loop.total_steps(config, len(made.train), processes)
+def _plan(config: TrainConfig, made: prepare.Prepared, place: Place, world: dist.World) -> str:
+    steps = loop.total_steps(config, len(made.train), world.size)
     if config.finetuning_type == "full":
         kind = "32-bit, every weight trained"
     else:
         kind = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
     what = "pairs" if config.stage == "dpo" else "rows"
-    many = f" on each of {processes} processes" if processes > 1 else ""
+    many = f" on each of {world.size} processes" if world.size > 1 else ""
+    many = f", spread over {world.size} processes" if world.spread else many
     return (
         f"{made.rows} {what} to train on, {len(made.held)} held out, longest {made.longest} tokens, "
         f"{steps} steps; {Path(config.model_name_or_path).name} in {kind} on {place.device}{many}, "

@@ -129,7 +129,7 @@ class Watch:
                 saved = True
         else:
             self.best.waited += 1
-        if answers and self._first:
+        if answers and (self._first or self._loop.world.spread):
             self._ask(state)
         self._loop.world.wait()
         return saved
@@ -155,7 +155,8 @@ class Watch:
                 self._say(f"{path}")
 
     def _ask(self, state: State) -> None:
-        for asked, answer in self._actions.ask():
+        found = self._actions.ask()
+        for asked, answer in found if self._first else []:
             self._say(f"  {asked!r} -> {answer!r}")
             line = {"current_steps": state.step, "question": asked, "answer": answer}
             with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:

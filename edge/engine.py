@@ -109,6 +109,12 @@ class Engine:
         self._service_s = 1.0
         self._draining: float | None = None
         self._prefilling: frozenset[int] = frozenset()
+        # Tokens whose text is still to be made, and the rows of a step that are still to be booked.
+        self._unsaid: list[tuple[Job, int]] = []
+        self._unbooked: list[tuple[Work, Row]] = []
+        self._urgent = False
+        if info.overlaps:
+            backend.meanwhile = self._meanwhile
 
     # -- from any thread ------------------------------------------------------------------------------
 
@@ -175,6 +181,8 @@ class Engine:
         plan = self._scheduler.plan(chunk, self._draft if drafts else None)
         if plan:
             self._step(plan, decoding)
+        else:
+            self._settle()
         self._report()
         return True
 
@@ -249,9 +257,12 @@ class Engine:
             for work in plan
             if work.ends and (matcher := self._of[work.sequence].matcher) is not None
         }
+        # A step without prompts is never interrupted: it can be booked before its end.
+        self._unbooked = [] if prefill else list(zip(plan, rows, strict=True))
         try:
             outputs = self._backend.step(rows)
         except StepInterrupted:
+            self._unbooked = []
             for row in rows:
                 self.cache.restore(row.slot)
             return
@@ -266,22 +277,53 @@ class Engine:
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
         if self._speculate and not prefill:
             self._costs.learn(decoding + drafted, now - before)
+        if prefill:
+            self._unbooked = list(zip(plan, rows, strict=True))
+        self._book()
         ends: list[tuple[Job, Work, int]] = []
         at = 0
         for work, row in zip(plan, rows, strict=True):
-            self.cache.extend(row.slot, row.tokens)
-            work.sequence.computed += work.n
             if row.outputs:
                 ends.append((self._of[work.sequence], work, at))
                 at += row.outputs
         picked = self._picked(ends, outputs)
-        urgent = False
         for job, work, at in ends:
+            choice = picked.get(at)
+            if choice is not None and job.plain and job.first and not work.draft:
+                if (reason := job.count(choice.token)) != "stop":
+                    self._unsaid.append((job, choice.token))
+                if reason is not None:
+                    self._finish(job, reason)
+                continue
             masked = masks.get(work.sequence) if masks else None
-            urgent |= self._advance(
-                job, work, outputs[at : at + 1 + len(work.draft)], masked, picked.get(at), now
-            )
-        if urgent or now - self._flushed >= self._flush_s:
+            found = outputs[at : at + 1 + len(work.draft)]
+            self._urgent |= self._advance(job, work, found, masked, choice, now)
+        if not self._backend.info.overlaps:
+            self._settle()
+
+    def _meanwhile(self) -> None:
+        """What is left of the last step, and what is known of this one, while this one is computed."""
+        self._book()
+        self._settle()
+
+    def _book(self) -> None:
+        """Tell the cache of the rows that were, or are sure to be, computed."""
+        for work, row in self._unbooked:
+            self.cache.extend(row.slot, row.tokens)
+            work.sequence.computed += work.n
+        self._unbooked = []
+
+    def _say(self) -> None:
+        """Make the text of the tokens that were booked without it."""
+        for job, token in self._unsaid:
+            job.say(token, self._backend)
+        self._unsaid = []
+
+    def _settle(self) -> None:
+        """Say what is unsaid, and send it where that is due."""
+        self._say()
+        now = self._clock()
+        if self._urgent or now - self._flushed >= self._flush_s:
             self._flush(now)
 
     def _row(self, work: Work) -> Row:
@@ -383,6 +425,8 @@ class Engine:
         self._refuse(job.request.key, error)
 
     def _finish(self, job: Job, reason: str) -> None:
+        self._say()
+        self._urgent = True
         now = self._clock()
         self._events.append(job.done(reason, now))
         self._forget(job)
@@ -395,7 +439,7 @@ class Engine:
             if job.pending or job.pending_tokens:
                 self._events.append(msg.Delta(key, job.pending, job.pending_tokens, job.logprobs or None))
                 job.pending, job.pending_tokens, job.logprobs = "", 0, []
-        self._flushed = now
+        self._flushed, self._urgent = now, False
         self._send()
 
     def _send(self) -> None:

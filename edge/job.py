@@ -18,7 +18,11 @@ from edge.thought import ThoughtMeter
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request in the engine: what was asked, and everything made for it so far."""
+    """A request in the engine: what was asked, and everything made for it so far.
+
+    free: its next token depends on nothing but the logits. plain: nor does anything depend on the text of its
+    tokens, which may be made later.
+    """
 
     request: msg.Submit
     sequence: Sequence
@@ -37,26 +41,40 @@ class Job:
     logprobs: list[msg.Logprob] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    free: bool = field(init=False)
+    plain: bool = field(init=False)
 
-    @property
-    def free(self) -> bool:
-        """Whether its next token depends on nothing but the logits."""
-        return self.matcher is None and self.guide is None
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.free = self.matcher is None and self.guide is None
+        self.plain = self.free and self.thought is None and params.logprobs is None and not params.stop
 
-    def take(self, choice: Choice, backend: Backend) -> str | None:
-        """Book one token and its text; the reason to finish, if it ends the request."""
-        sequence, token = self.sequence, choice.token
-        sequence.tokens.append(token)
+    def count(self, token: int) -> str | None:
+        """Book one token; the reason to finish, if its number or its place ends the request."""
+        tokens = self.sequence.tokens
+        tokens.append(token)
         self.pending_tokens += 1
         if token in self.stop_ids and not self.request.params.ignore_eos:
             return "stop"
         if self.lookup is not None:
             self.lookup.extend(token)
+        return "length" if len(tokens) >= self.sequence.limit else None
+
+    def say(self, token: int, backend: Backend) -> bytes:
+        """Make a booked token's text."""
         data = backend.decode(token)
+        self.pending += self.text.push(data)
+        return data
+
+    def take(self, choice: Choice, backend: Backend) -> str | None:
+        """Book one token and its text; the reason to finish, if it ends the request."""
+        token = choice.token
+        if (reason := self.count(token)) == "stop":
+            return reason
+        data = self.say(token, backend)
         if choice.logprob is not None:
             top = [(backend.decode(t), p) for t, p in choice.top]
             self.logprobs.append(msg.Logprob(data, choice.logprob, top))
-        self.pending += self.text.push(data)
         complete = self.matcher is not None and self.matcher.accept(token)
         if self.thought is not None:
             self.thought.take(data)
@@ -64,7 +82,7 @@ class Job:
             self.matcher = self.guide.take(token, data) or self.matcher
         if complete or self.text.stopped is not None:
             return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
+        return reason
 
     def done(self, reason: str, now: float) -> msg.Done:
         """The request's last event, with what was not sent yet."""

@@ -98,6 +98,10 @@ class TrainConfig:
     warmup_steps: int = _key(0, "int", "steps that warm up; wins over warmup_ratio", low=0)
     max_grad_norm: float = _key(1.0, "float", "longer gradients are scaled down to this; 0: never", low=0.0)
     weight_decay: float = _key(0.0, "float", "AdamW's weight decay", low=0.0)
+    fsdp: str | None = _key(
+        None, "text", "spread the frozen weights over processes, for a base that does not fit on one card",
+        choices=("full_shard", "full_shard auto_wrap"),
+    )  # fmt: skip
     optim: str = _key("adamw_torch", "text", "the optimizer; paged_adamw_8bit needs CUDA", choices=OPTIMIZERS)
     bf16: bool = _key(False, "bool", "compute in bfloat16")
     fp16: bool = _key(False, "bool", "compute in float16")
@@ -158,7 +162,6 @@ ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
     "do_predict": ((False,), ""),
     "do_train": ((True,), ""),
     "flash_attn": (("auto", "sdpa"), ""),
-    "fsdp": ((None, ""), ""),
     "gradient_checkpointing": ((True,), ""),
     "image_max_pixels": (ANY, ""),
     "include_num_input_tokens_seen": (ANY, ""),

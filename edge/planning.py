@@ -24,6 +24,10 @@ DEFAULT_SLOTS = 16
 # Cells that all requests share where nobody says how many there shall be: enough for two whole contexts, or
 # sixteen short ones. A request that finds none free is computed later, never failed.
 DEFAULT_POOL = 8192
+# A whole context for each slot, which is faster, may take one part in so many of the memory for cells.
+_SHARE = 3
+# llama.cpp clears it first, a second for each gibibyte.
+_MOST_CLEARED = 2**32
 BATCH = 512
 # Where a card's memory allows: it reads so many tokens hardly slower than fewer.
 CARD_BATCH = 2048
@@ -152,8 +156,10 @@ def estimate(artefact: Artefact, *, kv_type: str, slots: int, batch: int = BATCH
 
 
 def cells(settings: Settings | onnx.Settings) -> int:
-    """KV cells that are taken in all."""
-    return settings.capacity if isinstance(settings, Settings) else settings.slots * settings.context
+    """KV cells that may be taken in all."""
+    if isinstance(settings, Settings) and not settings.parts:
+        return settings.capacity
+    return settings.slots * settings.context
 
 
 def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
@@ -200,10 +206,13 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
             else "free some memory",
         )
     threads = options.threads or hardware.cpu_threads()
+    # Cells that nothing is written to take no memory (edge.backends.zeros), but they may all be written to.
+    whole = slots * context
+    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell)
     if artefact.kind == "onnx":
         return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     asked_for_all = options.slots is not None and options.context is not None
-    pool = max(context, min(slots * context, fits, slots * context if asked_for_all else DEFAULT_POOL))
+    pool = max(context, min(whole, fits, whole if asked_for_all else DEFAULT_POOL))
     if used and not isinstance(artefact.header, OnnxHeader):
         gpu_layers, said = offload.layers(artefact.header, pool, need.cell, need.buffers, used)
         if not gpu_layers and options.device == "cuda":
@@ -213,10 +222,13 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         device, why = device if gpu_layers else "cpu", f"{why}; {said}"
         if offload.layers(artefact.header, pool, wide.cell, wide.buffers, used)[0] == offload.ALL:
             batch = CARD_BATCH
+        there = offload.layers(artefact.header, _SHARE * whole, need.cell, need.buffers, used)[0]
+        parts = parts and there == offload.ALL
     return Settings(
         slots=slots,
         context=context,
         capacity=pool,
+        parts=parts or pool >= whole,
         batch=batch,
         threads=threads,
         threads_batch=threads,

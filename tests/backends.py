@@ -25,11 +25,13 @@ class Maker:
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
-        self.pools = kind in ("fake", "llamacpp")
+        self.pools = kind in ("fake", "fake-card", "llamacpp")
         self._patch = pytest.MonkeyPatch()
         self._made: dict[tuple[tuple[str, int], ...], Backend] = {}
-        if kind == "fake":
-            self._build: Build = lambda given: FakeBackend(**given)  # type: ignore[arg-type]
+        if kind in ("fake", "fake-card"):
+            # A card's steps are computed elsewhere: the engine has things to do meanwhile.
+            there = kind == "fake-card"
+            self._build: Build = lambda given: FakeBackend(**given, overlaps=there)  # type: ignore[arg-type]
         elif kind == "llamacpp":
             self._build = _llamacpp(folder)
         else:

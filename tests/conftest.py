@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="module", params=["fake", "llamacpp", "onnx", "onnx-device"])
+@pytest.fixture(scope="module", params=["fake", "fake-card", "llamacpp", "onnx", "onnx-device"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     """Makes backends; a test that takes it runs over every kind."""
     # Late: the conformance suites run in environments that have nothing of edge.

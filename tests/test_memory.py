@@ -35,9 +35,9 @@ def rows(*sizes):
     return Prepared(items, [], data.Report(), rows=len(items))
 
 
-def estimated(base, made, *, four_bit=False, eager=False, **changes):
+def estimated(base, made, *, four_bit=False, eager=False, shards=1, **changes):
     place = model.Place("cpu", torch.float32, four_bit)
-    return memory.estimate(base, config(base, **changes), made, place, eager=eager)
+    return memory.estimate(base, config(base, **changes), made, place, eager=eager, shards=shards)
 
 
 def test_weights_and_what_is_trained(base):
@@ -51,6 +51,9 @@ def test_weights_and_what_is_trained(base):
     small = estimated(base, rows(20, 30), four_bit=True)
     assert small.weights == pytest.approx(4 * rest + 2 * layer * (1 / 2 + (1 + 4 / 256) / 64), abs=64)
     assert estimated(base, rows(20), finetuning_type="full").trained == 12 * (2 * layer + rest)
+    # Spread over four processes: a part of both layers, with their two norms, and one that is gathered.
+    spread = estimated(base, rows(20), shards=4).weights
+    assert spread == pytest.approx(4 * (rest - 4 * 64) + (2 / 4 + 1) * 4 * (layer + 2 * 64), abs=64)
 
 
 def test_passes_follow_the_longest_rows(base):

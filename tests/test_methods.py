@@ -15,7 +15,8 @@ from bitsandbytes.functional import dequantize_4bit
 from rich.console import Console
 from safetensors.torch import load_file
 
-from convert import encode, loftq, loop, merge, model, prepare, qlora, template, train_cli
+from convert import encode, loftq, loop, merge, model, prepare, qlora, spread, template, train_cli
+from convert.dist import World
 from convert.encode import Pair, Sample
 from convert.losses import LossHead, Preference
 from edge.config import as_yaml
@@ -329,12 +330,8 @@ def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypa
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_that_accumulates(made, tmp_path):
-    """Over gloo: the same gradients, the same weights."""
-    one = qlora.run(made("one", gradient_accumulation_steps=2, val_size=2, max_steps=4), console=QUIET)
-    path = tmp_path / "c.yaml"
-    path.write_text(as_yaml(made("two", val_size=2, max_steps=4)), encoding="utf-8")
+def two_processes(path):
+    """`edge train` on a configuration by torchrun, over gloo."""
     command = [
         sys.executable,
         "-m",
@@ -344,19 +341,34 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path):
         "--master-port",
         "29611",
     ]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "edge.cli", "train", str(path)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         timeout=240,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [None, "full_shard"])
+def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
+    """The same gradients, the same weights; also where the processes hold the frozen weights together."""
+    # Three batches an epoch: in each second step one process has none.
+    more = {"val_size": 2, "max_steps": 4, "max_samples": 8, "quantization_bit": 4}
+    more["disable_gradient_checkpointing"] = fsdp is None
+    one = qlora.run(made("one", gradient_accumulation_steps=2, **more), console=QUIET)
+    path = tmp_path / "c.yaml"
+    path.write_text(as_yaml(made("two", fsdp=fsdp, **more)), encoding="utf-8")
+    done = two_processes(path)
+    said = done.stdout.decode("utf-8")
     assert done.returncode == 0, done.stderr.decode("utf-8")
-    assert "on each of 2 processes" in done.stdout.decode("utf-8")
-    assert done.stdout.decode("utf-8").count("step 4/4") == 1
+    assert ("spread over 2 processes" if fsdp else "on each of 2 processes") in said
+    assert said.count("step 4/4") == 1 and " -> " in said
     first, second = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
     )
+    assert set(first) == set(second)
     for name in first:
         assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5), name
     logs = [
@@ -367,6 +379,29 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path):
         for key in ("loss", "eval_loss", "total_tokens"):
             assert line.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4)
     assert one.is_dir()
+
+
+def test_spread_weights_want_several_processes_and_an_adapter(made, monkeypatch):
+    with pytest.raises(UsageError, match="this is one") as caught:
+        qlora.run(made(fsdp="full_shard"), console=QUIET)
+    assert "torchrun" in caught.value.hint
+    # What `accelerate launch` sets where it was configured so.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert spread.asked(made(), World(0, 2))
+    for more in ({"use_dora": True}, {"finetuning_type": "full", "quantization_bit": None}):
+        with pytest.raises(UsageError, match="under a LoRA adapter"):
+            spread.asked(made(**more), World(0, 2))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert not spread.asked(made(), World(0, 2))
+
+
+def test_who_has_a_batch_less_computes_one_that_does_not_count():
+    batches = ["a", "b", "c"]
+    assert World(1, 2).share(batches) == [("b", True)]
+    assert World(1, 2, spread=True).share(batches) == [("b", True), ("a", False)]
+    assert World(0, 2, spread=True).share(batches) == [("a", True), ("c", True)]
+    assert World(1, 2, spread=True).share(["a", "b"]) == [("b", True)]
+    assert World(2, 3, spread=True).share(["a"]) == [("a", False)]
 
 
 def test_one_bad_row_is_named_in_a_preference_too(made, monkeypatch):

@@ -8,7 +8,7 @@ tokens, drafts to verify. What the native code would crash on (sizes, slots, pos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -34,6 +34,10 @@ StepOutputs = Logits | list[Logits | Candidates]
 FULL = "where its memory was full: lower --slots or --ctx, or free some of it"
 
 
+def nothing() -> None:
+    """What there is to do meanwhile, at first."""
+
+
 class StepInterrupted(Exception):
     """A step was ended early by `interrupt`. Every slot that had a row in it stands as before the step."""
 
@@ -49,7 +53,7 @@ class BackendInfo:
     embedding: length of the vectors that `Embeds.embed` gives; 0 where the backend has none.
     candidates: how many of the most probable tokens suffice to let a row be `few`; 0: no row may be.
     draft_streams: a step may verify drafts while no more streams than this decode, where more would cost more
-    than they save.
+    than they save. overlaps: a step is computed elsewhere, and `Backend.meanwhile` is called in that time.
     """
 
     kind: str
@@ -72,6 +76,7 @@ class BackendInfo:
     embedding: int = 0
     candidates: int = 0
     chat_template: str | None = None
+    overlaps: bool = False
     settings: dict[str, str] = field(default_factory=dict)
 
 
@@ -91,9 +96,13 @@ class Row:
 
 
 class Backend(Protocol):
-    """A model with a KV cache. Not thread-safe but for `encode`, `decode` and `interrupt`."""
+    """A model with a KV cache. Not thread-safe but for `encode`, `decode` and `interrupt`.
+
+    meanwhile: what there is to do while a step is computed, set by whoever calls `step`; see `overlaps`.
+    """
 
     info: BackendInfo
+    meanwhile: Callable[[], None]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`, without a begin-of-text token. special: control tokens are parsed."""

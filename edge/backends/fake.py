@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows, nothing
 from edge.errors import EdgeError
 
 EOS = 256
@@ -45,6 +45,7 @@ class FakeBackend:
         step_s: float = 0.0,
         token_s: float = 0.0,
         fails_at: int = 0,
+        overlaps: bool = False,
     ) -> None:
         self.info = BackendInfo(
             kind="fake",
@@ -61,7 +62,9 @@ class FakeBackend:
             stop_ids=frozenset({EOS}),
             chat_template=chat_template,
             embedding=embedding,
+            overlaps=overlaps,
         )
+        self.meanwhile: Callable[[], None] = nothing
         self._reply = (lambda _: list(reply.encode("utf-8"))) if isinstance(reply, str) else reply
         self._script = [(part.encode("utf-8"), list(answer.encode("utf-8"))) for part, answer in script]
         self._pieces = pieces
@@ -98,6 +101,8 @@ class FakeBackend:
                 raise StepInterrupted
         if self._fails_at and len(self.steps) + 1 >= self._fails_at:
             raise EdgeError(f"the stand-in failed in a step of {total} tokens", "it was told to")
+        if self.info.overlaps:
+            self.meanwhile()
         out = np.zeros((sum(row.outputs for row in rows), VOCAB), np.float32)
         at = 0
         for row in rows:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import mapped
-from edge.backends.base import FULL, BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends import mapped, zeros
+from edge.backends.base import FULL, BackendInfo, Logits, Row, StepInterrupted, check_rows, nothing
 from edge.backends.embedder import Embedder
 from edge.backends.governor import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
@@ -36,6 +36,7 @@ KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a model is loaded. context: tokens of one sequence; capacity: cells of the pool (unified only).
+    parts: the memory has room for a part of `context` cells for each slot.
 
     threads / threads_batch: for steps of a few rows and for prompts. gpu_layers: -1 all, 0 none.
     kv_type: f16, q8_0 or q4_0. extra_buffers: repacked weights, which are
@@ -50,6 +51,7 @@ class Settings:
     threads_batch: int = 1
     flash_attention: bool = False
     unified: bool = True
+    parts: bool = False
     kv_type: str = "f16"
     gpu_layers: int = 0
     extra_buffers: bool = True
@@ -145,6 +147,7 @@ class LlamaCpp:
             self._put_on(lora)
         self._memory = lib.llama_get_memory(self._context)
         self._make_batch()
+        self.meanwhile: Callable[[], None] = nothing
         self._pieces: dict[int, bytes] = {}
         self._lengths = [0] * settings.slots
         # On a card the CPU's threads do next to nothing.
@@ -176,7 +179,7 @@ class LlamaCpp:
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.kv_unified = settings.unified
         params.no_perf = True
-        with native_errors() as log:
+        with native_errors() as log, zeros.given_back():
             context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:
             raise _no_memory(self._model.path, log.tail()) or InputError(
@@ -237,6 +240,8 @@ class LlamaCpp:
             bos_text=self._token_text(bos),
             eos_text=self._token_text(eos),
             embedding=self._embedder.width,
+            # A card is given its work, and waited for when the logits are asked for.
+            overlaps=settings.gpu_layers != 0,
             chat_template=template.decode("utf-8") if template else None,
             settings={
                 "threads": str(settings.threads),
@@ -282,6 +287,8 @@ class LlamaCpp:
         if long:
             self._lib.llama_set_abort_callback(self._context, self._abort, None)
         code = self._decode_governed(total)
+        if code == 0 and self.info.overlaps:
+            self.meanwhile()
         if long:
             self._lib.llama_set_abort_callback(self._context, self._no_abort, None)
         if code == 2:

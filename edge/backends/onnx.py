@@ -8,7 +8,7 @@ candidates and no row of a run needs more, only these are copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
-from edge.backends.base import FULL, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows
+from edge.backends.base import FULL, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows, nothing
 from edge.backends.onnx_binding import Binding, Buffer, zeros
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_embed import Embedder
@@ -154,6 +154,7 @@ class Onnx:
         self._lengths = [0] * settings.slots
         self._options = _run_options(model.runtime)
         self._interrupted = False
+        self.meanwhile: Callable[[], None] = nothing
         self.info = self._describe(opened, extra_stop_ids)
 
     def _describe(self, opened: onnx_providers.Opened, extra_stop_ids: frozenset[int]) -> BackendInfo:

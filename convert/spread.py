@@ -1,0 +1,79 @@
+"""The frozen weights of a model spread over the processes that train its adapter: torch's FSDP, full shards.
+
+Each process keeps its part of every decoder layer's weights; a layer is gathered when it computes, forward
+and backward, and let go of afterwards. What is trained is a percent of the model: every process has all of
+it, and gradients are summed as ever, so that checkpoints and results are those of a run without this. The
+scales of 4-bit blocks, embeddings and output head are not spread.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from convert.dist import World
+from convert.packed import decoder
+from edge.config import TrainConfig
+from edge.errors import UsageError
+
+# What FSDP puts into the names of the parameters below it.
+_WRAPPED = "_fsdp_wrapped_module."
+
+
+def asked(config: TrainConfig, world: World) -> bool:
+    """Whether weights are to be spread: by the key, or by what `accelerate launch` was configured for.
+
+    Raises UsageError where there is one process alone, or what is trained is no adapter.
+    """
+    if not config.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+        return False
+    if world.size == 1:
+        raise UsageError(
+            "fsdp spreads weights over several processes, and this is one",
+            "torchrun --nproc-per-node 2 -m edge.cli train CONFIG.yaml",
+        )
+    if config.finetuning_type == "full" or config.use_dora or config.pissa_init:
+        raise UsageError(
+            "fsdp spreads the frozen weights under a LoRA adapter",
+            "leave out finetuning_type: full, use_dora and pissa_init",
+        )
+    return True
+
+
+def layers(model: Any) -> Any:
+    """The decoder layers of a causal model, with or without an adapter."""
+    return decoder(model).layers
+
+
+def spread(model: Any, device: str) -> None:
+    """Take an adapted model from the system's memory to `device`, its layers' frozen weights in parts."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    whole = layers(model)
+    for at, layer in enumerate(whole):
+        layer.to(device)
+        trained = [one for one in layer.parameters() if one.requires_grad]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole[at] = FullyShardedDataParallel(
+                layer,
+                sharding_strategy=ShardingStrategy.FULL_SHARD,
+                ignored_states=trained,
+                device_id=torch.device(device, torch.cuda.current_device() if device == "cuda" else None),
+            )
+    model.to(device)
+
+
+def end(model: Any) -> None:
+    """Put the layers back as they were, but for their frozen weights, to save the adapter as ever."""
+    whole = layers(model)
+    for at, layer in enumerate(whole):
+        whole[at] = layer.module
+
+
+def plain(name: str) -> str:
+    """The name of a parameter as it is in a model that is not spread."""
+    return name.replace(_WRAPPED, "")
