@@ -52,26 +52,44 @@ def spread(model: Any, device: str) -> None:
     """Take an adapted model from the system's memory to `device`, its layers' frozen weights in parts."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+    where = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+
+    def wrapped(module: Any, kept: list[Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return FullyShardedDataParallel(
+                module,
+                sharding_strategy=ShardingStrategy.FULL_SHARD,
+                # One layer at a time: another one gathered in advance would double what it takes.
+                backward_prefetch=None,
+                ignored_states=kept,
+                device_id=where,
+            )
+
     whole = layers(model)
     for at, layer in enumerate(whole):
         layer.to(device)
-        trained = [one for one in layer.parameters() if one.requires_grad]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            whole[at] = FullyShardedDataParallel(
-                layer,
-                sharding_strategy=ShardingStrategy.FULL_SHARD,
-                ignored_states=trained,
-                device_id=torch.device(device, torch.cuda.current_device() if device == "cuda" else None),
-            )
+        whole[at] = wrapped(layer, [one for one in layer.parameters() if one.requires_grad])
     model.to(device)
+    # An outermost one does not let go of what it gathered: one around them all, with nothing of its own.
+    body = decoder(model)
+    inside = {id(one) for layer in whole for one in layer.parameters()}
+    trained = [one for one in body.parameters() if one.requires_grad]
+    kept = [one for one in body.parameters() if id(one) not in inside]
+    _put(model, wrapped(body, [*trained, *kept]))
 
 
 def end(model: Any) -> None:
     """Put the layers back as they were, but for their frozen weights, to save the adapter as ever."""
+    _put(model, decoder(model).module)
     whole = layers(model)
     for at, layer in enumerate(whole):
         whole[at] = layer.module
+
+
+def _put(model: Any, body: Any) -> None:
+    whole = model.get_base_model()
+    setattr(whole, whole.base_model_prefix, body)
 
 
 def plain(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from array import array
@@ -330,8 +331,8 @@ def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypa
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def two_processes(path):
-    """`edge train` on a configuration by torchrun, over gloo."""
+def two_processes(*what):
+    """A module by torchrun, over gloo."""
     command = [
         sys.executable,
         "-m",
@@ -342,7 +343,7 @@ def two_processes(path):
         "29611",
     ]
     return subprocess.run(
-        [*command, "-m", "edge.cli", "train", str(path)],
+        [*command, "-m", *what],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -360,7 +361,7 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
     one = qlora.run(made("one", gradient_accumulation_steps=2, **more), console=QUIET)
     path = tmp_path / "c.yaml"
     path.write_text(as_yaml(made("two", fsdp=fsdp, **more)), encoding="utf-8")
-    done = two_processes(path)
+    done = two_processes("edge.cli", "train", str(path))
     said = done.stdout.decode("utf-8")
     assert done.returncode == 0, done.stderr.decode("utf-8")
     assert ("spread over 2 processes" if fsdp else "on each of 2 processes") in said
@@ -379,6 +380,14 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
         for key in ("loss", "eval_loss", "total_tokens"):
             assert line.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4)
     assert one.is_dir()
+
+
+@pytest.mark.slow
+def test_spread_weights_are_whole_one_layer_at_a_time(tmp_path):
+    folder = make_model(tmp_path / "m", layers=5)
+    done = two_processes("tests.spread_check", str(folder))
+    assert done.returncode == 0, done.stderr.decode("utf-8")
+    assert re.search(r"5 layers, 1 at a time, 0 left, 0\.5\d held", done.stdout.decode("utf-8"))
 
 
 def test_spread_weights_want_several_processes_and_an_adapter(made, monkeypatch):
