@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int:
     for dtype in ("bfloat16", "float32") if args.merged else ():
         slow.append(direct.Transformers(args.merged, dtype=dtype, device="cuda", threads=4, most=2))
     lines: list[dict[str, Any]] = []
+    samples: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for path in args.paths:
         found = artefact.resolve(path)
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> int:
         # What transformers makes does not depend on our artefact.
         slow = []
         rates = direct.race(todo, console, prompt=PROMPT, vocab=mine.vocab, rounds=args.rounds, slow_rounds=1)
+        samples |= rates
         for case in todo:
             for what, ours, theirs, name, ratio, goal in direct.rows(case, rates[case.name]):
                 lines.append(
@@ -133,6 +135,7 @@ def main(argv: list[str]) -> int:
         "rounds": args.rounds,
         "prompt": PROMPT,
         "lines": lines,
+        "samples": samples,
         "settings": settings,
         "versions": manifest.versions(*_PACKAGES),
     }
