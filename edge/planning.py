@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge import doctor, hardware, native, offload
 from edge.artefact import SUFFIXES, Artefact, candidates
-from edge.backends import onnx
+from edge.backends import onnx, zeros
 from edge.backends.llamacpp import KV_BYTES, Settings
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
@@ -27,7 +27,7 @@ DEFAULT_POOL = 8192
 # A whole context for each slot, which is faster, may take one part in so many of the memory for cells.
 _SHARE = 3
 # llama.cpp clears it first, a second for each gibibyte.
-_MOST_CLEARED = 2**32
+_MOST_CLEARED = 2**31
 BATCH = 512
 # Where a card's memory allows: it reads so many tokens hardly slower than fewer.
 CARD_BATCH = 2048
@@ -206,9 +206,9 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
             else "free some memory",
         )
     threads = options.threads or hardware.cpu_threads()
-    # Cells that nothing is written to take no memory (edge.backends.zeros), but they may all be written to.
+    # Cells that nothing is written to take no memory where that can be, but they may all be written to.
     whole = slots * context
-    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell)
+    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell) and (zeros.WORKS or bool(used))
     if artefact.kind == "onnx":
         return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     asked_for_all = options.slots is not None and options.context is not None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+WORKS = sys.platform == "linux"
 # Smaller pieces are not worth the look; larger than any that other threads take meanwhile.
 _LEAST = 2**27
 _CHUNK = 2**22
@@ -24,7 +25,7 @@ _DONTNEED = 4
 @contextmanager
 def given_back() -> Iterator[None]:
     """Give back the pages of zeros of what is allotted within."""
-    if sys.platform != "linux":
+    if not WORKS:
         yield
         return
     before = _private()
