@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import messages as msg
-from edge.backends.base import Backend, Candidates, Embeds, Row, StepInterrupted, StepOutputs
+from edge.backends.base import Backend, Candidates, Embeds, Logits, Row, StepInterrupted, StepOutputs
 from edge.errors import EdgeError, RequestError
 from edge.grammar import Grammars
 from edge.job import Job, admit, prompt_tokens
@@ -54,6 +54,13 @@ class _Drain:
 class _Embed:
     key: int
     tokens: list[int]
+
+
+def _chosen(job: Job, found: Logits | Candidates, mask: Mask | None = None) -> Choice:
+    """What is sampled from an output."""
+    if isinstance(found, Candidates):
+        return job.sampler.pick_among(found)
+    return job.sampler.pick(found, mask)
 
 
 def _argmax(logits: NDArray[np.float32], pool: ThreadPoolExecutor | None) -> list[int]:
@@ -289,9 +296,10 @@ class Engine:
         picked = self._picked(ends, outputs)
         for job, work, at in ends:
             choice = picked.get(at)
-            if choice is not None and job.plain and job.first and not work.draft:
-                if (reason := job.count(choice.token)) != "stop":
-                    self._unsaid.append((job, choice.token))
+            if job.plain and job.first and not work.draft:
+                token = (choice or _chosen(job, outputs[at])).token
+                if (reason := job.count(token)) != "stop":
+                    self._unsaid.append((job, token))
                 if reason is not None:
                     self._finish(job, reason)
                 continue
@@ -387,12 +395,7 @@ class Engine:
             urgent = True
         for i in range(len(work.draft) + 1):
             found = outputs[i]
-            if i == 0 and first is not None:
-                choice = first
-            elif isinstance(found, Candidates):
-                choice = job.sampler.pick_among(found)
-            else:
-                choice = job.sampler.pick(found, mask)
+            choice = first if i == 0 and first is not None else _chosen(job, found, mask)
             try:
                 reason = job.take(choice, self._backend)
             except RequestError as error:

@@ -88,7 +88,7 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
             onnx_providers,
             "open_session",
             lambda *given, **more: dataclasses.replace(
-                open_session(*given, **more), memory="host", recordable=""
+                open_session(*given, **more), memory="host", unrecordable=""
             ),
         )
         patch.setattr(onnx, "DeviceRows", OnTheProcessor)

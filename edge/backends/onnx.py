@@ -127,7 +127,7 @@ class Onnx:
             opened.session, _run_options(model.runtime), header, lambda room: _rows(model, opened, 1, room)
         )
         self._recorder: Recorder | None = None
-        if settings.record and not opened.recordable and isinstance(self._rows, DeviceRows):
+        if settings.record and not opened.unrecordable and isinstance(self._rows, DeviceRows):
             self._recorder = Recorder(
                 model.runtime,
                 opened.session,
@@ -190,7 +190,7 @@ class Onnx:
                 "provider": opened.provider,
                 "recorded": "decoding steps"
                 if self._recorder
-                else f"nothing: {opened.recordable or 'switched off'}",
+                else f"nothing: {opened.unrecordable or 'switched off'}",
                 "matrices": bits,
                 "build": f"onnxruntime {self._model.runtime.__version__}",
             },

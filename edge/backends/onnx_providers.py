@@ -35,7 +35,7 @@ class Opened:
     """A session and what it got: the provider's name, the device as people call it, why it was taken.
 
     memory: where keys and values lie; providers that have no memory of their own to offer compute beside it.
-    recordable: why runs cannot be recorded (see onnx_recorded), or "" where they can.
+    unrecordable: why runs cannot be recorded (see onnx_recorded), or "" where they can.
     """
 
     session: Any
@@ -43,7 +43,7 @@ class Opened:
     device: str
     why: str
     memory: str = "cpu"
-    recordable: str = "not on a card"
+    unrecordable: str = "not on a card"
 
 
 def library() -> Any:
@@ -102,14 +102,14 @@ def open_session(
             "a card was found, but the file was exported for processors (--ep cuda is the other)",
         )
     said = _preload(runtime) if name == "cuda" else ""
-    session, recordable = _session(runtime, path, name, threads, spin)
+    session, unrecordable = _session(runtime, path, name, threads, spin)
     if NAMES[name][0] not in session.get_providers():
         lacks = _missing(runtime, name, said, cards)
         if asked != "auto":
             raise UnavailableError(f"--device {asked}: onnxruntime fell back to the processor: {lacks}", "")
         return Opened(session, NAMES["cpu"][0], "cpu", f"a card was found, but {lacks}")
     device = f"cuda: {cards[0].name}" if name == "cuda" and cards else name
-    return Opened(session, NAMES[name][0], device, why, "cuda" if name == "cuda" else "cpu", recordable)
+    return Opened(session, NAMES[name][0], device, why, "cuda" if name == "cuda" else "cpu", unrecordable)
 
 
 def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> tuple[Any, str]:
@@ -121,17 +121,17 @@ def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> t
     # Plans of memory are kept for every shape of inputs, and the mask has another one at each step.
     options.enable_mem_pattern = False
     rest = [] if name == "cpu" else [NAMES["cpu"][0]]
-    recordable = "not on a card"
+    unrecordable = "not on a card"
     if name == "cuda":
         try:
             recording = (NAMES[name][0], {"enable_cuda_graph": "1"})
             return runtime.InferenceSession(str(path), options, providers=[recording, *rest]), ""
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             # A part of the graph that CUDA does not compute. What is wrong otherwise is so without it too.
-            recordable = " ".join(str(error).split())[:200]
+            unrecordable = " ".join(str(error).split())[:200]
     try:
         session = runtime.InferenceSession(str(path), options, providers=[NAMES[name][0], *rest])
-        return session, recordable
+        return session, unrecordable
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         raise InputError(
