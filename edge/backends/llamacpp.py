@@ -179,7 +179,9 @@ class LlamaCpp:
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.kv_unified = settings.unified
         params.no_perf = True
-        with native_errors() as log, zeros.given_back():
+        # A card's library has threads and pinned memory of its own, which are none of ours to look at.
+        cleared = zeros.given_back() if settings.gpu_layers == 0 else contextlib.nullcontext()
+        with native_errors() as log, cleared:
             context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:
             raise _no_memory(self._model.path, log.tail()) or InputError(
