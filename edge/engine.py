@@ -303,7 +303,7 @@ class Engine:
                 if reason is not None:
                     self._finish(job, reason)
                 continue
-            masked = masks.get(work.sequence) if masks else None
+            masked = masks.get(work.sequence)
             found = outputs[at : at + 1 + len(work.draft)]
             self._urgent |= self._advance(job, work, found, masked, choice, now)
         if not self._backend.info.overlaps:

@@ -206,11 +206,11 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
             else "free some memory",
         )
     threads = options.threads or hardware.cpu_threads()
+    if artefact.kind == "onnx":
+        return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     # Cells that nothing is written to take no memory where that can be, but they may all be written to.
     whole = slots * context
     parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell) and (zeros.WORKS or bool(used))
-    if artefact.kind == "onnx":
-        return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(whole, fits, whole if asked_for_all else DEFAULT_POOL))
     if used and not isinstance(artefact.header, OnnxHeader):

@@ -95,6 +95,10 @@ def _rows(model: Model, opened: onnx_providers.Opened, slots: int, room: int) ->
     return DeviceRows(model.runtime, opened.provider, opened.memory, **shape, dtype=header.cache_type)
 
 
+def _failed(tokens: int, error: Exception) -> EdgeError:
+    return EdgeError(f"onnxruntime failed in a step of {tokens} tokens: {error}", FULL)
+
+
 def _run_options(runtime: Any) -> Any:
     """Of a run that is not recorded. Where nothing is said of it the answer to who asks is a C++ exception, a
     percent of a small model's step.
@@ -248,9 +252,7 @@ class Onnx:
             self._outputs.take(recording.run(ids, totals), few=few)
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             if made:
-                raise EdgeError(
-                    f"onnxruntime failed in a step of {len(ids)} tokens: {error}", FULL
-                ) from error
+                raise _failed(len(ids), error) from error
             self._recorder = None
             self.info.settings["recorded"] = f"nothing: {' '.join(str(error).split())[:200]}"
             return False
@@ -333,7 +335,7 @@ class Onnx:
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             if self._interrupted:
                 raise StepInterrupted from None
-            raise EdgeError(f"onnxruntime failed in a step of {count * n} tokens: {error}", FULL) from error
+            raise _failed(count * n, error) from error
 
     def _binding(self, first: int, count: int, few: bool) -> Binding:
         """A binding of the cells in the rows `first` to `first + count`, kept for the next run over them."""
