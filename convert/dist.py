@@ -80,7 +80,8 @@ def join(*, cpu: bool) -> World:
             )
         torch.cuda.set_device(local)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        card = torch.device("cuda", local) if cuda else None
+        distributed.init_process_group("nccl" if cuda else "gloo", device_id=card)
     return World(rank, size, local)
 
 

@@ -149,8 +149,9 @@ def keeps_embeddings_off(model: Any, place: Place) -> bool:
 def keep_embeddings_off(model: Any) -> None:
     """Move the embeddings to the system's memory; their output is on the card as before."""
     embeddings = model.get_input_embeddings()
-    device, real = embeddings.weight.device, embeddings.forward
-    weight = torch.nn.Parameter(embeddings.weight.data.cpu(), requires_grad=False)
+    weight, device, real = embeddings.weight, embeddings.weight.device, embeddings.forward
+    # In place: what else knows the parameter, as FSDP does, would keep it on the card.
+    weight.data = weight.data.cpu()
     # No parameter of the model any more: transformers takes the first one's device for that of all.
     del embeddings._parameters["weight"]
     embeddings.to("cpu")
