@@ -256,7 +256,7 @@ def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool, join
             dtype=(half or torch.float32) if full else place.dtype,
             attn_implementation=shape._attn_implementation,
         )
-        if config.enable_liger_kernel:
+        if config.enable_liger_kernel and not joined:
             for module in model.modules():
                 if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
                     module.forward = functools.partial(_gated, module)

@@ -112,8 +112,8 @@ def _trim() -> None:
         libc.malloc_trim(0)
 
 
-def use_liger(model: Any, place: Place) -> Any:
-    """`model` with liger-kernel's norms, rotations and gates in place of its own; its loss is not taken.
+def use_liger(model: Any, place: Place) -> None:
+    """Give `model`, adapted or not, liger-kernel's norms, rotations and gates; its loss is not taken.
 
     Raises UnavailableError without CUDA, without the package, and for a kind of model that it does not know.
     """
@@ -129,8 +129,8 @@ def use_liger(model: Any, place: Place) -> Any:
     kind = model.config.model_type
     if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UnavailableError(f"{key}: the installed liger-kernel does not know {kind}", "leave it out")
-    liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return model
+    whole = getattr(model, "get_base_model", lambda: model)()
+    liger._apply_liger_kernel_to_instance(whole, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def keeps_embeddings_off(model: Any, place: Place) -> bool:

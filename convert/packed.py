@@ -19,7 +19,14 @@ from torch.nn import functional
 
 from convert.fused import fuse
 from convert.losses import LossHead
-from convert.model import Place, autocast, drops, keep_embeddings_off, keeps_embeddings_off
+from convert.model import (
+    Place,
+    autocast,
+    drops,
+    keep_embeddings_off,
+    keeps_embeddings_off,
+    use_liger,
+)
 from edge.config import TrainConfig
 
 # The name under which transformers finds the attention below.
@@ -86,9 +93,6 @@ def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
     """Why settings alone keep rows from being joined ("" if they do not)."""
     if dtype == torch.float32:
         return "float32 has no flash attention"
-    if config.enable_liger_kernel:
-        # Seen on an H100: a gate's kernel read where nothing was, unless each was waited for.
-        return "enable_liger_kernel brings kernels of its own"
     if config.neftune_noise_alpha:
         return "neftune_noise_alpha scales its noise by the length of a row"
     return ""
@@ -148,6 +152,8 @@ def head(
     """
     half = autocast(config, place)
     if place.device != "cuda" or config.finetuning_type == "full":
+        if config.enable_liger_kernel:
+            use_liger(model, place)
         return LossHead(model, autocast=half), ""
     # All on one stream, for each keeps the workspaces that it grew; and the usual one cannot be recorded.
     torch.cuda.set_stream(torch.cuda.Stream())
@@ -155,6 +161,8 @@ def head(
         keep_embeddings_off(model)
     if why := usable(model, config, place.dtype):
         said = f"rows are padded to the longest of their batch, kernels launched one by one: {why}"
+        if config.enable_liger_kernel:
+            use_liger(model, place)
         return LossHead(model, autocast=half), said
     if not spread:
         fuse(model)
@@ -164,6 +172,9 @@ def head(
         why = f"a recording needs {2 * passes / 2**30:.2f} GiB free"
     body = Body(model, autocast=half, record=not why)
     how = f"kernels are launched one by one: {why}" if why else "passes are recorded as CUDA graphs"
+    if config.enable_liger_kernel:
+        # Its gates, launched over joined rows, read where nothing was (seen on an H100).
+        how += "; in place of liger-kernel's layers, which gain less"
     return LossHead(model, autocast=half, body=body), f"rows are joined without padding, {how}"
 
 

@@ -45,7 +45,6 @@ from convert.model import (
     load_model,
     quantized_layers,
     unfreeze,
-    use_liger,
 )
 from convert.watch import Actions, Watch
 from edge import manifest
@@ -177,8 +176,6 @@ def _train(
         attention=attention,
         spread=world.spread,
     )
-    if config.enable_liger_kernel:
-        use_liger(model, place)
     quantized = quantized_layers(model) if place.four_bit else []
     model = unfreeze(model, config) if full else add_adapter(model, config)
     if config.adapter_name_or_path:

@@ -221,6 +221,22 @@ def test_a_run_goes_the_way_of_one_that_is_not_recorded(base: Any, optim: str) -
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("card")
+def test_liger_is_left_out_where_its_kernels_would_be_slower_and_taken_elsewhere(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(packed, "use_liger", lambda *given: asked.append(given))
+    setting = config(enable_liger_kernel=True)
+    adapted, place = on_card(base, setting)
+    assert "in place of liger-kernel's layers" in packed.head(adapted, setting, place)[1]
+    assert not asked
+    setting = dataclasses.replace(setting, neftune_noise_alpha=5.0)
+    assert "padded" in packed.head(adapted, setting, place)[1]
+    assert asked == [(adapted, place)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("card")
 def test_dropout_is_not_recorded_and_answers_come_from_the_same_model(base: Any) -> None:
     setting = config(lora_dropout=0.1)
     adapted, place = on_card(base, setting)
