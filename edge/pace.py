@@ -17,6 +17,11 @@ ALONE_S = 0.4
 BURST_SHARE = 0.5
 BURST_S = 1.5
 SMALLEST_CHUNK = 4
+# A polite chunk may add so many times what the smallest one does: a piece that takes a pass of its own costs
+# nearly the same for two tokens and for a dozen.
+NEARLY_FREE = 1.3
+# What is left, after each polite step, of what longer chunks are known to take: they are tried again.
+FADE = 0.99
 # What a row more adds to a step where steps of one width alone were seen, as a share of it.
 GUESSED_SHARE = 0.15
 
@@ -88,6 +93,53 @@ class StepTimes:
         return max(1.0, then / now)
 
 
+class AddedTimes:
+    """Seconds that chunks of a prompt add to a step of running streams, by their size (exponential means).
+
+    Sizes are 4, 6, 8, 12, 16 and so on. What the next longer chunk is known to add fades from step to step,
+    so that it is tried again: by chance it may have been slow.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+        self._left: dict[int, float] = {}
+
+    def longest(self, seconds: float, most: int) -> int:
+        """The longest chunk that adds no more than `seconds`, or hardly more than the smallest; 0 at first.
+
+        One longer than any that was seen is tried once.
+        """
+        if not self._seen:
+            return 0
+        chunk, seconds = SMALLEST_CHUNK, max(seconds, NEARLY_FREE * self._of(SMALLEST_CHUNK))
+        while (longer := _longer(chunk)) <= most:
+            if longer > max(self._seen):
+                return longer
+            if self._of(longer) > seconds:
+                break
+            chunk = longer
+        return min(chunk, most)
+
+    def _of(self, size: int) -> float:
+        # Of a size that was left out: in proportion to the next longer one's.
+        near = min(one for one in self._seen if one >= size)
+        return self._seen[near] * self._left[near] * size / near
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        if tokens < SMALLEST_CHUNK:
+            return
+        size = SMALLEST_CHUNK
+        while (longer := _longer(size)) <= tokens:
+            size = longer
+        # One that is tried again says what it takes now, whatever it took by chance.
+        known = self._seen.get(size) if self._left.get(size) == 1.0 else None
+        # A step that others made long says little of the next one.
+        self._seen[size] = seconds if known is None else _mean(known, min(seconds, 2 * known))
+        self._left[size] = 1.0
+        if above := [one for one in self._seen if one > size]:
+            self._left[min(above)] *= FADE
+
+
 class Pace:
     """How much of a step prompts may take, learnt from the steps themselves (seconds, exponential means)."""
 
@@ -95,7 +147,7 @@ class Pace:
         self._batch = batch
         self.times = StepTimes()
         self._alone: float | None = None
-        self._mixed: float | None = None
+        self._added = AddedTimes()
         # The youngest request of the last burst.
         self._burst = 0
 
@@ -115,8 +167,8 @@ class Pace:
         quiet = self.times.at(decoding) if decoding else None
         if quiet is None:
             return self._bounded(ALONE_S, self._alone)
-        seconds = max(PREFILL_SHARE * quiet, UNFELT_S - quiet)
-        return self._bounded(min(seconds, ALONE_S), self._mixed or self._alone)
+        seconds = min(max(PREFILL_SHARE * quiet, UNFELT_S - quiet), ALONE_S)
+        return self._added.longest(seconds, self._batch) or self._bounded(seconds, self._alone)
 
     def _bounded(self, seconds: float, per_token: float | None) -> int:
         if per_token is None:
@@ -132,7 +184,12 @@ class Pace:
         elif prefill and not decoding:
             self._alone = _mean(self._alone, seconds / prefill)
         elif (quiet := self.times.at(decoding)) is not None:
-            self._mixed = _mean(self._mixed, max(seconds - quiet, 1e-6) / prefill)
+            self._added.learn(prefill, max(seconds - quiet, 1e-6))
+
+
+def _longer(chunk: int) -> int:
+    """The next of the sizes that chunks have: 4, 6, 8, 12, 16, 24 and so on."""
+    return chunk * 3 // 2 if chunk & (chunk - 1) == 0 else chunk // 3 * 4
 
 
 def _mean(old: float | None, new: float) -> float:
