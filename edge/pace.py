@@ -118,6 +118,8 @@ class AddedTimes:
             if self._of(longer) > seconds:
                 break
             chunk = longer
+            if self._left.get(chunk, 1.0) < 1.0:
+                break
         return min(chunk, most)
 
     def _of(self, size: int) -> float:

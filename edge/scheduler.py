@@ -121,12 +121,13 @@ class Scheduler:
                     drafted += len(item.draft)
                     room -= len(item.draft)
                     spare -= len(item.draft)
-        room = min(room, chunk)
+        most, room = room, min(room, chunk)
         whole = room
         for sequence in reading:
-            if not (n := self._chunk(sequence, room, whole)):
+            if not (n := self._chunk(sequence, room, whole, most)):
                 break
             room -= n
+            most -= n
             work.append(Work(sequence, n, []))
         while room > 0 and self.waiting and len(self.running) < self._slots:
             sequence = self.waiting[0]
@@ -134,7 +135,7 @@ class Scheduler:
             if taken is None:
                 break
             sequence.slot, sequence.computed = taken
-            n = self._chunk(sequence, room, whole)
+            n = self._chunk(sequence, room, whole, most)
             if not n or not self._fits(sequence):
                 self._give_back(sequence, keep=True)
                 break
@@ -143,6 +144,7 @@ class Scheduler:
                 sequence.cached = sequence.computed
             self.running.append(sequence)
             room -= n
+            most -= n
             work.append(Work(sequence, n, []))
         return sorted(self._fit(work), key=lambda item: item.sequence.slot or 0)
 
@@ -156,13 +158,16 @@ class Scheduler:
             return True
         return len(sequence.tokens) - sequence.computed + len(self.running) < available
 
-    def _chunk(self, sequence: Sequence, room: int, whole: int) -> int:
+    def _chunk(self, sequence: Sequence, room: int, whole: int, most: int) -> int:
         """How many of a prompt's tokens go into a step that had room for `whole` and has it for `room`.
 
-        What would fit into the next step is not cut: backends run rows of one length at once, pieces apart.
+        Pieces cost a pass each: what would fit into the next step is not cut, nor what is half as long again
+        as the room, up to `most`, which the step can hold at all.
         """
         left = len(sequence.tokens) - sequence.computed
-        return left if left <= room else 0 if left <= whole else room
+        if room <= 0:
+            return 0
+        return left if left <= min(most, room * 3 // 2) else 0 if left <= whole else room
 
     def _fit(self, work: list[Work]) -> list[Work]:
         """Make the rows fit into the free cells: drafts, idle prefixes, then the youngest request go."""

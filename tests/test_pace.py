@@ -16,10 +16,13 @@ def test_pace_bounds_what_a_prompt_adds_to_a_step() -> None:
     pace.learn(4, 0, 0.080)
     pace.learn(0, 400, 2.0)
     assert pace.chunk(4, one()) == int(0.7 * 0.080 / 0.005)
-    for _ in range(20):
-        chunk = pace.chunk(4, one())
-        pace.learn(4, chunk, 0.080 + chunk * 0.002)
-    assert chunk == 24, "0.048 of 0.056 seconds; 32 would add 0.064"
+    chunks = []
+    for _ in range(100):
+        chunks.append(pace.chunk(4, one()))
+        pace.learn(4, chunks[-1], 0.080 + chunks[-1] * 0.002)
+    # Which adds 0.048 of 0.056 seconds; 32 would add 0.064, and is tried now and then.
+    assert chunks.count(24) > 80
+    assert max(chunks) == 32
     assert pace.chunk(0, one()) == 80
 
 
