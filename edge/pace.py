@@ -17,9 +17,10 @@ ALONE_S = 0.4
 BURST_SHARE = 0.5
 BURST_S = 1.5
 SMALLEST_CHUNK = 4
-# A polite chunk may add so many times what the smallest one does: a piece that takes a pass of its own costs
-# nearly the same for two tokens and for a dozen.
+# A polite chunk may add so many times what the smallest one does, while its step is not twice as long: a
+# piece that takes a pass of its own costs nearly the same for two tokens and for a dozen.
 NEARLY_FREE = 1.3
+TWICE = 0.95
 # What is left, after each polite step, of what longer chunks are known to take: they are tried again.
 FADE = 0.99
 # What a row more adds to a step where steps of one width alone were seen, as a share of it.
@@ -104,14 +105,14 @@ class AddedTimes:
         self._seen: dict[int, float] = {}
         self._left: dict[int, float] = {}
 
-    def longest(self, seconds: float, most: int) -> int:
-        """The longest chunk that adds no more than `seconds`, or hardly more than the smallest; 0 at first.
-
-        One longer than any that was seen is tried once.
+    def longest(self, seconds: float, bound: float, most: int) -> int:
+        """The longest chunk that adds no more than `seconds`, or hardly more than the smallest and no more
+        than `bound`; 0 at first. One longer than any that was seen is tried once.
         """
         if not self._seen:
             return 0
-        chunk, seconds = SMALLEST_CHUNK, max(seconds, NEARLY_FREE * self._of(SMALLEST_CHUNK))
+        chunk, free = SMALLEST_CHUNK, NEARLY_FREE * self._of(SMALLEST_CHUNK)
+        seconds = max(seconds, min(free, bound))
         while (longer := _longer(chunk)) <= most:
             if longer > max(self._seen):
                 return longer
@@ -170,7 +171,7 @@ class Pace:
         if quiet is None:
             return self._bounded(ALONE_S, self._alone)
         seconds = min(max(PREFILL_SHARE * quiet, UNFELT_S - quiet), ALONE_S)
-        return self._added.longest(seconds, self._batch) or self._bounded(seconds, self._alone)
+        return self._added.longest(seconds, TWICE * quiet, self._batch) or self._bounded(seconds, self._alone)
 
     def _bounded(self, seconds: float, per_token: float | None) -> int:
         if per_token is None:

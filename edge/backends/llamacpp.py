@@ -288,7 +288,7 @@ class LlamaCpp:
         long = max(len(row.tokens) for row in rows) >= _INTERRUPTIBLE_TOKENS
         if long:
             self._lib.llama_set_abort_callback(self._context, self._abort, None)
-        code = self._decode_governed(total)
+        code = self._decode_governed(total, total == len(rows))
         if code == 0 and self.info.overlaps:
             self.meanwhile()
         if long:
@@ -305,10 +305,13 @@ class LlamaCpp:
             return np.zeros((0, self.info.vocab), np.float32)
         return self._logits(outputs)
 
-    def _decode_governed(self, total: int) -> int:
-        """One llama_decode; decoding steps tell the governor what they took, and use what it says."""
+    def _decode_governed(self, total: int, decodes: bool) -> int:
+        """One llama_decode; decoding steps tell the governor what they took, and use what it says.
+
+        A step with a piece of a prompt takes longer than one of as many rows, whoever else is on the cores.
+        """
         governor = self._governor
-        if governor is None or total > self._settings.slots:
+        if governor is None or not decodes:
             return int(self._lib.llama_decode(self._context, self._batch))
         used, began = governor.threads, time.perf_counter()
         code = int(self._lib.llama_decode(self._context, self._batch))
