@@ -5,8 +5,8 @@ PYTHON ?= python3.11 python3 python3.12 python3.13
 CONFIG ?= examples/smollm2_qlora.yaml
 RUN ?= runs/magic-conch
 MODEL ?= smollm2-135m-instruct
-QUANT ?= Q4_K_M
-# Of the ONNX export: int4, int8, fp16 or fp32; left out, by the model's size.
+# Of the GGUF export, as Q4_K_M, and of the ONNX export: int4, int8, fp16, fp32. Left out, by the model's size.
+QUANT ?=
 PRECISION ?=
 PORT ?= 8000
 
@@ -34,7 +34,7 @@ help:
 	@echo "make qlora         train by CONFIG=$(CONFIG)"
 	@echo "make eval          held-out loss and scores of RUN, beside its base"
 	@echo "make merge         the adapter of RUN=$(RUN) into 16-bit weights"
-	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=$(QUANT)"
+	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=Q4_K_M|Q8_0|..."
 	@echo "make verify        whether the GGUF of RUN is still the merged model"
 	@echo "make export-onnx   the same as ONNX, PRECISION=int4|int8|fp16|fp32"
 	@echo "make onnx-optimum  check the exporter against another one, optimum, in an environment of its own"
@@ -74,7 +74,7 @@ demo: install
 	@test -f "models/$(MODEL)/edge.json" || $(BIN)/edge pull $(MODEL)
 	$(BIN)/edge train "$(CONFIG)" --overwrite
 	$(BIN)/edge merge "$(RUN)" --overwrite
-	$(BIN)/edge export gguf "$(RUN)" --quant $(QUANT) --overwrite
+	$(BIN)/edge export gguf "$(RUN)" $(if $(QUANT),--quant $(QUANT)) --overwrite
 	$(BIN)/python -m bench.demo "$(RUN)"
 
 test: install
@@ -115,7 +115,7 @@ merge: install
 	$(BIN)/edge merge "$(RUN)" $(REPLACE)
 
 export-gguf: install
-	$(BIN)/edge export gguf "$(RUN)" --quant $(QUANT) $(REPLACE)
+	$(BIN)/edge export gguf "$(RUN)" $(if $(QUANT),--quant $(QUANT)) $(REPLACE)
 
 verify: install
 	$(BIN)/edge verify "$(RUN)/merged" "$(RUN)/gguf"

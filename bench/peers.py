@@ -23,6 +23,7 @@ from bench.targets import Target
 from edge import hardware, native
 from edge.cli import guarded
 from edge.errors import EdgeError
+from edge.gguf_parts import read_whole
 from edge.sdist import sdist
 
 # What the two Python servers need; nothing of it is used by the project itself.
@@ -131,14 +132,18 @@ def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
 class LlamaCppServer:
     """llama_cpp.server's /v1/completions, greedy, whole answers: it counts tokens in those alone.
 
-    It counts those of the answer's text, read again, which may be more or fewer than were made.
+    It counts those of the answer's text, read again, which may be more or fewer than were made. ends: ids
+    that end an answer; it cannot be told to ignore them, but to never take them.
     """
 
     key = ""
 
+    def __init__(self, ends: frozenset[int]) -> None:
+        self._never = {str(token): -100.0 for token in sorted(ends)}
+
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
-        return "POST", "/v1/completions", body
+        return "POST", "/v1/completions", body | {"logit_bias": self._never}
 
     def read(self, said: dict[str, Any]) -> Part:
         choice, usage = said["choices"][0], said["usage"]
@@ -161,9 +166,10 @@ def llama_cpp_server(path: Path, *, context: int, threads: int) -> Target:
         # Its default ends a running answer when the next request comes.
         *("--interrupt_requests", "false", "--verbose", "false"),
     ]
-    return Target(
-        "llama_cpp.server", command, LlamaCppServer(), "/v1/models", "/v1/models", health="/v1/models"
-    )
+    told = read_whole(path).metadata
+    known = (told.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    dialect = LlamaCppServer(frozenset(token for token in known if isinstance(token, int)))
+    return Target("llama_cpp.server", command, dialect, "/v1/models", "/v1/models", health="/v1/models")
 
 
 def main(argv: list[str]) -> int:

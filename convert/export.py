@@ -16,7 +16,8 @@ def main(argv: list[str]) -> int:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     to_gguf = formats.add_parser("gguf", help="RUN/merged -> RUN/gguf, for llama.cpp")
     to_gguf.add_argument("run", type=Path, metavar="RUN", help="the run folder, with merged/ in it")
-    to_gguf.add_argument("--quant", help=f"one of {', '.join(gguf.QUANTS)} (default: {gguf.DEFAULT})")
+    default = f"{gguf.DEFAULT}, {gguf.DEFAULT_SMALL} below a billion parameters"
+    to_gguf.add_argument("--quant", help=f"one of {', '.join(gguf.QUANTS)} (default: {default})")
     to_gguf.add_argument(
         "--ladder", action="store_true", help="measure several types here, export the one that fits best"
     )
@@ -69,7 +70,12 @@ def main(argv: list[str]) -> int:
             )
         ladder.run(options.run, overwrite=options.overwrite)
         return 0
-    quant = options.quant or gguf.DEFAULT
     split = gguf_split.parse_size(options.split_max_size) if options.split_max_size else 0
-    gguf.run(options.run, quant=quant, imatrix=options.imatrix, split=split, overwrite=options.overwrite)
+    gguf.run(
+        options.run,
+        quant=options.quant,
+        imatrix=options.imatrix,
+        split=split,
+        overwrite=options.overwrite,
+    )
     return 0

@@ -19,6 +19,8 @@ from edge.errors import InputError
 INDEX = "model.safetensors.index.json"
 # What a model needs; subfolders (other formats, original checkpoints) and pickles stay where they are.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
+# Below so many parameters four bits cost more than they gain; see docs/NOTES.md.
+SMALL = 1_000_000_000
 _SAFETENSORS_HEADER = 100 * 2**20  # the format's own limit
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from convert import gguf_split, template, verify
 from convert import verify_probes as probes
-from convert.folder import check_folder
+from convert.folder import SMALL, check_folder
 from convert.verify_logits import Reference
 from convert.verify_probes import TEXTS as PROBES
 from convert.verify_readers import GgufReader, TorchReader
@@ -39,7 +39,7 @@ from edge.sdist import sdist
 if TYPE_CHECKING:
     from convert.imatrix import Matrix
 
-DEFAULT = "Q4_K_M"
+DEFAULT, DEFAULT_SMALL = "Q4_K_M", "Q8_0"
 # All that the quantiser knows, best quality first within a size (MXFP4 is for mixtures of experts).
 QUANTS = (
     "F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
@@ -76,6 +76,10 @@ class Source:
         dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
         return {"bfloat16": "BF16", "float32": "F32"}.get(dtype, "F16")
 
+    @property
+    def small(self) -> bool:
+        return self.weights < SMALL * (4 if self.whole == "F32" else 2)
+
     def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
         """The manifest of `file` in the type `quant`, without its verification."""
         settings = {"quant": quant, "file": file.name, **settings}
@@ -87,7 +91,7 @@ class Source:
 def run(
     run_folder: Path,
     *,
-    quant: str = DEFAULT,
+    quant: str | None = None,
     imatrix: bool = False,
     split: int = 0,
     overwrite: bool = False,
@@ -95,6 +99,7 @@ def run(
 ) -> Path:
     """Export `run_folder/merged`, or a transformers folder itself, to its `gguf` folder.
 
+    quant: one of QUANTS; None takes Q8_0 for small models, Q4_K_M for others and for an importance matrix.
     Returns the path of the GGUF file. Raises UsageError for an unknown quant, InputError for a run without a
     usable merged model or an artefact that differs from it, ExistsError without `overwrite`.
     """
@@ -117,7 +122,7 @@ def export(
     source: Path,
     target: Path,
     *,
-    quant: str = DEFAULT,
+    quant: str | None = None,
     imatrix: bool = False,
     split: int = 0,
     overwrite: bool = False,
@@ -130,8 +135,10 @@ def export(
     is taken by the next one of the same weights.
     """
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
-    quant = check_quant(quant)
+    quant = check_quant(quant) if quant else None
     origin = open_source(source)
+    # A matrix is for what four bits lose.
+    quant = quant or (DEFAULT_SMALL if origin.small and not imatrix else DEFAULT)
     target = target.absolute()
     manifest.check_target(target, overwrite)
     if imatrix and quant in WHOLE:

@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from convert.folder import SMALL
 from convert.gguf import PROBES, TEMPLATE, _json, _tail, _template
 from convert.onnx_graph import complete
 from convert.onnx_quality import QUESTIONS, Quality, measure
@@ -40,8 +41,6 @@ SCHEMES = {
 EPS = ("cpu", "cuda")
 # The largest logits that a graph for a card gives without the others: what people sample from is less.
 CANDIDATES = 64
-# Below so many parameters 4 bits cost too much, whatever the scheme; see docs/NOTES.md.
-SMALL = 1_000_000_000
 _FILES = ("tokenizer.json", "tokenizer_config.json", TEMPLATE)
 
 

@@ -305,8 +305,11 @@ def test_m3_m9_real_conversion(
     run_folder = tmp_path / "模型 'x\" 目录"
     write_model(run_folder / "merged", tied=tied)
     monkeypatch.chdir(tmp_path)
+    if quant == "Q4_K_M":  # what larger models are quantised to where nothing is said
+        monkeypatch.setattr(gguf, "SMALL", 0)
     console = quiet()
-    header = read_header(gguf.run(Path(run_folder.name), quant=quant, console=console))
+    header = read_header(gguf.run(Path(run_folder.name), console=console))
+    assert header.file_type == quant
     assert ("output.weight" in header.tensors) is not tied
     assert header.chat_template == TEMPLATE and header.vocab_size == len(WORDS)
     made = manifest.read(run_folder / "gguf")
