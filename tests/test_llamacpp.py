@@ -65,9 +65,12 @@ def test_chunks_batches_and_outputs_give_the_same_logits(backend: LlamaCpp) -> N
     prompt = ids("the quick brown fox")
     whole = backend.step([Row(0, 0, prompt, len(prompt))]).copy()
     assert whole.shape == (len(prompt), VOCAB)
+    alone = backend.step([Row(3, 0, ids("otherx"), 1)]).copy()
+    backend.truncate(3, 0)
     backend.step([Row(1, 0, prompt[:7], 0), Row(2, 0, ids("other"), 1)])
     mixed = backend.step([Row(2, 5, ids("x"), 1), Row(1, 7, prompt[7:], 2), Row(3, 0, ids("third"), 0)])
     assert mixed.shape == (3, VOCAB)
+    np.testing.assert_allclose(mixed[:1], alone, atol=2e-3)
     np.testing.assert_allclose(mixed[1:], whole[-2:], atol=2e-3)
 
 

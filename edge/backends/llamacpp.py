@@ -152,6 +152,7 @@ class LlamaCpp:
         self._lengths = [0] * settings.slots
         # On a card the CPU's threads do next to nothing.
         self._governor = Governor(settings.threads) if settings.gpu_layers == 0 else None
+        self._splits = not settings.unified and settings.gpu_layers == 0
         self._embedder = Embedder(
             lib,
             model.pointer,
@@ -272,7 +273,39 @@ class LlamaCpp:
         return piece
 
     def step(self, rows: Sequence[Row]) -> Logits:
-        total = check_rows(rows, self.info, self._lengths)
+        check_rows(rows, self.info, self._lengths)
+        self._interrupted = False
+        pieces = [row for row in rows if len(row.tokens) > 1]
+        try:
+            if self._splits and 0 < len(pieces) < len(rows):
+                logits = self._split(rows, pieces)
+            else:
+                logits = self._pass(rows, last=True)
+        except StepInterrupted:
+            for row in rows:
+                self._lib.llama_memory_seq_rm(self._memory, row.slot, row.pos, -1)
+            raise
+        for row in rows:
+            self._lengths[row.slot] += len(row.tokens)
+        return logits
+
+    def _split(self, rows: Sequence[Row], pieces: Sequence[Row]) -> Logits:
+        """The pieces of prompts, and then the rows of one token, in passes of their own.
+
+        llama.cpp would run a token of each row, then the rest of the pieces, and in the first of these have
+        all rows attend over as many cells as the longest text has.
+        """
+        first = self._pass(pieces, last=False).copy()
+        second = self._pass([row for row in rows if len(row.tokens) == 1], last=True)
+        if not len(first):
+            return second
+        made = np.empty((len(first) + len(second), self.info.vocab), np.float32)
+        of_piece = np.repeat([len(row.tokens) > 1 for row in rows], [row.outputs for row in rows])
+        made[of_piece], made[~of_piece] = first, second
+        return made
+
+    def _pass(self, rows: Sequence[Row], *, last: bool) -> Logits:
+        """(outputs, vocabulary): one llama_decode, with time for the engine in the step's `last` one."""
         at = outputs = 0
         for row in rows:
             end = at + len(row.tokens)
@@ -283,27 +316,20 @@ class LlamaCpp:
             self._wanted[end - row.outputs : end] = 1
             outputs += row.outputs
             at = end
-        self._batch.n_tokens = total
-        self._interrupted = False
+        self._batch.n_tokens = at
         long = max(len(row.tokens) for row in rows) >= _INTERRUPTIBLE_TOKENS
         if long:
             self._lib.llama_set_abort_callback(self._context, self._abort, None)
-        code = self._decode_governed(total, total == len(rows))
-        if code == 0 and self.info.overlaps:
+        code = self._decode_governed(at, at == len(rows))
+        if code == 0 and last and self.info.overlaps:
             self.meanwhile()
         if long:
             self._lib.llama_set_abort_callback(self._context, self._no_abort, None)
         if code == 2:
-            for row in rows:
-                self._lib.llama_memory_seq_rm(self._memory, row.slot, row.pos, -1)
             raise StepInterrupted
         if code != 0:
-            raise EdgeError(f"llama.cpp failed in a step of {total} tokens (code {code})", FULL)
-        for row in rows:
-            self._lengths[row.slot] += len(row.tokens)
-        if not outputs:
-            return np.zeros((0, self.info.vocab), np.float32)
-        return self._logits(outputs)
+            raise EdgeError(f"llama.cpp failed in a step of {at} tokens (code {code})", FULL)
+        return self._logits(outputs) if outputs else np.zeros((0, self.info.vocab), np.float32)
 
     def _decode_governed(self, total: int, decodes: bool) -> int:
         """One llama_decode; decoding steps tell the governor what they took, and use what it says.
