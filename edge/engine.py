@@ -120,6 +120,7 @@ class Engine:
         self._unsaid: list[tuple[Job, int]] = []
         self._unbooked: list[tuple[Work, Row]] = []
         self._urgent = False
+        self._took = 0.0
         if info.overlaps:
             backend.meanwhile = self._meanwhile
 
@@ -279,6 +280,7 @@ class Engine:
         self._steps += 1
         self._step_tokens += sum(len(row.tokens) for row in rows)
         self._step_s += now - before
+        self._took = now - before
         drafted = sum(len(work.draft) for work in plan)
         if not drafted:
             self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
@@ -331,7 +333,8 @@ class Engine:
         """Say what is unsaid, and send it where that is due."""
         self._say()
         now = self._clock()
-        if self._urgent or now - self._flushed >= self._flush_s:
+        # Now, unless the next step will end nearer to when it is due.
+        if self._urgent or now - self._flushed >= self._flush_s - self._took / 2:
             self._flush(now)
 
     def _row(self, work: Work) -> Row:

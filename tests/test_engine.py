@@ -234,6 +234,26 @@ def test_a_piece_that_would_be_left_is_read_with_the_rest(prompt: int, pieces: l
         sequence.computed += n
 
 
+@pytest.mark.parametrize(("step_ms", "together"), [(10, 4), (17, 2), (30, 1), (38, 1), (70, 1)])
+def test_text_comes_every_40_ms_as_nearly_as_steps_allow(
+    monkeypatch: pytest.MonkeyPatch, step_ms: int, together: int
+) -> None:
+    backend, now = FakeBackend(slots=1, context=256), [0.0]
+    step = backend.step
+
+    def slow(rows: Sequence[Row]) -> Any:
+        now[0] += step_ms / 1000
+        return step(rows)
+
+    monkeypatch.setattr(backend, "step", slow)
+    desk = Desk(backend, speculate=False, clock=lambda: now[0])
+    desk.submit(1, "abcd", max_tokens=40, temperature=0.0, ignore_eos=True)
+    desk.run()
+    pieces = [event.tokens for event in desk.events if isinstance(event, msg.Delta)]
+    assert pieces[0] == 1
+    assert set(pieces[2:-1]) == {together}
+
+
 # -- prefixes -----------------------------------------------------------------------------------------------
 
 
