@@ -293,6 +293,8 @@ class _Bench:
             return quiet, beside, first - began
 
         quiet, beside, took = asyncio.run(run())
+        if not quiet or not beside:
+            raise EdgeError("no stream of English text ran beside the long prompt", "run it again")
         p95, usual = percentile(beside, 95) or 0.0, percentile(quiet, 95) or 1.0
         value = f"{p95 / usual:.2f} x ({usual * 1e3:.0f} to {p95 * 1e3:.0f} ms; read in {took:.1f} s)"
         goal = "under 2 x the quiet gap"
