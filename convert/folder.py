@@ -38,6 +38,11 @@ class Folder:
     weights: tuple[Path, ...]
 
 
+def parameters(weights: int, config: dict[str, Any]) -> int:
+    """How many numbers `weights` bytes hold in the type that a model's config.json names: 32 bits, or 16."""
+    return weights // (4 if str(config.get("dtype") or config.get("torch_dtype")) == "float32" else 2)
+
+
 def shell(value: str | Path) -> str:
     """`value` as one word of a command line that can be pasted."""
     return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))

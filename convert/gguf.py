@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from convert import gguf_split, template, verify
 from convert import verify_probes as probes
-from convert.folder import SMALL, check_folder
+from convert.folder import SMALL, check_folder, parameters
 from convert.verify_logits import Reference
 from convert.verify_probes import TEXTS as PROBES
 from convert.verify_readers import GgufReader, TorchReader
@@ -75,10 +75,6 @@ class Source:
         """The GGUF type that keeps the precision of the weights."""
         dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
         return {"bfloat16": "BF16", "float32": "F32"}.get(dtype, "F16")
-
-    @property
-    def small(self) -> bool:
-        return self.weights < SMALL * (4 if self.whole == "F32" else 2)
 
     def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
         """The manifest of `file` in the type `quant`, without its verification."""
@@ -137,8 +133,9 @@ def export(
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
     quant = check_quant(quant) if quant else None
     origin = open_source(source)
+    small = parameters(origin.weights, origin.config) < SMALL
     # A matrix is for what four bits lose.
-    quant = quant or (DEFAULT_SMALL if origin.small and not imatrix else DEFAULT)
+    quant = quant or (DEFAULT_SMALL if small and not imatrix else DEFAULT)
     target = target.absolute()
     manifest.check_target(target, overwrite)
     if imatrix and quant in WHOLE:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from convert.folder import SMALL
+from convert.folder import SMALL, parameters
 from convert.gguf import PROBES, TEMPLATE, _json, _tail, _template
 from convert.onnx_graph import complete
 from convert.onnx_quality import QUESTIONS, Quality, measure
@@ -92,13 +92,12 @@ def export(
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{source} has no *.safetensors file", "merge again: edge merge RUN")
-    wide = str(config.get("dtype") or config.get("torch_dtype")) == "float32"
-    parameters = weights // (4 if wide else 2)
-    precision = precision or ("int8" if parameters < SMALL else "int4")
+    numbers = parameters(weights, config)
+    precision = precision or ("int8" if numbers < SMALL else "int4")
     _check(precision, scheme, ep)
     manifest.check_target(target, overwrite)
     # The builder writes whole weights before it quantises.
-    manifest.check_free(target.parent, 5 * parameters)
+    manifest.check_free(target.parent, 5 * numbers)
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", origin.name).strip(" .-") or "model"
 
     with manifest.publish(target, overwrite=overwrite) as partial:

@@ -279,13 +279,13 @@ class Engine:
         now = self._clock()
         self._steps += 1
         self._step_tokens += sum(len(row.tokens) for row in rows)
-        self._step_s += now - before
         self._took = now - before
+        self._step_s += self._took
         drafted = sum(len(work.draft) for work in plan)
         if not drafted:
-            self._pace.learn(decoding, sum(work.n for work in prefill), now - before)
+            self._pace.learn(decoding, sum(work.n for work in prefill), self._took)
         if self._speculate and not prefill:
-            self._costs.learn(decoding + drafted, now - before)
+            self._costs.learn(decoding + drafted, self._took)
         if prefill:
             self._unbooked = list(zip(plan, rows, strict=True))
         self._book()

@@ -121,13 +121,13 @@ class Scheduler:
                     drafted += len(item.draft)
                     room -= len(item.draft)
                     spare -= len(item.draft)
-        most, room = room, min(room, chunk)
-        whole = room
+        whole = min(room, chunk)
+        # What the step can hold beyond that.
+        beyond, room = room - whole, whole
         for sequence in reading:
-            if not (n := self._chunk(sequence, room, whole, most)):
+            if not (n := self._chunk(sequence, room, whole, beyond)):
                 break
             room -= n
-            most -= n
             work.append(Work(sequence, n, []))
         while room > 0 and self.waiting and len(self.running) < self._slots:
             sequence = self.waiting[0]
@@ -135,7 +135,7 @@ class Scheduler:
             if taken is None:
                 break
             sequence.slot, sequence.computed = taken
-            n = self._chunk(sequence, room, whole, most)
+            n = self._chunk(sequence, room, whole, beyond)
             if not n or not self._fits(sequence):
                 self._give_back(sequence, keep=True)
                 break
@@ -144,7 +144,6 @@ class Scheduler:
                 sequence.cached = sequence.computed
             self.running.append(sequence)
             room -= n
-            most -= n
             work.append(Work(sequence, n, []))
         return sorted(self._fit(work), key=lambda item: item.sequence.slot or 0)
 
@@ -158,16 +157,16 @@ class Scheduler:
             return True
         return len(sequence.tokens) - sequence.computed + len(self.running) < available
 
-    def _chunk(self, sequence: Sequence, room: int, whole: int, most: int) -> int:
+    def _chunk(self, sequence: Sequence, room: int, whole: int, beyond: int) -> int:
         """How many of a prompt's tokens go into a step that had room for `whole` and has it for `room`.
 
         Pieces cost a pass each: what would fit into the next step is not cut, nor what is half as long again
-        as the room, up to `most`, which the step can hold at all.
+        as the room, as far as the step can hold `beyond` it.
         """
         left = len(sequence.tokens) - sequence.computed
         if room <= 0:
             return 0
-        return left if left <= min(most, room * 3 // 2) else 0 if left <= whole else room
+        return left if left <= room + min(beyond, room // 2) else 0 if left <= whole else room
 
     def _fit(self, work: list[Work]) -> list[Work]:
         """Make the rows fit into the free cells: drafts, idle prefixes, then the youngest request go."""
