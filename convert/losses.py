@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from convert.encode import IGNORED, Pair, Sample
@@ -74,15 +75,35 @@ def loss_rows(tokens: int, width: int, vocabulary: int) -> int:
     return max(16, max(_LOGITS, tokens * width) // vocabulary // 16 * 16)
 
 
+def head_is_more(model: Any, **inputs: Any) -> str:
+    """What makes the model's logits more than hidden states by a weight that stays as it is ("" if nothing),
+    tried out on a few tokens, with further `inputs`."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return "its output head is trained, or is more than a weight"
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, inputs, made: seen.append(made))
+    try:
+        with torch.no_grad():
+            ids = torch.arange(8, device=head.weight.device)[None]
+            logits = model(input_ids=ids, use_cache=False, **inputs).logits
+    finally:
+        hook.remove()
+    if len(seen) != 1 or seen[0] is not logits:
+        return "it changes its logits behind the output head"
+    return ""
+
+
 class LossHead:
     """Losses of tokens, with logits made only where a token is learnt.
 
     The output head's input is cut down to those positions on its way in, so that a large vocabulary costs
-    memory and time for answers only, whatever the architecture does behind its head. Rows packed into
-    one sequence have positions of their own, by which transformers keeps them from seeing each other.
+    memory and time for answers only. Where the head is no more than its weight, nothing at all goes through
+    it: logits are made a piece at a time, see TokenLoss. Rows packed into one sequence have positions of
+    their own, by which transformers keeps them from seeing each other.
 
-    body: computes the hidden states of rows behind one another instead (see `convert.packed`); then logits
-    are made a piece at a time, from a head that is no more than its weight.
+    body: computes the hidden states of rows behind one another instead (see `convert.packed`), of a model
+    with such a head.
     """
 
     zero_is_bad = True
@@ -91,10 +112,7 @@ class LossHead:
         self._model = model
         self._autocast = autocast
         self._body = body
-        self._keep: torch.Tensor | None = None
-
-    def _cut(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        return None if self._keep is None else (inputs[0][self._keep], *inputs[1:])
+        self._in_pieces = body is not None or not head_is_more(model)
 
     def weight(self, batch: list[Sample]) -> float:
         return sum(sample.learnt for sample in batch)
@@ -118,16 +136,25 @@ class LossHead:
         keep = targets != IGNORED
         packed = any(len(sample.starts) > 1 for sample in batch)
         more = {"position_ids": places.to(device)} if packed else {}
-        hook = self._model.get_output_embeddings().register_forward_pre_hook(self._cut)
-        self._keep = keep.to(device)
+        head, where = self._model.get_output_embeddings(), keep.to(device)
+        hidden: list[torch.Tensor] = []
+
+        def cut(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden.append(inputs[0][where])
+            return (hidden[0][:0] if self._in_pieces else hidden[0], *inputs[1:])
+
+        hook = head.register_forward_pre_hook(cut)
         try:
             with self._computing(device):
                 # Padding is on the right and attention is causal: no learnt token can see it.
                 logits = self._model(input_ids=ids.to(device), use_cache=False, **more).logits
         finally:
-            self._keep = None
             hook.remove()
-        losses = functional.cross_entropy(logits.float(), targets[keep].to(device), reduction="none")
+        wanted = targets[keep].to(device)
+        if self._in_pieces:
+            losses = TokenLoss.apply(hidden[0].to(head.weight.dtype), head.weight, wanted)
+        else:
+            losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
         return losses, keep.nonzero()[:, 0]
 
     def _joined(self, body: Body, batch: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from convert import packed, spread
+from convert import allocator, packed, spread
 from convert.encode import Pair, Sample
 from convert.fused import fuse
 from convert.loop import batches, total_steps
-from convert.losses import TokenLoss, by_length
+from convert.losses import TokenLoss, by_length, head_is_more
 from convert.model import Place, add_adapter, autocast, keeps_embeddings_off, no_advice, unfreeze
 from convert.prepare import Prepared
 from edge import hardware
@@ -38,7 +38,8 @@ from edge.errors import EdgeError
 
 # What a process holds beside tensors. On a CPU: torch and its friends; freed pieces that the C allocator
 # keeps, as a share of what passes need, and bytes for each token, layer and unit of width (fitted to three
-# measured peaks, see docs/NOTES.md). On a card: workspaces of the matrix library.
+# measured peaks, see docs/NOTES.md), where it is not made to give them back (`convert.allocator`). On a card:
+# workspaces of the matrix library.
 CPU_PROCESS, CPU_KEPT, CPU_TOKEN = 520 * 2**20, 0.22, 15
 CUDA_WORKSPACE = 40 * 2**20
 _BLOCK, _DOUBLE = 64, 256
@@ -220,9 +221,10 @@ def estimate(
     # Adam's two numbers in float32. Paged ones lie in the system's memory when the card's is needed.
     kept = trained + (0 if paged else trained * 2)
     largest = _largest(config, made)
-    passes = max(_passes(model, batch, config, joined=joined) for batch in largest)
+    pieces = joined or not head_is_more(model, attention_mask=_mask(model, 1, 8))
+    passes = max(_passes(model, batch, config, joined=joined, pieces=pieces) for batch in largest)
     for batch in list(by_length(made.held, config.per_device_eval_batch_size))[-1:]:
-        passes = max(passes, _passes(model, batch, config, learn=False, joined=joined))
+        passes = max(passes, _passes(model, batch, config, learn=False, joined=joined, pieces=pieces))
     if autocast(config, place) is not None:
         passes += trained  # copies in 16 bits, and gradients twice as large as they were counted
     if not paged:
@@ -233,8 +235,11 @@ def estimate(
         return Estimate(weights, kept, passes, CUDA_WORKSPACE)
     shape = model.config.get_text_config()
     tokens = max(map(_padded, largest)) * shape.num_hidden_layers * shape.hidden_size
-    other = CPU_PROCESS + int(CPU_KEPT * passes) + CPU_TOKEN * tokens
-    return Estimate(weights, kept, passes, other)
+    freed = int(CPU_KEPT * passes) + CPU_TOKEN * tokens
+    if allocator.giver() and not config.disable_gradient_checkpointing:
+        # Eleven runs came within 10 % of it, from 0.98 to 1.11 GiB where this counts 1.07.
+        freed = min(freed, allocator.SLACK * 4 // 5)
+    return Estimate(weights, kept, passes, CPU_PROCESS + freed)
 
 
 def skeleton(base: Path, config: TrainConfig, place: Place, *, eager: bool, joined: bool = False) -> Any:
@@ -310,7 +315,7 @@ _KINDS = (_padded, _learnt, _square)
 
 
 def _passes(
-    model: Any, batch: list[Any], config: TrainConfig, *, learn: bool = True, joined: bool = False
+    model: Any, batch: list[Any], config: TrainConfig, *, learn: bool = True, joined: bool, pieces: bool
 ) -> int:
     """Bytes at the peak of one forward and backward pass (or an evaluation), beside the parameters."""
     samples: list[Sample] = [
@@ -333,7 +338,7 @@ def _passes(
             for one in model.parameters():
                 # They stay where they are from step to step.
                 one.grad = torch.empty_like(one) if learn and one.requires_grad else None
-            losses = _losses(model, shape, keep, joined=joined)
+            losses = _losses(model, shape, keep, pieces=pieces)
             if learn:
                 losses.sum().backward()
             del losses
@@ -343,22 +348,27 @@ def _passes(
     return counted.peak
 
 
-def _losses(model: Any, shape: tuple[int, int], keep: int, *, joined: bool) -> torch.Tensor:
+def _mask(model: Any, rows: int, length: int) -> torch.Tensor:
+    """A mask, given whole: transformers would look into the positions to make it."""
+    side = length if model.config._attn_implementation == "eager" else 1
+    return torch.zeros(rows, 1, side, side, dtype=model.dtype, device="meta")
+
+
+def _losses(model: Any, shape: tuple[int, int], keep: int, *, pieces: bool) -> torch.Tensor:
     """Losses of `keep` tokens of a batch of `shape`. The positions that are learnt cannot be looked up
     without storage: any as many will do."""
     head = model.get_output_embeddings()
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     targets = torch.zeros(keep, dtype=torch.long, device="meta")
-    # Given whole: transformers would look into the positions to make it.
-    side = shape[1] if model.config._attn_implementation == "eager" else 1
-    mask = torch.zeros(shape[0], 1, side, side, dtype=model.dtype, device="meta")
-    if joined:
-        hidden = packed.decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        found: torch.Tensor = TokenLoss.apply(hidden[0, :keep], head.weight, targets)
+    given = {"input_ids": ids, "attention_mask": _mask(model, *shape), "use_cache": False}
+    if pieces:
+        hidden = packed.decoder(model)(**given).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1])[:keep].clone()
+        found: torch.Tensor = TokenLoss.apply(chosen, head.weight, targets)
         return found
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:keep],))
     try:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(**given).logits
     finally:
         hook.remove()
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")

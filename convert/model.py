@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import os
 import re
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from convert import allocator
 from edge.config import TrainConfig
 from edge.errors import InputError, UnavailableError, UsageError
 
@@ -101,15 +100,8 @@ def load_model(
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
     keep_unpacked(model)
-    _trim()
+    allocator.trim()
     return model
-
-
-def _trim() -> None:
-    """Give back to the system what loading took and freed: hundreds of megabytes that glibc would keep."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def use_liger(model: Any, place: Place) -> None:
@@ -217,10 +209,14 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
     adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     if not config.disable_gradient_checkpointing:
         # Without dropout a pass that is computed again needs no random numbers, and can be recorded.
-        adapted.get_base_model().activation_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": drops(adapted)}
-        )
+        _checkpoint(adapted.get_base_model(), preserve_rng_state=drops(adapted))
     return adapted
+
+
+def _checkpoint(model: Any, **how: Any) -> None:
+    model.activation_checkpointing_enable(
+        {"use_reentrant": False, **how, **allocator.checkpointing(model.device.type)}
+    )
 
 
 def drops(model: Any) -> bool:
@@ -237,5 +233,5 @@ def unfreeze(model: Any, config: TrainConfig) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     if not config.disable_gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        _checkpoint(model)
     return model

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from convert.fused import fuse
-from convert.losses import LossHead
+from convert.losses import LossHead, head_is_more
 from convert.model import (
     Place,
     autocast,
@@ -103,9 +102,6 @@ def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
     if why := _refused(config, dtype):
         return why
     shape = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return "its output head is trained, or is more than a weight"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the card has no flash attention"
     if getattr(shape, "attn_logit_softcapping", None):
@@ -113,21 +109,7 @@ def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
     wide = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     if wide > 256:
         return "its heads are wider than flash attention takes"
-    if not _plain_head(model, head):
-        return "it changes its logits behind the output head"
-    return ""
-
-
-def _plain_head(model: Any, head: nn.Linear) -> bool:
-    """Whether the model's logits are what its output head makes, tried out on a few tokens."""
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, inputs, made: seen.append(made))
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=torch.arange(8, device=head.weight.device)[None], use_cache=False).logits
-    finally:
-        hook.remove()
-    return len(seen) == 1 and torch.equal(seen[0], logits)
+    return head_is_more(model)
 
 
 def recordable(model: Any) -> str:

@@ -9,9 +9,9 @@ from array import array
 import pytest
 import torch
 
-from convert import loop, model, qlora, train_cli
+from convert import allocator, loop, model, qlora, train_cli
 from convert.encode import Sample
-from convert.losses import LossHead
+from convert.losses import LossHead, head_is_more
 from edge import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, UsageError
@@ -140,15 +140,62 @@ def test_t9_accumulation_weighs_tokens(base, made, lengths, monkeypatch):
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_loss_head_equals_transformers_loss(base, made):
-    one_model = adapted(base, made()).eval()
+@pytest.mark.parametrize("kind", ["in pieces", "trained head", "capped"])
+def test_loss_head_equals_transformers_loss(base, made, kind, monkeypatch):
+    """Losses and gradients; in pieces where, and only where, the head is no more than its weight."""
+    one_model = adapted(base, made(), four_bit=False).eval()
+    head = one_model.get_output_embeddings()
+    if kind == "trained head":
+        head.weight.requires_grad_()
+    if kind == "capped":
+        plain = one_model.get_base_model().forward
+
+        def capped(*args, **more):
+            labels = more.pop("labels", None)
+            made = plain(*args, **more)
+            made.logits = 5 * torch.tanh(made.logits / 5)
+            if labels is not None:
+                made.loss = one_model.loss_function(made.logits, labels, made.logits.shape[-1])
+            return made
+
+        monkeypatch.setattr(one_model.get_base_model(), "forward", capped)
+    reasons = {"in pieces": "", "trained head": "its output head is", "capped": "it changes its logits"}
+    assert " ".join(head_is_more(one_model).split()[:4]) == reasons[kind]
+    monkeypatch.setattr("convert.losses._LOGITS", 0)  # sixteen tokens at a time
     batch = [sample(9), sample(20, seed=1)]
+    one_model.zero_grad()
     losses, rows = LossHead(one_model)(batch, "cpu")
     assert rows.tolist() == [0] * 7 + [1] * 18
+    losses.sum().backward()
+    mine = gradients(one_model)
+    one_model.zero_grad()
     for at, one in enumerate(batch):
         labels = torch.tensor([one.labels])
         whole = one_model(input_ids=torch.tensor([one.ids]), labels=labels).loss
         assert losses[rows == at].mean().item() == pytest.approx(whole.item(), rel=1e-4)
+        (whole * one.learnt).backward()
+    torch.testing.assert_close(mine, gradients(one_model), atol=1e-5, rtol=1e-3)
+
+
+def test_checkpointing_on_a_cpu_gives_back_what_was_freed(monkeypatch):
+    """As soon as, and only when, the slack may have gathered since memory was least."""
+    resident, given = [0], []
+
+    class Process:
+        def memory_info(self):
+            return types.SimpleNamespace(rss=resident[0])
+
+    monkeypatch.setattr(allocator.psutil, "Process", Process)
+    monkeypatch.setattr(allocator, "giver", lambda: lambda pad: given.append(resident[0]) or 1)
+    forward, again = allocator.checkpointing("cpu")["context_fn"]()
+    assert allocator.checkpointing("cuda") == {}
+    for resident[0] in (2**30, 2**29, 2**29 + allocator.SLACK, 2**29 + allocator.SLACK + 1):
+        for layer in (forward, again):
+            with layer:
+                pass
+    assert given == [2**29 + allocator.SLACK + 1]
+    monkeypatch.setattr(allocator, "giver", lambda: None)
+    assert allocator.checkpointing("cpu") == {}
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (70000.0, torch.float16)])

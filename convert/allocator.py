@@ -1,0 +1,64 @@
+"""Memory that was freed and that the C allocator keeps: glibc gives it back when it is told to."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+# How much may gather while a checkpointed model is trained. Less costs time: what is given back must be
+# taken again, page by page.
+SLACK = 256 * 2**20
+
+
+@functools.cache
+def giver() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, None where there is none."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def trim() -> None:
+    """Give back to the system what loading took and freed: hundreds of megabytes that glibc would keep."""
+    gc.collect()
+    if give := giver():
+        give(0)
+
+
+class _Layer:
+    """Entered where a layer begins: gives freed memory back once SLACK of it may have gathered."""
+
+    def __init__(self, give: Callable[[int], int]) -> None:
+        self._give, self._resident = give, psutil.Process().memory_info
+        self._least = sys.maxsize
+
+    def __enter__(self) -> None:
+        now = self._resident().rss
+        if now > self._least + SLACK:
+            self._give(0)
+            now = self._least = self._resident().rss
+        self._least = min(self._least, now)
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+        pass
+
+
+def checkpointing(device: str) -> dict[str, Any]:
+    """What a checkpointed layer is to be told, so that memory on a CPU stays near what tensors need.
+
+    Each layer leaves pieces behind that the next one's do not fit into: 1.3 to 1.9 GiB from run to run where
+    1.0 would do.
+    """
+    give = giver()
+    if device != "cpu" or give is None:
+        return {}
+    layer = _Layer(give)
+    # One for the pass forward, one for that which computes the layer again.
+    return {"context_fn": lambda: (layer, layer)}
