@@ -40,6 +40,8 @@ TOKENS = 64
 CONTEXT = 512
 LONG_CONTEXT = 4096
 PAUSE_S = 0.3
+# Bytes of a file between the two sizes of model that the goals are for, 135M and 1.5B.
+_LARGE = 400_000_000
 _LOOKUP_TEXT = (
     "The tide comes in twice a day. Copper turns green with age. The library opens at nine. "
     "Fresh bread should cool for an hour before it is cut. "
@@ -173,7 +175,9 @@ class _Bench:
         mine = found["edge"]
         shown = ", ".join(f"{name} {median(values):.1f}" for name, values in found.items())
         rows.append(Row(f"{n} streams, total tokens/s", shown, ""))
-        for name, goal in (("bare loop", 0.85 if n == 1 else None), ("llama-server", 1.0)):
+        # The longer a step, the less of it is HTTP.
+        alone = 0.95 if self._path.stat().st_size > _LARGE else 0.85
+        for name, goal in (("bare loop", alone if n == 1 else None), ("llama-server", 1.0)):
             against = ratio(mine, found[name]) if name in found else None
             if against is not None:
                 value = f"{against.value:.2f} x ({against.low:.2f} to {against.high:.2f})"
