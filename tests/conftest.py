@@ -16,6 +16,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Modules that take no times and listen for nobody: their tests may run side by side.
+BESIDE = {
+    "test_bench_train",
+    "test_eval",
+    "test_examples",
+    "test_families",
+    "test_gguf",
+    "test_ladder",
+    "test_layers",
+    "test_memory",
+    "test_merge",
+    "test_methods",
+    "test_onnx_export",
+    "test_packed",
+    "test_pull",
+    "test_qlora",
+    "test_resume",
+    "test_verify",
+    "test_verify_onnx",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in BESIDE:
+            item.add_marker(pytest.mark.beside)
+
 
 @pytest.fixture(scope="module", params=["fake", "fake-card", "llamacpp", "onnx", "onnx-device"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
