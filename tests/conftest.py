@@ -20,7 +20,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
-# Modules that take no times and listen for nobody: their tests may run side by side.
+# Modules whose tests take no times, and so may run side by side.
 BESIDE = {
     "test_bench_train",
     "test_eval",

@@ -143,7 +143,7 @@ def test_t9_accumulation_weighs_tokens(base, made, lengths, monkeypatch):
 @pytest.mark.parametrize("kind", ["in pieces", "trained head", "capped"])
 def test_loss_head_equals_transformers_loss(base, made, kind, monkeypatch):
     """Losses and gradients; in pieces where, and only where, the head is no more than its weight."""
-    one_model = adapted(base, made(), four_bit=False).eval()
+    one_model = adapted(base, made()).eval()
     head = one_model.get_output_embeddings()
     if kind == "trained head":
         head.weight.requires_grad_()
