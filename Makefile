@@ -54,7 +54,7 @@ help:
 install: $(STAMP)
 
 # The stamp follows what is pinned and what the native build depends on.
-$(STAMP): pyproject.toml constraints.txt edge/native.py edge/sdist.py edge/native_check.py edge/amx_tileconfig.h
+$(STAMP): pyproject.toml constraints.txt edge/native.py edge/sdist.py edge/native_check.py $(wildcard edge/csrc/*)
 	@test -x $(BIN)/python || for python in $(PYTHON); do \
 	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
 	    "$$python" -m venv .venv && break || rm -rf .venv; \

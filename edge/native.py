@@ -1,9 +1,10 @@
 """Builds llama-cpp-python for this machine: `python -m edge.native [--cuda] [--force]`.
 
 There is no wheel of it, and a build with default flags is wrong on some machines: it crashes on CPUs with
-AMX (see amx_tileconfig.h), and with OpenMP it crawls beside a busy core. So the pinned sdist is built with
-flags of our own, the wheel is kept in the user's cache under a key of everything that shaped it, and the
-installed build is tried by one decode in a child process. What came of it lies beside the build as JSON.
+AMX (see csrc/amx_tileconfig.h), and with OpenMP it crawls beside a busy core. So the pinned sdist is built
+with flags of our own and, for CPUs with AMX, with matrix products of our own (csrc/products.cpp). The wheel is
+kept in the user's cache under a key of everything that shaped it, and the installed build is tried by some
+decodes in a child process. What came of it lies beside the build as JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from edge import hardware, manifest
 from edge.errors import EdgeError, UnavailableError
 from edge.sdist import CONSTRAINTS, PACKAGE, VERSION, install_tools, pip, publish_folder, sdist_archive, tail
 
-HEADER = Path(__file__).with_name("amx_tileconfig.h")
+CSRC = Path(__file__).with_name("csrc")
+HEADER = CSRC / "amx_tileconfig.h"
 RECORD = "edge_build.json"
 OFF = (
     "LLAVA_BUILD",
@@ -124,7 +126,7 @@ def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
         "version": VERSION,
         "defines": defines,
         "cxx_flags": cxx_flags,
-        "header": manifest.file_digest(HEADER),
+        "csrc": {path.name: manifest.file_digest(path) for path in sorted(CSRC.iterdir()) if path.is_file()},
         "compiler": [found.kind, found.version],
         "cuda": [cuda_version, *(f"{gpu.name} {gpu.compute_capability}" for gpu in hardware.gpus())]
         if cuda
@@ -184,14 +186,11 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest.check_free(folder.parent, 2 * 2**30)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work, tempfile.TemporaryDirectory() as extra:
-        # The binding forces llama.cpp's common library on, which nothing here links to: off again, later.
-        made = Path(work) / "wheel"
-        core_only = Path(extra) / "core_only.cmake"
-        core_only.write_text("set(LLAMA_BUILD_COMMON OFF)\n", encoding="utf-8")
-        defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": core_only.as_posix()}
+        made, csrc = Path(work) / "wheel", Path(extra) / CSRC.name
+        shutil.copytree(CSRC, csrc)  # a path without blanks, whatever ours is
+        defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": (csrc / "build.cmake").as_posix()}
         if chosen.cxx_flags:
-            shutil.copy(HEADER, extra)
-            forced = f'-include "{Path(extra) / HEADER.name}"'
+            forced = f'-include "{csrc / HEADER.name}"'
             defines["CMAKE_CXX_FLAGS"] = forced if chosen.cxx_flags == "include-header" else chosen.cxx_flags
         command = [
             "wheel",

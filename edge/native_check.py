@@ -1,9 +1,10 @@
-"""One decode of a tiny model, run as a process of its own: `python native_check.py plain|extra|gpu`.
+"""Decodes of a tiny model, run as a process of its own: `python native_check.py plain|extra|gpu`.
 
 A wrong build dies in native code at its first matrix product, so the check must not share a process with
 anything. `plain` uses ordinary buffers, `extra` lets the CPU backend repack weights (AMX and the like), `gpu`
 puts all layers on the card; the last two compare their logits with `plain`. Two threads, because tile
-configuration is per thread. The model is written here: one llama layer of random Q4_0 weights.
+configuration is per thread; chunks of several lengths, because few and many tokens are multiplied in different
+ways. The model is written here: one llama layer of random weights, of the types that code of ours multiplies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-WIDTH, FEED, VOCAB, PROMPT = 256, 512, 64, 96
+WIDTH, FEED, VOCAB = 256, 512, 64
+CHUNKS = (96, 1, 1, 3, 12, 1)
 MIN_COSINE = 0.99
 
 
@@ -33,22 +35,28 @@ def write_model(path: Path) -> None:
         values = np.ones(shape) if len(shape) == 1 else random.normal(0, 1, shape)
         tensors.append((name, shape, 0, values.astype("<f4").tobytes()))
 
-    def q4_0(name: str, columns: int, rows: int) -> None:
-        blocks = np.empty((rows * columns // 32, 18), np.uint8)  # a half scale, then 32 nibbles
-        blocks[:, :2] = np.full(len(blocks), 0.02, "<f2").view(np.uint8).reshape(-1, 2)
-        blocks[:, 2:] = random.integers(0, 256, (len(blocks), 16), np.uint8)
-        tensors.append((name, (columns, rows), 2, blocks.tobytes()))
+    def quantised(name: str, kind: str, columns: int, rows: int) -> None:
+        # GGUF's number for the type, values and bytes of a block, where its halves lie, and what they hold.
+        number, values, size, place, halves = {
+            "Q4_0": (2, 32, 18, 0, (0.02,)),
+            "Q8_0": (8, 32, 34, 0, (0.0015,)),
+            "Q4_K": (12, 256, 144, 0, (0.0004, 0.003)),
+            "Q6_K": (14, 256, 210, 208, (0.0001,)),
+        }[kind]
+        blocks = random.integers(0, 256, (rows * columns // values, size), np.uint8)
+        blocks[:, place : place + 2 * len(halves)] = np.array(halves, "<f2").view(np.uint8)
+        tensors.append((name, (columns, rows), number, blocks.tobytes()))
 
     dense("token_embd.weight", WIDTH, VOCAB)
     dense("output_norm.weight", WIDTH)
-    q4_0("output.weight", WIDTH, VOCAB)
+    quantised("output.weight", "Q6_K", WIDTH, VOCAB)
     dense("blk.0.attn_norm.weight", WIDTH)
     dense("blk.0.ffn_norm.weight", WIDTH)
     for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        q4_0(f"blk.0.{name}.weight", WIDTH, WIDTH)
-    q4_0("blk.0.ffn_gate.weight", WIDTH, FEED)
-    q4_0("blk.0.ffn_up.weight", WIDTH, FEED)
-    q4_0("blk.0.ffn_down.weight", FEED, WIDTH)
+        quantised(f"blk.0.{name}.weight", "Q4_0", WIDTH, WIDTH)
+    quantised("blk.0.ffn_gate.weight", "Q8_0", WIDTH, FEED)
+    quantised("blk.0.ffn_up.weight", "Q4_K", WIDTH, FEED)
+    quantised("blk.0.ffn_down.weight", "Q4_K", FEED, WIDTH)
 
     words = {"general.architecture": "llama", "tokenizer.ggml.model": "none"}
     numbers = {
@@ -72,7 +80,7 @@ def write_model(path: Path) -> None:
 
 
 def logits(path: Path, *, extra: bool, gpu: bool) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Logits `[5, VOCAB]` after a prompt of PROMPT tokens and after each of four more."""
+    """Logits `[chunks, VOCAB]` after each of CHUNKS."""
     import llama_cpp.llama_cpp as lib
 
     model_params = lib.llama_model_default_params()
@@ -86,8 +94,8 @@ def logits(path: Path, *, extra: bool, gpu: bool) -> np.ndarray[tuple[int, int],
     if not context:
         raise SystemExit("the model could not be loaded")
     rows = []
-    tokens = [(7 * index) % VOCAB for index in range(PROMPT + 4)]
-    for chunk in (tokens[:PROMPT], *([token] for token in tokens[PROMPT:])):
+    for length in CHUNKS:
+        chunk = [(7 * index) % VOCAB for index in range(length)]
         array = (ctypes.c_int32 * len(chunk))(*chunk)
         if lib.llama_decode(context, lib.llama_batch_get_one(array, len(chunk))) != 0:
             raise SystemExit("llama_decode failed")
