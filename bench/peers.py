@@ -42,8 +42,8 @@ _ON = ("LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "BUILD_S
 def llama_server_binary() -> Path:
     """llama-server, built once with the flags of our own build. Raises EdgeError with the log's end.
 
-    The matrix products of our own (edge/csrc/products.cpp) are not in it: it is llama.cpp as it comes, but for
-    the header without which it dies on a CPU with AMX.
+    What edge/csrc puts in place of its products and attention is not in it: it is llama.cpp as it comes, but
+    for the header without which it dies on a CPU with AMX.
     """
     plan = native.plan()
     folder = hardware.cache_dir() / "peers" / plan.key

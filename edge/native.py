@@ -2,9 +2,9 @@
 
 There is no wheel of it, and a build with default flags is wrong on some machines: it crashes on CPUs with
 AMX (see csrc/amx_tileconfig.h), and with OpenMP it crawls beside a busy core. So the pinned sdist is built
-with flags of our own and, for CPUs with AMX, with matrix products of our own (csrc/products.cpp). The wheel is
-kept in the user's cache under a key of everything that shaped it, and the installed build is tried by some
-decodes in a child process. What came of it lies beside the build as JSON.
+with flags of our own and, on x86, with attention and matrix products of our own (csrc). The wheel is kept in
+the user's cache under a key of everything that shaped it, and the installed build is tried by some decodes in
+a child process. What came of it lies beside the build as JSON.
 """
 
 from __future__ import annotations

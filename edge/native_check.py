@@ -3,8 +3,9 @@
 A wrong build dies in native code at its first matrix product, so the check must not share a process with
 anything. `plain` uses ordinary buffers, `extra` lets the CPU backend repack weights (AMX and the like), `gpu`
 puts all layers on the card; the last two compare their logits with `plain`. Two threads, because tile
-configuration is per thread; chunks of several lengths, because few and many tokens are multiplied in different
-ways. The model is written here: one llama layer of random weights, of the types that code of ours multiplies.
+configuration is per thread; chunks of several lengths, because few and many tokens are multiplied each in
+their own way. The model is written here: one llama layer of random weights, of the types that code of ours
+multiplies.
 """
 
 from __future__ import annotations

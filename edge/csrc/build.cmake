@@ -3,15 +3,24 @@
 # The Python binding forces llama.cpp's common library on, which nothing here links to.
 set(LLAMA_BUILD_COMMON OFF)
 
-# products.cpp takes the place of llama.cpp's products with weights repacked for AMX; what it does not serve it hands
-# to these, under names of their own.
-function(edge_products)
-    target_sources(ggml-cpu PRIVATE ${EDGE_CSRC}/products.cpp)
+# Our sources take the place of functions of llama.cpp's; what they do not serve they hand on to these, which get names
+# of their own.
+function(edge_replace file)
     set_source_files_properties(
-        ${llama.cpp_SOURCE_DIR}/ggml/src/ggml-cpu/amx/mmq.cpp
+        ${llama.cpp_SOURCE_DIR}/ggml/src/ggml-cpu/${file}
         TARGET_DIRECTORY ggml-cpu
-        PROPERTIES COMPILE_DEFINITIONS
-        "ggml_backend_amx_mul_mat=edge_upstream_mul_mat;ggml_backend_amx_desired_wsize=edge_upstream_desired_wsize")
+        PROPERTIES COMPILE_DEFINITIONS "${ARGN}")
 endfunction()
+
+function(edge_sources)
+    target_sources(ggml-cpu PRIVATE ${EDGE_CSRC}/products.cpp ${EDGE_CSRC}/attention.cpp)
+    edge_replace(amx/mmq.cpp
+        ggml_backend_amx_mul_mat=edge_upstream_mul_mat
+        ggml_backend_amx_desired_wsize=edge_upstream_desired_wsize)
+    edge_replace(ops.cpp ggml_compute_forward_flash_attn_ext=edge_upstream_flash_attn_ext)
+endfunction()
+
 set(EDGE_CSRC ${CMAKE_CURRENT_LIST_DIR})
-cmake_language(DEFER CALL edge_products)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
+    cmake_language(DEFER CALL edge_sources)
+endif()

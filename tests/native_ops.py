@@ -1,0 +1,220 @@
+"""The installed llama.cpp's products and attention against float64, as a process of its own.
+
+    python native_ops.py products TYPE ROWS [ROWS ...]
+    python native_ops.py attention WIDTH HEADS CACHED_HEADS TOKENS STREAMS CELLS MASK
+
+Products: for every number of rows `"ROWS ERROR ALIKE"`, the largest error as a share of the largest result,
+and whether each row is, to the bit, what it is alone. Values are whole numbers, and each block holds 127, so
+that rounding them to 8 bits changes nothing and the result is known. `"none"` where no weights are repacked for
+AMX.
+
+Attention: `"ERROR ALIKE"`, the same error, and whether two and three threads, and each token alone, give the
+same to the bit. MASK: none, causal, holes. Cells that no token sees hold no numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH, COLUMNS = 768, 96
+SCALES = {
+    "Q4_0": (0, 2),
+    "Q8_0": (0, 2),
+    "Q4_1": (0, 4),
+    "Q4_K": (0, 4),
+    "Q6_K": (208, 210),
+}  # bytes of a block that are halves
+
+
+class InitParams(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def weights(kind: gguf.GGMLQuantizationType) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """COLUMNS random rows of WIDTH values as stored, and what they stand for."""
+    random = np.random.default_rng(5)
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.integers(0, 256, (COLUMNS * WIDTH // values, size), np.uint8)
+    begin, end = SCALES[kind.name]
+    halves = random.uniform(0.001, 0.01, (len(blocks), (end - begin) // 2)).astype("<f2")
+    blocks[:, begin:end] = halves.view(np.uint8)
+    stored = blocks.reshape(COLUMNS, -1)
+    return stored, gguf.quants.dequantize(stored, kind).astype(np.float64)
+
+
+def inputs(rows: int) -> NDArray[np.float32]:
+    values = np.random.default_rng(6).integers(-126, 127, (rows, WIDTH)).astype(np.float32)
+    values[:, ::32] = 127
+    return values
+
+
+class Ggml:
+    """As much of ggml as one product takes."""
+
+    def __init__(self) -> None:
+        folder = Path(llama_cpp.__file__).parent / "lib"
+        name = {"win32": "{}.dll", "darwin": "lib{}.dylib"}.get(sys.platform, "lib{}.so")
+        self._base = ctypes.CDLL(str(folder / name.format("ggml-base")))
+        self._cpu = ctypes.CDLL(str(folder / name.format("ggml-cpu")))
+        for library, functions in (
+            (self._base, "ggml_init ggml_new_tensor_4d ggml_new_graph ggml_mul_mat ggml_flash_attn_ext"),
+            (self._base, "ggml_backend_alloc_ctx_tensors_from_buft ggml_backend_dev_backend_reg"),
+            (self._base, "ggml_backend_get_device ggml_backend_reg_get_proc_address"),
+            (self._cpu, "ggml_backend_cpu_init ggml_backend_cpu_buffer_type"),
+        ):
+            for function in functions.split():
+                getattr(library, function).restype = ctypes.c_void_p
+        self._base.ggml_backend_buft_name.restype = ctypes.c_char_p
+        self._backend = ctypes.c_void_p(self._cpu.ggml_backend_cpu_init())
+        self._memory = ctypes.c_void_p(self._cpu.ggml_backend_cpu_buffer_type())
+        self.threads(2)
+
+    def buffer_type(self, name: bytes) -> ctypes.c_void_p | None:
+        device = ctypes.c_void_p(self._base.ggml_backend_get_device(self._backend))
+        registry = ctypes.c_void_p(self._base.ggml_backend_dev_backend_reg(device))
+        address = self._base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+        give = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
+        for kind in give(device):
+            if not kind:
+                return None
+            if self._base.ggml_backend_buft_name(ctypes.c_void_p(kind)) == name:
+                return ctypes.c_void_p(kind)
+        return None
+
+    def _tensor(
+        self, kind: int, shape: tuple[int, ...], where: ctypes.c_void_p, data: bytes
+    ) -> ctypes.c_void_p:
+        """shape: as ggml has it, the innermost first."""
+        context = ctypes.c_void_p(self._base.ggml_init(InitParams(2**20, None, True)))
+        sizes = [ctypes.c_int64(size) for size in (*shape, 1, 1)[:4]]
+        tensor = ctypes.c_void_p(self._base.ggml_new_tensor_4d(context, kind, *sizes))
+        assert self._base.ggml_backend_alloc_ctx_tensors_from_buft(context, where)
+        size = ctypes.c_size_t(len(data))
+        self._base.ggml_backend_tensor_set(tensor, data, ctypes.c_size_t(0), size)
+        return tensor
+
+    def _plain(self, values: NDArray[np.float32] | NDArray[np.float16]) -> ctypes.c_void_p:
+        kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}[values.dtype]
+        return self._tensor(kind, values.shape[::-1], self._memory, values.tobytes())
+
+    def _compute(self, result: ctypes.c_void_p, context: ctypes.c_void_p, out: NDArray[np.float32]) -> None:
+        assert self._base.ggml_backend_alloc_ctx_tensors_from_buft(context, self._memory)
+        graph = ctypes.c_void_p(self._base.ggml_new_graph(context))
+        self._base.ggml_build_forward_expand(graph, result)
+        assert self._base.ggml_backend_graph_compute(self._backend, graph) == 0
+        to = out.ctypes.data_as(ctypes.c_void_p)
+        self._base.ggml_backend_tensor_get(result, to, ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes))
+
+    def threads(self, count: int) -> None:
+        self._cpu.ggml_backend_cpu_set_n_threads(self._backend, count)
+
+    def weight(self, kind: int, stored: NDArray[np.uint8], where: ctypes.c_void_p) -> ctypes.c_void_p:
+        return self._tensor(kind, (WIDTH, COLUMNS), where, stored.tobytes())
+
+    def product(self, weight: ctypes.c_void_p, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        context = ctypes.c_void_p(self._base.ggml_init(InitParams(2**22, None, True)))
+        result = ctypes.c_void_p(self._base.ggml_mul_mat(context, weight, self._plain(values)))
+        out = np.empty((len(values), COLUMNS), np.float32)
+        self._compute(result, context, out)
+        return out
+
+    def attention(
+        self,
+        queries: NDArray[np.float32],
+        keys: NDArray[np.float16],
+        values: NDArray[np.float16],
+        mask: NDArray[np.float16] | None,
+    ) -> NDArray[np.float32]:
+        """queries `[streams, heads, tokens, width]`, keys and values `[streams, cached heads, cells, width]`,
+        mask `[streams, 1, tokens, cells]` -> `[streams, tokens, heads, width]`.
+        """
+        context = ctypes.c_void_p(self._base.ggml_init(InitParams(2**22, None, True)))
+        streams, heads, tokens, width = queries.shape
+        given = [self._plain(queries), self._plain(keys), self._plain(values)]
+        given.append(ctypes.c_void_p() if mask is None else self._plain(mask))
+        numbers = [ctypes.c_float(width**-0.5), ctypes.c_float(0), ctypes.c_float(0)]
+        result = ctypes.c_void_p(self._base.ggml_flash_attn_ext(context, *given, *numbers))
+        out = np.empty((streams, tokens, heads, width), np.float32)
+        self._compute(result, context, out)
+        return out
+
+
+def attended(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float16],
+    values: NDArray[np.float16],
+    mask: NDArray[np.float16] | None,
+) -> NDArray[np.float64]:
+    """What `Ggml.attention` should give; a token that sees nothing gets zeros."""
+    shared = queries.shape[1] // keys.shape[1]
+    wide = [np.repeat(np.nan_to_num(one.astype(np.float64)), shared, axis=1) for one in (keys, values)]
+    scores = np.einsum("shtd,shcd->shtc", queries.astype(np.float64), wide[0]) * queries.shape[3] ** -0.5
+    if mask is not None:
+        scores = scores + mask.astype(np.float64)
+    highest = scores.max(axis=3, keepdims=True)
+    weights_ = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
+    whole = weights_.sum(axis=3, keepdims=True)
+    weights_ /= np.where(whole == 0, 1, whole)
+    return np.einsum("shtc,shcd->sthd", weights_, wide[1])
+
+
+def attention(width: int, heads: int, cached: int, tokens: int, streams: int, cells: int, kind: str) -> None:
+    random = np.random.default_rng(7)
+    queries = random.normal(0, 2, (streams, heads, tokens, width)).astype(np.float32)
+    keys, values = (random.normal(0, 1, (streams, cached, cells, width)).astype(np.float16) for _ in range(2))
+    mask = None
+    if kind != "none":
+        seen = np.tri(tokens, cells, cells - tokens, dtype=bool)[None, None].repeat(streams, axis=0)
+        if kind == "holes":
+            seen &= random.random((streams, 1, tokens, cells)) < 0.3
+            seen[..., cells // 4 : cells // 2] = False
+            seen[0, 0, 0] = False
+        mask = np.where(seen, np.float16(0), np.float16(-np.inf))
+        unseen = ~seen.any(axis=(1, 2))
+        for stream in range(streams):
+            keys[stream][:, unseen[stream]] = np.nan
+            values[stream][:, unseen[stream]] = np.nan
+    ggml = Ggml()
+    found = ggml.attention(queries, keys, values, mask)
+    ggml.threads(3)
+    alike = np.array_equal(ggml.attention(queries, keys, values, mask), found)
+    for token in range(tokens):
+        part = slice(token, token + 1)
+        own = None if mask is None else mask[:, :, part].copy()
+        one = ggml.attention(queries[:, :, part].copy(), keys, values, own)
+        alike &= np.array_equal(one, found[:, part])
+    right = attended(queries, keys, values, mask)
+    error = np.abs(found - right).max() / max(float(np.abs(right).max()), 1e-9)
+    sys.stdout.write(f"{error:.3e} {alike}\n")
+
+
+def products(name: str, *counts: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    ggml = Ggml()
+    where = ggml.buffer_type(b"AMX")
+    if where is None:
+        sys.stdout.write("none\n")
+        return
+    stored, meant = weights(kind)
+    weight = ggml.weight(kind.value, stored, where)
+    values = inputs(max(map(int, counts)))
+    alone = np.concatenate([ggml.product(weight, values[row : row + 1]) for row in range(len(values))])
+    for count in map(int, counts):
+        found = ggml.product(weight, values[:count])
+        right = values[:count].astype(np.float64) @ meant.T
+        error = np.abs(found - right).max() / np.abs(right).max()
+        sys.stdout.write(f"{count} {error:.3e} {np.array_equal(found, alone[:count])}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "products":
+        products(*sys.argv[2:])
+    else:
+        attention(*map(int, sys.argv[2:8]), sys.argv[8])

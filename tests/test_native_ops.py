@@ -1,0 +1,64 @@
+"""What llama.cpp was built with in place of its own: edge/csrc/products.cpp and attention.cpp."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge import hardware
+
+pytest.importorskip("llama_cpp")
+
+COUNTS = ("1", "2", "7", "10", "11", "16", "17", "31", "64", "80", "150")
+
+
+def run(*arguments: str) -> list[list[str]]:
+    script = Path(__file__).with_name("native_ops.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-2000:]
+    return [line.split() for line in done.stdout.decode("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q4_1"])
+def test_products_are_right_and_rows_do_not_depend_on_their_neighbours(kind: str) -> None:
+    """For few rows, several groups of 16, and a last group that is not whole; Q4_1 is llama.cpp's own."""
+    found = run("products", kind, *COUNTS)
+    if found == [["none"]]:
+        pytest.skip("no weights are repacked for AMX here")
+    assert [count for count, _, _ in found] == list(COUNTS)
+    assert max(float(error) for _, error, _ in found) < 1e-6
+    assert all(alike == "True" for _, _, alike in found)
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or "avx2" not in hardware.cpu_flags(everything=True),
+    reason="attention of our own is for CPUs with AVX2",
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "64 9 3 1 1 300 none",
+        "64 9 3 1 3 257 holes",
+        "128 12 2 1 1 1000 causal",
+        "128 12 2 5 2 333 holes",
+        "64 14 2 33 1 64 holes",
+        "128 8 8 2 2 31 causal",
+        "192 4 1 3 1 70 holes",
+        "256 8 1 1 1 70 causal",
+        "64 9 3 1 1 1 none",
+    ],
+)
+def test_attention_is_right_and_tokens_do_not_depend_on_their_neighbours(case: str) -> None:
+    """Widths, heads that share a cache, several tokens and streams; hidden cells hold no numbers."""
+    [[error, alike]] = run("attention", *case.split())
+    assert float(error) < 3e-6
+    assert alike == "True"
+
+
+def test_wide_pieces_of_a_prompt_are_left_to_llama_cpp() -> None:
+    [[error, _]] = run("attention", "64", "4", "2", "70", "1", "128", "causal")
+    assert float(error) < 1e-2
