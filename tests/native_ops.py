@@ -5,8 +5,7 @@
 
 Products: for every number of rows `"ROWS ERROR ALIKE"`, the largest error as a share of the largest result,
 and whether each row is, to the bit, what it is alone. Values are whole numbers, and each block holds 127, so
-that rounding them to 8 bits changes nothing and the result is known. `"none"` where no weights are repacked for
-AMX.
+that rounding them to 8 bits changes nothing. `"none"` where no weights are repacked for AMX.
 
 Attention: `"ERROR ALIKE"`, the same error, and whether two and three threads, and each token alone, give the
 same to the bit. MASK: none, causal, holes. Cells that no token sees hold no numbers.
