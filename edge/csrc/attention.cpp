@@ -112,7 +112,7 @@ class Cells {
     Cells(const ggml_fp16_t * mask, int64_t count) : mask_(mask), count_(count) {}
 
     int at[CELLS];
-    alignas(64) float bias[CELLS];  // what the mask adds
+    alignas(64) float bias[CELLS] = {};  // what the mask adds
 
     // Up to CELLS more of them; 0 at the end.
     int next() {
@@ -159,7 +159,7 @@ struct Cache {
 // G heads of one token, D values each. queries, results: pointers to a head's values.
 template <int D, int G>
 void attend(const float * const * queries, float scale, Cells cells, Cache keys, Cache values, float * const * results) {
-    alignas(64) float q[G][D], sums[G][D] = {}, parts[G][LANES][LANES], weights[G][CELLS];
+    alignas(64) float q[G][D], sums[G][D] = {}, parts[G][LANES][LANES] = {}, weights[G][CELLS];
     float most[G], whole[G];
     for (int g = 0; g < G; ++g) {
         most[g] = -INFINITY;
