@@ -21,6 +21,7 @@ function(edge_sources)
 endfunction()
 
 set(EDGE_CSRC ${CMAKE_CURRENT_LIST_DIR})
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
+# Not on Windows: its GCC does not align variables on the stack as vectors need it.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT WIN32)
     cmake_language(DEFER CALL edge_sources)
 endif()
