@@ -55,7 +55,7 @@ def inputs(rows: int) -> NDArray[np.float32]:
 
 
 class Ggml:
-    """As much of ggml as one product takes."""
+    """As much of ggml as a product and an attention take."""
 
     def __init__(self) -> None:
         folder = Path(llama_cpp.__file__).parent / "lib"

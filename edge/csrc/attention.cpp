@@ -45,9 +45,7 @@ INLINE Vector load(const float * p) { return _mm512_load_ps(p); }
 INLINE void store(float * p, Vector v) { _mm512_store_ps(p, v); }
 INLINE Vector all(float x) { return _mm512_set1_ps(x); }
 INLINE Vector plus_product(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
-INLINE Vector times(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-INLINE Vector minus(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
-INLINE Vector plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+INLINE Vector higher(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 INLINE float largest(Vector v) { return _mm512_reduce_max_ps(v); }
 INLINE float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
@@ -56,12 +54,12 @@ INLINE Vector totals(const float (*v)[LANES]) {
     Vector fours[4];
     for (int i = 0; i < 4; ++i) {
         const Vector a = load(v[4 * i]), b = load(v[4 * i + 1]), c = load(v[4 * i + 2]), d = load(v[4 * i + 3]);
-        const __m512d ab = _mm512_castps_pd(plus(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        const __m512d cd = _mm512_castps_pd(plus(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-        fours[i] = plus(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+        const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+        fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
     }
     auto merge = [](Vector a, Vector b) {
-        return plus(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
     };
     return merge(merge(fours[0], fours[1]), merge(fours[2], fours[3]));
 }
@@ -76,9 +74,7 @@ INLINE Vector load(const float * p) { return _mm256_load_ps(p); }
 INLINE void store(float * p, Vector v) { _mm256_store_ps(p, v); }
 INLINE Vector all(float x) { return _mm256_set1_ps(x); }
 INLINE Vector plus_product(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
-INLINE Vector times(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-INLINE Vector minus(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
-INLINE Vector plus(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+INLINE Vector higher(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 
 INLINE float largest(Vector v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -97,11 +93,11 @@ INLINE Vector totals(const float (*v)[LANES]) {
     Vector fours[2];
     for (int i = 0; i < 2; ++i) {
         const Vector a = load(v[4 * i]), b = load(v[4 * i + 1]), c = load(v[4 * i + 2]), d = load(v[4 * i + 3]);
-        const __m256d ab = _mm256_castps_pd(plus(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
-        const __m256d cd = _mm256_castps_pd(plus(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
-        fours[i] = plus(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+        const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+        const __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
+        fours[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) + _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
     }
-    return plus(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+    return _mm256_permute2f128_ps(fours[0], fours[1], 0x20) + _mm256_permute2f128_ps(fours[0], fours[1], 0x31);
 }
 
 #endif
@@ -188,7 +184,7 @@ void attend(const float * const * queries, float scale, Cells cells, Cache keys,
                 }
             }
             for (int g = 0; g < G; ++g) {
-                store(weights[g] + first, plus(totals(parts[g]), load(cells.bias + first)));
+                store(weights[g] + first, totals(parts[g]) + load(cells.bias + first));
             }
         }
         for (int g = 0; g < G; ++g) {
@@ -197,26 +193,21 @@ void attend(const float * const * queries, float scale, Cells cells, Cache keys,
             }
             Vector high = load(weights[g]);
             for (int i = LANES; i < CELLS; i += LANES) {
-                const Vector other = load(weights[g] + i);
-#if defined(__AVX512F__)
-                high = _mm512_max_ps(high, other);
-#else
-                high = _mm256_max_ps(high, other);
-#endif
+                high = higher(high, load(weights[g] + i));
             }
             const float before = most[g];
             most[g] = std::max(before, largest(high));
             Vector sum = all(0);
             for (int i = 0; i < CELLS; i += LANES) {
-                const Vector weight = ggml_v_expf(minus(load(weights[g] + i), all(most[g])));
+                const Vector weight = ggml_v_expf(load(weights[g] + i) - all(most[g]));
                 store(weights[g] + i, weight);
-                sum = plus(sum, weight);
+                sum += weight;
             }
             const float kept = before == most[g] ? 1 : std::exp(before - most[g]);
             whole[g] = whole[g] * kept + total(sum);
             if (kept != 1) {
                 for (int d = 0; d < D; d += LANES) {
-                    store(sums[g] + d, times(load(sums[g] + d), all(kept)));
+                    store(sums[g] + d, load(sums[g] + d) * all(kept));
                 }
             }
         }

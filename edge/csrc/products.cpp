@@ -28,6 +28,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // llama.cpp's own, renamed by build.cmake: they serve the other types.
 void edge_upstream_mul_mat(const ggml_compute_params * params, ggml_tensor * dst);
@@ -70,6 +71,14 @@ INLINE void nibbles(const char * p, __m512i & low, __m512i & high) {
     high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 }
 
+// 32 values of each column
+INLINE void nibbles_of_32(const char * p, __m512i * weights) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+        nibbles(p + 64 * k, weights[2 * k], weights[2 * k + 1]);
+    }
+}
+
 // start + the products of 4 * N values of a row with unsigned weights, for each column
 template <int N> INLINE __m512i dots(__m512i start, const __m512i * weights, const int8_t * values) {
     int32_t fours[N];
@@ -83,6 +92,13 @@ template <int N> INLINE __m512i dots(__m512i start, const __m512i * weights, con
 
 INLINE void add(__m512 & sum, __m512i dot, __m512 scale, float other) {
     sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(other)), sum);
+}
+
+template <int M> INLINE void add_dots(const Small<M> & a, const __m512i * weights, __m512 scale, __m512 * sum) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+        add(sum[m], dots<8>(_mm512_set1_epi32(a.sums[0][m]), weights, a.values[m]), scale, a.scales[m]);
+    }
 }
 
 // ---- AMX's tiles: two sets of registers (weights T, activations 2 + T, products 4 + T)
@@ -135,15 +151,8 @@ struct Q4_0 {
 
     template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
         __m512i weights[8];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-            nibbles(p + 64 * k, weights[2 * k], weights[2 * k + 1]);
-        }
-        const __m512 scale = halves(p + 256);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            add(sum[m], dots<8>(_mm512_set1_epi32(a.sums[0][m]), weights, a.values[m]), scale, a.scales[m]);
-        }
+        nibbles_of_32(p, weights);
+        add_dots<M>(a, weights, halves(p + 256), sum);
     }
 
     INLINE void spread(const char * p, Weights * b) {
@@ -174,11 +183,7 @@ struct Q8_0 {
         for (int k = 0; k < 8; ++k) {
             weights[k] = _mm512_xor_si512(_mm512_loadu_si512(p + 64 * k), flip);
         }
-        const __m512 scale = halves(p + 512);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            add(sum[m], dots<8>(_mm512_set1_epi32(a.sums[0][m]), weights, a.values[m]), scale, a.scales[m]);
-        }
+        add_dots<M>(a, weights, halves(p + 512), sum);
     }
 
     INLINE void spread(const char *, Weights *) {}
@@ -275,10 +280,7 @@ struct Q4_K {
     template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
         for (int unit = 0; unit < UNITS; ++unit) {
             __m512i weights[8];
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) {
-                nibbles(p + 256 * unit + 64 * k, weights[2 * k], weights[2 * k + 1]);
-            }
+            nibbles_of_32(p + 256 * unit, weights);
             const __m512 factor = scale(p, unit);
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
