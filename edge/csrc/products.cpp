@@ -6,9 +6,10 @@
 // whatever rows are multiplied beside it. What is new:
 //   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead: one row of
 //     activations is then bound by memory, where four columns at once were bound by its latency;
-//   - up to ten rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much for
-//     three rows as for sixteen;
-//   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are.
+//   - a few rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much for three
+//     rows as for sixteen;
+//   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
+//   - Q6_K, whose 16 values to a scale leave AMX half empty, never goes there.
 //
 // Terms: a tile is 16 columns of the weights over one block of 32 or 256 values; a group is up to 16 rows of
 // activations.
@@ -18,8 +19,6 @@
 #include "amx/mmq.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
-#include "quants.h"
-#include "simd-mappings.h"
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 
@@ -40,7 +39,6 @@ namespace {
 
 constexpr int COLUMNS = 16;  // of a tile
 constexpr int ROWS = 16;     // of a group
-constexpr int FEW = 10;      // rows that are quicker without AMX
 constexpr int TOGETHER = 4;  // groups that share what a tile's weights were spread to
 constexpr int CHUNK = 4;     // tiles that a thread takes at once
 constexpr int AHEAD = 8192;  // bytes
@@ -90,8 +88,19 @@ template <int N> INLINE __m512i dots(__m512i start, const __m512i * weights, con
     return start;
 }
 
+INLINE void add(__m512 & sum, __m512i dot, __m512 scale) {
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum);
+}
+
 INLINE void add(__m512 & sum, __m512i dot, __m512 scale, float other) {
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(other)), sum);
+    add(sum, dot, _mm512_mul_ps(scale, _mm512_set1_ps(other)));
+}
+
+template <int M> INLINE void add_parts(const __m512 * part, const float * scales, __m512 * sum) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+        sum[m] = _mm512_fmadd_ps(part[m], _mm512_set1_ps(scales[m]), sum[m]);
+    }
 }
 
 template <int M> INLINE void add_dots(const Small<M> & a, const __m512i * weights, __m512 scale, __m512 * sum) {
@@ -139,14 +148,28 @@ template <int M> INLINE void add_products(const Products & c, __m512 scale, cons
     }
 }
 
+// Of a block in units: a row's own scale comes last, once.
+template <class W, int M> INLINE void add_units(const char * p, const Large<M> & a, const Products * c, __m512 * sum) {
+    __m512 part[M] = {};
+    for (int unit = 0; unit < W::UNITS; ++unit) {
+        const __m512 factor = W::scale(p, unit);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            add(part[m], _mm512_load_si512(c[unit][m]), factor);
+        }
+    }
+    add_parts<M>(part, a.scales, sum);
+}
+
 // ---- the types: where their parts lie in a tile, and how they are multiplied
 //
-// ZERO: what an unsigned weight stands for 0 at. UNITS: AMX products of a tile. STRIP: tiles between spreading and
-// gathering. SIGNED, DIRECT: spread weights are signed; they are multiplied where they lie.
+// FEW: rows that are quicker without AMX. ZERO: what an unsigned weight stands for 0 at. UNITS: parts of a tile with a
+// scale of their own. STRIP: tiles between spreading and gathering. SIGNED, DIRECT: spread weights are signed; they are
+// multiplied where they lie.
 
 struct Q4_0 {
     template <int M> using Act = Small<M>;
-    static constexpr int SIZE = 288, ZERO = 8, UNITS = 1, STRIP = 8;
+    static constexpr int FEW = 8, SIZE = 288, ZERO = 8, UNITS = 1, STRIP = 8;
     static constexpr bool SIGNED = true, DIRECT = false;
 
     template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
@@ -173,7 +196,7 @@ struct Q4_0 {
 
 struct Q8_0 {
     template <int M> using Act = Small<M>;
-    static constexpr int SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
+    static constexpr int FEW = 12, SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
     static constexpr bool SIGNED = true, DIRECT = true;
 
     template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
@@ -195,8 +218,7 @@ struct Q8_0 {
 
 struct Q6_K {
     template <int M> using Act = Large<M>;
-    static constexpr int SIZE = 3360, ZERO = 32, UNITS = 16, STRIP = 1;
-    static constexpr bool SIGNED = true, DIRECT = false;
+    static constexpr int FEW = ROWS, SIZE = 3360, ZERO = 32, UNITS = 16;
 
     // 16 values of each column: four low bits, and two high ones
     INLINE void unpack(const char * p, int unit, __m512i * weights) {
@@ -215,6 +237,7 @@ struct Q6_K {
     }
 
     template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
+        __m512 part[M] = {};
         for (int unit = 0; unit < UNITS; ++unit) {
             __m512i weights[4];
             unpack(p, unit, weights);
@@ -222,35 +245,16 @@ struct Q6_K {
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
                 const __m512i start = _mm512_set1_epi32(a.sums[unit][m]);
-                add(sum[m], dots<4>(start, weights, a.values[m] + 16 * unit), factor, a.scales[m]);
+                add(part[m], dots<4>(start, weights, a.values[m] + 16 * unit), factor);
             }
         }
-    }
-
-    // Only 16 values share a scale, so the other half of AMX's 32 is multiplied by nothing.
-    INLINE void spread(const char * p, Weights * b) {
-        const __m512i zero = _mm512_set1_epi8(ZERO);
-        for (int unit = 0; unit < UNITS; ++unit) {
-            __m512i weights[4];
-            unpack(p, unit, weights);
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) {
-                _mm512_store_si512(b[unit] + 64 * k, _mm512_sub_epi8(weights[k], zero));
-                _mm512_store_si512(b[unit] + 256 + 64 * k, _mm512_setzero_si512());
-            }
-        }
-    }
-
-    template <int M> INLINE void gather(const char * p, const Act<M> & a, const Products * c, __m512 * sum) {
-        for (int unit = 0; unit < UNITS; ++unit) {
-            add_products<M>(c[unit], scale(p, unit), a.scales, sum);
-        }
+        add_parts<M>(part, a.scales, sum);
     }
 };
 
 struct Q4_K {
     template <int M> using Act = Large<M>;
-    static constexpr int SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
+    static constexpr int FEW = 5, SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
     static constexpr bool SIGNED = false, DIRECT = false;
 
     INLINE __m512 scale(const char * p, int unit) {
@@ -278,16 +282,17 @@ struct Q4_K {
     }
 
     template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
+        __m512 part[M] = {};
         for (int unit = 0; unit < UNITS; ++unit) {
             __m512i weights[8];
             nibbles_of_32(p + 256 * unit, weights);
             const __m512 factor = scale(p, unit);
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
-                const __m512i dot = dots<8>(_mm512_setzero_si512(), weights, a.values[m] + 32 * unit);
-                add(sum[m], dot, factor, a.scales[m]);
+                add(part[m], dots<8>(_mm512_setzero_si512(), weights, a.values[m] + 32 * unit), factor);
             }
         }
+        add_parts<M>(part, a.scales, sum);
         minima<M>(p, a, sum);
     }
 
@@ -304,9 +309,7 @@ struct Q4_K {
     }
 
     template <int M> INLINE void gather(const char * p, const Act<M> & a, const Products * c, __m512 * sum) {
-        for (int unit = 0; unit < UNITS; ++unit) {
-            add_products<M>(c[unit], scale(p, unit), a.scales, sum);
-        }
+        add_units<Q4_K, M>(p, a, c, sum);
         minima<M>(p, a, sum);
     }
 };
@@ -343,7 +346,8 @@ void matrices(int groups, int blocks, const void * work, const char * p, float *
     constexpr int UNITS = W::UNITS, WIDE = Act::values_in_row, STEP = WIDE / UNITS;
     alignas(64) Weights weights[W::STRIP * UNITS];
     alignas(64) Products products[W::STRIP * UNITS];
-    __m512 sums[TOGETHER][M] = {};
+    __m512 sums[TOGETHER][M];
+    memset(sums, 0, groups * sizeof *sums);
     for (int i = 0; i < blocks; i += W::STRIP, p += W::STRIP * W::SIZE) {
         const int strip = std::min(W::STRIP, blocks - i);
         for (int j = 0; j < strip; ++j) {
@@ -383,7 +387,7 @@ void columns(int rows, int groups, int blocks, const void * work, const char * p
     if constexpr (M > 0) {
         if (rows != M) {
             columns<W, M - 1>(rows, groups, blocks, work, p, to, stride);
-        } else if constexpr (M > FEW) {
+        } else if constexpr (M > W::FEW) {
             matrices<W, M>(groups, blocks, work, p, to, stride);
         } else {
             vectors<W, M>(blocks, work, p, to, stride);
@@ -391,37 +395,51 @@ void columns(int rows, int groups, int blocks, const void * work, const char * p
     }
 }
 
-// ---- one product
+// ---- activations, rounded to 8 bits as llama.cpp does it
 
-template <class W> void quantise(const float * x, int8_t * values, float * scale, int32_t * sums, int rows) {
+// Sixteen values times `by`; returns their sum.
+INLINE int32_t rounded(const float * x, __m512 by, int8_t * to) {
+    const __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), by));
+    _mm_storeu_si128((__m128i *) to, _mm512_cvtepi32_epi8(values));
+    return _mm512_reduce_add_epi32(values);
+}
+
+// A row's block; its scale and sums are `rows` apart from one another.
+template <class W> INLINE void quantise(const float * x, int8_t * values, float * scale, int32_t * sums, int rows) {
     if constexpr (std::is_same_v<typename W::template Act<1>, Small<1>>) {
-        block_q8_0 block;
-        quantize_row_q8_0(x, &block, QK8_0);
-        memcpy(values, block.qs, QK8_0);
-        *scale = GGML_CPU_FP16_TO_FP32(block.d);
-        int sum = 0;
-        for (int k = 0; k < QK8_0; ++k) {
-            sum += block.qs[k];
-        }
-        *sums = -W::ZERO * sum;
+        const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
+        const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+        const __m512 by = _mm512_set1_ps(most != 0 ? 127 / most : 0);
+        *scale = _cvtsh_ss(_cvtss_sh(most / 127, 0));
+        *sums = -W::ZERO * (rounded(x, by, values) + rounded(x + 16, by, values + 16));
     } else {
-        block_q8_K block;
-        quantize_row_q8_K(x, &block, QK_K);
-        memcpy(values, block.qs, QK_K);
-        *scale = block.d;
+        __m512 highest = _mm512_loadu_ps(x), lowest = highest;
+        for (int k = 16; k < QK_K; k += 16) {
+            highest = _mm512_max_ps(highest, _mm512_loadu_ps(x + k));
+            lowest = _mm512_min_ps(lowest, _mm512_loadu_ps(x + k));
+        }
+        const float most = std::max(_mm512_reduce_max_ps(highest), -_mm512_reduce_min_ps(lowest));
+        const __m512 by = _mm512_set1_ps(most != 0 ? 127 / most : 0);
+        *scale = most / 127;
+        int32_t of_16[QK_K / 16];
+        for (int k = 0; k < QK_K / 16; ++k) {
+            of_16[k] = rounded(x + 16 * k, by, values + 16 * k);
+        }
         if constexpr (W::ZERO != 0) {
-            for (int unit = 0; unit < QK_K / 16; ++unit) {
-                sums[unit * rows] = -W::ZERO * block.bsums[unit];
+            for (int k = 0; k < QK_K / 16; ++k) {
+                sums[k * rows] = -W::ZERO * of_16[k];
             }
         } else {
-            for (int k = 0; k < 4; ++k) {
-                const int16_t * s = block.bsums + 4 * k;
+            for (int k = 0; k < QK_K / 64; ++k) {
+                const int32_t * s = of_16 + 4 * k;
                 const int16_t both[2] = {(int16_t) (s[0] + s[1]), (int16_t) (s[2] + s[3])};
                 memcpy(&sums[k * rows], both, sizeof both);
             }
         }
     }
 }
+
+// ---- one product
 
 template <class W> void multiply(const ggml_compute_params * params, ggml_tensor * dst) {
     using One = typename W::template Act<1>;
@@ -435,14 +453,16 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
-    const int all = rows * blocks, share = (all + params->nth - 1) / params->nth;
+    // Block by block, for a group's rows lie side by side.
+    const int all = (rows + ROWS - 1) / ROWS * blocks, share = (all + params->nth - 1) / params->nth;
     for (int one = share * params->ith; one < std::min(share * (params->ith + 1), all); ++one) {
-        const int row = one / blocks, block = one % blocks, m = row % ROWS, first = row - m;
-        const int M = std::min(rows - first, ROWS);
+        const int first = one / blocks * ROWS, block = one % blocks, M = std::min(rows - first, ROWS);
         char * const to = work + first * row_bytes + (size_t) block * M * sizeof(One);
-        const char * const x = (const char *) input->data + row * input->nb[1];
-        quantise<W>((const float *) x + (size_t) WIDE * block, (int8_t *) to + m * WIDE,
-                    (float *) (to + M * WIDE) + m, (int32_t *) (to + M * (WIDE + sizeof(float))) + m, M);
+        const char * const x = (const char *) input->data + first * input->nb[1] + block * WIDE * sizeof(float);
+        for (int m = 0; m < M; ++m) {
+            quantise<W>((const float *) (x + m * input->nb[1]), (int8_t *) to + m * WIDE,
+                        (float *) (to + M * WIDE) + m, (int32_t *) (to + M * (WIDE + sizeof(float))) + m, M);
+        }
     }
     ggml_barrier(params->threadpool);
 
@@ -451,9 +471,10 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
     const int whole = rows / ROWS;
     for (int chunk = params->ith; chunk * CHUNK < tiles; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         for (int first = 0; first < rows;) {
-            const int groups = std::max(1, std::min(whole - first / ROWS, TOGETHER));
+            const int together = W::FEW < ROWS ? TOGETHER : 1;
+            const int groups = std::max(1, std::min(whole - first / ROWS, together));
             const int M = std::min(rows - first, ROWS);
-            if (M > FEW && M != configured) {
+            if (M > W::FEW && M != configured) {
                 configure(configured = M);
             }
             for (int tile = chunk * CHUNK; tile < std::min((chunk + 1) * CHUNK, tiles); ++tile) {
