@@ -46,7 +46,7 @@ def llama_server_binary() -> Path:
     for the header without which it dies on a CPU with AMX.
     """
     plan = native.plan()
-    folder = hardware.cache_dir() / "peers" / plan.key
+    folder = hardware.cache_dir() / "peers" / plan.stock_key
     binary = folder / "bin" / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
     if binary.is_file():
         return binary

@@ -201,7 +201,7 @@ def _llama(cards: list[hardware.GPU]) -> list[Item]:
         )
     )
     checks = ", ".join(f"{mode} {outcome}" for mode, outcome in info["check"].items())
-    rows.append(Item("llama.cpp", "one decode each", checks, "; ".join(info["notes"])))
+    rows.append(Item("llama.cpp", "checked by decoding", checks, "; ".join(info["notes"])))
     if cards and not info["gpu"]:
         todo = f"{BUILD} --cuda  (or: make install CUDA=1)"
         rows.append(Item("llama.cpp", "card", "not used by this build", todo))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -67,11 +67,15 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to build: CMake definitions, and a key over all that shapes the binary."""
+    """One way to build: CMake definitions, and a key over all that shapes the binary.
+
+    stock_key: the same for llama.cpp as it comes, without what csrc puts in place of its own.
+    """
 
     defines: dict[str, str]
     cxx_flags: str
     key: str
+    stock_key: str
     compiler: Compiler
 
 
@@ -126,7 +130,6 @@ def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
         "version": VERSION,
         "defines": defines,
         "cxx_flags": cxx_flags,
-        "csrc": {path.name: manifest.file_digest(path) for path in sorted(CSRC.iterdir()) if path.is_file()},
         "compiler": [found.kind, found.version],
         "cuda": [cuda_version, *(f"{gpu.name} {gpu.compute_capability}" for gpu in hardware.gpus())]
         if cuda
@@ -134,8 +137,14 @@ def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
         "platform": [sys.platform, platform.machine()],
         "cpu": cpu_key(),
     }
-    key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode("utf-8")).hexdigest()[:20]
-    return Plan(defines, cxx_flags, key, found)
+
+    def key(sources: Iterable[Path]) -> str:
+        digests = {path.name: manifest.file_digest(path) for path in sources}
+        told = json.dumps(shape | {"csrc": digests}, sort_keys=True)
+        return hashlib.sha256(told.encode("utf-8")).hexdigest()[:20]
+
+    ours = (path for path in CSRC.iterdir() if path.is_file())
+    return Plan(defines, cxx_flags, key(ours), key([HEADER]), found)
 
 
 def cpu_key() -> str:
@@ -350,7 +359,7 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
     for note in notes:
         console.print(f"llama.cpp: {note}", style="yellow")
     checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
-    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; one decode each: {checks}")
+    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; checked by decoding: {checks}")
     return record
 
 

@@ -70,7 +70,7 @@ def test_a_card_that_the_build_does_not_use(machine: dict[str, Any]) -> None:
     assert item("card").found == "not used by this build"
     assert "--cuda" in item("card").todo
     assert "RTX [4060], 8.0 GiB" in item("card 0").found
-    assert item("one decode each").todo == "AMX is switched off"
+    assert item("checked by decoding").todo == "AMX is switched off"
     assert "GGML_OPENMP=OFF" in item(doctor.PACKAGE).found and item(doctor.PACKAGE).todo == ""
 
 
