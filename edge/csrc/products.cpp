@@ -347,7 +347,6 @@ void matrices(int groups, int blocks, const void * work, const char * p, float *
     alignas(64) Weights weights[W::STRIP * UNITS];
     alignas(64) Products products[W::STRIP * UNITS];
     __m512 sums[TOGETHER][M];
-    memset(sums, 0, groups * sizeof *sums);
     for (int i = 0; i < blocks; i += W::STRIP, p += W::STRIP * W::SIZE) {
         const int strip = std::min(W::STRIP, blocks - i);
         for (int j = 0; j < strip; ++j) {
@@ -366,8 +365,10 @@ void matrices(int groups, int blocks, const void * work, const char * p, float *
                     unit(u + 1, std::integral_constant<int, 1>{});
                 }
             }
-            __m512 sum[M];
-            memcpy(sum, sums[group], sizeof sum);
+            __m512 sum[M] = {};
+            if (i > 0) {
+                memcpy(sum, sums[group], sizeof sum);
+            }
             for (int j = 0; j < strip; ++j) {
                 W::template gather<M>(p + j * W::SIZE, a[j], products + j * UNITS, sum);
             }
