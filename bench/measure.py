@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,21 @@ from bench.live import View
 from bench.load import HealthProbe, Job, ask, closed_loop, get
 from bench.metrics import Sample, e2e, token_rate
 from bench.probe import tree_cpu
+from bench.roofline import Bandwidth, bandwidth
 from bench.targets import Running, Target, started
+from edge import hardware
 from edge.errors import EdgeError
 
 SEED = 1
 WARM_TOKENS = 16
 PAUSE_S = 0.3
+# Of one reading of the memory; at least three passes are made.
+PROBE_S = 0.3
 # The last of many clients waits long for a server that answers one after the other.
 ANSWER_LIMIT_S = 3600.0
+# Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
+# than threads can be told to begin.
+LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 Case = tuple[str, int]
 
 
@@ -57,6 +64,7 @@ class Round:
 
     cpu: processor seconds of the target's own tree. package_j, card_j: energy of the whole machine's
     processors and cards; card_busy: share of time in which a kernel ran. None: the machine does not tell.
+    memory: the better of two readings, right before and right after; None where it says nothing.
     """
 
     samples: list[Sample]
@@ -67,6 +75,7 @@ class Round:
     package_j: float | None = None
     card_j: float | None = None
     card_busy: float | None = None
+    memory: Bandwidth | None = None
 
 
 @dataclass
@@ -88,25 +97,37 @@ class Measured:
     about: dict[str, Any] = field(default_factory=dict)
     rounds: dict[Case, list[Round]] = field(default_factory=dict)
 
+    @property
+    def on_card(self) -> bool:
+        """Whether the server says that its model lies on a card."""
+        return str(self.about.get("device", "")).startswith("cuda")
+
 
 def measure(
-    targets: Sequence[Target], plan: Plan, logs: Path, *, together: bool, view: View
+    targets: Sequence[Target],
+    plan: Plan,
+    logs: Path,
+    *,
+    together: bool,
+    view: View,
+    probed: Mapping[str, int],
 ) -> tuple[list[Measured], Plan]:
     """Start, warm and drive the targets; what was measured, in that order, and the plan as kept.
 
     together: all run at once and rounds alternate; otherwise one after the other. The speed of the slowest
-    that is known when the first round begins decides what fits into the budget (see `schedule`). Raises what
-    `started` raises, and EdgeError where two targets count a prompt's tokens differently.
+    that is known when the first round begins decides what fits into the budget (see `schedule`). probed:
+    bytes of memory to read beside a round of one client, by target. Raises what `started` raises, and
+    EdgeError where two targets count a prompt's tokens differently.
     """
     with Cards() as cards:
-        return _Desk(plan, logs, view, cards).run(targets, together)
+        return _Desk(plan, logs, view, cards, probed).run(targets, together)
 
 
 class _Desk:
     """What the rounds of one measurement share."""
 
-    def __init__(self, plan: Plan, logs: Path, view: View, cards: Cards) -> None:
-        self.plan, self.logs, self.view, self.cards = plan, logs, view, cards
+    def __init__(self, plan: Plan, logs: Path, view: View, cards: Cards, probed: Mapping[str, int]) -> None:
+        self.plan, self.logs, self.view, self.cards, self.probed = plan, logs, view, cards, probed
         self.rapl = Rapl()
         self.reads: dict[int, int] = {}
         self.rates: list[float] = []
@@ -185,6 +206,7 @@ class _Desk:
         def others_cpu() -> float:
             return sum(tree_cpu(other.pid) for other in others)
 
+        before = self.read(part, case)
         time.sleep(PAUSE_S)
         used, own, energy = others_cpu(), tree_cpu(server.pid), self.rapl.read()
         began = time.perf_counter()
@@ -201,8 +223,19 @@ class _Desk:
             card_j=self.cards.joules(began, end),
             card_busy=self.cards.busy(began, end),
         )
+        after = self.read(part, case)
+        if before and after:
+            found.memory = max(before, after, key=lambda one: one.best)
         part.rounds.setdefault(case, []).append(found)
         self.view.end(token_rate(samples))
+
+    def read(self, part: Measured, case: Case) -> Bandwidth | None:
+        """How fast the processor's memory is now, where a round tells of decoding one stream from it."""
+        size = self.probed.get(part.target.name, 0)
+        if case[1] != 1 or part.on_card or not size:
+            return None
+        room = max(hardware.memory().available // 4, LEAST_PROBED)
+        return bandwidth(min(size, room), hardware.cpu_threads(), seconds=PROBE_S)
 
 
 def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]:

@@ -6,6 +6,7 @@ taken round by round between neighbours in time, and withheld where the two side
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ def build(
     command: str,
     model: dict[str, Any],
     noise: tuple[Noise, Noise],
-    memory: Mapping[str, Bandwidth | None],
+    card: Bandwidth | None,
     footprints: Mapping[str, Footprint | None],
     quality: Mapping[str, dict[str, Any]],
     sweeps: dict[str, list[dict[str, Any]]],
@@ -53,8 +54,8 @@ def build(
     """The report: plain data, times in seconds, sizes in bytes. The first of `measured` is the reference.
 
     plan: what was kept of what was asked for; asked_tokens: the answers' length before it was shortened.
-    memory, footprints: by target, for the ceiling of decoding; None or nothing leaves it out. quality,
-    sweeps: of each target, see bench.quality and bench.sweep.
+    card: read bandwidth of the card's memory. footprints: by target, for the ceiling of decoding; None or
+    nothing leaves it out. quality, sweeps: of each target, see bench.quality and bench.sweep.
     """
     made = {
         "schema": SCHEMA,
@@ -69,7 +70,7 @@ def build(
         "machine": hardware.describe(),
         "versions": manifest.versions(*_PACKAGES),
         "noise": {"before": asdict(noise[0]), "after": asdict(noise[1])},
-        "memory": {name: asdict(one) if one else None for name, one in memory.items()},
+        "memory": {part.target.name: _memory(part, card) for part in measured},
         "objective": asdict(metrics.OBJECTIVE),
         "reference": measured[0].target.name,
         "targets": {
@@ -77,7 +78,7 @@ def build(
             for part in measured
         },
         "cases": [
-            _case((name, clients), measured, memory, footprints)
+            _case((name, clients), measured, card, footprints)
             for name in plan.workloads
             for clients in plan.clients
         ],
@@ -121,7 +122,7 @@ def shown(value: Any) -> Any:
 def _case(
     case: Case,
     measured: Sequence[Measured],
-    memory: Mapping[str, Bandwidth | None],
+    card: Bandwidth | None,
     footprints: Mapping[str, Footprint | None],
 ) -> dict[str, Any]:
     reference = measured[0]
@@ -129,7 +130,8 @@ def _case(
     for part in measured:
         figures = _figures(part.rounds[case])
         name = part.target.name
-        figures["ceiling"] = _ceiling(figures, part.rounds[case], memory.get(name), footprints.get(name))
+        limit = card if part.on_card else None
+        figures["ceiling"] = _ceiling(part.rounds[case], limit, footprints.get(name))
         targets[name] = figures
     return {
         "workload": case[0],
@@ -152,24 +154,36 @@ def _against(case: Case, reference: Measured, part: Measured) -> dict[str, Any]:
     return {"comparable": not why, "why": why, "ratios": ratios}
 
 
+def _memory(part: Measured, card: Bandwidth | None) -> dict[str, Any] | None:
+    """The best reading of the memory that the target's model lies in; None where there was none."""
+    read = [one.memory for rounds in part.rounds.values() for one in rounds if one.memory]
+    best = card if part.on_card else max(read, key=lambda one: one.best, default=None)
+    return asdict(best) if best else None
+
+
 def _ceiling(
-    figures: dict[str, Any],
-    rounds: Sequence[Round],
-    memory: Bandwidth | None,
-    footprint: Footprint | None,
+    rounds: Sequence[Round], card: Bandwidth | None, footprint: Footprint | None
 ) -> dict[str, Any] | None:
-    """What the memory allows one stream, and the share of it that decoding reached (one client alone).
+    """What the memory allows one stream, and the share of it that decoding reached (one client alone):
+    medians over the rounds, each by what the memory gave just then.
 
     Of a server that answers in one piece only the whole answer's time is known, its prompt included.
     """
-    samples = metrics.complete([sample for part in rounds for sample in part.samples])
-    if memory is None or footprint is None or not samples or len({one.client for one in samples}) > 1:
+    if footprint is None:
         return None
-    each = figures["tpot_s"]["p50"] or figures["e2e_s"]["p50"] / samples[0].wanted
-    read = [sample.prompt_tokens or 0 for sample in samples]
-    per_token = footprint.per_token(roofline.context_of(read, samples[0].wanted))
-    most = roofline.ceiling(memory, per_token)
-    return {"bytes_per_token": per_token, "tokens_per_s": most, "share": 1.0 / each / most}
+    found = []
+    for part in rounds:
+        memory, samples = card or part.memory, metrics.complete(part.samples)
+        if memory is None or not samples or len({one.client for one in samples}) > 1:
+            continue
+        paces = [pace for one in samples if (pace := metrics.tpot(one)) is not None]
+        wholes = [metrics.e2e(one) / one.wanted for one in samples]
+        each = statistics.median(paces or wholes)
+        read = [sample.prompt_tokens or 0 for sample in samples]
+        per_token = footprint.per_token(roofline.context_of(read, samples[0].wanted))
+        most = roofline.ceiling(memory, per_token)
+        found.append({"bytes_per_token": per_token, "tokens_per_s": most, "share": 1.0 / each / most})
+    return {key: statistics.median(one[key] for one in found) for key in found[0]} if found else None
 
 
 def _figures(rounds: Sequence[Round]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from rich.console import Console
 from bench import html, outside, peers, prompts, quality, report, roofline, sweep, table
 from bench.bare import counts
 from bench.live import View
-from bench.measure import Plan, measure
+from bench.measure import LEAST_PROBED, MOST_PROBED, Plan, measure
 from bench.probe import noise
-from bench.roofline import Bandwidth, Footprint
+from bench.roofline import Footprint
 from bench.targets import Target, baseline, genai, ours, ours_onnx, static
 from edge import artefact, hardware, manifest
 from edge.errors import InputError, UsageError
@@ -37,9 +37,6 @@ from edge.onnx_header import OnnxHeader
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
 # Tokens a slot must hold: the longest prompt of the workloads, a conversation, and the answer.
 PROMPT_ROOM = 1536
-# Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
-# than threads can be told to begin.
-LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 
 
 def main(argv: list[str]) -> int:
@@ -158,14 +155,15 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
         check_same_model(folder, stage)
     out = out or folder
     console = Console(stderr=True)
-    with console.status("listening how quiet the machine is, and how fast its memory"):
+    with console.status("listening how quiet the machine is"):
         before = noise()
         prints = {target.name: footprint(target, folder, found.header) for target in targets}
-        processor, card = bandwidths(prints)
+        probed = probe_sizes(prints)
+        card = roofline.gpu_bandwidth(max(probed.values(), default=MOST_PROBED))
     need = sum(need_bytes(folder, found, target) for target in targets) + 2**30
     together = need < hardware.memory().available
     with View(console) as view:
-        measured, kept = measure(targets, plan, out / "bench", together=together, view=view)
+        measured, kept = measure(targets, plan, out / "bench", together=together, view=view, probed=probed)
         sweeps = {}
         for part in measured if kept.sweep else ():
             view.say(f"requests at random times: {part.target.name}")
@@ -182,7 +180,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
         command=command,
         model=describe(folder, found, stages),
         noise=(before, noise()),
-        memory={part.target.name: _limit(part.about, processor[part.target.name], card) for part in measured},
+        card=card,
         footprints=prints,
         quality={target.name: quality.of_target(folder, target) for target in targets},
         sweeps=sweeps,
@@ -207,24 +205,13 @@ def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | N
     return None
 
 
-def bandwidths(
-    prints: Mapping[str, Footprint | None],
-) -> tuple[dict[str, Bandwidth | None], Bandwidth | None]:
-    """The processor's read bandwidth at each target's size, and the card's at the largest."""
-    sizes = {
+def probe_sizes(prints: Mapping[str, Footprint | None]) -> dict[str, int]:
+    """Bytes of memory to read, by target: as many as its weights have, within bounds."""
+    return {
         name: max(LEAST_PROBED, min(one.weights, MOST_PROBED))
         for name, one in prints.items()
         if one is not None
     }
-    threads = hardware.cpu_threads()
-    measured = {size: roofline.bandwidth(size, threads) for size in set(sizes.values())}
-    processor = {name: measured[sizes[name]] if name in sizes else None for name in prints}
-    return processor, roofline.gpu_bandwidth(max(sizes.values(), default=MOST_PROBED))
-
-
-def _limit(about: Mapping[str, Any], processor: Bandwidth | None, card: Bandwidth | None) -> Bandwidth | None:
-    """Of the device that the server says it is on."""
-    return card if str(about.get("device", "")).startswith("cuda") else processor
 
 
 def make_target(name: str, folder: Path, file: Path, plan: Plan) -> Target:

@@ -58,7 +58,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
         mock("baseline", Baseline(), first=0.05, gap=0.02),
         mock("edge", Ours(), first=0.02, gap=0.004),
     )
-    return measure(pair, FAST, tmp_path_factory.mktemp("logs 日志"), together=True, view=View(QUIET))[0]
+    return measure(
+        pair,
+        FAST,
+        tmp_path_factory.mktemp("logs 日志"),
+        together=True,
+        view=View(QUIET),
+        probed={"edge": 2**24},
+    )[0]
 
 
 def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
@@ -73,7 +80,7 @@ def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
             "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
         },
         "noise": (Noise(0.0, 0.01), Noise(0.0, 0.02)),
-        "memory": {},
+        "card": None,
         "footprints": {},
         "quality": {},
         "sweeps": {},
@@ -205,6 +212,9 @@ def test_a_whole_measurement(measured: list[Measured]) -> None:
     assert case["targets"]["baseline"]["e2e_s"]["p50"] == pytest.approx(0.17, rel=0.2)
     # Two clients of a server that answers one after the other: the second waits for the first.
     assert built(measured)["cases"][1]["targets"]["baseline"]["e2e_s"]["max"] == pytest.approx(0.34, rel=0.3)
+    read = {part.target.name: part.rounds["mixed", 1][0].memory for part in measured}
+    assert read["baseline"] is None and read["edge"] is not None and read["edge"].size == 2**24
+    assert all(one.memory is None for one in measured[1].rounds["mixed", 2])
 
 
 def test_the_blocked_server_shows_in_its_health(measured: list[Measured]) -> None:
@@ -215,7 +225,7 @@ def test_the_blocked_server_shows_in_its_health(measured: list[Measured]) -> Non
 def test_targets_in_turn_ask_the_same_prompts(tmp_path: Path) -> None:
     pair = (mock("baseline", Baseline(), first=0.0, gap=0.001), mock("edge", Ours(), first=0.0, gap=0.001))
     plan = Plan(tokens=3, clients=(2,), rounds=1)
-    (slow, fast), kept = measure(pair, plan, tmp_path, together=False, view=View(QUIET))
+    (slow, fast), kept = measure(pair, plan, tmp_path, together=False, view=View(QUIET), probed={})
     prompts_ = [sorted(s.prompt for s in part.rounds["mixed", 2][0].samples) for part in (slow, fast)]
     assert prompts_[0] == prompts_[1] and len(prompts_[0]) == 2
     made = built([slow, fast], plan=kept, together=False)
@@ -225,7 +235,7 @@ def test_targets_in_turn_ask_the_same_prompts(tmp_path: Path) -> None:
 def test_a_target_that_stops_early_is_refused_at_the_warm_up(tmp_path: Path) -> None:
     pair = (mock("baseline", Baseline(), first=0.0, gap=0.0), mock("edge", Ours(), first=0.0, gap=0.0, cut=3))
     with pytest.raises(EdgeError, match="'edge' did not give a whole answer: 3 tokens instead of 16"):
-        measure(pair, FAST, tmp_path, together=True, view=View(QUIET))
+        measure(pair, FAST, tmp_path, together=True, view=View(QUIET), probed={})
 
 
 def whole(prompt: int, read: int = 7, *, got: int = 6, error: str = "") -> Sample:

@@ -113,6 +113,29 @@ def test_bytes_per_token_count_each_weight_once(tmp_path: Path) -> None:
     assert roofline.context_of([80, 100], 64) == 122.0
 
 
+def test_a_round_is_held_against_the_memory_of_its_own_time() -> None:
+    """Half the bandwidth and half the speed are the same share; many clients, and no reading, say nothing."""
+    footprint = roofline.Footprint(10**8, 0.0)
+    target = Target("edge", ["x"], Ours(), "/ready", "/info")
+
+    def round_of(pace: float, best: float, clients: int = 1) -> Round:
+        events = [(1.0, 1), (1.0 + 3 * pace, 3)]
+        samples = [Sample(c, c, 4, 0.0, 2.0, events, 7, 4, "length", 200) for c in range(clients)]
+        return Round(samples, [], 0, 0.0, memory=roofline.Bandwidth(best, best, 1, 2) if best else None)
+
+    def share(*rounds: Round, card: roofline.Bandwidth | None = None, **about: str) -> float | None:
+        part = Measured(target, about=about, rounds={("mixed", 1): list(rounds)})
+        made = build([part], card=card, footprints={"edge": footprint})
+        found = made["cases"][0]["targets"]["edge"]["ceiling"]
+        return found and found["share"]
+
+    assert share(round_of(0.02, 1e10), round_of(0.04, 5e9)) == pytest.approx(0.5)
+    assert share(round_of(0.02, 1e10), round_of(0.02, 2e10), round_of(0.02, 2e10)) == pytest.approx(0.25)
+    assert share(round_of(0.02, 0.0)) is None and share(round_of(0.02, 1e10, clients=2)) is None
+    card = roofline.Bandwidth(1e12, 1e12, 1, 0)
+    assert share(round_of(0.001, 0.0), card=card, device="cuda: a card") == pytest.approx(0.1)
+
+
 def test_bytes_of_a_transformers_folder_follow_its_dtype(tmp_path: Path) -> None:
     header = read_header(tiny_llama.write(tmp_path / "m.gguf"))
     shapes = {"model.embed_tokens.weight": [100, 8], "lm_head.weight": [100, 8], "model.norm.weight": [8]}
@@ -166,6 +189,28 @@ STAGES = {"baseline": "merged", "edge": "gguf"}
 LOST = {"kl": 0.023, "kl_p99": 0.2, "top1": 0.966, "positions": 500}
 
 
+def build(measured: list[Measured], **more: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "plan": Plan(tokens=4, clients=(1,)),
+        "asked_tokens": 4,
+        "command": "edge bench runs/x",
+        "model": {
+            "run": "贝壳 <x>",
+            "base_model": "b",
+            "merged": {"digest": "sha256:1", "bytes": 2**21},
+            "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
+        },
+        "noise": (Noise(0.0, 0.0), Noise(0.0, 0.0)),
+        "card": None,
+        "footprints": {},
+        "quality": {},
+        "sweeps": {},
+        "together": True,
+        "seconds": 1.0,
+    }
+    return report.build(measured, **given | more)
+
+
 def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
     """Two targets, two numbers of clients; edge answers in 0.1 s, times `scale`, with a little spread."""
 
@@ -191,24 +236,11 @@ def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
             rounds=cases,
         )
 
-    return report.build(
+    return build(
         [measured("baseline", 1.0), measured("edge", 0.1 * scale)],
         plan=Plan(tokens=4, clients=(1, 4)),
-        asked_tokens=4,
-        command="edge bench runs/x",
-        model={
-            "run": "贝壳 <x>",
-            "base_model": "b",
-            "merged": {"digest": "sha256:1", "bytes": 2**21},
-            "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
-        },
-        noise=(Noise(0.0, 0.0), Noise(0.0, 0.0)),
-        memory={},
-        footprints={},
         quality={"baseline": {"reference": True}, "edge": LOST},
         sweeps={"edge": [{"rate": 1.0, "goodput": 0.9, "share": 0.9}], "baseline": []},
-        together=True,
-        seconds=1.0,
     )
 
 
