@@ -4,8 +4,9 @@
 // build.cmake), for the types that matter here; its layout of the weights and its arithmetic stay: activations
 // are rounded to 8 bits a block at a time, blocks are added up in order. So a row's result is the same to the bit
 // whatever rows are multiplied beside it. What is new:
-//   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead: one row of
-//     activations is then bound by memory, where four columns at once were bound by its latency;
+//   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead, beyond the
+//     end of what a thread took where it goes on: one row of activations is then bound by memory, where four columns
+//     at once were bound by its latency;
 //   - a few rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much for three
 //     rows as for sixteen;
 //   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
@@ -40,7 +41,8 @@ namespace {
 constexpr int COLUMNS = 16;  // of a tile
 constexpr int ROWS = 16;     // of a group
 constexpr int TOGETHER = 4;  // groups that share what a tile's weights were spread to
-constexpr int CHUNK = 4;     // tiles that a thread takes at once
+constexpr int CHUNK = 16;    // tiles that a thread takes at once, at most
+constexpr int AGAIN = 4;     // the same where they are read again and again, for one group after the other
 constexpr int AHEAD = 8192;  // bytes
 
 // ---- activations
@@ -316,14 +318,23 @@ struct Q4_K {
 
 // ---- 16 columns, all of a row's blocks
 
-template <class W> INLINE void ask_ahead(const char * p) {
+// Where the weights that a thread reads end, and how far from there it goes on.
+struct Way {
+    const char * end;
+    ptrdiff_t jump;
+};
+
+template <class W> INLINE void ask_ahead(const char * p, const Way & way) {
+    p += AHEAD;
+    p += p < way.end ? 0 : way.jump;
 #pragma GCC unroll 64
     for (int line = 0; line < W::SIZE; line += 64) {
-        _mm_prefetch(p + AHEAD + line, _MM_HINT_T1);
+        _mm_prefetch(p + line, _MM_HINT_T1);
     }
 }
 
-template <class W, int M> void vectors(int blocks, const void * work, const char * p, float * to, size_t stride) {
+template <class W, int M>
+void vectors(int blocks, const void * work, const char * p, Way way, float * to, size_t stride) {
     auto a = (const typename W::template Act<M> *) work;
     __m512 sum[M];
 #pragma GCC unroll 16
@@ -331,7 +342,7 @@ template <class W, int M> void vectors(int blocks, const void * work, const char
         sum[m] = _mm512_setzero_ps();
     }
     for (int i = 0; i < blocks; ++i, p += W::SIZE) {
-        ask_ahead<W>(p);
+        ask_ahead<W>(p, way);
         W::template vector<M>(p, a[i], sum);
     }
 #pragma GCC unroll 16
@@ -341,7 +352,7 @@ template <class W, int M> void vectors(int blocks, const void * work, const char
 }
 
 template <class W, int M>
-void matrices(int groups, int blocks, const void * work, const char * p, float * to, size_t stride) {
+void matrices(int groups, int blocks, const void * work, const char * p, Way way, float * to, size_t stride) {
     using Act = typename W::template Act<M>;
     constexpr int UNITS = W::UNITS, WIDE = Act::values_in_row, STEP = WIDE / UNITS;
     alignas(64) Weights weights[W::STRIP * UNITS];
@@ -350,7 +361,7 @@ void matrices(int groups, int blocks, const void * work, const char * p, float *
     for (int i = 0; i < blocks; i += W::STRIP, p += W::STRIP * W::SIZE) {
         const int strip = std::min(W::STRIP, blocks - i);
         for (int j = 0; j < strip; ++j) {
-            ask_ahead<W>(p + j * W::SIZE);
+            ask_ahead<W>(p + j * W::SIZE, way);
             W::spread(p + j * W::SIZE, weights + j * UNITS);
         }
         for (int group = 0; group < groups; ++group) {
@@ -384,14 +395,15 @@ void matrices(int groups, int blocks, const void * work, const char * p, float *
 
 // Groups of `rows` rows each; several at once only where they are whole.
 template <class W, int M = ROWS>
-void columns(int rows, int groups, int blocks, const void * work, const char * p, float * to, size_t stride) {
+void columns(int rows, int groups, int blocks, const void * work, const char * p, Way way, float * to,
+             size_t stride) {
     if constexpr (M > 0) {
         if (rows != M) {
-            columns<W, M - 1>(rows, groups, blocks, work, p, to, stride);
+            columns<W, M - 1>(rows, groups, blocks, work, p, way, to, stride);
         } else if constexpr (M > W::FEW) {
-            matrices<W, M>(groups, blocks, work, p, to, stride);
+            matrices<W, M>(groups, blocks, work, p, way, to, stride);
         } else {
-            vectors<W, M>(blocks, work, p, to, stride);
+            vectors<W, M>(blocks, work, p, way, to, stride);
         }
     }
 }
@@ -470,7 +482,14 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
     // Tile registers are set up for ROWS rows by llama.cpp, once for each thread; so they are left that way.
     int configured = 0;
     const int whole = rows / ROWS;
-    for (int chunk = params->ith; chunk * CHUNK < tiles; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+    const char * const weights = (const char *) weight->data;
+    const int size = std::min(std::max(tiles / (4 * params->nth), 1), rows > ROWS ? AGAIN : CHUNK);
+    for (int chunk = params->ith, next; chunk * size < tiles; chunk = next) {
+        // Taken early, so that its weights can be asked for in time.
+        next = ggml_threadpool_chunk_add(params->threadpool, 1);
+        const int end = std::min((chunk + 1) * size, tiles);
+        const Way way = {weights + end * tile_bytes,
+                         next * size < tiles ? (ptrdiff_t) ((next * size - end) * tile_bytes) : -AHEAD};
         for (int first = 0; first < rows;) {
             const int together = W::FEW < ROWS ? TOGETHER : 1;
             const int groups = std::max(1, std::min(whole - first / ROWS, together));
@@ -478,8 +497,8 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
             if (M > W::FEW && M != configured) {
                 configure(configured = M);
             }
-            for (int tile = chunk * CHUNK; tile < std::min((chunk + 1) * CHUNK, tiles); ++tile) {
-                columns<W>(M, groups, blocks, work + first * row_bytes, (const char *) weight->data + tile * tile_bytes,
+            for (int tile = chunk * size; tile < end; ++tile) {
+                columns<W>(M, groups, blocks, work + first * row_bytes, weights + tile * tile_bytes, way,
                            (float *) dst->data + first * stride + tile * COLUMNS, stride);
             }
             first += groups * ROWS;
