@@ -167,7 +167,7 @@ def _ceiling(
     """What the memory allows one stream, and the share of it that decoding reached (one client alone):
     medians over the rounds, each by what the memory gave just then.
 
-    Of a server that answers in one piece only the whole answer's time is known, its prompt included.
+    Of an answer in one piece, or at one blow, only the whole time is known, its prompt included.
     """
     if footprint is None:
         return None
@@ -176,7 +176,7 @@ def _ceiling(
         memory, samples = card or part.memory, metrics.complete(part.samples)
         if memory is None or not samples or len({one.client for one in samples}) > 1:
             continue
-        paces = [pace for one in samples if (pace := metrics.tpot(one)) is not None]
+        paces = [pace for one in samples if (pace := metrics.tpot(one))]
         wholes = [metrics.e2e(one) / one.wanted for one in samples]
         each = statistics.median(paces or wholes)
         read = [sample.prompt_tokens or 0 for sample in samples]

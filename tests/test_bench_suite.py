@@ -131,6 +131,8 @@ def test_a_round_is_held_against_the_memory_of_its_own_time() -> None:
 
     assert share(round_of(0.02, 1e10), round_of(0.04, 5e9)) == pytest.approx(0.5)
     assert share(round_of(0.02, 1e10), round_of(0.02, 2e10), round_of(0.02, 2e10)) == pytest.approx(0.25)
+    # All pieces at one blow: four tokens in the two seconds of the whole answer.
+    assert share(round_of(0.0, 1e10)) == pytest.approx(0.02)
     assert share(round_of(0.02, 0.0)) is None and share(round_of(0.02, 1e10, clients=2)) is None
     card = roofline.Bandwidth(1e12, 1e12, 1, 0)
     assert share(round_of(0.001, 0.0), card=card, device="cuda: a card") == pytest.approx(0.1)
