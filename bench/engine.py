@@ -35,6 +35,7 @@ from bench.targets import Running, ours, started
 from edge import artefact, hardware
 from edge.cli import guarded
 from edge.errors import EdgeError
+from edge.gguf_parts import part_files
 
 TOKENS = 64
 CONTEXT = 512
@@ -176,7 +177,8 @@ class _Bench:
         shown = ", ".join(f"{name} {median(values):.1f}" for name, values in found.items())
         rows.append(Row(f"{n} streams, total tokens/s", shown, ""))
         # The longer a step, the less of it is HTTP.
-        alone = 0.95 if self._path.stat().st_size > _LARGE else 0.85
+        size = sum(part.stat().st_size for part in part_files(self._path))
+        alone = 0.95 if size > _LARGE else 0.85
         for name, goal in (("bare loop", alone if n == 1 else None), ("llama-server", 1.0)):
             against = ratio(mine, found[name]) if name in found else None
             if against is not None:
