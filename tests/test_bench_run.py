@@ -26,6 +26,7 @@ from bench.run import check_same_model, main
 from bench.targets import Target, free_port, started, stop
 from edge import manifest
 from edge.errors import EdgeError, InputError, UsageError
+from tests.reports import build
 
 # Seconds of training or of other processes: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -69,25 +70,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
 
 
 def built(measured: list[Measured], **more: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "plan": FAST,
-        "asked_tokens": FAST.tokens,
-        "command": "edge bench runs/x",
-        "model": {
-            "run": "x",
-            "base_model": "b",
-            "merged": {"digest": "sha256:1", "bytes": 2**21},
-            "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
-        },
-        "noise": (Noise(0.0, 0.01), Noise(0.0, 0.02)),
-        "card": None,
-        "footprints": {},
-        "quality": {},
-        "sweeps": {},
-        "together": True,
-        "seconds": 12.0,
-    }
-    return report.build(measured, **given | more)
+    noise = (Noise(0.0, 0.01), Noise(0.0, 0.02))
+    given: dict[str, Any] = {"plan": FAST, "asked_tokens": FAST.tokens, "noise": noise, "seconds": 12.0}
+    return build(measured, **given | more)
 
 
 def test_a_target_that_ends_early_shows_its_last_words(tmp_path: Path) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from bench import charts, compare, html, metrics, prompts, report, roofline, sweep
+from bench import charts, compare, html, metrics, prompts, roofline, sweep
 from bench.charts import Axis
 from bench.load import Ours, open_loop
 from bench.measure import Measured, Plan, Round
 from bench.metrics import Objective, Sample
-from bench.probe import Noise
 from bench.targets import Target
 from edge.errors import InputError
 from edge.gguf_header import read_header
 from tests import tiny_llama
 from tests.bench_mock import Mock, serving
+from tests.reports import build
 
 
 @pytest.mark.parametrize("name", list(prompts.WORKLOADS))
@@ -189,28 +189,6 @@ def test_charts_are_well_formed_and_say_their_values() -> None:
 
 STAGES = {"baseline": "merged", "edge": "gguf"}
 LOST = {"kl": 0.023, "kl_p99": 0.2, "top1": 0.966, "positions": 500}
-
-
-def build(measured: list[Measured], **more: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "plan": Plan(tokens=4, clients=(1,)),
-        "asked_tokens": 4,
-        "command": "edge bench runs/x",
-        "model": {
-            "run": "贝壳 <x>",
-            "base_model": "b",
-            "merged": {"digest": "sha256:1", "bytes": 2**21},
-            "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
-        },
-        "noise": (Noise(0.0, 0.0), Noise(0.0, 0.0)),
-        "card": None,
-        "footprints": {},
-        "quality": {},
-        "sweeps": {},
-        "together": True,
-        "seconds": 1.0,
-    }
-    return report.build(measured, **given | more)
 
 
 def made_report(*, scale: float = 1.0, rounds: int = 5) -> dict[str, Any]:
