@@ -22,7 +22,7 @@ from bench.live import View
 from bench.load import HealthProbe, Job, ask, closed_loop, get
 from bench.metrics import Sample, e2e, token_rate
 from bench.probe import tree_cpu
-from bench.roofline import Bandwidth, bandwidth
+from bench.roofline import LEAST_PROBED, Bandwidth, bandwidth
 from bench.targets import Running, Target, started
 from edge import hardware
 from edge.errors import EdgeError
@@ -34,9 +34,6 @@ PAUSE_S = 0.3
 PROBE_S = 0.3
 # The last of many clients waits long for a server that answers one after the other.
 ANSWER_LIMIT_S = 3600.0
-# Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
-# than threads can be told to begin.
-LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 Case = tuple[str, int]
 
 

@@ -27,6 +27,9 @@ from edge.gguf_header import GGUFHeader
 from edge.onnx_header import OnnxHeader
 
 KV_F16_BYTES = 2.0
+# Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
+# than threads can be told to begin.
+LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 
 
 @dataclass(frozen=True)

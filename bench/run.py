@@ -25,9 +25,9 @@ from rich.console import Console
 from bench import html, outside, peers, prompts, quality, report, roofline, sweep, table
 from bench.bare import counts
 from bench.live import View
-from bench.measure import LEAST_PROBED, MOST_PROBED, Plan, measure
+from bench.measure import Plan, measure
 from bench.probe import noise
-from bench.roofline import Footprint
+from bench.roofline import LEAST_PROBED, MOST_PROBED, Footprint
 from bench.targets import Target, baseline, genai, ours, ours_onnx, static
 from edge import artefact, hardware, manifest
 from edge.errors import InputError, UsageError
