@@ -98,6 +98,7 @@ INLINE void add(__m512 & sum, __m512i dot, __m512 scale, float other) {
     add(sum, dot, _mm512_mul_ps(scale, _mm512_set1_ps(other)));
 }
 
+// Of a block in units, whose own scales are in `part`: a row's scale comes last, once.
 template <int M> INLINE void add_parts(const __m512 * part, const float * scales, __m512 * sum) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -148,19 +149,6 @@ template <int M> INLINE void add_products(const Products & c, __m512 scale, cons
     for (int m = 0; m < M; ++m) {
         add(sum[m], _mm512_load_si512(c[m]), scale, others[m]);
     }
-}
-
-// Of a block in units: a row's own scale comes last, once.
-template <class W, int M> INLINE void add_units(const char * p, const Large<M> & a, const Products * c, __m512 * sum) {
-    __m512 part[M] = {};
-    for (int unit = 0; unit < W::UNITS; ++unit) {
-        const __m512 factor = W::scale(p, unit);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            add(part[m], _mm512_load_si512(c[unit][m]), factor);
-        }
-    }
-    add_parts<M>(part, a.scales, sum);
 }
 
 // ---- the types: where their parts lie in a tile, and how they are multiplied
@@ -311,7 +299,15 @@ struct Q4_K {
     }
 
     template <int M> INLINE void gather(const char * p, const Act<M> & a, const Products * c, __m512 * sum) {
-        add_units<Q4_K, M>(p, a, c, sum);
+        __m512 part[M] = {};
+        for (int unit = 0; unit < UNITS; ++unit) {
+            const __m512 factor = scale(p, unit);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                add(part[m], _mm512_load_si512(c[unit][m]), factor);
+            }
+        }
+        add_parts<M>(part, a.scales, sum);
         minima<M>(p, a, sum);
     }
 };
@@ -482,6 +478,7 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
     // Tile registers are set up for ROWS rows by llama.cpp, once for each thread; so they are left that way.
     int configured = 0;
     const int whole = rows / ROWS;
+    constexpr int together = W::FEW < ROWS ? TOGETHER : 1;  // nothing is spread without AMX
     const char * const weights = (const char *) weight->data;
     const int size = std::min(std::max(tiles / (4 * params->nth), 1), rows > ROWS ? AGAIN : CHUNK);
     for (int chunk = params->ith, next; chunk * size < tiles; chunk = next) {
@@ -491,7 +488,6 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
         const Way way = {weights + end * tile_bytes,
                          next * size < tiles ? (ptrdiff_t) ((next * size - end) * tile_bytes) : -AHEAD};
         for (int first = 0; first < rows;) {
-            const int together = W::FEW < ROWS ? TOGETHER : 1;
             const int groups = std::max(1, std::min(whole - first / ROWS, together));
             const int M = std::min(rows - first, ROWS);
             if (M > W::FEW && M != configured) {
