@@ -2,6 +2,7 @@
 
     python native_ops.py products TYPE ROWS [ROWS ...]
     python native_ops.py attention WIDTH HEADS CACHED_HEADS TOKENS STREAMS CELLS MASK
+    python native_ops.py pages
 
 Products: for every number of rows `"ROWS ERROR ALIKE"`, the largest error as a share of the largest result,
 and whether each row is, to the bit, what it is alone. Values are whole numbers, and each block holds 127, so
@@ -9,11 +10,15 @@ that rounding them to 8 bits changes nothing. `"none"` where no weights are repa
 
 Attention: `"ERROR ALIKE"`, the same error, and whether two and three threads, and each token alone, give the
 same to the bit. MASK: none, causal, holes. Cells that no token sees hold no numbers.
+
+Pages: for every kind of buffer that repacks weights `"NAME ASKED"`, whether large pages were asked for.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -66,6 +71,7 @@ class Ggml:
             (self._base, "ggml_init ggml_new_tensor_4d ggml_new_graph ggml_mul_mat ggml_flash_attn_ext"),
             (self._base, "ggml_backend_alloc_ctx_tensors_from_buft ggml_backend_dev_backend_reg"),
             (self._base, "ggml_backend_get_device ggml_backend_reg_get_proc_address"),
+            (self._base, "ggml_backend_buft_alloc_buffer ggml_backend_buffer_get_base"),
             (self._cpu, "ggml_backend_cpu_init ggml_backend_cpu_buffer_type"),
         ):
             for function in functions.split():
@@ -75,17 +81,16 @@ class Ggml:
         self._memory = ctypes.c_void_p(self._cpu.ggml_backend_cpu_buffer_type())
         self.threads(2)
 
-    def buffer_type(self, name: bytes) -> ctypes.c_void_p | None:
+    def buffer_types(self) -> dict[bytes, ctypes.c_void_p]:
+        """Those that repack weights."""
         device = ctypes.c_void_p(self._base.ggml_backend_get_device(self._backend))
         registry = ctypes.c_void_p(self._base.ggml_backend_dev_backend_reg(device))
         address = self._base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         give = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
-        for kind in give(device):
-            if not kind:
-                return None
-            if self._base.ggml_backend_buft_name(ctypes.c_void_p(kind)) == name:
-                return ctypes.c_void_p(kind)
-        return None
+        kinds = itertools.takewhile(bool, give(device))
+        return {
+            self._base.ggml_backend_buft_name(ctypes.c_void_p(kind)): ctypes.c_void_p(kind) for kind in kinds
+        }
 
     def _tensor(
         self, kind: int, shape: tuple[int, ...], where: ctypes.c_void_p, data: bytes
@@ -116,6 +121,11 @@ class Ggml:
 
     def weight(self, kind: int, stored: NDArray[np.uint8], where: ctypes.c_void_p) -> ctypes.c_void_p:
         return self._tensor(kind, (WIDTH, COLUMNS), where, stored.tobytes())
+
+    def place(self, size: int, where: ctypes.c_void_p) -> int:
+        """Address of `size` new bytes there."""
+        buffer = ctypes.c_void_p(self._base.ggml_backend_buft_alloc_buffer(where, ctypes.c_size_t(size)))
+        return int(self._base.ggml_backend_buffer_get_base(buffer))
 
     def product(self, weight: ctypes.c_void_p, values: NDArray[np.float32]) -> NDArray[np.float32]:
         context = ctypes.c_void_p(self._base.ggml_init(InitParams(2**22, None, True)))
@@ -197,7 +207,7 @@ def attention(width: int, heads: int, cached: int, tokens: int, streams: int, ce
 def products(name: str, *counts: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     ggml = Ggml()
-    where = ggml.buffer_type(b"AMX")
+    where = ggml.buffer_types().get(b"AMX")
     if where is None:
         sys.stdout.write("none\n")
         return
@@ -212,8 +222,24 @@ def products(name: str, *counts: str) -> None:
         sys.stdout.write(f"{count} {error:.3e} {np.array_equal(found, alone[:count])}\n")
 
 
+def pages() -> None:
+    size = 16 * 2**20
+    ggml = Ggml()
+    for name, where in ggml.buffer_types().items():
+        middle = ggml.place(size, where) + size // 2
+        found, asked = False, False
+        for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+            if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                found = int(span[1], 16) <= middle < int(span[2], 16)
+            elif found and line.startswith("VmFlags:"):
+                asked = "hg" in line.split()
+        sys.stdout.write(f"{name.decode('utf-8')} {asked}\n")
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "products":
+    if sys.argv[1] == "pages":
+        pages()
+    elif sys.argv[1] == "products":
         products(*sys.argv[2:])
     else:
         attention(*map(int, sys.argv[2:8]), sys.argv[8])

@@ -1,4 +1,4 @@
-"""What llama.cpp was built with in place of its own: edge/csrc/products.cpp and attention.cpp."""
+"""What llama.cpp was built with in place of its own: edge/csrc."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ from edge import hardware
 
 pytest.importorskip("llama_cpp")
 
-COUNTS = ("1", "2", "7", "10", "11", "16", "17", "31", "64", "80", "150")
+COUNTS = ("1", "2", "8", "9", "15", "16", "17", "31", "64", "80", "150")
 
 
 def run(*arguments: str) -> list[list[str]]:
@@ -59,6 +59,14 @@ def test_attention_is_right_and_tokens_do_not_depend_on_their_neighbours(case: s
     [[error, alike]] = run("attention", *case.split())
     assert float(error) < 3e-6
     assert alike == "True"
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="large pages are asked for on Linux"
+)
+def test_repacked_weights_lie_in_large_pages() -> None:
+    found = run("pages")
+    assert found and all(asked == "True" for _, asked in found)
 
 
 def test_wide_pieces_of_a_prompt_are_left_to_llama_cpp() -> None:

@@ -5,10 +5,10 @@
 // are rounded to 8 bits a block at a time, blocks are added up in order. So a row's result is the same to the bit
 // whatever rows are multiplied beside it. What is new:
 //   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead, beyond the
-//     end of what a thread took where it goes on: one row of activations is then bound by memory, where four columns
-//     at once were bound by its latency;
-//   - a few rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much for three
-//     rows as for sixteen;
+//     end of what a thread took where it goes on, a few lines at a time between products: a few rows of activations are
+//     then bound by memory, where four columns at once were bound by its latency;
+//   - up to eight rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much for
+//     three rows as for sixteen;
 //   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
 //   - Q6_K, whose 16 values to a scale leave AMX half empty, never goes there.
 //
@@ -43,7 +43,9 @@ constexpr int ROWS = 16;     // of a group
 constexpr int TOGETHER = 4;  // groups that share what a tile's weights were spread to
 constexpr int CHUNK = 16;    // tiles that a thread takes at once, at most
 constexpr int AGAIN = 4;     // the same where they are read again and again, for one group after the other
-constexpr int AHEAD = 8192;  // bytes
+constexpr int AHEAD = 8192;  // bytes, into the second cache
+constexpr int NEAR = 2048;   // bytes, into the first, which is worth asking again
+constexpr int BOUND = 4;     // for so few rows, whose products wait for memory
 
 // ---- activations
 
@@ -66,7 +68,9 @@ INLINE __m512 bytes(const char * p) {
 }
 
 INLINE void nibbles(const char * p, __m512i & low, __m512i & high) {
-    const __m512i mask = _mm512_set1_epi8(15), both = _mm512_loadu_si512(p);
+    const __m512i mask = _mm512_set1_epi8(15);
+    __m512i both = _mm512_loadu_si512(p);
+    asm("" : "+v"(both));  // or it is loaded twice
     low = _mm512_and_si512(both, mask);
     high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 }
@@ -79,15 +83,21 @@ INLINE void nibbles_of_32(const char * p, __m512i * weights) {
     }
 }
 
-// start + the products of 4 * N values of a row with unsigned weights, for each column
+// Four values of a row. Read where they lie, they are spread to all columns as they are loaded; by way of a copy, the
+// units that multiply would have to spread them.
+using Four = int32_t __attribute__((may_alias, aligned(1)));
+
+// start + the products of 4 * N values of a row with unsigned weights, for each column; two sums, where many would wait
+// for one another.
 template <int N> INLINE __m512i dots(__m512i start, const __m512i * weights, const int8_t * values) {
-    int32_t fours[N];
-    memcpy(fours, values, sizeof fours);
+    constexpr int SUMS = N > 4 ? 2 : 1;
+    const Four * const fours = (const Four *) values;
+    __m512i sums[2] = {start, _mm512_setzero_si512()};
 #pragma GCC unroll 8
     for (int k = 0; k < N; ++k) {
-        start = _mm512_dpbusd_epi32(start, weights[k], _mm512_set1_epi32(fours[k]));
+        sums[k % SUMS] = _mm512_dpbusd_epi32(sums[k % SUMS], weights[k], _mm512_set1_epi32(fours[k]));
     }
-    return start;
+    return SUMS > 1 ? _mm512_add_epi32(sums[0], sums[1]) : sums[0];
 }
 
 INLINE void add(__m512 & sum, __m512i dot, __m512 scale) {
@@ -151,6 +161,46 @@ template <int M> INLINE void add_products(const Products & c, __m512 scale, cons
     }
 }
 
+// ---- what is read next
+
+// Where the weights that a thread reads end, and how far from there it goes on.
+struct Way {
+    const char * end;
+    ptrdiff_t jump;
+};
+
+template <int BYTES> INLINE const char * ahead(const char * p, const Way & way) {
+    p += BYTES;
+    return p + (p < way.end ? 0 : way.jump);
+}
+
+// Lines of memory in a tile, and for each of its units. A core waits for 16 at most: asked for a few at a time they
+// come while others are multiplied, where a tile's at once would make it stand still.
+template <class W> constexpr int of_tile = (W::SIZE + 63) / 64;
+template <class W> constexpr int lines = of_tile<W> / W::UNITS;
+
+template <int LINES> INLINE void ask(const char * far) {
+#pragma GCC unroll 64
+    for (int line = 0; line < LINES; ++line) {
+        _mm_prefetch(far + 64 * line, _MM_HINT_T1);
+    }
+}
+
+// What vectors read later, and soon.
+struct Next {
+    const char *far, *near;
+};
+
+template <int LINES, int M> INLINE void ask(const Next & next, int first) {
+    ask<LINES>(next.far + 64 * first);
+    if constexpr (M <= BOUND) {
+#pragma GCC unroll 64
+        for (int line = 0; line < LINES; ++line) {
+            _mm_prefetch(next.near + 64 * (first + line), _MM_HINT_T0);
+        }
+    }
+}
+
 // ---- the types: where their parts lie in a tile, and how they are multiplied
 //
 // FEW: rows that are quicker without AMX. ZERO: what an unsigned weight stands for 0 at. UNITS: parts of a tile with a
@@ -162,8 +212,9 @@ struct Q4_0 {
     static constexpr int FEW = 8, SIZE = 288, ZERO = 8, UNITS = 1, STRIP = 8;
     static constexpr bool SIGNED = true, DIRECT = false;
 
-    template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
+    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
         __m512i weights[8];
+        ask<lines<Q4_0>, M>(next, 0);
         nibbles_of_32(p, weights);
         add_dots<M>(a, weights, halves(p + 256), sum);
     }
@@ -186,12 +237,13 @@ struct Q4_0 {
 
 struct Q8_0 {
     template <int M> using Act = Small<M>;
-    static constexpr int FEW = 12, SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
+    static constexpr int FEW = 8, SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
     static constexpr bool SIGNED = true, DIRECT = true;
 
-    template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
+    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
         const __m512i flip = _mm512_set1_epi8((char) 0x80);  // signed to unsigned: plus 128
         __m512i weights[8];
+        ask<lines<Q8_0>, M>(next, 0);
 #pragma GCC unroll 8
         for (int k = 0; k < 8; ++k) {
             weights[k] = _mm512_xor_si512(_mm512_loadu_si512(p + 64 * k), flip);
@@ -226,10 +278,11 @@ struct Q6_K {
         return _mm512_mul_ps(halves(p + 3328), bytes(p + 3072 + 16 * unit));
     }
 
-    template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
+    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
         __m512 part[M] = {};
         for (int unit = 0; unit < UNITS; ++unit) {
             __m512i weights[4];
+            ask<lines<Q6_K>, M>(next, lines<Q6_K> * unit);
             unpack(p, unit, weights);
             const __m512 factor = scale(p, unit);
 #pragma GCC unroll 16
@@ -244,7 +297,7 @@ struct Q6_K {
 
 struct Q4_K {
     template <int M> using Act = Large<M>;
-    static constexpr int FEW = 5, SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
+    static constexpr int FEW = 8, SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
     static constexpr bool SIGNED = false, DIRECT = false;
 
     INLINE __m512 scale(const char * p, int unit) {
@@ -271,10 +324,11 @@ struct Q4_K {
         }
     }
 
-    template <int M> INLINE void vector(const char * p, const Act<M> & a, __m512 * sum) {
+    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
         __m512 part[M] = {};
         for (int unit = 0; unit < UNITS; ++unit) {
             __m512i weights[8];
+            ask<lines<Q4_K>, M>(next, lines<Q4_K> * unit);
             nibbles_of_32(p + 256 * unit, weights);
             const __m512 factor = scale(p, unit);
 #pragma GCC unroll 16
@@ -314,21 +368,6 @@ struct Q4_K {
 
 // ---- 16 columns, all of a row's blocks
 
-// Where the weights that a thread reads end, and how far from there it goes on.
-struct Way {
-    const char * end;
-    ptrdiff_t jump;
-};
-
-template <class W> INLINE void ask_ahead(const char * p, const Way & way) {
-    p += AHEAD;
-    p += p < way.end ? 0 : way.jump;
-#pragma GCC unroll 64
-    for (int line = 0; line < W::SIZE; line += 64) {
-        _mm_prefetch(p + line, _MM_HINT_T1);
-    }
-}
-
 template <class W, int M>
 void vectors(int blocks, const void * work, const char * p, Way way, float * to, size_t stride) {
     auto a = (const typename W::template Act<M> *) work;
@@ -338,8 +377,9 @@ void vectors(int blocks, const void * work, const char * p, Way way, float * to,
         sum[m] = _mm512_setzero_ps();
     }
     for (int i = 0; i < blocks; ++i, p += W::SIZE) {
-        ask_ahead<W>(p, way);
-        W::template vector<M>(p, a[i], sum);
+        const Next next = {ahead<AHEAD>(p, way), ahead<NEAR>(p, way)};
+        W::template vector<M>(p, next, a[i], sum);
+        ask<of_tile<W> % W::UNITS, M>(next, lines<W> * W::UNITS);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -351,18 +391,22 @@ template <class W, int M>
 void matrices(int groups, int blocks, const void * work, const char * p, Way way, float * to, size_t stride) {
     using Act = typename W::template Act<M>;
     constexpr int UNITS = W::UNITS, WIDE = Act::values_in_row, STEP = WIDE / UNITS;
+    // Of a tile's lines, those asked for while a unit is multiplied; the others are, while the tile is gathered.
+    constexpr int EARLY = UNITS > 1 ? lines<W> : lines<W> / 2;
     alignas(64) Weights weights[W::STRIP * UNITS];
     alignas(64) Products products[W::STRIP * UNITS];
     __m512 sums[TOGETHER][M];
     for (int i = 0; i < blocks; i += W::STRIP, p += W::STRIP * W::SIZE) {
         const int strip = std::min(W::STRIP, blocks - i);
         for (int j = 0; j < strip; ++j) {
-            ask_ahead<W>(p + j * W::SIZE, way);
             W::spread(p + j * W::SIZE, weights + j * UNITS);
         }
         for (int group = 0; group < groups; ++group) {
             const Act * const a = (const Act *) work + (size_t) group * blocks + i;
             auto unit = [&](int u, auto T) {
+                if (group == 0) {
+                    ask<EARLY>(ahead<AHEAD>(p + u / UNITS * W::SIZE, way) + 64 * EARLY * (u % UNITS));
+                }
                 const void * b = W::DIRECT ? (const void *) (p + u * W::SIZE) : weights[u];
                 multiply_tile<T, W::SIGNED>(b, a[u / UNITS].values[0] + u % UNITS * STEP, WIDE, products[u]);
             };
@@ -377,6 +421,9 @@ void matrices(int groups, int blocks, const void * work, const char * p, Way way
                 memcpy(sum, sums[group], sizeof sum);
             }
             for (int j = 0; j < strip; ++j) {
+                if (group == 0) {
+                    ask<of_tile<W> - EARLY * UNITS>(ahead<AHEAD>(p + j * W::SIZE, way) + 64 * EARLY * UNITS);
+                }
                 W::template gather<M>(p + j * W::SIZE, a[j], products + j * UNITS, sum);
             }
             memcpy(sums[group], sum, sizeof sum);
@@ -507,7 +554,8 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
 
 bool served(const ggml_tensor * dst) {
     const ggml_type type = dst->src[0]->type;
-    const bool known = type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
+    const bool known =
+        type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
     return known && dst->ne[2] * dst->ne[3] == 1;
 }
 
