@@ -152,6 +152,14 @@ struct Cache {
     const ggml_fp16_t * at(int cell) const { return (const ggml_fp16_t *) (data + cell * stride); }
 };
 
+// D of a cell's, that are read soon.
+template <int D> INLINE void ask(const ggml_fp16_t * p) {
+#pragma GCC unroll 8
+    for (int d = 0; d < D; d += 32) {
+        _mm_prefetch((const char *) (p + d), _MM_HINT_T0);
+    }
+}
+
 // G heads of one token, D values each. queries, results: pointers to a head's values.
 template <int D, int G>
 void attend(const float * const * queries, float scale, Cells cells, Cache keys, Cache values, float * const * results) {
@@ -168,6 +176,8 @@ void attend(const float * const * queries, float scale, Cells cells, Cache keys,
         for (int first = 0; first < count; first += LANES) {
             for (int i = first; i < std::min(first + LANES, count); ++i) {
                 const ggml_fp16_t * const key = keys.at(cells.at[i]);
+                ask<D>(values.at(cells.at[i]));
+                ask<D>(keys.at(cells.at[i] + CELLS));  // most often one that comes next
                 Vector dots[G];
                 for (int g = 0; g < G; ++g) {
                     dots[g] = all(0);
@@ -278,7 +288,12 @@ template <int D> void forward(const ggml_compute_params * params, ggml_tensor * 
     const int64_t shared = heads / k->ne[2];
     const int at_once = heads_at_once(shared, tokens * streams * k->ne[2], params->nth);
     const int64_t sets = (shared + at_once - 1) / at_once, units = streams * tokens * k->ne[2] * sets;
-    for (int64_t unit = params->ith; unit < units; unit += params->nth) {
+    // Sets that share keys and values follow one another on a thread, where that leaves none with more than others.
+    const int64_t together = units / sets % params->nth == 0 ? sets : 1;
+    auto unit_of_thread = [&](int64_t i) {
+        return (i / together * params->nth + params->ith) * together + i % together;
+    };
+    for (int64_t i = 0, unit; (unit = unit_of_thread(i)) < units; ++i) {
         const int64_t set = unit % sets, head = unit / sets % k->ne[2];
         const int64_t token = unit / sets / k->ne[2] % tokens, stream = unit / sets / k->ne[2] / tokens;
         const int64_t first = head * shared + set * at_once;
