@@ -6,7 +6,8 @@ advance together, one token each in every llama_decode. What a server reaches is
     python -m bench.bare MODEL.gguf --streams 1,8,16 --kv-unified on,off --flash-attention on,off
 
 Prints a line per run and, last, one line of JSON. With several settings the runs are interleaved
-(`--repeats` times over all of them) and the medians are what counts.
+(`--repeats` times over all of them) and the medians are what counts. One stream's decoding is also told as a
+share of what the memory allows, which is read right before and after each run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from bench import roofline
 from bench.metrics import median
 from edge import hardware
 from edge.cli import guarded
 from edge.errors import InputError, UnavailableError, UsageError
+from edge.gguf_header import read_header
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,26 @@ def sweep(
     path: Path, settings: list[Setting], *, prompt: int, new: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Every setting `repeats` times, interleaved, after a discarded warm-up; medians and samples."""
+    footprint = roofline.of_gguf(read_header(path))
+    size = min(max(footprint.weights, roofline.LEAST_PROBED), roofline.MOST_PROBED)
     bare = Bare(path)
+
+    def run(setting: Setting, seed: int) -> dict[str, float]:
+        if setting.streams > 1:
+            return bare.run(setting, prompt=prompt, new=new, seed=seed)
+        before = roofline.bandwidth(size, setting.threads, seconds=roofline.PROBE_S)
+        found = bare.run(setting, prompt=prompt, new=new, seed=seed)
+        after = roofline.bandwidth(size, setting.threads, seconds=roofline.PROBE_S)
+        memory = max(before, after, key=lambda one: one.best)
+        most = roofline.ceiling(memory, footprint.per_token(roofline.context_of([prompt], new)))
+        return found | {"memory_share": found["decode_tokens_per_s"] / most}
+
     try:
         bare.run(settings[0], prompt=prompt, new=8)
         runs: list[list[dict[str, float]]] = [[] for _ in settings]
         for repeat in range(repeats):
             for setting, found in zip(settings, runs, strict=True):
-                found.append(bare.run(setting, prompt=prompt, new=new, seed=repeat))
+                found.append(run(setting, repeat))
     finally:
         bare.close()
     return [
@@ -184,7 +200,9 @@ def main(argv: list[str]) -> int:
             f"streams {row['streams']:>3}  kv_unified {'on ' if row['kv_unified'] else 'off'}  "
             f"flash attention {'on ' if row['flash_attention'] else 'off'}  "
             f"prefill {row['prefill_tokens_per_s']:7.1f}  decode {row['decode_tokens_per_s']:7.1f}  "
-            f"total {row['total_tokens_per_s']:7.1f} tok/s\n"
+            f"total {row['total_tokens_per_s']:7.1f} tok/s"
+            + (f"  {row['memory_share']:.0%} of what the memory allows" if "memory_share" in row else "")
+            + "\n"
         )
     sys.stdout.write(json.dumps({"model": args.model.name, "runs": found}) + "\n")
     return 0

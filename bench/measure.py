@@ -22,7 +22,7 @@ from bench.live import View
 from bench.load import HealthProbe, Job, ask, closed_loop, get
 from bench.metrics import Sample, e2e, token_rate
 from bench.probe import tree_cpu
-from bench.roofline import LEAST_PROBED, Bandwidth, bandwidth
+from bench.roofline import LEAST_PROBED, PROBE_S, Bandwidth, bandwidth
 from bench.targets import Running, Target, started
 from edge import hardware
 from edge.errors import EdgeError
@@ -30,8 +30,6 @@ from edge.errors import EdgeError
 SEED = 1
 WARM_TOKENS = 16
 PAUSE_S = 0.3
-# Of one reading of the memory; at least three passes are made.
-PROBE_S = 0.3
 # The last of many clients waits long for a server that answers one after the other.
 ANSWER_LIMIT_S = 3600.0
 Case = tuple[str, int]

@@ -30,6 +30,7 @@ KV_F16_BYTES = 2.0
 # Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
 # than threads can be told to begin.
 LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
+PROBE_S = 0.3  # of a reading right before or after a run
 
 
 @dataclass(frozen=True)

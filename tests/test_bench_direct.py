@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bench import direct, gpu_serve
+from bench import bare, direct, gpu_serve, roofline
 from bench.direct import Case, Ours, Rates
 from edge.backends.fake import FakeBackend
 from edge.errors import EdgeError
+from edge.gguf_header import read_header
+from tests import tiny_llama
 
 
 def test_rates_by_hand() -> None:
@@ -96,3 +99,20 @@ def test_the_cases_of_a_card_name_each_goal() -> None:
     }
     assert "| w | 2.0 | 1.0 | n | 2.00 x | - |" in gpu_serve.shown(made)
     assert "小卡; 3 rounds, prompts of 100 tokens; edge 1" in gpu_serve.shown(made)
+
+
+def test_the_bare_loop_tells_the_share_of_the_memory_of_one_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp")
+    path = tiny_llama.write(tmp_path / "m.gguf")
+    footprint = roofline.of_gguf(read_header(path))
+    readings = iter([2e9, 4e9])  # before and after: the better one counts
+    monkeypatch.setattr(
+        roofline, "bandwidth", lambda size, threads, seconds: roofline.Bandwidth(next(readings), 1e9, size, 2)
+    )
+    settings = [bare.Setting(streams, 256 * streams, 2, True, False) for streams in (1, 2)]
+    one, two = bare.sweep(path, settings, prompt=10, new=20, repeats=1)
+    most = 4e9 / footprint.per_token(10 + 20 / 2)
+    assert one["memory_share"] == pytest.approx(one["decode_tokens_per_s"] / most)
+    assert two["decode_tokens_per_s"] > 0 and "memory_share" not in two
