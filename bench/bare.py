@@ -28,8 +28,9 @@ import numpy as np
 from bench import roofline
 from bench.metrics import median
 from edge import hardware
+from edge.backends.llamacpp import library, native_errors
 from edge.cli import guarded
-from edge.errors import InputError, UnavailableError, UsageError
+from edge.errors import InputError, UsageError
 from edge.gguf_header import read_header
 
 
@@ -45,29 +46,22 @@ class Setting:
 
 
 class Bare:
-    """A model file, loaded once for all settings. Raises InputError for a file llama.cpp cannot load.
+    """A model file, loaded once for all settings. Raises InputError for a file that llama.cpp cannot load, and
+    UnavailableError without the library.
 
     gpu: put all of its layers on the card.
     """
 
     def __init__(self, path: Path, *, gpu: bool = False) -> None:
-        try:
-            import llama_cpp.llama_cpp as lib
-        except (ImportError, OSError, RuntimeError) as error:
-            raise UnavailableError(
-                f"llama-cpp-python cannot be loaded: {error}", "build it: python -m edge.native"
-            ) from error
         if not path.is_file():
             raise InputError(f"no such file: {path}", "give a .gguf file")
-        self._lib = lib
-        self._quiet = lib.llama_log_callback(lambda level, text, data: None)
-        lib.llama_log_set(self._quiet, None)
-        lib.llama_backend_init()
+        self._lib = lib = library()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu else 0
-        self._model: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
+        with native_errors() as log:
+            self._model: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise InputError(f"llama.cpp cannot load {path}", "export the file again")
+            raise InputError(f"llama.cpp cannot load {path}: {log.tail()}", "export the file again")
         self.vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
 
     def close(self) -> None:
