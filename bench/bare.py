@@ -46,8 +46,9 @@ class Setting:
 
 
 class Bare:
-    """A model file, loaded once for all settings. Raises InputError for a file that llama.cpp cannot load, and
-    UnavailableError without the library.
+    """A model file, loaded once for all settings.
+
+    Raises InputError for a file that llama.cpp cannot load, UnavailableError without the library.
 
     gpu: put all of its layers on the card.
     """
