@@ -27,7 +27,12 @@ void ask_for_large_pages(void * data, size_t size) {
 }  // namespace
 
 // These take the place of llama.cpp's own where buffers for repacked weights are made (see build.cmake).
-extern "C" void * edge_aligned_malloc(size_t size) {
+extern "C" {
+void * edge_aligned_malloc(size_t size);
+ggml_backend_buffer_t edge_alloc_buffer(ggml_backend_buffer_type_t type, size_t size);
+}
+
+void * edge_aligned_malloc(size_t size) {
     void * const data = ggml_aligned_malloc(size);
     if (data != nullptr) {
         ask_for_large_pages(data, size);
@@ -35,7 +40,7 @@ extern "C" void * edge_aligned_malloc(size_t size) {
     return data;
 }
 
-extern "C" ggml_backend_buffer_t edge_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+ggml_backend_buffer_t edge_alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     const ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, size);
     if (buffer != nullptr) {
         ask_for_large_pages(ggml_backend_buffer_get_base(buffer), size);
