@@ -31,7 +31,7 @@ from edge import hardware
 from edge.backends.llamacpp import library, native_errors
 from edge.cli import guarded
 from edge.errors import InputError, UsageError
-from edge.gguf_header import read_header
+from edge.gguf_parts import read_whole
 
 
 @dataclass(frozen=True)
@@ -135,17 +135,15 @@ def sweep(
     path: Path, settings: list[Setting], *, prompt: int, new: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Every setting `repeats` times, interleaved, after a discarded warm-up; medians and samples."""
-    footprint = roofline.of_gguf(read_header(path))
-    size = min(max(footprint.weights, roofline.LEAST_PROBED), roofline.MOST_PROBED)
+    footprint = roofline.of_gguf(read_whole(path))
     bare = Bare(path)
 
     def run(setting: Setting, seed: int) -> dict[str, float]:
         if setting.streams > 1:
             return bare.run(setting, prompt=prompt, new=new, seed=seed)
-        before = roofline.bandwidth(size, setting.threads, seconds=roofline.PROBE_S)
+        before = roofline.reading(footprint.probed, setting.threads)
         found = bare.run(setting, prompt=prompt, new=new, seed=seed)
-        after = roofline.bandwidth(size, setting.threads, seconds=roofline.PROBE_S)
-        memory = max(before, after, key=lambda one: one.best)
+        memory = roofline.better(before, roofline.reading(footprint.probed, setting.threads))
         most = roofline.ceiling(memory, footprint.per_token(roofline.context_of([prompt], new)))
         return found | {"memory_share": found["decode_tokens_per_s"] / most}
 

@@ -35,7 +35,7 @@ from bench.targets import Running, ours, started
 from edge import artefact, hardware
 from edge.cli import guarded
 from edge.errors import EdgeError
-from edge.gguf_parts import part_files
+from edge.gguf_parts import read_whole
 
 TOKENS = 64
 CONTEXT = 512
@@ -111,6 +111,7 @@ def main(argv: list[str]) -> int:
 class _Bench:
     def __init__(self, path: Path, threads: int, logs: Path, console: Console) -> None:
         self._path = path
+        self._large = read_whole(path).file_size > _LARGE
         self._threads = threads
         self._logs = logs
         self._console = console
@@ -177,8 +178,7 @@ class _Bench:
         shown = ", ".join(f"{name} {median(values):.1f}" for name, values in found.items())
         rows.append(Row(f"{n} streams, total tokens/s", shown, ""))
         # The longer a step, the less of it is HTTP.
-        size = sum(part.stat().st_size for part in part_files(self._path))
-        alone = 0.95 if size > _LARGE else 0.85
+        alone = 0.95 if self._large else 0.85
         for name, goal in (("bare loop", alone if n == 1 else None), ("llama-server", 1.0)):
             against = ratio(mine, found[name]) if name in found else None
             if against is not None:

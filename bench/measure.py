@@ -22,7 +22,7 @@ from bench.live import View
 from bench.load import HealthProbe, Job, ask, closed_loop, get
 from bench.metrics import Sample, e2e, token_rate
 from bench.probe import tree_cpu
-from bench.roofline import LEAST_PROBED, PROBE_S, Bandwidth, bandwidth
+from bench.roofline import Bandwidth, better, reading
 from bench.targets import Running, Target, started
 from edge import hardware
 from edge.errors import EdgeError
@@ -220,7 +220,7 @@ class _Desk:
         )
         after = self.read(part, case)
         if before and after:
-            found.memory = max(before, after, key=lambda one: one.best)
+            found.memory = better(before, after)
         part.rounds.setdefault(case, []).append(found)
         self.view.end(token_rate(samples))
 
@@ -229,8 +229,7 @@ class _Desk:
         size = self.probed.get(part.target.name, 0)
         if case[1] != 1 or part.on_card or not size:
             return None
-        room = max(hardware.memory().available // 4, LEAST_PROBED)
-        return bandwidth(min(size, room), hardware.cpu_threads(), seconds=PROBE_S)
+        return reading(size, hardware.cpu_threads())
 
 
 def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]:

@@ -30,7 +30,6 @@ KV_F16_BYTES = 2.0
 # Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
 # than threads can be told to begin.
 LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
-PROBE_S = 0.3  # of a reading right before or after a run
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,17 @@ def bandwidth(size: int, threads: int, *, seconds: float = 1.0) -> Bandwidth:
     return Bandwidth(max(rates), statistics.median(rates), 8 * share * threads, threads)
 
 
+def reading(size: int, threads: int) -> Bandwidth:
+    """A short one, right before or after a run, of `size` bytes or of a quarter of the free memory."""
+    room = max(hardware.memory().available // 4, LEAST_PROBED)
+    return bandwidth(min(size, room), threads, seconds=0.3)
+
+
+def better(before: Bandwidth, after: Bandwidth) -> Bandwidth:
+    """What counts of the readings around a run."""
+    return max(before, after, key=lambda one: one.best)
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What one stream reads to decode a token: the weights, and `cell` bytes for each token before it.
@@ -94,6 +104,11 @@ class Footprint:
     def per_token(self, context: float) -> int:
         """Bytes, with `context` tokens before the one that is decoded."""
         return int(self.weights + self.cell * context)
+
+    @property
+    def probed(self) -> int:
+        """Bytes to read when the memory is measured: as many as the weights have, within bounds."""
+        return max(LEAST_PROBED, min(self.weights, MOST_PROBED))
 
 
 def of_gguf(header: GGUFHeader, *, kv_bytes: float = KV_F16_BYTES) -> Footprint:

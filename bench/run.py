@@ -27,7 +27,7 @@ from bench.bare import counts
 from bench.live import View
 from bench.measure import Plan, measure
 from bench.probe import noise
-from bench.roofline import LEAST_PROBED, MOST_PROBED, Footprint
+from bench.roofline import MOST_PROBED, Footprint
 from bench.targets import Target, baseline, genai, ours, ours_onnx, static
 from edge import artefact, hardware, manifest
 from edge.errors import InputError, UsageError
@@ -158,7 +158,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
     with console.status("listening how quiet the machine is"):
         before = noise()
         prints = {target.name: footprint(target, folder, found.header) for target in targets}
-        probed = probe_sizes(prints)
+        probed = {name: one.probed for name, one in prints.items() if one is not None}
         card = roofline.gpu_bandwidth(max(probed.values(), default=MOST_PROBED))
     need = sum(need_bytes(folder, found, target) for target in targets) + 2**30
     together = need < hardware.memory().available
@@ -203,15 +203,6 @@ def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | N
         assert isinstance(found, OnnxHeader)
         return roofline.of_onnx(found)
     return None
-
-
-def probe_sizes(prints: Mapping[str, Footprint | None]) -> dict[str, int]:
-    """Bytes of memory to read, by target: as many as its weights have, within bounds."""
-    return {
-        name: max(LEAST_PROBED, min(one.weights, MOST_PROBED))
-        for name, one in prints.items()
-        if one is not None
-    }
 
 
 def make_target(name: str, folder: Path, file: Path, plan: Plan) -> Target:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bench import bare, direct, gpu_serve, roofline
 from bench.direct import Case, Ours, Rates
+from edge import artefact
 from edge.backends.fake import FakeBackend
 from edge.errors import EdgeError
 from edge.gguf_header import read_header
@@ -101,12 +102,15 @@ def test_the_cases_of_a_card_name_each_goal() -> None:
     assert "小卡; 3 rounds, prompts of 100 tokens; edge 1" in gpu_serve.shown(made)
 
 
+@pytest.mark.parametrize("part", [0, 8])
 def test_the_bare_loop_tells_the_share_of_the_memory_of_one_stream(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """part: tensors of each of several files, all of which are read for a token."""
     pytest.importorskip("llama_cpp")
-    path = tiny_llama.write(tmp_path / "m.gguf")
-    footprint = roofline.of_gguf(read_header(path))
+    tiny_llama.write(tmp_path / "m.gguf", part=part)
+    path = artefact.resolve(tmp_path).path
+    footprint = roofline.of_gguf(read_header(tiny_llama.write(tmp_path / "one.gguf")))
     readings = iter([2e9, 4e9])  # before and after: the better one counts
     monkeypatch.setattr(
         roofline, "bandwidth", lambda size, threads, seconds: roofline.Bandwidth(next(readings), 1e9, size, 2)
