@@ -1,6 +1,7 @@
 // Memory for weights in pages of 2 MiB, where Linux has them for the asking.
 //
-// Decoding reads all weights for each token: in pages of 4 KiB, those are more than a processor remembers the places of.
+// Decoding reads all weights for each token: in pages of 4 KiB, those are more than a processor remembers the places
+// of.
 
 #include "ggml-backend.h"
 #include "ggml-impl.h"
@@ -14,7 +15,7 @@
 namespace {
 
 void ask_for_large_pages(void * data, size_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+#ifdef MADV_HUGEPAGE
     constexpr uintptr_t LARGE = 2 << 20;
     const uintptr_t begin = ((uintptr_t) data + LARGE - 1) & ~(LARGE - 1);
     const uintptr_t end = ((uintptr_t) data + size) & ~(LARGE - 1);

@@ -7,8 +7,8 @@
 //   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead, beyond the
 //     end of what a thread took where it goes on, a few lines at a time between products: few rows of activations are
 //     then bound by memory, where four columns at once were bound by its latency;
-//   - up to eight rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much for
-//     three rows as for sixteen;
+//   - up to eight rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much
+//     for three rows as for sixteen;
 //   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
 //   - Q6_K, whose 16 values to a scale leave AMX half empty, never goes there.
 //
@@ -499,11 +499,11 @@ template <class W> INLINE void quantise(const float * x, int8_t * values, float 
 
 // How many tiles a thread takes at once: about a quarter of its share, and no more than `most`; of the sizes near that,
 // the one with which the thread that has most to do has least.
-int part_size(int tiles, int threads, int most) {
+int chunk_size(int tiles, int threads, int most) {
     const int largest = std::min(std::max(tiles / (4 * threads), 1), most);
     int best = largest, least = INT32_MAX;
     for (int size = largest; size >= std::max(largest / 2, 1); --size) {
-        const int parts = (tiles + size - 1) / size, longest = (parts + threads - 1) / threads * size;
+        const int chunks = (tiles + size - 1) / size, longest = (chunks + threads - 1) / threads * size;
         if (longest < least) {
             least = longest;
             best = size;
@@ -542,7 +542,7 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
     const int whole = rows / ROWS;
     constexpr int together = W::FEW < ROWS ? TOGETHER : 1;  // nothing is spread without AMX
     const char * const weights = (const char *) weight->data;
-    const int size = part_size(tiles, params->nth, rows > ROWS ? AGAIN : CHUNK);
+    const int size = chunk_size(tiles, params->nth, rows > ROWS ? AGAIN : CHUNK);
     for (int chunk = params->ith, next; chunk * size < tiles; chunk = next) {
         // Taken early, so that its weights can be asked for in time.
         next = ggml_threadpool_chunk_add(params->threadpool, 1);
