@@ -1,12 +1,17 @@
 """The installed llama.cpp's products and attention against float64, as a process of its own.
 
     python native_ops.py products TYPE ROWS [ROWS ...]
+    python native_ops.py stages TYPE TYPE_OF_VALUES ROWS [ROWS ...]
     python native_ops.py attention WIDTH HEADS CACHED_HEADS TOKENS STREAMS CELLS MASK
     python native_ops.py pages
 
 Products: for every number of rows `"ROWS ERROR ALIKE"`, the largest error as a share of the largest result,
 and whether each row is, to the bit, what it is alone. Values are whole numbers, and each block holds 127, so
 that rounding them to 8 bits changes nothing. `"none"` where no weights are repacked for AMX.
+
+Stages: a layer without its attention, for every number of rows `"ROWS NODES ALIKE"`: how many nodes llama.cpp
+computed, and whether results and caches are, to the bit, those of nodes that are computed one by one, since
+each is asked for. `"none"` as above.
 
 Attention: `"ERROR ALIKE"`, the same error, and whether two and three threads, and each token alone, give the
 same to the bit. MASK: none, causal, holes. Cells that no token sees hold no numbers.
@@ -21,13 +26,14 @@ import itertools
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-WIDTH, COLUMNS = 768, 96
+WIDTH, COLUMNS, HEAD = 768, 96, 32
 SCALES = {
     "Q4_0": (0, 2),
     "Q8_0": (0, 2),
@@ -41,15 +47,17 @@ class InitParams(ctypes.Structure):
     _fields_ = (("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-def weights(kind: gguf.GGMLQuantizationType) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """COLUMNS random rows of WIDTH values as stored, and what they stand for."""
-    random = np.random.default_rng(5)
+def weights(
+    kind: gguf.GGMLQuantizationType, columns: int = COLUMNS, seed: int = 5
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Random rows of WIDTH values as stored, one for each column, and what they stand for."""
+    random = np.random.default_rng(seed)
     values, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = random.integers(0, 256, (COLUMNS * WIDTH // values, size), np.uint8)
+    blocks = random.integers(0, 256, (columns * WIDTH // values, size), np.uint8)
     begin, end = SCALES[kind.name]
     halves = random.uniform(0.001, 0.01, (len(blocks), (end - begin) // 2)).astype("<f2")
     blocks[:, begin:end] = halves.view(np.uint8)
-    stored = blocks.reshape(COLUMNS, -1)
+    stored = blocks.reshape(columns, -1)
     return stored, gguf.quants.dequantize(stored, kind).astype(np.float64)
 
 
@@ -69,6 +77,8 @@ class Ggml:
         self._cpu = ctypes.CDLL(str(folder / name.format("ggml-cpu")))
         for library, functions in (
             (self._base, "ggml_init ggml_new_tensor_4d ggml_new_graph ggml_mul_mat ggml_flash_attn_ext"),
+            (self._base, "ggml_rms_norm ggml_mul ggml_add ggml_rope ggml_set_rows ggml_swiglu_split"),
+            (self._base, "ggml_reshape_2d ggml_reshape_3d ggml_gallocr_new ggml_graph_node"),
             (self._base, "ggml_backend_alloc_ctx_tensors_from_buft ggml_backend_dev_backend_reg"),
             (self._base, "ggml_backend_get_device ggml_backend_reg_get_proc_address"),
             (self._base, "ggml_backend_buft_alloc_buffer ggml_backend_buffer_get_base"),
@@ -97,15 +107,15 @@ class Ggml:
     ) -> ctypes.c_void_p:
         """shape: as ggml has it, the innermost first."""
         context = ctypes.c_void_p(self._base.ggml_init(InitParams(2**20, None, True)))
-        sizes = [ctypes.c_int64(size) for size in (*shape, 1, 1)[:4]]
+        sizes = [ctypes.c_int64(size) for size in (*shape, 1, 1, 1)[:4]]
         tensor = ctypes.c_void_p(self._base.ggml_new_tensor_4d(context, kind, *sizes))
         assert self._base.ggml_backend_alloc_ctx_tensors_from_buft(context, where)
         size = ctypes.c_size_t(len(data))
         self._base.ggml_backend_tensor_set(tensor, data, ctypes.c_size_t(0), size)
         return tensor
 
-    def _plain(self, values: NDArray[np.float32] | NDArray[np.float16]) -> ctypes.c_void_p:
-        kind = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}[values.dtype]
+    def _plain(self, values: NDArray[Any]) -> ctypes.c_void_p:
+        kind = {"float32": 0, "float16": 1, "int32": 26, "int64": 27}[values.dtype.name]
         return self._tensor(kind, values.shape[::-1], self._memory, values.tobytes())
 
     def _compute(self, result: ctypes.c_void_p, context: ctypes.c_void_p, out: NDArray[np.float32]) -> None:
@@ -113,14 +123,18 @@ class Ggml:
         graph = ctypes.c_void_p(self._base.ggml_new_graph(context))
         self._base.ggml_build_forward_expand(graph, result)
         assert self._base.ggml_backend_graph_compute(self._backend, graph) == 0
-        to = out.ctypes.data_as(ctypes.c_void_p)
-        self._base.ggml_backend_tensor_get(result, to, ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes))
+        self._read(result, out)
 
     def threads(self, count: int) -> None:
         self._cpu.ggml_backend_cpu_set_n_threads(self._backend, count)
 
     def weight(self, kind: int, stored: NDArray[np.uint8], where: ctypes.c_void_p) -> ctypes.c_void_p:
-        return self._tensor(kind, (WIDTH, COLUMNS), where, stored.tobytes())
+        return self._tensor(kind, (WIDTH, len(stored)), where, stored.tobytes())
+
+    def _read(self, tensor: ctypes.c_void_p, out: NDArray[Any]) -> NDArray[Any]:
+        to = out.ctypes.data_as(ctypes.c_void_p)
+        self._base.ggml_backend_tensor_get(tensor, to, ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes))
+        return out
 
     def place(self, size: int, where: ctypes.c_void_p) -> int:
         """Address of `size` new bytes there."""
@@ -133,6 +147,70 @@ class Ggml:
         out = np.empty((len(values), COLUMNS), np.float32)
         self._compute(result, context, out)
         return out
+
+    def layer(
+        self, weights_: dict[str, ctypes.c_void_p], values: NDArray[np.float32], *, one_by_one: bool
+    ) -> tuple[int, list[NDArray[Any]]]:
+        """The nodes that were computed; the result, and the caches of keys and values.
+
+        weights_: of q, k, v, o, gate, up and down. Memory is given out as llama.cpp does it, each result's
+        again after its last use, but where nodes are computed `one_by_one`.
+        """
+        base, rows, random = self._base, len(values), np.random.default_rng(8)
+        context = ctypes.c_void_p(base.ggml_init(InitParams(2**22, None, True)))
+
+        def op(name: str, *given: Any) -> ctypes.c_void_p:
+            return ctypes.c_void_p(getattr(base, f"ggml_{name}")(context, *given))
+
+        def sizes(*numbers: int) -> list[ctypes.c_int64]:
+            return [ctypes.c_int64(number) for number in numbers]
+
+        def vector(size: int) -> ctypes.c_void_p:
+            return self._plain(random.uniform(0.5, 1.5, size).astype(np.float32))
+
+        def normed(x: ctypes.c_void_p) -> ctypes.c_void_p:
+            return op("mul", op("rms_norm", x, ctypes.c_float(1e-5)), vector(WIDTH))
+
+        def biased(name: str, x: ctypes.c_void_p, size: int) -> ctypes.c_void_p:
+            return op("add", op("mul_mat", weights_[name], x), vector(size))
+
+        def turned(x: ctypes.c_void_p, size: int) -> ctypes.c_void_p:
+            heads = op("reshape_3d", x, *sizes(HEAD, size // HEAD, rows))
+            return op("reshape_2d", op("rope", heads, positions, HEAD, 2), *sizes(size, rows))
+
+        positions = self._plain(np.arange(3, rows + 3, dtype=np.int32))
+        cells = self._plain(np.arange(rows, dtype=np.int64)[::-1].copy())
+        caches = [self._plain(np.zeros((rows, COLUMNS), np.float16)) for _ in range(2)]
+        x = self._plain(values)
+        first = normed(x)
+        q = turned(biased("q", first, WIDTH), WIDTH)
+        v = biased("v", first, COLUMNS)
+        k = turned(biased("k", first, COLUMNS), COLUMNS)
+        graph = ctypes.c_void_p(base.ggml_new_graph(context))
+        for wanted in (q, v, k, *(op("set_rows", *one, cells) for one in zip(caches, (k, v), strict=True))):
+            base.ggml_build_forward_expand(graph, wanted)
+        y = op("add", op("mul_mat", weights_["o"], q), x)
+        second = normed(y)
+        gate, up = (op("mul_mat", weights_[name], second) for name in ("gate", "up"))
+        last = op("add", op("mul_mat", weights_["down"], op("swiglu_split", gate, up)), y)
+        base.ggml_build_forward_expand(graph, last)
+        base.ggml_set_output(last)
+        for i in range(base.ggml_graph_n_nodes(graph) if one_by_one else 0):
+            base.ggml_set_output(ctypes.c_void_p(base.ggml_graph_node(graph, i)))
+        assert base.ggml_gallocr_alloc_graph(ctypes.c_void_p(base.ggml_gallocr_new(self._memory)), graph)
+        computed = 0
+
+        def count(_: object) -> bool:
+            nonlocal computed
+            computed += 1
+            return False
+
+        counting = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(count)
+        self._cpu.ggml_backend_cpu_set_abort_callback(self._backend, counting, None)
+        assert base.ggml_backend_graph_compute(self._backend, graph) == 0
+        self._cpu.ggml_backend_cpu_set_abort_callback(self._backend, None, None)
+        results = [self._read(cache, np.empty((rows, COLUMNS), np.float16)) for cache in caches]
+        return computed, [self._read(last, np.empty((rows, WIDTH), np.float32)), *results]
 
     def attention(
         self,
@@ -222,6 +300,28 @@ def products(name: str, *counts: str) -> None:
         sys.stdout.write(f"{count} {error:.3e} {np.array_equal(found, alone[:count])}\n")
 
 
+def stages(name: str, name_of_values: str, *counts: str) -> None:
+    ggml = Ggml()
+    where = ggml.buffer_types().get(b"AMX")
+    if where is None:
+        sys.stdout.write("none\n")
+        return
+    weights_ = {}
+    for seed, one in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
+        kind = gguf.GGMLQuantizationType[name_of_values if one == "v" else name]
+        stored, _ = weights(kind, COLUMNS if one in ("k", "v") else WIDTH, seed)
+        weights_[one] = ggml.weight(kind.value, stored, where)
+    values = np.random.default_rng(9).normal(0, 1, (max(map(int, counts)), WIDTH)).astype(np.float32)
+    for count in map(int, counts):
+        _, right = ggml.layer(weights_, values[:count], one_by_one=True)
+        alike = True
+        for threads in (1, 2, 3):
+            ggml.threads(threads)
+            nodes, found = ggml.layer(weights_, values[:count], one_by_one=False)
+            alike &= all(map(np.array_equal, found, right))
+        sys.stdout.write(f"{count} {nodes} {alike}\n")
+
+
 def pages() -> None:
     size = 16 * 2**20
     ggml = Ggml()
@@ -241,5 +341,7 @@ if __name__ == "__main__":
         pages()
     elif sys.argv[1] == "products":
         products(*sys.argv[2:])
+    elif sys.argv[1] == "stages":
+        stages(*sys.argv[2:])
     else:
         attention(*map(int, sys.argv[2:8]), sys.argv[8])

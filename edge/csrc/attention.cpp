@@ -1,9 +1,10 @@
-// Attention of few tokens over 16-bit caches, for x86 CPUs with AVX2 or AVX512.
+// Attention over 16-bit caches, for x86 CPUs with AVX2 or AVX512.
 //
-// It takes the place of llama.cpp's flash attention (see build.cmake) where a step decodes, or reads a short piece of a
-// prompt; other cases are handed on. llama.cpp goes from cell to cell and head by head, with a call, an
-// exponential and a rounding to 16 bits for each. Here cells that the mask hides are passed over by the dozen, those that
-// are left are taken 32 at a time, heads that share keys and values read them once, and sums are kept in float32.
+// It takes the place of llama.cpp's flash attention (see build.cmake); other caches are handed on. Where a step decodes,
+// llama.cpp goes from cell to cell and head by head, with a call, an exponential and a rounding to 16 bits for each;
+// for a prompt it multiplies whole squares of tokens and cells, of which the mask hides half. Here cells that the mask
+// hides are passed over by the dozen, those that are left are taken 32 at a time, heads that share keys and values
+// read them once, and sums are kept in float32.
 // A token's result depends neither on the tokens beside it nor on the number of threads.
 //
 // The recurrence of the running maximum and sum: Milakov and Gimelshein, arXiv:1805.02867.
@@ -294,8 +295,9 @@ template <int D> void forward(const ggml_compute_params * params, ggml_tensor * 
         return (i / together * params->nth + params->ith) * together + i % together;
     };
     for (int64_t i = 0, unit; (unit = unit_of_thread(i)) < units; ++i) {
-        const int64_t set = unit % sets, head = unit / sets % k->ne[2];
-        const int64_t token = unit / sets / k->ne[2] % tokens, stream = unit / sets / k->ne[2] / tokens;
+        // Head by head, for all tokens of a prompt read the same keys and values.
+        const int64_t set = unit % sets, token = unit / sets % tokens;
+        const int64_t head = unit / sets / tokens % k->ne[2], stream = unit / sets / tokens / k->ne[2];
         const int64_t first = head * shared + set * at_once;
         const int count = (int) std::min<int64_t>(at_once, shared - set * at_once);
         const float * queries[HEADS];
@@ -325,7 +327,7 @@ bool served(const ggml_compute_params * params, const ggml_tensor * dst) {
     const bool width = k->ne[0] == v->ne[0] && k->ne[0] % 64 == 0 && k->ne[0] <= WIDEST;
     const bool same = k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && k->ne[1] <= INT32_MAX;
     const bool one_mask = mask == nullptr || (mask->type == GGML_TYPE_F16 && mask->ne[2] == 1);
-    return plain && types && width && same && one_mask && q->ne[1] < GGML_FA_TILE_Q;
+    return plain && types && width && same && one_mask;
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 //   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead, beyond the
 //     end of what a thread took where it goes on, a few lines at a time between products: few rows of activations are
 //     then bound by memory, where four columns at once were bound by its latency;
-//   - up to eight rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much
+//   - up to seven rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much
 //     for three rows as for sixteen;
 //   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
 //   - Q6_K, whose 16 values to a scale leave AMX half empty, never goes there.
@@ -17,15 +17,18 @@
 
 #if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__GNUC__)
 
+#include "products.h"
+
+#include "amx/amx.h"
 #include "amx/mmq.h"
-#include "ggml-cpu-impl.h"
-#include "ggml-impl.h"
+#include "vec.h"
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -46,6 +49,7 @@ constexpr int AGAIN = 4;     // the same where they are read again and again, fo
 constexpr int AHEAD = 8192;  // bytes, into the second cache
 constexpr int NEAR = 2048;   // bytes, into the first, which is worth asking again
 constexpr int BOUND = 4;     // for so few rows, whose products wait for memory
+constexpr int ALONE = 4096;  // values that each thread rounds for itself sooner than threads wait for one another
 
 // ---- activations
 
@@ -123,7 +127,10 @@ template <int M> INLINE void add_dots(const Small<M> & a, const __m512i * weight
     }
 }
 
-// ---- AMX's tiles: two sets of registers (weights T, activations 2 + T, products 4 + T)
+// ---- AMX's tiles: weights in register 0, activations in 2, products in 4
+//
+// The same three for all. Their writers do not wait for their readers as long as a core has registers to rename them
+// to, and it has so few, which it shares with its other thread, that each further one makes them wait.
 
 using Weights = int8_t[512];     // 32 values by 16 columns, four values of a column side by side
 using Products = int32_t[ROWS][COLUMNS];
@@ -141,17 +148,17 @@ INLINE void configure(int rows) {
     asm volatile("ldtilecfg %0" ::"m"(tiles));
 }
 
-template <int T, bool SIGNED>
+template <bool SIGNED>
 INLINE void multiply_tile(const void * weights, const int8_t * values, long stride, Products & to) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(weights), "r"(64L), "i"(T) : "memory");
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(values), "r"(stride), "i"(2 + T) : "memory");
-    asm volatile("tilezero %%tmm%c0" ::"i"(4 + T));
+    asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(weights), "r"(64L) : "memory");
+    asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(values), "r"(stride) : "memory");
+    asm volatile("tilezero %tmm4");
     if constexpr (SIGNED) {
-        asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(T), "i"(2 + T), "i"(4 + T));
+        asm volatile("tdpbssd %tmm0, %tmm2, %tmm4");
     } else {
-        asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(T), "i"(2 + T), "i"(4 + T));
+        asm volatile("tdpbsud %tmm0, %tmm2, %tmm4");
     }
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(&to), "r"(64L), "i"(4 + T) : "memory");
+    asm volatile("tilestored %%tmm4, (%0,%1,1)" ::"r"(&to), "r"(64L) : "memory");
 }
 
 template <int M> INLINE void add_products(const Products & c, __m512 scale, const float * others, __m512 * sum) {
@@ -209,7 +216,7 @@ template <int LINES, int M> INLINE void ask(const Next & next, int first) {
 
 struct Q4_0 {
     template <int M> using Act = Small<M>;
-    static constexpr int FEW = 8, SIZE = 288, ZERO = 8, UNITS = 1, STRIP = 8;
+    static constexpr int FEW = 7, SIZE = 288, ZERO = 8, UNITS = 1, STRIP = 8;
     static constexpr bool SIGNED = true, DIRECT = false;
 
     template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
@@ -237,7 +244,7 @@ struct Q4_0 {
 
 struct Q8_0 {
     template <int M> using Act = Small<M>;
-    static constexpr int FEW = 8, SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
+    static constexpr int FEW = 7, SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
     static constexpr bool SIGNED = true, DIRECT = true;
 
     template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
@@ -297,7 +304,7 @@ struct Q6_K {
 
 struct Q4_K {
     template <int M> using Act = Large<M>;
-    static constexpr int FEW = 8, SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
+    static constexpr int FEW = 7, SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
     static constexpr bool SIGNED = false, DIRECT = false;
 
     INLINE __m512 scale(const char * p, int unit) {
@@ -368,8 +375,27 @@ struct Q4_K {
 
 // ---- 16 columns, all of a row's blocks
 
-template <class W, int M>
-void vectors(int blocks, const void * work, const char * p, Way way, float * to, size_t stride) {
+// Where they go: pointers to a tile's columns of the first row.
+struct Out {
+    float * to;
+    size_t stride;
+    const float * plus;
+    size_t plus_stride;
+    bool gated;
+
+    INLINE void put(const Out & out, size_t m, __m512 sum) {
+        float * const to = out.to + m * out.stride;
+        if (out.gated) {
+            sum = _mm512_mul_ps(ggml_v_silu(_mm512_loadu_ps(to)), sum);
+        }
+        if (out.plus != nullptr) {
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(out.plus + m * out.plus_stride));
+        }
+        _mm512_storeu_ps(to, sum);
+    }
+};
+
+template <class W, int M> void vectors(int blocks, const void * work, const char * p, Way way, const Out & out) {
     auto a = (const typename W::template Act<M> *) work;
     __m512 sum[M];
 #pragma GCC unroll 16
@@ -383,12 +409,12 @@ void vectors(int blocks, const void * work, const char * p, Way way, float * to,
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-        _mm512_storeu_ps(to + m * stride, sum[m]);
+        Out::put(out, m, sum[m]);
     }
 }
 
 template <class W, int M>
-void matrices(int groups, int blocks, const void * work, const char * p, Way way, float * to, size_t stride) {
+void matrices(int groups, int blocks, const void * work, const char * p, Way way, const Out & out) {
     using Act = typename W::template Act<M>;
     constexpr int UNITS = W::UNITS, WIDE = Act::values_in_row, STEP = WIDE / UNITS;
     // Of a tile's lines, those asked for while a unit is multiplied; the others are, while the tile is gathered.
@@ -403,18 +429,12 @@ void matrices(int groups, int blocks, const void * work, const char * p, Way way
         }
         for (int group = 0; group < groups; ++group) {
             const Act * const a = (const Act *) work + (size_t) group * blocks + i;
-            auto unit = [&](int u, auto T) {
+            for (int u = 0; u < strip * UNITS; ++u) {
                 if (group == 0) {
                     ask<EARLY>(ahead<AHEAD>(p + u / UNITS * W::SIZE, way) + 64 * EARLY * (u % UNITS));
                 }
                 const void * b = W::DIRECT ? (const void *) (p + u * W::SIZE) : weights[u];
-                multiply_tile<T, W::SIGNED>(b, a[u / UNITS].values[0] + u % UNITS * STEP, WIDE, products[u]);
-            };
-            for (int u = 0; u < strip * UNITS; u += 2) {
-                unit(u, std::integral_constant<int, 0>{});
-                if (u + 1 < strip * UNITS) {
-                    unit(u + 1, std::integral_constant<int, 1>{});
-                }
+                multiply_tile<W::SIGNED>(b, a[u / UNITS].values[0] + u % UNITS * STEP, WIDE, products[u]);
             }
             __m512 sum[M] = {};
             if (i > 0) {
@@ -431,22 +451,21 @@ void matrices(int groups, int blocks, const void * work, const char * p, Way way
     }
     for (int group = 0; group < groups; ++group) {
         for (int m = 0; m < M; ++m) {
-            _mm512_storeu_ps(to + (group * (size_t) ROWS + m) * stride, sums[group][m]);
+            Out::put(out, group * (size_t) ROWS + m, sums[group][m]);
         }
     }
 }
 
 // Groups of `rows` rows each; several at once only where they are whole.
 template <class W, int M = ROWS>
-void columns(int rows, int groups, int blocks, const void * work, const char * p, Way way, float * to,
-             size_t stride) {
+void columns(int rows, int groups, int blocks, const void * work, const char * p, Way way, const Out & out) {
     if constexpr (M > 0) {
         if (rows != M) {
-            columns<W, M - 1>(rows, groups, blocks, work, p, way, to, stride);
+            columns<W, M - 1>(rows, groups, blocks, work, p, way, out);
         } else if constexpr (M > W::FEW) {
-            matrices<W, M>(groups, blocks, work, p, way, to, stride);
+            matrices<W, M>(groups, blocks, work, p, way, out);
         } else {
-            vectors<W, M>(blocks, work, p, way, to, stride);
+            vectors<W, M>(blocks, work, p, way, out);
         }
     }
 }
@@ -495,7 +514,54 @@ template <class W> INLINE void quantise(const float * x, int8_t * values, float 
     }
 }
 
-// ---- one product
+// RMS norm, as llama.cpp's: squares are added up in doubles.
+void normalise(const float * x, const float * weight, float eps, int width, float * to) {
+    __m512d sums[2] = {};
+    for (int i = 0; i < width; i += 16) {
+        const __m512 v = _mm512_loadu_ps(x + i), square = _mm512_mul_ps(v, v);
+        sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(square)));
+        sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(square, 1)));
+    }
+    const float mean = (float) (_mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1])) / width);
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(mean + eps));
+    for (int i = 0; i < width; i += 16) {
+        const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+        _mm512_storeu_ps(to + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
+    }
+}
+
+// ---- a stage
+
+using edge::Product;
+using edge::Stage;
+
+template <class F> INLINE void with(ggml_type type, F f) {
+    switch (type) {
+        case GGML_TYPE_Q4_0: f(Q4_0{}); break;
+        case GGML_TYPE_Q8_0: f(Q8_0{}); break;
+        case GGML_TYPE_Q4_K: f(Q4_K{}); break;
+        default: f(Q6_K{}); break;
+    }
+}
+
+// Bytes of a row's activations once they are rounded.
+size_t rounded_row(const ggml_tensor * weight) {
+    size_t bytes = 0;
+    with(weight->type, [&](auto type) {
+        using One = typename decltype(type)::template Act<1>;
+        bytes = sizeof(One) * (weight->ne[0] / One::values_in_row);
+    });
+    return bytes;
+}
+
+size_t tile_bytes(const ggml_tensor * weight) {
+    size_t bytes = 0;
+    with(weight->type, [&](auto type) {
+        using W = decltype(type);
+        bytes = (size_t) W::SIZE * (weight->ne[0] / W::template Act<1>::values_in_row);
+    });
+    return bytes;
+}
 
 // How many tiles a thread takes at once: about a quarter of its share, and no more than `most`; of the sizes near that,
 // the one with which the thread that has most to do has least.
@@ -512,54 +578,154 @@ int chunk_size(int tiles, int threads, int most) {
     return best;
 }
 
-template <class W> void multiply(const ggml_compute_params * params, ggml_tensor * dst) {
-    using One = typename W::template Act<1>;
-    constexpr int WIDE = One::values_in_row;
-    const ggml_tensor *weight = dst->src[0], *input = dst->src[1];
-    const int rows = dst->ne[1], blocks = weight->ne[0] / WIDE, tiles = dst->ne[0] / COLUMNS;
-    const size_t row_bytes = sizeof(One) * blocks, tile_bytes = (size_t) W::SIZE * blocks;
-    const size_t stride = dst->nb[1] / sizeof(float);
-    char * const work = (char *) params->wdata;
+int tiles_of(const Product & product) { return product.weight->ne[1] / COLUMNS; }
 
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+void cut(Stage & stage, int threads) {
+    const int counted = stage.side_by_side ? 1 : stage.count;
+    int tiles = 0;
+    for (int i = 0; i < counted; ++i) {
+        tiles += tiles_of(stage.products[i]);
     }
-    // Block by block, for a group's rows lie side by side.
-    const int all = (rows + ROWS - 1) / ROWS * blocks, share = (all + params->nth - 1) / params->nth;
-    for (int one = share * params->ith; one < std::min(share * (params->ith + 1), all); ++one) {
-        const int first = one / blocks * ROWS, block = one % blocks, M = std::min(rows - first, ROWS);
-        char * const to = work + first * row_bytes + (size_t) block * M * sizeof(One);
-        const char * const x = (const char *) input->data + first * input->nb[1] + block * WIDE * sizeof(float);
-        for (int m = 0; m < M; ++m) {
-            quantise<W>((const float *) (x + m * input->nb[1]), (int8_t *) to + m * WIDE,
-                        (float *) (to + M * WIDE) + m, (int32_t *) (to + M * (WIDE + sizeof(float))) + m, M);
+    stage.size = chunk_size(tiles, threads, stage.rows > ROWS ? AGAIN : CHUNK);
+    stage.chunks = 0;
+    for (int i = 0; i < counted; ++i) {
+        stage.chunks += (tiles_of(stage.products[i]) + stage.size - 1) / stage.size;
+    }
+}
+
+// Tiles of a product, which lie side by side in memory.
+struct Part {
+    const Product * product;
+    int first, end;
+
+    const char * weights(int tile) const {
+        return (const char *) product->weight->data + tile * tile_bytes(product->weight);
+    }
+};
+
+// The parts of a chunk; returns their number.
+int parts_of(const Stage & stage, int chunk, Part * parts) {
+    const Product * product = stage.products;
+    if (!stage.side_by_side) {
+        for (int chunks; chunk >= (chunks = (tiles_of(*product) + stage.size - 1) / stage.size); ++product) {
+            chunk -= chunks;
         }
     }
-    ggml_barrier(params->threadpool);
+    const int count = stage.side_by_side ? stage.count : 1;
+    for (int i = 0; i < count; ++i) {
+        parts[i] = {product + i, chunk * stage.size, std::min((chunk + 1) * stage.size, tiles_of(product[i]))};
+    }
+    return count;
+}
 
+// Where a thread begins to read weights; null if it has nothing to do there.
+const char * start_of(const Stage * stage, int chunk) {
+    if (stage == nullptr || chunk >= stage->chunks) {
+        return nullptr;
+    }
+    Part parts[Stage::MOST];
+    parts_of(*stage, chunk, parts);
+    return parts[0].weights(parts[0].first);
+}
+
+const float * row_of(const ggml_tensor * input, int m) {
+    return (const float *) ((const char *) input->data + m * input->nb[1]);
+}
+
+// A thread's share of the input's rounding, or all of it where it works for itself.
+void round(const Stage & stage, int ith, int nth, char * work) {
+    const int width = stage.input->ne[0];
+    const int from = stage.alone ? 0 : ith, step = stage.alone ? 1 : nth;
+    for (int i = 0; i < stage.count; ++i) {
+        const Product & product = stage.products[i];
+        if (i > 0 && product.at <= stage.products[i - 1].at) {
+            continue;  // those of a type share theirs
+        }
+        with(product.weight->type, [&](auto type) {
+            using W = decltype(type);
+            using One = typename W::template Act<1>;
+            constexpr int WIDE = One::values_in_row;
+            const int blocks = width / WIDE;
+            // A row's block, among those of its group.
+            auto put = [&](const float * x, int m, int block) {
+                const int first = m / ROWS * ROWS, M = std::min(stage.rows - first, ROWS);
+                char * const to = work + product.at + (first * (size_t) blocks + (size_t) block * M) * sizeof(One);
+                char * const scales = to + M * WIDE;
+                quantise<W>(x + block * WIDE, (int8_t *) to + (m - first) * WIDE, (float *) scales + (m - first),
+                            (int32_t *) (scales + M * sizeof(float)) + (m - first), M);
+            };
+            if (stage.norm != nullptr) {
+                float * const normal = (float *) (stage.work + stage.normal) + (size_t) ith * width;
+                for (int m = from; m < stage.rows; m += step) {
+                    normalise(row_of(stage.input, m), (const float *) stage.norm->data, stage.eps, width, normal);
+                    for (int block = 0; block < blocks; ++block) {
+                        put(normal, m, block);
+                    }
+                }
+                return;
+            }
+            // Block by block, for a group's rows lie side by side.
+            const int all = (stage.rows + ROWS - 1) / ROWS * blocks, share = (all + step - 1) / step;
+            for (int one = share * from; one < std::min(share * (from + 1), all); ++one) {
+                const int first = one / blocks * ROWS;
+                for (int m = first; m < std::min(first + ROWS, stage.rows); ++m) {
+                    put(row_of(stage.input, m), m, one % blocks);
+                }
+            }
+        });
+    }
+}
+
+// All rows of a part's columns. configured: the rows that AMX's registers are set up for, 0 for llama.cpp's own.
+template <class W>
+void multiply(const Stage & stage, const Part & part, const char * next, const char * work, int & configured) {
+    const ggml_tensor *const weight = part.product->weight, *result = part.product->result, *plus = part.product->plus;
+    const int blocks = weight->ne[0] / W::template Act<1>::values_in_row;
+    const size_t stride = result->nb[1] / sizeof(float);
+    const size_t plus_stride = plus != nullptr && plus->ne[1] > 1 ? plus->nb[1] / sizeof(float) : 0;
+    const size_t row = sizeof(typename W::template Act<1>) * blocks;
+    const int whole = stage.rows / ROWS;
+    constexpr int together = W::FEW < ROWS ? TOGETHER : 1;  // nothing is spread without AMX
+    const char * const end = part.weights(part.end);
+    const Way way = {end, next != nullptr ? next - end : -AHEAD};
+    for (int first = 0; first < stage.rows;) {
+        const int groups = std::max(1, std::min(whole - first / ROWS, together));
+        const int M = std::min(stage.rows - first, ROWS);
+        if (M > W::FEW && M != configured) {
+            configure(configured = M);
+        }
+        for (int tile = part.first; tile < part.end; ++tile) {
+            const size_t column = (size_t) tile * COLUMNS;
+            const float * const others = plus != nullptr ? (const float *) plus->data + first * plus_stride + column : nullptr;
+            const Out out = {(float *) result->data + first * stride + column, stride, others, plus_stride,
+                             part.product->gated};
+            columns<W>(M, groups, blocks, work + part.product->at + first * row, part.weights(tile), way, out);
+        }
+        first += groups * ROWS;
+    }
+}
+
+// take: gives the number of a further chunk, beyond those that threads begin with.
+template <class Take> void run(const Stage & stage, const ggml_compute_params * params, Take take) {
+    char * const work = stage.work + (stage.alone ? params->ith * stage.rounded : 0);
+    round(stage, params->ith, params->nth, work);
+    if (!stage.alone) {
+        ggml_barrier(params->threadpool);
+    }
     // Tile registers are set up for ROWS rows by llama.cpp, once for each thread; so they are left that way.
     int configured = 0;
-    const int whole = rows / ROWS;
-    constexpr int together = W::FEW < ROWS ? TOGETHER : 1;  // nothing is spread without AMX
-    const char * const weights = (const char *) weight->data;
-    const int size = chunk_size(tiles, params->nth, rows > ROWS ? AGAIN : CHUNK);
-    for (int chunk = params->ith, next; chunk * size < tiles; chunk = next) {
+    for (int chunk = params->ith, next; chunk < stage.chunks; chunk = next) {
         // Taken early, so that its weights can be asked for in time.
-        next = ggml_threadpool_chunk_add(params->threadpool, 1);
-        const int end = std::min((chunk + 1) * size, tiles);
-        const Way way = {weights + end * tile_bytes,
-                         next * size < tiles ? (ptrdiff_t) ((next * size - end) * tile_bytes) : -AHEAD};
-        for (int first = 0; first < rows;) {
-            const int groups = std::max(1, std::min(whole - first / ROWS, together));
-            const int M = std::min(rows - first, ROWS);
-            if (M > W::FEW && M != configured) {
-                configure(configured = M);
-            }
-            for (int tile = chunk * size; tile < end; ++tile) {
-                columns<W>(M, groups, blocks, work + first * row_bytes, weights + tile * tile_bytes, way,
-                           (float *) dst->data + first * stride + tile * COLUMNS, stride);
-            }
-            first += groups * ROWS;
+        next = take();
+        Part parts[Stage::MOST];
+        const int count = parts_of(stage, chunk, parts);
+        for (int i = 0; i < count; ++i) {
+            const char * then = i + 1 < count          ? parts[i + 1].weights(parts[i + 1].first)
+                                : next < stage.chunks ? start_of(&stage, next)
+                                                      : start_of(stage.then, params->ith);
+            with(parts[i].product->weight->type, [&](auto type) {
+                multiply<decltype(type)>(stage, parts[i], then, work, configured);
+            });
         }
     }
     if (configured != 0 && configured != ROWS) {
@@ -567,23 +733,42 @@ template <class W> void multiply(const ggml_compute_params * params, ggml_tensor
     }
 }
 
-bool served(const ggml_tensor * dst) {
-    const ggml_type type = dst->src[0]->type;
-    const bool known =
-        type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
-    return known && dst->ne[2] * dst->ne[3] == 1;
+bool is_served(ggml_type type) {
+    return type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
 }
+
+bool served(const ggml_tensor * dst) { return is_served(dst->src[0]->type) && dst->ne[2] * dst->ne[3] == 1; }
 
 }  // namespace
 
-size_t ggml_backend_amx_desired_wsize(const ggml_tensor * dst) {
-    if (!served(dst)) {
-        return edge_upstream_desired_wsize(dst);
+bool edge::is_product(const ggml_tensor * node) {
+    static const ggml_backend_buffer_type_t type = ggml_backend_amx_buffer_type();
+    return node->op == GGML_OP_MUL_MAT && node->src[0]->buffer != nullptr &&
+           ggml_backend_buffer_get_type(node->src[0]->buffer) == type && served(node);
+}
+
+size_t edge::Stage::divide(int threads) {
+    const size_t width = input->ne[0];
+    alone = rows * width <= ALONE;
+    rounded = 0;
+    for (int i = 0; i < count; ++i) {
+        const auto same = std::find_if(products, products + i, [&](const Product & before) {
+            return before.weight->type == products[i].weight->type;
+        });
+        products[i].at = same < products + i ? same->at : rounded;
+        rounded += same < products + i ? 0 : (rows * rounded_row(products[i].weight) + 63) / 64 * 64;
     }
-    const ggml_type type = dst->src[0]->type;
-    const bool small = type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0;
-    const size_t width = dst->src[0]->ne[0];
-    return dst->ne[1] * (small ? sizeof(Small<1>) * (width / QK8_0) : sizeof(Large<1>) * (width / QK_K));
+    normal = alone ? threads * rounded : rounded;
+    cut(*this, threads);
+    return normal + (norm != nullptr ? threads * width * sizeof(float) : 0);
+}
+
+void edge::Stage::run(const ggml_compute_params * params) const {
+    ::run(*this, params, [&] { return params->nth + taken.fetch_add(1, std::memory_order_relaxed); });
+}
+
+size_t ggml_backend_amx_desired_wsize(const ggml_tensor * dst) {
+    return served(dst) ? dst->ne[1] * rounded_row(dst->src[0]) : edge_upstream_desired_wsize(dst);
 }
 
 void ggml_backend_amx_mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -591,12 +776,17 @@ void ggml_backend_amx_mul_mat(const ggml_compute_params * params, ggml_tensor * 
         edge_upstream_mul_mat(params, dst);
         return;
     }
-    switch (dst->src[0]->type) {
-        case GGML_TYPE_Q4_0: multiply<Q4_0>(params, dst); break;
-        case GGML_TYPE_Q8_0: multiply<Q8_0>(params, dst); break;
-        case GGML_TYPE_Q4_K: multiply<Q4_K>(params, dst); break;
-        default: multiply<Q6_K>(params, dst); break;
+    Stage stage;
+    stage.input = dst->src[1];
+    stage.rows = dst->ne[1];
+    stage.count = 1;
+    stage.products[0] = {dst->src[0], dst};
+    stage.work = (char *) params->wdata;
+    cut(stage, params->nth);
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
+    run(stage, params, [&] { return ggml_threadpool_chunk_add(params->threadpool, 1); });
 }
 
 #endif
