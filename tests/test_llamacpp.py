@@ -74,8 +74,9 @@ def test_chunks_batches_and_outputs_give_the_same_logits(backend: LlamaCpp) -> N
     np.testing.assert_allclose(mixed[1:], whole[-2:], atol=2e-3)
 
 
-def test_copy_and_truncate(backend: LlamaCpp) -> None:
-    prompt = ids("abcdefgh")
+@pytest.mark.parametrize("text", ["abcdefgh", "abcdefgh" * 5], ids=["few cells", "most of a part"])
+def test_copy_and_truncate(backend: LlamaCpp, text: str) -> None:
+    prompt = ids(text)
     whole = backend.step([Row(0, 0, prompt, 1)]).copy()
     backend.step([Row(1, 0, ids("zzz"), 0)])
     backend.copy(0, 1, 5)

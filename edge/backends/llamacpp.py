@@ -28,6 +28,8 @@ from edge.gguf_parts import part_files
 
 # Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
 _INTERRUPTIBLE_TOKENS = 32
+# Of a slot's own part, more than this share in use is copied sooner with all of the part.
+_COPIED_CELL_BY_CELL = 0.25
 # ggml type numbers, and bytes of an element (ggml.h: blocks of 32 with a 16-bit scale).
 _KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
@@ -361,10 +363,28 @@ class LlamaCpp:
         if src == dst or not (0 <= src < slots and 0 <= dst < slots) or not 0 <= n <= self._lengths[src]:
             raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
         self.truncate(dst, 0)
-        # A fixed part for each slot can only be copied whole.
-        self._lib.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
+        if not self._copy_cells(src, dst):
+            self._lib.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
         self._lengths[dst] = self._lengths[src]
         self.truncate(dst, n)
+
+    def _copy_cells(self, src: int, dst: int) -> bool:
+        """Whether the cells in use were copied by themselves.
+
+        llama.cpp copies a slot's part whole. Where little of it is used that takes longer, and memory that was
+        never touched before. A pool's cells are only counted once more, and a card copies at once.
+        """
+        many = self._lengths[src] > _COPIED_CELL_BY_CELL * self.info.context
+        if many or self._settings.unified or self._settings.gpu_layers:
+            return False
+        lib = self._lib
+        cells = np.empty(lib.llama_state_seq_get_size(self._context, src), np.uint8)
+        pointer = cells.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        lib.llama_state_seq_get_data(self._context, pointer, cells.size, src)
+        if lib.llama_state_seq_set_data(self._context, pointer, cells.size, dst) == cells.size:
+            return True
+        lib.llama_memory_seq_rm(self._memory, dst, -1, -1)
+        return False
 
     def truncate(self, slot: int, n: int) -> None:
         if not 0 <= slot < self.info.slots or not 0 <= n <= self._lengths[slot]:
