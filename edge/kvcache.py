@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge.backends.base import Backend
 from edge.prefixes import SHORTEST, PrefixStore, common
 
-# Where each slot has its own part of the cache: fewer tokens are computed again in the time that a copy takes.
+# Where each slot has its own part of the cache, fewer tokens are computed again in the time of a copy.
 WORTH_A_COPY = 8
 
 

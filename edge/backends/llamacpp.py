@@ -371,8 +371,8 @@ class LlamaCpp:
     def _copy_cells(self, src: int, dst: int) -> bool:
         """Whether the cells in use were copied by themselves.
 
-        llama.cpp copies a slot's part whole. Where little of it is used that takes longer, and memory that was
-        never touched before. A pool's cells are only counted once more, and a card copies at once.
+        llama.cpp copies a slot's part whole. Where little of it is used that takes longer, and memory that
+        nobody had touched. A pool's cells are only counted once more, and a card copies at once.
         """
         many = self._lengths[src] > _COPIED_CELL_BY_CELL * self.info.context
         if many or self._settings.unified or self._settings.gpu_layers:
