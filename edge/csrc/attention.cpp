@@ -1,10 +1,10 @@
 // Attention over 16-bit caches, for x86 CPUs with AVX2 or AVX512.
 //
-// It takes the place of llama.cpp's flash attention (see build.cmake); other caches are handed on. Where a step decodes,
-// llama.cpp goes from cell to cell and head by head, with a call, an exponential and a rounding to 16 bits for each;
-// for a prompt it multiplies whole squares of tokens and cells, of which the mask hides half. Here cells that the mask
-// hides are passed over by the dozen, those that are left are taken 32 at a time, heads that share keys and values
-// read them once, and sums are kept in float32.
+// It takes the place of llama.cpp's flash attention (see build.cmake); other caches are handed on. Where a step
+// decodes, llama.cpp goes from cell to cell and head by head, with a call, an exponential and a rounding to 16 bits for
+// each; for a prompt it multiplies whole squares of tokens and cells, of which the mask hides half. Here cells that
+// the mask hides are passed over by the dozen, those that are left are taken 32 at a time, heads that share keys and
+// values read them once, and sums are kept in float32.
 // A token's result depends neither on the tokens beside it nor on the number of threads.
 //
 // The recurrence of the running maximum and sum: Milakov and Gimelshein, arXiv:1805.02867.
@@ -138,7 +138,8 @@ class Cells {
     static constexpr ggml_fp16_t NONE = 0xFC00;  // minus infinity
 
     static bool hidden(const ggml_fp16_t * p) {
-        const __m256i same = _mm256_cmpeq_epi16(_mm256_loadu_si256((const __m256i *) p), _mm256_set1_epi16((short) NONE));
+        const __m256i none = _mm256_set1_epi16((short) NONE);
+        const __m256i same = _mm256_cmpeq_epi16(_mm256_loadu_si256((const __m256i *) p), none);
         return _mm256_movemask_epi8(same) == -1;
     }
 
@@ -163,7 +164,8 @@ template <int D> INLINE void ask(const ggml_fp16_t * p) {
 
 // G heads of one token, D values each. queries, results: pointers to a head's values.
 template <int D, int G>
-void attend(const float * const * queries, float scale, Cells cells, Cache keys, Cache values, float * const * results) {
+void attend(const float * const * queries, float scale, Cells cells, Cache keys, Cache values,
+            float * const * results) {
     alignas(64) float q[G][D], sums[G][D] = {}, parts[G][LANES][LANES] = {}, weights[G][CELLS];
     float most[G], whole[G];
     for (int g = 0; g < G; ++g) {
@@ -303,12 +305,15 @@ template <int D> void forward(const ggml_compute_params * params, ggml_tensor * 
         const float * queries[HEADS];
         float * results[HEADS];
         for (int g = 0; g < count; ++g) {
-            queries[g] = (const float *) ((const char *) q->data + token * q->nb[1] + (first + g) * q->nb[2] + stream * q->nb[3]);
-            results[g] = (float *) ((char *) dst->data + (first + g) * dst->nb[1] + token * dst->nb[2] + stream * dst->nb[3]);
+            const size_t from = token * q->nb[1] + (first + g) * q->nb[2] + stream * q->nb[3];
+            const size_t to = (first + g) * dst->nb[1] + token * dst->nb[2] + stream * dst->nb[3];
+            queries[g] = (const float *) ((const char *) q->data + from);
+            results[g] = (float *) ((char *) dst->data + to);
         }
         const ggml_fp16_t * seen = nullptr;
         if (mask != nullptr) {
-            seen = (const ggml_fp16_t *) ((const char *) mask->data + token * mask->nb[1] + stream % mask->ne[3] * mask->nb[3]);
+            const size_t from = token * mask->nb[1] + stream % mask->ne[3] * mask->nb[3];
+            seen = (const ggml_fp16_t *) ((const char *) mask->data + from);
         }
         const int64_t cache = stream / (streams / k->ne[3]);
         const Cache keys = {(const char *) k->data + head * k->nb[2] + cache * k->nb[3], k->nb[1]};

@@ -68,7 +68,8 @@ struct Step {
             const ggml_compute_params own = {0, 1, each, work + c * each, params->threadpool, params->use_ref};
             for (int i = 0; i < chains[c].count; ++i) {
                 ggml_tensor * const link = chains[c].nodes[i];
-                link->op == GGML_OP_ROPE ? ggml_compute_forward_rope(&own, link) : ggml_compute_forward_set_rows(&own, link);
+                const bool rope = link->op == GGML_OP_ROPE;
+                (rope ? ggml_compute_forward_rope : ggml_compute_forward_set_rows)(&own, link);
             }
         }
     }
@@ -222,7 +223,10 @@ class Plan {
 
     // Whether a stage now stands for the nodes that begin here.
     bool put_stage_together(size_t i) {
-        const bool normed = is(i, GGML_OP_RMS_NORM) && is(i + 1, GGML_OP_MUL) && used_only(i, 1);
+        // Not before the last node: who asks llama.cpp for single nodes gets each as a graph's last one, and may look
+        // at what it was given.
+        const bool normed =
+            i + 3 < real_.size() && is(i, GGML_OP_RMS_NORM) && is(i + 1, GGML_OP_MUL) && used_only(i, 1);
         const size_t first = normed ? i + 2 : i;
         if (!product_of(first, nullptr)) {
             return false;
@@ -232,7 +236,7 @@ class Plan {
         Stage & stage = step.stage;
         stage.input = input;
         stage.rows = (int) input->ne[1];
-        if ((normed && !put_norm(stage, at(i), at(i + 1))) || !put_products(stage, first, normed)) {
+        if ((normed && !put_norm(stage, at(i), at(i + 1))) || !put_products(stage, i, first)) {
             steps_.pop_back();
             return false;
         }
@@ -266,7 +270,8 @@ class Plan {
         return true;
     }
 
-    bool put_products(Stage & stage, size_t first, bool normed) {
+    // The products from `first` on; the stage begins with the node `begin`, the same one or the norm's.
+    bool put_products(Stage & stage, size_t begin, size_t first) {
         const ggml_tensor * const input = at(first)->src[1];
         found_.clear();
         for (size_t k = first; k < real_.size() && real_[k].place < real_[first].place + WINDOW; ++k) {
@@ -275,8 +280,8 @@ class Plan {
             }
         }
         // What is normalised in the stage is nowhere else.
-        auto all = [&](size_t count) { return !normed || used_only(first - 1, (int) count); };
-        return (all(2) && put_gate(stage, first)) || (all(found_.size()) && put_all(stage)) ||
+        auto all = [&](size_t count) { return begin == first || used_only(first - 1, (int) count); };
+        return (all(2) && put_gate(stage, first)) || (all(found_.size()) && put_all(stage, real_[begin].place)) ||
                (all(1) && put_one(stage, first));
     }
 
@@ -302,13 +307,13 @@ class Plan {
         return true;
     }
 
-    // All products of the same input that were found.
-    bool put_all(Stage & stage) {
+    // All products of the same input that were found. begin: the place from which the stage reads.
+    bool put_all(Stage & stage, int begin) {
         if (found_.size() < 2) {
             return false;
         }
-        const int first = real_[found_[0]].place;
-        Region * const region = std::find_if(regions_, regions_ + 2, [&](const Region & r) { return r.free_from <= first; });
+        Region * const region =
+            std::find_if(regions_, regions_ + 2, [&](const Region & one) { return one.free_from <= begin; });
         if (region == regions_ + 2) {
             return false;
         }
@@ -325,7 +330,7 @@ class Plan {
             size += GGML_PAD(ggml_nbytes(products[i].result), 64);
         }
         int last = 0;
-        if (!uses_end(first, last)) {
+        if (!uses_end(real_[found_[0]].place, last)) {
             return false;
         }
         region->free_from = last + 1;
@@ -362,8 +367,8 @@ class Plan {
         if (is(i + 1, GGML_OP_ADD) && used_only(i, 1)) {
             ggml_tensor * const sum = at(i + 1);
             const ggml_tensor * const plus = sum->src[sum->src[0] == product ? 1 : 0];
-            const bool ours = sum->src[0] == product || sum->src[1] == product;
-            if (ours && plus != product && rows_of_floats(sum) && rows_of_floats(plus) && ggml_are_same_shape(sum, product) &&
+            const bool ours = (sum->src[0] == product) != (sum->src[1] == product);
+            if (ours && rows_of_floats(sum) && rows_of_floats(plus) && ggml_are_same_shape(sum, product) &&
                 plus->ne[0] == sum->ne[0] && (plus->ne[1] == 1 || plus->ne[1] == sum->ne[1])) {
                 return {product->src[0], sum, plus};
             }

@@ -696,7 +696,8 @@ void multiply(const Stage & stage, const Part & part, const char * next, const c
         }
         for (int tile = part.first; tile < part.end; ++tile) {
             const size_t column = (size_t) tile * COLUMNS;
-            const float * const others = plus != nullptr ? (const float *) plus->data + first * plus_stride + column : nullptr;
+            const float * const others =
+                plus != nullptr ? (const float *) plus->data + first * plus_stride + column : nullptr;
             const Out out = {(float *) result->data + first * stride + column, stride, others, plus_stride,
                              part.product->gated};
             columns<W>(M, groups, blocks, work + part.product->at + first * row, part.weights(tile), way, out);
