@@ -46,7 +46,7 @@ struct Chain {
     int count = 0;
 };
 
-const char MARK = 0;  // `extra` of our nodes points here
+char MARK;  // `extra` of our nodes points here
 
 // Stands in the list of nodes for those put together: a stage, or chains.
 struct Step {
@@ -57,7 +57,7 @@ struct Step {
     char * work = nullptr;  // of the chains
     size_t each = 0;        // bytes of it for one
 
-    explicit Step(const ggml_tensor * first) : node(*first) { node.extra = (void *) &MARK; }
+    explicit Step(const ggml_tensor * first) : node(*first) { node.extra = &MARK; }
 
     void run(const ggml_compute_params * params) const {
         if (chained == 0) {
