@@ -18,7 +18,6 @@ extern "C" void edge_upstream_flash_attn_ext(const ggml_compute_params * params,
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-#include "common.h"
 #include "vec.h"
 
 #include <immintrin.h>

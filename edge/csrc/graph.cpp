@@ -1,10 +1,10 @@
-// Nodes of llama.cpp's graphs put together where a step has few rows.
+// Nodes of llama.cpp's graphs put together.
 //
 // A step of one row has hundreds of nodes that take a microsecond or two, and after each of them all threads wait for
 // one another. Here they become stages: products of the same activations are one, with the RMS norm before them and
-// what is added to them or gated by them after; what rotates and keeps keys, queries and values is another. Threads
-// meet six to eight times a layer in place of 26, and one that is done with a stage asks for the next one's weights.
-// The numbers are those of the nodes.
+// what is added to them or gated by them after; what rotates and keeps keys, queries and values of few rows is another.
+// Threads meet six to eight times a layer in place of 26, and one that is done with a stage asks for the next one's
+// weights. The numbers are those of the nodes.
 //
 // llama.cpp's own loop computes a list of nodes in which ours stand for those that were put together. Its allocator
 // takes a result's memory again after the last use, in the order of its nodes. So what is computed before its turn
@@ -103,6 +103,14 @@ bool safe(const ggml_tensor * written, const ggml_tensor * read) {
 
 bool rows_of_floats(const ggml_tensor * tensor) {
     return tensor->type == GGML_TYPE_F32 && ggml_is_contiguous(tensor) && tensor->ne[2] * tensor->ne[3] == 1;
+}
+
+// What a node of two operands has beside `one`; null if that is none of them, or both.
+const ggml_tensor * beside(const ggml_tensor * node, const ggml_tensor * one) {
+    if ((node->src[0] == one) == (node->src[1] == one)) {
+        return nullptr;
+    }
+    return node->src[node->src[0] == one ? 1 : 0];
 }
 
 bool few_rows_of_chain(const ggml_tensor * node) {
@@ -259,9 +267,9 @@ class Plan {
     }
 
     static bool put_norm(Stage & stage, const ggml_tensor * norm, const ggml_tensor * scaled) {
-        const ggml_tensor * const weight = scaled->src[scaled->src[0] == norm ? 1 : 0];
-        if (stage.input != scaled || !rows_of_floats(weight) || weight->ne[1] != 1 || weight->ne[0] != norm->ne[0] ||
-            !rows_of_floats(norm->src[0])) {
+        const ggml_tensor * const weight = beside(scaled, norm);
+        if (weight == nullptr || stage.input != scaled || !rows_of_floats(weight) || weight->ne[1] != 1 ||
+            weight->ne[0] != norm->ne[0] || !rows_of_floats(norm->src[0])) {
             return false;
         }
         stage.input = norm->src[0];
@@ -366,9 +374,8 @@ class Plan {
         ggml_tensor * const product = at(i);
         if (is(i + 1, GGML_OP_ADD) && used_only(i, 1)) {
             ggml_tensor * const sum = at(i + 1);
-            const ggml_tensor * const plus = sum->src[sum->src[0] == product ? 1 : 0];
-            const bool ours = (sum->src[0] == product) != (sum->src[1] == product);
-            if (ours && rows_of_floats(sum) && rows_of_floats(plus) && ggml_are_same_shape(sum, product) &&
+            const ggml_tensor * const plus = beside(sum, product);
+            if (plus != nullptr && rows_of_floats(sum) && rows_of_floats(plus) && ggml_are_same_shape(sum, product) &&
                 plus->ne[0] == sum->ne[0] && (plus->ne[1] == 1 || plus->ne[1] == sum->ne[1])) {
                 return {product->src[0], sum, plus};
             }

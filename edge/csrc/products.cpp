@@ -382,18 +382,18 @@ struct Out {
     const float * plus;
     size_t plus_stride;
     bool gated;
-
-    INLINE void put(const Out & out, size_t m, __m512 sum) {
-        float * const to = out.to + m * out.stride;
-        if (out.gated) {
-            sum = _mm512_mul_ps(ggml_v_silu(_mm512_loadu_ps(to)), sum);
-        }
-        if (out.plus != nullptr) {
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(out.plus + m * out.plus_stride));
-        }
-        _mm512_storeu_ps(to, sum);
-    }
 };
+
+INLINE void put(const Out & out, size_t m, __m512 sum) {
+    float * const to = out.to + m * out.stride;
+    if (out.gated) {
+        sum = _mm512_mul_ps(ggml_v_silu(_mm512_loadu_ps(to)), sum);
+    }
+    if (out.plus != nullptr) {
+        sum = _mm512_add_ps(sum, _mm512_loadu_ps(out.plus + m * out.plus_stride));
+    }
+    _mm512_storeu_ps(to, sum);
+}
 
 template <class W, int M> void vectors(int blocks, const void * work, const char * p, Way way, const Out & out) {
     auto a = (const typename W::template Act<M> *) work;
@@ -409,7 +409,7 @@ template <class W, int M> void vectors(int blocks, const void * work, const char
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-        Out::put(out, m, sum[m]);
+        put(out, m, sum[m]);
     }
 }
 
@@ -451,7 +451,7 @@ void matrices(int groups, int blocks, const void * work, const char * p, Way way
     }
     for (int group = 0; group < groups; ++group) {
         for (int m = 0; m < M; ++m) {
-            Out::put(out, group * (size_t) ROWS + m, sums[group][m]);
+            put(out, group * (size_t) ROWS + m, sums[group][m]);
         }
     }
 }
@@ -734,11 +734,12 @@ template <class Take> void run(const Stage & stage, const ggml_compute_params * 
     }
 }
 
-bool is_served(ggml_type type) {
-    return type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
+bool served(const ggml_tensor * dst) {
+    const ggml_type type = dst->src[0]->type;
+    const bool known =
+        type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
+    return known && dst->ne[2] * dst->ne[3] == 1;
 }
-
-bool served(const ggml_tensor * dst) { return is_served(dst->src[0]->type) && dst->ne[2] * dst->ne[3] == 1; }
 
 }  // namespace
 
