@@ -17,9 +17,6 @@ from numpy.typing import NDArray
 from edge.backends.base import Backend
 from edge.prefixes import SHORTEST, PrefixStore, common
 
-# Where each slot has its own part of the cache, fewer tokens are computed again in the time of a copy.
-WORTH_A_COPY = 8
-
 
 @dataclass(slots=True)
 class Slot:
@@ -92,14 +89,10 @@ class KVCache:
                 ):
                     best, shared = i, n
         spare = self._spare(idle)
-        held = self._slots[best]
-        copied = shared > 0 and (held.busy or (2 * shared < held.length and spare != best))
-        if copied and not self._shared and shared < WORTH_A_COPY:
-            shared = 0
         if shared == 0:
             taken = spare
             self.truncate(taken, 0)
-        elif copied:
+        elif self._slots[best].busy or (2 * shared < self._slots[best].length and spare != best):
             taken = spare
             self._copy(best, taken, shared)
         else:
