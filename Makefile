@@ -34,7 +34,7 @@ help:
 	@echo "make qlora         train by CONFIG=$(CONFIG)"
 	@echo "make eval          held-out loss and scores of RUN, beside its base"
 	@echo "make merge         the adapter of RUN=$(RUN) into 16-bit weights"
-	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=Q4_K_M|Q8_0|..."
+	@echo "make export-gguf   the merged model of RUN as GGUF, QUANT=Q4_K_M|Q8_0|..., GPTQ=1"
 	@echo "make verify        whether the GGUF of RUN is still the merged model"
 	@echo "make export-onnx   the same as ONNX, PRECISION=int4|int8|fp16|fp32"
 	@echo "make onnx-optimum  check the exporter against another one, optimum, in an environment of its own"
@@ -69,12 +69,13 @@ $(STAMP): pyproject.toml constraints.txt edge/native.py edge/sdist.py edge/nativ
 	@rm -f .venv/installed .venv/installed-cuda
 	@touch $@
 
-# The demo owns its run folder and may replace what an earlier demo left there.
+# The demo owns its run folder and may replace what an earlier demo left there. Its file is the one that a ladder
+# recommends for it: the quickest to answer of those that are close to the merged model.
 demo: install
 	@test -f "models/$(MODEL)/edge.json" || $(BIN)/edge pull $(MODEL)
 	$(BIN)/edge train "$(CONFIG)" --overwrite
 	$(BIN)/edge merge "$(RUN)" --overwrite
-	$(BIN)/edge export gguf "$(RUN)" $(if $(QUANT),--quant $(QUANT)) --overwrite
+	$(BIN)/edge export gguf "$(RUN)" --quant $(or $(QUANT),Q4_0 --gptq) --overwrite
 	$(BIN)/python -m bench.demo "$(RUN)"
 
 # Two at once where no times are taken: that halves what takes longest.
@@ -117,7 +118,7 @@ merge: install
 	$(BIN)/edge merge "$(RUN)" $(REPLACE)
 
 export-gguf: install
-	$(BIN)/edge export gguf "$(RUN)" $(if $(QUANT),--quant $(QUANT)) $(REPLACE)
+	$(BIN)/edge export gguf "$(RUN)" $(if $(QUANT),--quant $(QUANT)) $(if $(GPTQ),--gptq) $(REPLACE)
 
 verify: install
 	$(BIN)/edge verify "$(RUN)/merged" "$(RUN)/gguf"

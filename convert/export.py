@@ -25,6 +25,11 @@ def main(argv: list[str]) -> int:
         "--imatrix", action="store_true", help="weigh by the data set's activations, where that is closer"
     )
     to_gguf.add_argument(
+        "--gptq",
+        action="store_true",
+        help="round so that weights make up for one another on the data set",
+    )
+    to_gguf.add_argument(
         "--split-max-size", metavar="SIZE", help="several files of at most this, as 500M or 2G"
     )
     to_gguf.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -64,9 +69,9 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"{made}\n  take it: ollama create {name} -f {shell(made)}\n")
         return 0
     if options.ladder:
-        if options.quant or options.imatrix or options.split_max_size:
+        if options.quant or options.imatrix or options.gptq or options.split_max_size:
             raise UsageError(
-                "--ladder chooses type and matrix itself, and keeps one file", "leave the other options out"
+                "--ladder chooses type and rounding itself, and keeps one file", "leave the other options out"
             )
         ladder.run(options.run, overwrite=options.overwrite)
         return 0
@@ -75,6 +80,7 @@ def main(argv: list[str]) -> int:
         options.run,
         quant=options.quant,
         imatrix=options.imatrix,
+        gptq=options.gptq,
         split=split,
         overwrite=options.overwrite,
     )

@@ -50,6 +50,8 @@ QUANTS = (
 )  # fmt: skip
 # Below three bits rounding is blind without one: the quantiser refuses.
 NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+# Those whose tensors are mostly of types that convert.gptq knows.
+GPTQ = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 TEMPLATE = "chat_template.jinja"
 _PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
@@ -89,19 +91,27 @@ def run(
     *,
     quant: str | None = None,
     imatrix: bool = False,
+    gptq: bool = False,
     split: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Export `run_folder/merged`, or a transformers folder itself, to its `gguf` folder.
 
-    quant: one of QUANTS; None takes Q8_0 for small models, Q4_K_M for others and for an importance matrix.
+    quant: one of QUANTS; None takes Q8_0 for small models, Q4_K_M for others and with `imatrix` or `gptq`.
     Returns the path of the GGUF file. Raises UsageError for an unknown quant, InputError for a run without a
     usable merged model or an artefact that differs from it, ExistsError without `overwrite`.
     """
     source, target = folders(run_folder)
     return export(
-        source, target, quant=quant, imatrix=imatrix, split=split, overwrite=overwrite, console=console
+        source,
+        target,
+        quant=quant,
+        imatrix=imatrix,
+        gptq=gptq,
+        split=split,
+        overwrite=overwrite,
+        console=console,
     )
 
 
@@ -120,26 +130,33 @@ def export(
     *,
     quant: str | None = None,
     imatrix: bool = False,
+    gptq: bool = False,
     split: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Export the transformers folder `source` to the folder `target`; as `run`.
 
-    imatrix: quantise with and without an importance matrix, and keep what is closer to the source. split:
-    bytes of tensors of one file at most, 0 for a single file. What was converted before an export broke off
-    is taken by the next one of the same weights.
+    imatrix, gptq: quantise with and without an importance matrix, or with codes that convert.gptq chose, and
+    keep what is closer to the source. split: bytes of tensors of one file at most, 0 for a single file. What
+    was converted before an export broke off is taken by the next one of the same weights.
     """
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
     quant = check_quant(quant) if quant else None
     origin = open_source(source)
     small = parameters(origin.weights, origin.config) < SMALL
-    # A matrix is for what four bits lose.
-    quant = quant or (DEFAULT_SMALL if small and not imatrix else DEFAULT)
+    # Both are for what four bits lose.
+    quant = quant or (DEFAULT_SMALL if small and not (imatrix or gptq) else DEFAULT)
     target = target.absolute()
     manifest.check_target(target, overwrite)
     if imatrix and quant in WHOLE:
         raise UsageError(f"--imatrix: {quant} is not quantised", "leave it out, or choose a smaller type")
+    if gptq and quant not in GPTQ:
+        raise UsageError(f"--gptq cannot choose the codes of {quant}", f"types: {' '.join(GPTQ)}")
+    if gptq and imatrix:
+        raise UsageError(
+            "--gptq and --imatrix are two ways to round", "leave one out; --ladder measures both"
+        )
     with manifest.publish(target, overwrite=overwrite) as partial:
         final = partial / f"{origin.file_name}-{quant}.gguf"
         settings: dict[str, Any] = {}
@@ -159,13 +176,16 @@ def export(
                 settings["imatrix"] = {"tokens": matrix.tokens, "from": matrix.source}
             with console.status(f"quantising to {quant}"):
                 fallbacks = quantize(first, final, quant, matrix and partial / "imatrix.npz")
-                plain = None
+                plain = partial / "plain.gguf"
                 if matrix and quant not in NEED_MATRIX:
-                    plain = partial / "plain.gguf"
                     quantize(first, plain, quant)
+            if gptq:
+                shutil.copyfile(final, plain)
+                settings["gptq"] = choose_codes(origin, first, final, console)
             shutil.rmtree(_kept(target))
-            if plain is not None:
-                settings["imatrix"] |= _choose(origin, final, plain, console)
+            for way, title in (("imatrix", "importance matrix"), ("gptq", "GPTQ")):
+                if way in settings and plain.exists():
+                    settings[way] |= _choose(origin, final, plain, title, console)
             (partial / "imatrix.npz").unlink(missing_ok=True)
         with console.status("comparing with the merged model"):
             header = read_header(final)
@@ -236,10 +256,26 @@ def gather(origin: Source, first: Path, archive: Path) -> Matrix:
     return matrix
 
 
-def _choose(origin: Source, final: Path, plain: Path, console: Console) -> dict[str, Any]:
-    """Leave the closer of two files at `final`; what each diverges by, for the manifest."""
+def choose_codes(origin: Source, first: Path, file: Path, console: Console) -> dict[str, Any]:
+    """Choose the codes of `file`, which was quantised from `first`, anew; for the manifest, what on."""
+    # Imported late, as above.
+    from convert import gptq
+
+    with console.status("GPTQ") as status:
+        found = gptq.run(
+            origin.path,
+            origin.known,
+            first,
+            file,
+            lambda layer, of: status.update(f"GPTQ: layer {layer + 1} of {of}"),
+        )
+    return {"tokens": found.tokens, "from": found.source, "tensors": found.tensors}
+
+
+def _choose(origin: Source, final: Path, plain: Path, way: str, console: Console) -> dict[str, Any]:
+    """Leave the closer of two files at `final`, made by `way`; what each diverges by, for the manifest."""
     found = {}
-    with console.status("measuring what the importance matrix brings"), contextlib.ExitStack() as stack:
+    with console.status(f"measuring what {way} brings"), contextlib.ExitStack() as stack:
         source = stack.enter_context(contextlib.closing(TorchReader(origin.path)))
         readers = {}
         for name, path in (("with", final), ("without", plain)):
@@ -251,7 +287,7 @@ def _choose(origin: Source, final: Path, plain: Path, console: Console) -> dict[
     factor = found["without"] / found["with"] if found["with"] else 1.0
     kept = "with" if factor >= 1 else "without"
     console.print(
-        f"importance matrix: mean KL {found['with']:.2e} with it, {found['without']:.2e} without "
+        f"{way}: mean KL {found['with']:.2e} with it, {found['without']:.2e} without "
         f"({factor:.2f} times); the file {kept} it is kept"
     )
     if kept == "without":

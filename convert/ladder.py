@@ -2,7 +2,7 @@
 
 Quality is the model's affair: the divergence from the merged model. Speed is the machine's: on one CPU Q4_0
 decodes 1.6 times as fast as Q4_K_M of the same size, on another it may not. So both are measured, four-bit
-types with and without an importance matrix; ladder.json and ladder.svg keep what was found.
+types also with an importance matrix and with GPTQ; ladder.json and ladder.svg keep what was found.
 """
 
 from __future__ import annotations
@@ -26,16 +26,23 @@ from edge.errors import EdgeError, InputError
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0")
 WITH_MATRIX = ("Q4_K_M", "IQ4_XS", "Q4_0")
+# Of these the one that is quickest to answer: choosing codes takes longer than all else here.
+WITH_GPTQ = ("Q4_K_M", "Q4_0")
+_GPTQ_FILE = "gptq.gguf"
 # A type that is this much slower to answer than the fastest is not preferred for its quality alone.
 NEAR = 1.05
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One measured file. size in bytes; prompt and decode in tokens a second; kl in nats."""
+    """One measured file.
+
+    rounding: "matrix", "gptq" or, to the nearest, "". size in bytes; prompt and decode in tokens a second; kl
+    in nats.
+    """
 
     quant: str
-    matrix: bool
+    rounding: str
     size: int
     prompt: float
     decode: float
@@ -45,7 +52,7 @@ class Rung:
 
     @property
     def name(self) -> str:
-        return f"{self.quant} + matrix" if self.matrix else self.quant
+        return f"{self.quant} + {self.rounding}" if self.rounding else self.quant
 
     @property
     def seconds(self) -> float:
@@ -74,15 +81,18 @@ def run(run_folder: Path, *, overwrite: bool = False, console: Console | None = 
         rungs = _climb(origin, first, archive, partial, console)
         chosen, reason = recommend(rungs)
         final = partial / f"{origin.file_name}-{chosen.quant}.gguf"
-        gguf.quantize(first, final, chosen.quant, archive if chosen.matrix else None)
-        first.unlink()
-        (partial / "imatrix.npz").unlink(missing_ok=True)
+        if chosen.rounding == "gptq":
+            (partial / _GPTQ_FILE).replace(final)
+        else:
+            gguf.quantize(first, final, chosen.quant, archive if chosen.rounding else None)
+        for name in (first.name, "imatrix.npz", _GPTQ_FILE):
+            (partial / name).unlink(missing_ok=True)
         record = {"machine": hardware.cpu_model(), "chosen": chosen.name, "reason": reason}
         record["rungs"] = [asdict(rung) for rung in rungs]
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (partial / "ladder.json").write_text(text, encoding="utf-8")
         (partial / "ladder.svg").write_text(picture(rungs, chosen, origin.known.name), encoding="utf-8")
-        made = origin.manifest(chosen.quant, final, imatrix=chosen.matrix, ladder=record)
+        made = origin.manifest(chosen.quant, final, rounding=chosen.rounding, ladder=record)
         made.verify = found
         made.stop_ids = made.stop_ids or found["ends"]
         manifest.write(partial, made)
@@ -107,9 +117,10 @@ def _matrix(origin: gguf.Source, first: Path, archive: Path, console: Console) -
 def _climb(
     origin: gguf.Source, first: Path, archive: Path | None, folder: Path, console: Console
 ) -> list[Rung]:
-    """Each type in turn: quantised, compared, timed, removed."""
-    plan = [(quant, False) for quant in TYPES]
-    plan += [(quant, True) for quant in WITH_MATRIX if archive is not None]
+    """Each type in turn: quantised, compared, timed, removed; but for _GPTQ_FILE, which took long."""
+    plan = [(quant, "") for quant in TYPES]
+    if archive is not None:
+        plan += [(quant, "matrix") for quant in WITH_MATRIX]
     rungs = []
     with contextlib.ExitStack() as stack:
         a = stack.enter_context(contextlib.closing(TorchReader(origin.path)))
@@ -118,33 +129,47 @@ def _climb(
         with console.status("computing the merged model"):
             reference = stack.enter_context(contextlib.closing(Reference(a, speaker)))
         speaker.close()
-        for number, (quant, matrix) in enumerate(plan, 1):
+        for number, (quant, rounding) in enumerate(plan, 1):
             path = folder / "rung.gguf"
-            with console.status(f"{number} of {len(plan)}: {quant}{' + matrix' if matrix else ''}"):
+            with console.status(f"{number} of {len(plan)}: {quant}{' + matrix' if rounding else ''}"):
                 try:
-                    gguf.quantize(first, path, quant, archive if matrix else None)
+                    gguf.quantize(first, path, quant, archive if rounding else None)
                 except EdgeError as error:
                     console.print(f"note: {quant} is left out: {error.message.splitlines()[0]}")
                     continue
-                with contextlib.closing(GgufReader(path)) as b:
-                    numbers = reference.against(b)
-                    prompt, decode = b.speed()
-            rungs.append(
-                Rung(
-                    quant,
-                    matrix,
-                    path.stat().st_size,
-                    round(prompt, 1),
-                    round(decode, 1),
-                    numbers["kl_mean"],
-                    numbers["kl_p99"],
-                    numbers["top1"],
-                )
-            )
+                rungs.append(_measure(path, quant, rounding, reference))
             path.unlink()
+        candidates = [rung for rung in rungs if rung.quant in WITH_GPTQ and not rung.rounding]
+        if archive is not None and candidates:
+            quant = min(candidates, key=lambda rung: rung.seconds).quant
+            path = folder / _GPTQ_FILE
+            gguf.quantize(first, path, quant)
+            try:
+                gguf.choose_codes(origin, first, path, console)
+            except InputError as error:
+                console.print(f"note: without GPTQ: {error.message}")
+            else:
+                with console.status(f"{quant} + gptq"):
+                    rungs.append(_measure(path, quant, "gptq", reference))
     if not rungs:
         raise EdgeError("no type could be measured", "export one by --quant")
     return rungs
+
+
+def _measure(path: Path, quant: str, rounding: str, reference: Reference) -> Rung:
+    with contextlib.closing(GgufReader(path)) as reader:
+        numbers = reference.against(reader)
+        prompt, decode = reader.speed()
+    return Rung(
+        quant,
+        rounding,
+        path.stat().st_size,
+        round(prompt, 1),
+        round(decode, 1),
+        numbers["kl_mean"],
+        numbers["kl_p99"],
+        numbers["top1"],
+    )
 
 
 def recommend(rungs: list[Rung]) -> tuple[Rung, str]:
@@ -177,11 +202,12 @@ def table(rungs: list[Rung], chosen: Rung) -> Table:
     made = Table(title=f"on {hardware.cpu_model()}", title_justify="left")
     for heading in ("type", "MiB", "decode tok/s", "prompt tok/s", "KL mean", "KL p99", "same top", ""):
         made.add_column(heading, justify="left" if heading in ("type", "") else "right")
-    plain = {rung.quant: rung.kl for rung in rungs if not rung.matrix}
-    for rung in sorted(rungs, key=lambda rung: (-rung.size, rung.matrix)):
+    plain = {rung.quant: rung.kl for rung in rungs if not rung.rounding}
+    for rung in sorted(rungs, key=lambda rung: (-rung.size, rung.rounding)):
         said = ["recommended"] if rung == chosen else []
-        if rung.matrix and rung.kl and rung.quant in plain:
-            said.append(f"KL {plain[rung.quant] / rung.kl:.2f} times smaller by the matrix")
+        if rung.rounding and rung.kl and plain.get(rung.quant):
+            factor = plain[rung.quant] / rung.kl
+            said.append(f"KL {max(factor, 1 / factor):.2f} times {'smaller' if factor >= 1 else 'larger'}")
         made.add_row(
             rung.name,
             f"{rung.size / 2**20:,.0f}",
@@ -241,7 +267,7 @@ def picture(rungs: list[Rung], chosen: Rung, name: str) -> str:
         "mean KL from the merged model, nats</text>"
     )
     for rung, log in zip(rungs, logs, strict=True):
-        colour = "#d9480f" if rung == chosen else "#1971c2" if rung.matrix else "#868e96"
+        colour = "#d9480f" if rung == chosen else "#1971c2" if rung.rounding else "#868e96"
         radius = 4 + 10 * math.sqrt(rung.size / largest)
         mib = rung.size / 2**20
         parts.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,26 @@ def load(base: Path, adapter: Path | None = None) -> TorchModel:
     return (LayeredModel if is_large(base) else TorchModel)(base, adapter)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows on their way through the layers.
+
+    rows: their numbers. states: what enters the first layer, (rows, longest, width). calls: what each layer
+    is called with beside its states. real: (rows * longest,), which positions are to be observed.
+    """
+
+    rows: list[int]
+    states: torch.Tensor
+    calls: list[Called]
+    real: torch.Tensor
+
+
 class LayeredModel(TorchModel):
     """As TorchModel; writes no texts."""
 
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         super().__init__(base, adapter)
-        self._layers = list(self._decoder.layers)
+        self.layers = list(self._decoder.layers)
         self._names = {id(module): name for name, module in self._inner.named_modules()}
         self._used = torch.zeros(0, dtype=torch.long)
         self._tables = self._plain_tables()
@@ -55,11 +70,10 @@ class LayeredModel(TorchModel):
 
     def close(self) -> None:
         super().close()
-        del self._layers, self._tables
+        del self.layers, self._tables
 
     def logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[torch.Tensor]:
         with torch.inference_mode():
-            self._use(sorted({token for ids in rows for token in ids}))
             wanted = self._states(rows, last)
             at = 0
             while at < len(rows):
@@ -78,32 +92,40 @@ class LayeredModel(TorchModel):
 
     def _states(self, rows: list[list[int]], last: Sequence[int]) -> list[torch.Tensor]:
         """What leaves the last layer at the `last` tokens of each row."""
-        order = sorted(range(len(rows)), key=lambda at: len(rows[at]))
-        batches: list[list[int]] = [[]]
-        for at in order:
-            if batches[-1] and (len(batches[-1]) + 1) * len(rows[at]) > TOKENS:
-                batches.append([])
-            batches[-1].append(at)
-        states, calls, seen = [], [], []
-        for batch in batches:
-            ids, mask, real = padded([rows[at] for at in batch])
-            hidden, called = self._record(ids, mask)
-            states.append(hidden)
-            calls.append(called)
-            seen.append(real)
-        for number, layer in enumerate(self._layers):
-            with self._present(layer):
-                for at, called in enumerate(calls):
-                    arguments, options = called[number]
-                    self._real = seen[at]
-                    try:
-                        states[at] = layer(states[at], *arguments, **options)
-                    finally:
-                        self._real = None
+        batches = self.enter(rows)
+        states = [batch.states for batch in batches]
+        for number, layer in enumerate(self.layers):
+            with self.present(layer):
+                for at, batch in enumerate(batches):
+                    states[at] = self.through(number, batch, states[at])
         found = [torch.empty(0)] * len(rows)
         for batch, hidden in zip(batches, states, strict=True):
-            for number, at in enumerate(batch):
+            for number, at in enumerate(batch.rows):
                 found[at] = hidden[number, len(rows[at]) - last[at] : len(rows[at])]
+        return found
+
+    def enter(self, rows: list[list[int]]) -> list[Batch]:
+        """Rows of token ids, those of like length together, before the first layer."""
+        self._use(sorted({token for ids in rows for token in ids}))
+        parts: list[list[int]] = [[]]
+        for at in sorted(range(len(rows)), key=lambda at: len(rows[at])):
+            if parts[-1] and (len(parts[-1]) + 1) * len(rows[at]) > TOKENS:
+                parts.append([])
+            parts[-1].append(at)
+        made = []
+        for part in parts:
+            ids, mask, real = padded([rows[at] for at in part])
+            made.append(Batch(part, *self._record(ids, mask), real))
+        return made
+
+    def through(self, number: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """What layer `number`, which must be present, makes of a batch's states."""
+        arguments, options = batch.calls[number]
+        self._real = batch.real
+        try:
+            found: torch.Tensor = self.layers[number](states, *arguments, **options)
+        finally:
+            self._real = None
         return found
 
     def _record(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[Called]]:
@@ -126,7 +148,7 @@ class LayeredModel(TorchModel):
     @contextlib.contextmanager
     def _replaced(self, make: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for number, layer in enumerate(self._layers):
+            for number, layer in enumerate(self.layers):
                 stack.enter_context(instead(layer, make(number)))
             yield
 
@@ -205,7 +227,7 @@ class LayeredModel(TorchModel):
 
     def _load_outer(self) -> None:
         """Read what is outside of the layers, but for the tables that are read where they lie."""
-        inside = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
+        inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         if self._tables:
             inside |= {id(self._inner.get_input_embeddings().weight)}
             inside |= {id(self._inner.get_output_embeddings().weight)}
@@ -237,7 +259,7 @@ class LayeredModel(TorchModel):
         raise InputError(f"{self._adapter} has no tensor {name}", "train again: edge train")
 
     @contextlib.contextmanager
-    def _present(self, layer: torch.nn.Module) -> Iterator[None]:
+    def present(self, layer: torch.nn.Module) -> Iterator[None]:
         """The layer's weights in memory for the time of the block."""
         prefix = self._names[id(layer)]
         absent = {name: parameter for name, parameter in layer.named_parameters() if parameter.is_meta}

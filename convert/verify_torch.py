@@ -121,6 +121,11 @@ class TorchModel:
             for handle in handles:
                 handle.remove()
 
+    def linear(self, name: str) -> torch.nn.Linear:
+        """The linear layer that an observer is told of as `name`."""
+        found: torch.nn.Linear = self._inner.get_submodule(name)
+        return found
+
     def _call(self, ids: list[int], **options: Any) -> torch.Tensor:
         found = self.model(input_ids=torch.tensor([ids]), use_cache=False, **options)
         return found.logits[0].float()

@@ -27,6 +27,7 @@ BESIDE = {
     "test_examples",
     "test_families",
     "test_gguf",
+    "test_gptq",
     "test_ladder",
     "test_layers",
     "test_memory",

@@ -20,8 +20,8 @@ from tests.families import make_adapter, make_family
 from tests.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
 
 
-def rung(quant: str, decode: float, kl: float, *, matrix: bool = False, top1: float = 0.95) -> Rung:
-    return Rung(quant, matrix, 100_000_000, 400.0, decode, kl, 5 * kl, top1)
+def rung(quant: str, decode: float, kl: float, *, rounding: str = "", top1: float = 0.95) -> Rung:
+    return Rung(quant, rounding, 100_000_000, 400.0, decode, kl, 5 * kl, top1)
 
 
 def test_the_quickest_that_is_close_enough() -> None:
@@ -29,7 +29,7 @@ def test_the_quickest_that_is_close_enough() -> None:
     best, reason = ladder.recommend(rungs)
     assert best.quant == "Q4_K_M" and "Q4_0 would be" in reason and "KL 0.3" in reason
     # The matrix buys the fast type its quality back.
-    best, reason = ladder.recommend([*rungs, rung("Q4_0", 109, 0.05, matrix=True)])
+    best, reason = ladder.recommend([*rungs, rung("Q4_0", 109, 0.05, rounding="matrix")])
     assert best.name == "Q4_0 + matrix" and "would be" not in reason
 
 
@@ -44,7 +44,7 @@ def test_where_none_is_close_the_closest() -> None:
 
 
 def test_the_picture_is_one_valid_file() -> None:
-    rungs = [rung("Q8_0", 60, 0.001), rung("Q4_0", 110, 0.3, matrix=True), rung("F16", 30, 0.0)]
+    rungs = [rung("Q8_0", 60, 0.001), rung("Q4_0", 110, 0.3, rounding="matrix"), rung("F16", 30, 0.0)]
     root = ElementTree.fromstring(ladder.picture(rungs, rungs[0], "贝壳 <&>"))
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
     assert len(circles) == 3 and "贝壳 <&>" in "".join(root.itertext())
@@ -53,11 +53,12 @@ def test_the_picture_is_one_valid_file() -> None:
 
 
 def test_the_table_names_the_factor() -> None:
-    rungs = [rung("Q4_0", 110, 0.3), rung("Q4_0", 110, 0.1, matrix=True)]
+    rungs = [rung("Q4_0", 110, 0.3), rung("Q4_0", 110, 0.1, rounding="gptq")]
+    rungs.append(rung("Q4_0", 110, 0.6, rounding="matrix"))
     console = Console(file=io.StringIO(), width=200)
     console.print(ladder.table(rungs, rungs[1]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "recommended; KL 3.00 times smaller by the matrix" in text
+    assert "recommended; KL 3.00 times smaller" in text and "KL 2.00 times larger" in text
 
 
 def test_a_matrix_survives_its_archive(tmp_path: Path) -> None:
@@ -103,16 +104,16 @@ def test_a_ladder_is_climbed(
     assert all((value >= 0).all() and value.max() > 0 for value in found.values.values())
     monkeypatch.setattr(ladder, "TYPES", ("Q8_0", "Q4_0"))
     monkeypatch.setattr(ladder, "WITH_MATRIX", ("Q4_0",))
+    monkeypatch.setattr(ladder, "WITH_GPTQ", ("Q4_0",))
     path = ladder.run(run, console=quiet())
     record = json.loads((path.parent / "ladder.json").read_text(encoding="utf-8"))
-    assert [(one["quant"], one["matrix"]) for one in record["rungs"]] == [
-        ("Q8_0", False), ("Q4_0", False), ("Q4_0", True)
+    assert [(one["quant"], one["rounding"]) for one in record["rungs"]] == [
+        ("Q8_0", ""), ("Q4_0", ""), ("Q4_0", "matrix"), ("Q4_0", "gptq")
     ]  # fmt: skip
-    by = {(one["quant"], one["matrix"]): one for one in record["rungs"]}
-    assert (
-        by["Q8_0", False]["kl"] < by["Q4_0", False]["kl"]
-        and by["Q8_0", False]["size"] > by["Q4_0", False]["size"]
-    )
+    by = {(one["quant"], one["rounding"]): one for one in record["rungs"]}
+    assert by["Q8_0", ""]["kl"] < by["Q4_0", ""]["kl"] and by["Q8_0", ""]["size"] > by["Q4_0", ""]["size"]
+    assert by["Q4_0", "gptq"]["kl"] < by["Q4_0", ""]["kl"]
+    assert by["Q4_0", "gptq"]["size"] == by["Q4_0", ""]["size"]
     assert all(one["decode"] > 0 and one["prompt"] > 0 for one in record["rungs"])
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "edge.json",
@@ -125,5 +126,5 @@ def test_a_ladder_is_climbed(
 
 def test_a_matrix_needs_a_data_set(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
-    with pytest.raises(InputError, match="gathered from the data set: no adapter with a data set"):
+    with pytest.raises(InputError, match="measure on the data set: no adapter with a data set"):
         imatrix.rows(base, None)
