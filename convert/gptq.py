@@ -9,6 +9,7 @@ the values that a block can hold stay as llama.cpp wrote them: what reads its fi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from edge import hardware, manifest
 from edge.errors import InputError
 from edge.gguf_header import GGUFTensor, read_header
 
-# Of the mean strength of a layer's inputs, added to each: a few thousand tokens say little about how a
+# Added to each column's mean square, which is 1 on average: a few thousand tokens say little about how a
 # thousand columns go together. With 0.1 and 1 a 135M model in Q4_0 was 1.29 and 1.06 times as far off.
 DAMP = 0.3
 STEP = 32  # columns whose errors are taken out of all later ones at once
@@ -100,15 +101,13 @@ def run(
     model = LayeredModel(folder)
     try:
         _check_memory(model, sum(map(len, rows)))
-        with torch.inference_mode():
-            tensors = _Tensors(whole, file)
+        with torch.inference_mode(), contextlib.closing(_Tensors(whole, file)) as tensors:
             batches = model.enter(rows)
             exact = rounded = [batch.states for batch in batches]
             for number, layer in enumerate(model.layers):
                 progress(number, len(model.layers))
                 with model.present(layer):
                     exact, rounded = _layer(model, number, batches, exact, rounded, tensors)
-            tensors.close()
     finally:
         model.close()
     if not tensors.changed:
@@ -234,10 +233,20 @@ def _layer(
     with model.observed(note):
         for batch, states in zip(batches, exact, strict=True):
             after.append(model.through(number, batch, states))
-    for group, outputs in zip(groups, wanted, strict=True):
-        inputs = torch.cat(list(_inputs(model, number, batches, rounded, group[0])))
-        _group(model, group, inputs, torch.cat(outputs), tensors)
-        outputs.clear()
+    for group, of_group in zip(groups, wanted, strict=True):
+        modules = [model.linear(name) for name in group]
+        found = [tensors.find(name, module.weight) for name, module in zip(group, modules, strict=True)]
+        chosen = [
+            (module.weight, one) for module, one in zip(modules, found, strict=True) if one and one.layout
+        ]
+        if chosen:
+            inputs = torch.cat(list(_inputs(model, number, batches, rounded, group[0])))
+            _write(chosen, inputs, torch.cat(of_group))
+            tensors.changed += len(chosen)
+        for module, one in zip(modules, found, strict=True):
+            if one:
+                module.weight.copy_(one.values())
+        of_group.clear()
     return after, [model.through(number, *each) for each in zip(batches, rounded, strict=True)]
 
 
@@ -261,30 +270,20 @@ def _inputs(
             yield found
 
 
-def _group(
-    model: LayeredModel, group: list[str], inputs: torch.Tensor, wanted: torch.Tensor, tensors: _Tensors
-) -> None:
-    """Quantise linear layers that read the same."""
-    modules = [model.linear(name) for name in group]
-    found = [tensors.find(name, module.weight) for name, module in zip(group, modules, strict=True)]
-    chosen = [(module, one) for module, one in zip(modules, found, strict=True) if one and one.layout]
-    if chosen:
-        grids = [one.grid() for _, one in chosen]
-        tops = [torch.full((len(module.weight),), one.layout.top) for module, one in chosen if one.layout]
-        codes = choose(
-            torch.cat([module.weight for module, _ in chosen]),
-            torch.cat([scale for scale, _ in grids]),
-            torch.cat([lowest for _, lowest in grids]),
-            torch.cat(tops),
-            inputs,
-            wanted,
-        )
-        for (_, one), part in zip(chosen, codes.split([len(top) for top in tops]), strict=True):
-            one.write(part)
-        tensors.changed += len(chosen)
-    for module, one in zip(modules, found, strict=True):
-        if one:
-            module.weight.copy_(one.values())
+def _write(chosen: list[tuple[torch.Tensor, _Tensor]], inputs: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Choose the codes of weights that are multiplied with the same, and put them into the file."""
+    grids = [one.grid() for _, one in chosen]
+    tops = [torch.full((len(weight),), one.layout.top) for weight, one in chosen if one.layout]
+    codes = choose(
+        torch.cat([weight for weight, _ in chosen]),
+        torch.cat([scale for scale, _ in grids]),
+        torch.cat([lowest for _, lowest in grids]),
+        torch.cat(tops),
+        inputs,
+        wanted,
+    )
+    for (_, one), part in zip(chosen, codes.split([len(top) for top in tops]), strict=True):
+        one.write(part)
 
 
 def choose(
@@ -303,15 +302,14 @@ def choose(
     """
     columns, tokens = weights.shape[1], len(inputs)
     length = inputs.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
-    strength = (inputs / length).square().mean(0)
     # The strongest first, while there are most columns left to make up for them.
-    order = strength.argsort(descending=True)
+    order = (inputs / length).square().mean(0).argsort(descending=True)
     x = (inputs / length)[:, order]
     missed = ((wanted / length)[:, order] - x).T @ x / tokens
     square = x.T @ x / tokens
     if not (square.isfinite().all() and missed.isfinite().all()):
         raise InputError("the model's activations on its own rows are no numbers", "merge again: edge merge")
-    square.diagonal().add_(DAMP * strength.mean())
+    square.diagonal().add_(DAMP)
     lower = torch.linalg.cholesky(square)
     del square
     # (columns, rows) from here on: a column of weights lies in one place.
