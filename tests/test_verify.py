@@ -174,7 +174,7 @@ def test_layers_in_turn_give_the_same(
     ):
         monkeypatch.setattr(module, name, value)
     model = verify_layers.load(folder)
-    assert all(parameter.is_meta for parameter in model._layers[0].parameters())
+    assert all(parameter.is_meta for parameter in model.layers[0].parameters())
     told: dict[str, int] = {}
 
     def observe(name: str, values: Any) -> None:
