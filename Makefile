@@ -5,7 +5,8 @@ PYTHON ?= python3.11 python3 python3.12 python3.13
 CONFIG ?= examples/smollm2_qlora.yaml
 RUN ?= runs/magic-conch
 MODEL ?= smollm2-135m-instruct
-# Of the GGUF export, as Q4_K_M, and of the ONNX export: int4, int8, fp16, fp32. Left out, by the model's size.
+# Of the GGUF export, as Q4_K_M, and of the ONNX export: int4, int8, fp16, fp32. Left out, by the model's size; the
+# demo says for itself.
 QUANT ?=
 PRECISION ?=
 PORT ?= 8000
