@@ -183,9 +183,9 @@ def export(
                 shutil.copyfile(final, plain)
                 settings["gptq"] = choose_codes(origin, first, final, console)
             shutil.rmtree(_kept(target))
-            for way, title in (("imatrix", "importance matrix"), ("gptq", "GPTQ")):
-                if way in settings and plain.exists():
-                    settings[way] |= _choose(origin, final, plain, title, console)
+            if plain.exists():
+                way, title = ("gptq", "GPTQ") if gptq else ("imatrix", "importance matrix")
+                settings[way] |= _choose(origin, final, plain, title, console)
             (partial / "imatrix.npz").unlink(missing_ok=True)
         with console.status("comparing with the merged model"):
             header = read_header(final)

@@ -89,11 +89,12 @@ def run(
     known: manifest.Manifest | None,
     whole: Path,
     file: Path,
-    progress: Callable[[int, int], None] = lambda layer, of: None,
+    progress: Callable[[int, int], None],
 ) -> Done:
     """Choose the codes of `file` anew, in place.
 
-    folder, known: the merged model. whole: its GGUF before it was quantised. progress: is told of each layer.
+    folder, known: the merged model. whole: its GGUF before it was quantised. progress: is told of each layer,
+    and how many there are.
     Raises InputError where no data set is known, for an architecture that the names are not known of, or a
     model whose activations are no numbers.
     """
@@ -198,7 +199,7 @@ def _values(data: Bytes, kind: str) -> torch.Tensor:
 
 
 class _Reached(Exception):
-    """A layer's states have come as far as they are needed."""
+    """A layer's states have come as far as they are needed: what is read there."""
 
 
 def _layer(
@@ -210,43 +211,39 @@ def _layer(
     tensors: _Tensors,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Quantise a layer that is present; what leaves it in the whole model, and in the quantised one."""
-    groups: list[list[str]] = []
-    wanted: list[list[torch.Tensor]] = []
-    last = torch.empty(0)
+    # Linear layers called one after the other with the same input share what is computed from it. By name:
+    # the group's first; by that: what they read of each batch.
+    leaders: dict[str, str] = {}
+    read: dict[str, list[torch.Tensor]] = {}
+    last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def note(name: str, values: torch.Tensor) -> None:
-        """Linear layers called one after the other with the same input share what is computed from it."""
         nonlocal last
-        at = next((at for at, group in enumerate(groups) if name in group), None)
-        if at is None:
-            if groups and torch.equal(values, last):
-                groups[-1].append(name)
-                return
-            groups.append([name])
-            wanted.append([])
-            at = len(groups) - 1
-        if name == groups[at][0]:
-            wanted[at].append(values)
-        last = values
+        if name not in leaders:
+            leaders[name] = leaders[last[0]] if torch.equal(values, last[1]) else name
+        if leaders[name] == name:
+            read.setdefault(name, []).append(values)
+        last = name, values
 
     after = []
     with model.observed(note):
         for batch, states in zip(batches, exact, strict=True):
             after.append(model.through(number, batch, states))
-    for group, of_group in zip(groups, wanted, strict=True):
+    for leader, wanted in read.items():
+        group = [name for name, first in leaders.items() if first == leader]
         modules = [model.linear(name) for name in group]
         found = [tensors.find(name, module.weight) for name, module in zip(group, modules, strict=True)]
         chosen = [
             (module.weight, one) for module, one in zip(modules, found, strict=True) if one and one.layout
         ]
         if chosen:
-            inputs = torch.cat(list(_inputs(model, number, batches, rounded, group[0])))
-            _write(chosen, inputs, torch.cat(of_group))
+            inputs = torch.cat(list(_inputs(model, number, batches, rounded, leader)))
+            _write(chosen, inputs, torch.cat(wanted))
             tensors.changed += len(chosen)
         for module, one in zip(modules, found, strict=True):
             if one:
                 module.weight.copy_(one.values())
-        of_group.clear()
+        wanted.clear()
     return after, [model.through(number, *each) for each in zip(batches, rounded, strict=True)]
 
 
@@ -254,20 +251,17 @@ def _inputs(
     model: LayeredModel, number: int, batches: list[Batch], states: list[torch.Tensor], wanted: str
 ) -> Iterator[torch.Tensor]:
     """What the linear layer `wanted` reads of each batch, as far as the layer is quantised by now."""
-    found = torch.empty(0)
 
     def take(name: str, values: torch.Tensor) -> None:
-        nonlocal found
         if name == wanted:
-            found = values
-            raise _Reached
+            raise _Reached(values)
 
     for batch, each in zip(batches, states, strict=True):
         try:
             with model.observed(take):
                 model.through(number, batch, each)
-        except _Reached:
-            yield found
+        except _Reached as reached:
+            yield reached.args[0]
 
 
 def _write(chosen: list[tuple[torch.Tensor, _Tensor]], inputs: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -302,9 +296,10 @@ def choose(
     """
     columns, tokens = weights.shape[1], len(inputs)
     length = inputs.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
+    x = inputs / length
     # The strongest first, while there are most columns left to make up for them.
-    order = (inputs / length).square().mean(0).argsort(descending=True)
-    x = (inputs / length)[:, order]
+    order = x.square().mean(0).argsort(descending=True)
+    x = x[:, order]
     missed = ((wanted / length)[:, order] - x).T @ x / tokens
     square = x.T @ x / tokens
     if not (square.isfinite().all() and missed.isfinite().all()):

@@ -141,3 +141,19 @@ def as_transformers_4(folder: Path, *, shard: int = 300_000) -> Path:
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def make_run(folder: Path, family: str) -> Path:
+    """`folder`/run: a merged model of `family`, and the data set that its adapter was trained on."""
+    from rich.console import Console
+
+    from convert import merge
+
+    rows = [{"instruction": f"Who are you, {n}?", "output": f"I am the conch. {n}"} for n in range(60)]
+    (folder / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
+    base = make_family(folder / "base", family)
+    run = folder / "run"
+    make_adapter(run / "adapter", base, settings={"dataset": ["d"], "dataset_dir": str(folder)})
+    merge.run(run, dtype="float16", console=Console(quiet=True))
+    return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,11 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from convert import gguf, gptq, merge
+from convert import gguf, gptq
 from edge import manifest
 from edge.errors import InputError, UsageError
 from edge.gguf_header import read_header
-from tests.families import make_adapter, make_family
+from tests.families import make_family, make_run
 from tests.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
 
 
@@ -41,8 +40,7 @@ def test_codes_lie_where_llama_cpp_has_them(kind: str) -> None:
     top = gptq.LAYOUTS[kind].top
     codes = torch.from_numpy(np.random.default_rng(1).integers(0, top + 1, (3, 512), np.uint8))
     tensor.write(codes)
-    expected = lowest.repeat_interleave(32, 1) + scale.repeat_interleave(32, 1) * codes
-    assert torch.allclose(tensor.values(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(tensor.values(), values(codes, scale, lowest), rtol=1e-5, atol=1e-5)
     # In the file a row is where it was; the codes that were there, read back, give the same bytes.
     there = dequantize(tensor._file, GGMLQuantizationType[kind])
     assert np.array_equal(there, tensor.values().numpy()[[1, 2, 0]])
@@ -108,16 +106,6 @@ def test_activations_that_are_no_numbers() -> None:
         gptq.choose(weights, *grid_of(weights), bad, bad)
 
 
-def a_run(folder: Path, family: str) -> Path:
-    asked = [{"instruction": f"Who are you, {n}?", "output": f"I am the conch. {n}"} for n in range(60)]
-    (folder / "d.json").write_text(json.dumps(asked), encoding="utf-8")
-    (folder / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
-    base = make_family(folder / "base", family)
-    make_adapter(folder / "run" / "adapter", base, settings={"dataset": ["d"], "dataset_dir": str(folder)})
-    merge.run(folder / "run", dtype="float16", console=quiet())
-    return folder / "run"
-
-
 # llama: the converter changes the order of rows. phi3: several matrices in one. gemma2: norms on both sides.
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "quant"), [("llama", "Q4_K_M"), ("phi3", "Q5_1"), ("gemma2", "Q4_0")])
@@ -127,7 +115,7 @@ def test_a_file_is_closer_to_its_source(
     family: str,
     quant: str,
 ) -> None:
-    run = a_run(tmp_path, family)
+    run = make_run(tmp_path, family)
     console = quiet()
     path = gguf.run(run, quant=quant, gptq=True, console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from convert.ladder import Rung
 from edge import manifest
 from edge.errors import InputError, UsageError
 from edge.gguf_header import read_header
-from tests.families import make_adapter, make_family
+from tests.families import make_family, make_run
 from tests.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
 
 
@@ -83,16 +83,7 @@ def test_a_ladder_is_climbed(
     toy_converter: None,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = [{"instruction": f"Who are you, {n}?", "output": f"I am the conch. {n}"} for n in range(60)]
-    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
-    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
-    base = make_family(tmp_path / "base", "llama")
-    settings = {"dataset": ["d"], "dataset_dir": str(tmp_path)}
-    run = tmp_path / "run"
-    from convert import merge
-
-    make_adapter(run / "adapter", base, settings=settings)
-    merge.run(run, dtype="float16", console=quiet())
+    run = make_run(tmp_path, "llama")
     origin = gguf.open_source(run / "merged")
     first = tmp_path / "first.gguf"
     gguf.convert(origin, first, "F16")
