@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge import doctor, hardware, native, offload
 from edge.artefact import SUFFIXES, Artefact, candidates
-from edge.backends import onnx, zeros
+from edge.backends import onnx, pages
 from edge.backends.llamacpp import KV_BYTES, Settings
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
@@ -210,7 +210,7 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     # Cells that nothing is written to take no memory where that can be, but they may all be written to.
     whole = slots * context
-    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell) and (zeros.WORKS or bool(used))
+    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell) and (pages.WORKS or bool(used))
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(whole, fits, whole if asked_for_all else DEFAULT_POOL))
     if used and not isinstance(artefact.header, OnnxHeader):

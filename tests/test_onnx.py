@@ -27,7 +27,7 @@ from edge import messages as msg
 from edge.backends import onnx_embed
 from edge.backends.base import Candidates, Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
-from edge.backends.onnx_binding import Buffer
+from edge.backends.onnx_binding import Buffer, Mask
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
@@ -497,11 +497,30 @@ def test_candidates_give_the_same_tokens(tmp_path: Path, given: dict[str, Any], 
     assert asked == {few}
 
 
+def test_a_mask_is_that_of_its_rows_whatever_came_before() -> None:
+    mask, draw = Mask(slots=4, context=100), np.random.default_rng(7)
+    totals, wide = [1], set[int]()
+    for _ in range(2000):
+        # Mostly one token more for each row; now and then other rows, or a piece of a prompt.
+        if draw.random() < 0.05 or max(totals) > 100:
+            totals = draw.integers(1, 101, draw.integers(1, 5)).tolist()
+        exact = bool(draw.random() < 0.1)
+        rows, width = mask.set(list(totals), exact=exact)
+        grid = mask.buffer.array[: rows * width].reshape(rows, width)
+        assert (grid == (np.arange(width) < np.array(totals)[:, None])).all()
+        assert max(totals) <= width <= (max(totals) if exact else 100)
+        wide |= set() if exact else {width}
+        totals = [total + int(draw.integers(0, 2)) for total in totals]
+    # Decoding keeps to few widths, so that what is bound stays so.
+    assert wide == {64, 100}
+
+
 def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> None:
     # What the backend makes of 16-bit logits, without a model that computes in them.
     made = Onnx(Model(tiny_onnx.write(tmp_path)), SMALL)
     want = made.step([Row(0, 0, list(b"ab"), 2)]).copy()
     made._outputs._logits = Buffer(made._outputs._logits.array.astype(np.float16))
+    made._outputs._narrow = True
     made.truncate(0, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "_run", lambda *given: None)

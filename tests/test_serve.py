@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import psutil
 import pytest
 
 from edge import artefact, hardware, manifest, native, planning, tune
 from edge.artefact import Artefact
-from edge.backends import zeros
+from edge.backends import pages
 from edge.backends.llamacpp import Model, Settings
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.hardware import Memory
@@ -189,7 +187,7 @@ def test_a_whole_context_for_each_slot_takes_a_part_of_the_memory(
     need = planning.estimate(tiny, kv_type="f16", slots=32)
     whole = 32 * 512
     rest = need.total(0)
-    monkeypatch.setattr(zeros, "WORKS", True)
+    monkeypatch.setattr(pages, "WORKS", True)
     memory(monkeypatch, (rest + 3.1 * whole * need.cell) / 2**20)
     planned = planning.plan(tiny, Options(slots=32))
     assert planned.parts and planned.capacity == 8192
@@ -201,28 +199,12 @@ def test_a_whole_context_for_each_slot_takes_a_part_of_the_memory(
     assert planning.plan(tiny, Options(slots=32)).parts
     # Where cleared memory is not given back, or clearing it takes long.
     for module, name, value in (
-        (zeros, "WORKS", False),
+        (pages, "WORKS", False),
         (planning, "_MOST_CLEARED", need.cell * (whole - 1)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert not planning.plan(tiny, Options(slots=32)).parts
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="says which memory is whose on Linux alone")
-def test_cleared_memory_is_given_back_until_it_is_written_to() -> None:
-    size, process = 2**28, psutil.Process()
-    before = process.memory_info().rss
-    with zeros.given_back():
-        taken = np.full(size // 8, 7, np.uint64)
-        taken[: size // 16] = 0
-    assert process.memory_info().rss - before == pytest.approx(size // 2, abs=2**25)
-    assert not taken[: size // 16].any() and (taken[size // 16 :] == 7).all()
-    taken[:100] = 5
-    assert taken[:101].sum() == 500
-    # What was there before is left alone.
-    assert zeros._without(10, 50, [(0, 12), (20, 30), (45, 60)]) == [(12, 20), (30, 45)]
-    assert zeros._without(10, 50, [(0, 90)]) == []
 
 
 def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import mapped, zeros
+from edge.backends import mapped, pages
 from edge.backends.base import FULL, BackendInfo, Logits, Row, StepInterrupted, check_rows, nothing
 from edge.backends.embedder import Embedder
 from edge.backends.governor import Governor
@@ -183,7 +183,7 @@ class LlamaCpp:
         params.kv_unified = settings.unified
         params.no_perf = True
         # A card's library has threads and pinned memory of its own, which are none of ours to look at.
-        cleared = zeros.given_back() if settings.gpu_layers == 0 else contextlib.nullcontext()
+        cleared = pages.given_back() if settings.gpu_layers == 0 else contextlib.nullcontext()
         with native_errors() as log, cleared:
             context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge.backends import onnx_providers
 from edge.backends.base import FULL, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows, nothing
-from edge.backends.onnx_binding import Binding, Buffer, zeros
+from edge.backends.onnx_binding import Binding, Buffer, Mask, zeros
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_embed import Embedder
 from edge.backends.onnx_outputs import Outputs
@@ -142,10 +142,7 @@ class Onnx:
             )
         # The run's inputs. A window may hold rows that are run along.
         self._ids = zeros(max(int(_PADDED * settings.batch), settings.slots))
-        self._mask = zeros(settings.slots * settings.context)
-        self._order = np.arange(settings.context, dtype=np.int64)
-        # A single row's mask has no padding.
-        self._ones = Buffer(np.ones(settings.context, np.int64))
+        self._mask = Mask(settings.slots, settings.context)
         self._picks = zeros(settings.batch)
         # What stays bound on a card lies in memory that recordings use too.
         self._first = Buffer(np.zeros(1, np.int64), constant=opened.memory == "cpu")
@@ -234,14 +231,15 @@ class Onnx:
         recording = self._recorder.find(first, count, few, self._totals) if self._recorder else None
         if recording is not None:
             first, count = recording.first, recording.count
-        ids = self._ids.array[:count]
-        ids[:] = 0
+        ids = self._ids.flat
+        for place in range(count):
+            ids[place] = 0
         for row in rows:
             place = self._rows.row(row.slot) - first
             ids[place] = row.tokens[0]
             begin[row.slot] = place, few
         totals = self._totals(first, count)
-        if recording is None or not self._replay(recording, ids, totals, few):
+        if recording is None or not self._replay(recording, self._ids.array[:count], totals, few):
             self._run(first, 1, totals, self._first, 1, 0, few)
         return count
 
@@ -319,15 +317,12 @@ class Onnx:
         """
         if self._interrupted:
             raise StepInterrupted
-        count, width = len(totals), max(totals)
-        mask = self._ones
-        if count > 1:
-            mask = self._mask
-            grid = mask.array[: count * width].reshape(count, width)
-            grid[:] = self._order[:width] < np.array(totals)[:, None]
+        count = len(totals)
+        # Its width tells a piece of a prompt from a beginning; and what is copied is bound anew anyway.
+        shape = self._mask.set(totals, exact=n > 1 or self._copied)
         binding = self._binding(first, count, few)
         binding.read("input_ids", self._ids, (count, n))
-        binding.read("attention_mask", mask, (count, width))
+        binding.read("attention_mask", self._mask.buffer, shape)
         binding.read(OUTPUT_POSITIONS, picks, (wanted,))
         self._outputs.bind(binding, at, count, wanted, few=few)
         try:

@@ -22,6 +22,7 @@ class Outputs:
 
     def __init__(self, header: OnnxHeader, *, rows: int) -> None:
         count = header.candidates
+        self._narrow = header.cache_type != "float32"
         self._logits = zeros(rows, header.vocab_size, kind=header.cache_type)
         self._values = zeros(rows if count else 0, count, kind=header.cache_type)
         self._ids = zeros(rows if count else 0, count)
@@ -53,13 +54,12 @@ class Outputs:
             if wanted == list(range(first, first + len(wanted)))
             else self._logits.array[wanted]
         )
-        return _single(found)
+        return self._single(found)
 
     def _one(self, row: int, few: bool) -> Logits | Candidates:
         if few:
-            return Candidates(self._ids.array[row], _single(self._values.array[row]))
-        return _single(self._logits.array[row])
+            return Candidates(self._ids.array[row], self._single(self._values.array[row]))
+        return self._single(self._logits.array[row])
 
-
-def _single(found: NDArray[Any]) -> Logits:
-    return found if found.dtype == np.float32 else found.astype(np.float32)
+    def _single(self, found: NDArray[Any]) -> Logits:
+        return found.astype(np.float32) if self._narrow else found

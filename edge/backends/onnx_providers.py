@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge import hardware
+from edge.backends import pages
 from edge.doctor import missing_library, old_driver
 from edge.errors import InputError, UnavailableError, UsageError
 
@@ -130,7 +131,8 @@ def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> t
             # A part of the graph that CUDA does not compute. What is wrong otherwise is so without it too.
             unrecordable = " ".join(str(error).split())[:200]
     try:
-        session = runtime.InferenceSession(str(path), options, providers=[NAMES[name][0], *rest])
+        with pages.made_large() if name == "cpu" else contextlib.nullcontext():
+            session = runtime.InferenceSession(str(path), options, providers=[NAMES[name][0], *rest])
         return session, unrecordable
     except Exception as error:
         text = " ".join(str(error).split())[:400]
