@@ -87,8 +87,8 @@ def rows(folder: Path, known: manifest.Manifest | None) -> tuple[list[list[int]]
         )
     except EdgeError as error:
         raise InputError(
-            f"--imatrix and --gptq measure on the data set: {error.message}",
-            "run it where the data set can be found, or leave them out",
+            f"measuring needs rows of the data set: {error.message}",
+            "run it where the data set can be found, or leave --imatrix and --gptq out",
         ) from error
     asked = probes.from_data(known).probes
     left = [row for row in found if probes.Probe(row.messages[:-1], row.messages[-1]["content"]) not in asked]

@@ -38,6 +38,8 @@ SCHEMES = {
     "k-quant": {"algo_config": "k_quant"},
     "mixed": {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"},
 }
+# Values that share a scale: int8 products of longer blocks are quicker, and as near where activations are even.
+BLOCK, LONG_BLOCK = 32, 64
 EPS = ("cpu", "cuda")
 # The largest logits that a graph for a card gives without the others: what people sample from is less.
 CANDIDATES = 64
@@ -97,13 +99,18 @@ def export(
     _check(precision, scheme, ep)
     manifest.check_target(target, overwrite)
     # The builder writes whole weights before it quantises.
-    manifest.check_free(target.parent, 5 * numbers)
+    manifest.check_free(target.parent, (9 if precision == "int8" else 5) * numbers)
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", origin.name).strip(" .-") or "model"
 
     with manifest.publish(target, overwrite=overwrite) as partial:
         final = partial / f"{name}-{precision}.onnx"
+        evened, even = "", source
+        # A card computes with activations as they are.
+        if precision == "int8" and ep == "cpu":
+            with console.status(f"evening out the activations of {source}"):
+                even, evened = _evened(source, origin, partial / "even")
         with console.status(f"building {final.name} from {source}"):
-            _build(source, final, precision, scheme, ep)
+            _build(even, final, precision, scheme, ep, LONG_BLOCK if even is not source else BLOCK)
             decoder = _json(partial / "genai_config.json")["model"]["decoder"]
             complete(
                 final,
@@ -133,6 +140,7 @@ def export(
                 settings={
                     "precision": precision,
                     "scheme": scheme if precision == "int4" else None,
+                    "activations": evened or None,
                     "ep": ep,
                     "file": final.name,
                     "matrices": {f"{bits} bits": count for bits, count in header.matrices.items()},
@@ -147,6 +155,8 @@ def export(
             ),
         )
     console.print(f"{target / final.name}: {precision}, {header.weights_bytes / 2**20:.0f} MiB")
+    if evened:
+        console.print(f"  activations {evened}")
     if isinstance(quality, str):
         console.print(f"  warning: not compared with the merged model: {quality}")
         return target / final.name
@@ -189,9 +199,22 @@ def _check(precision: str, scheme: str, ep: str) -> None:
         )
 
 
-def _build(source: Path, final: Path, precision: str, scheme: str, ep: str) -> None:
+def _evened(source: Path, origin: manifest.Manifest, target: Path) -> tuple[Path, str]:
+    """The folder to build from, and what was done: `source` itself where its activations cannot be measured."""
+    # Imported late: it takes torch.
+    from convert import smooth
+
+    try:
+        layers, rows = smooth.run(source, origin, target)
+    except InputError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        return source, f"as they are, in blocks of {BLOCK}: {error.message}"
+    return target, f"evened out in {layers} layers on {rows}, in blocks of {LONG_BLOCK}"
+
+
+def _build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:
     # The folder is here: no token for the hub is to be looked for.
-    options = {"filename": final.name, "hf_token": "false"}
+    options = {"filename": final.name, "hf_token": "false", "block_size": str(block)}
     if precision == "int4":
         options |= SCHEMES[scheme]
     with tempfile.TemporaryDirectory(prefix="edge-onnx-") as cache:

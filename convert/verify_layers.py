@@ -104,6 +104,10 @@ class LayeredModel(TorchModel):
                 found[at] = hidden[number, len(rows[at]) - last[at] : len(rows[at])]
         return found
 
+    def name(self, layer: torch.nn.Module) -> str:
+        """What the parameters of one of `layers` are called in the checkpoint before their own names."""
+        return self._names[id(layer)]
+
     def enter(self, rows: list[list[int]]) -> list[Batch]:
         """Rows of token ids, those of like length together, before the first layer."""
         self._use(sorted({token for ids in rows for token in ids}))
@@ -261,7 +265,7 @@ class LayeredModel(TorchModel):
     @contextlib.contextmanager
     def present(self, layer: torch.nn.Module) -> Iterator[None]:
         """The layer's weights in memory for the time of the block."""
-        prefix = self._names[id(layer)]
+        prefix = self.name(layer)
         absent = {name: parameter for name, parameter in layer.named_parameters() if parameter.is_meta}
         for name in absent:
             _put(layer, name, self._read(f"{prefix}.{name}"))

@@ -117,5 +117,5 @@ def test_a_ladder_is_climbed(
 
 def test_a_matrix_needs_a_data_set(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
-    with pytest.raises(InputError, match="measure on the data set: no adapter with a data set"):
+    with pytest.raises(InputError, match="measuring needs rows of the data set: no adapter with a data set"):
         imatrix.rows(base, None)

@@ -61,7 +61,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The builder and the comparison replaced: what was asked of them, and what they find."""
     told: dict[str, Any] = {"quality": GOOD}
 
-    def build(source: Path, final: Path, precision: str, scheme: str, ep: str) -> None:
+    def build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:
         told["asked"] = (precision, scheme, ep)
         tiny_onnx.write(final.parent, name=final.name)
         decoder = {"head_size": 16, "hidden_size": tiny_onnx.WIDTH}
