@@ -38,7 +38,7 @@ SCHEMES = {
     "k-quant": {"algo_config": "k_quant"},
     "mixed": {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"},
 }
-# Values that share a scale: int8 products of longer blocks are quicker, and as near where activations are even.
+# Values that share a scale: products of longer blocks are quicker, and as near where activations are even.
 BLOCK, LONG_BLOCK = 32, 64
 EPS = ("cpu", "cuda")
 # The largest logits that a graph for a card gives without the others: what people sample from is less.
@@ -200,7 +200,7 @@ def _check(precision: str, scheme: str, ep: str) -> None:
 
 
 def _evened(source: Path, origin: manifest.Manifest, target: Path) -> tuple[Path, str]:
-    """The folder to build from, and what was done: `source` itself where its activations cannot be measured."""
+    """The folder to build from, and what was done: `source` where its activations cannot be measured."""
     # Imported late: it takes torch.
     from convert import smooth
 

@@ -37,7 +37,7 @@ SAME = 1e-3
 def run(source: Path, known: manifest.Manifest | None, target: Path) -> tuple[int, str]:
     """Write the transformers folder `source` to the new folder `target`, in float32 where it was changed.
 
-    Returns how many layers were, and what their activations were seen on, in words. known: source's edge.json.
+    Returns how many layers were, and what their activations were seen on. known: source's edge.json.
     Raises InputError where no data set is known, or no layer is built as is needed.
     """
     rows, what = imatrix.rows(source, known)

@@ -155,15 +155,17 @@ class Pace:
         self._burst = 0
 
     def chunk(self, decoding: int, new: Newcomers) -> int:
-        """Prompt tokens that the next step may hold beside `decoding` rows.
+        """Prompt tokens that the next step may hold beside `decoding` rows; 0 where nobody waits.
 
         A single newcomer must not be felt by the streams that run. Where several wait, and running streams
         are not many more, the prompts go first, to the last one of this burst: holding some back would
         leave later steps half empty, as those that came together would not end together.
         """
+        if not new.count:
+            return 0
         if new.count > 1 and decoding <= MANY_MORE * new.count:
             self._burst = new.last
-        if new.count and new.first <= self._burst:
+        if new.first <= self._burst:
             whole = new.tokens * (self._alone or 0.0)
             return self._bounded(max(ALONE_S, min(BURST_SHARE * whole, BURST_S)), self._alone)
         # Beyond what was seen a step is taken to be no longer: a guess that is polite to the streams.

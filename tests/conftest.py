@@ -38,6 +38,7 @@ BESIDE = {
     "test_pull",
     "test_qlora",
     "test_resume",
+    "test_smooth",
     "test_verify",
     "test_verify_onnx",
 }

@@ -62,7 +62,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     told: dict[str, Any] = {"quality": GOOD}
 
     def build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:
-        told["asked"] = (precision, scheme, ep)
+        told["asked"] = (precision, scheme, ep, block)
         tiny_onnx.write(final.parent, name=final.name)
         decoder = {"head_size": 16, "hidden_size": tiny_onnx.WIDTH}
         (final.parent / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
@@ -91,7 +91,7 @@ def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, An
     assert "99.0%" in text
     assert "warning" not in text
     # A small model, so that 4 bits are not the default.
-    assert built["asked"] == ("int8", "mixed", "cpu")
+    assert built["asked"] == ("int8", "mixed", "cpu", 32)
     assert (built["width"], built["candidates"]) == (tiny_onnx.WIDTH, 0)
     folder = run_folder / "onnx"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -112,6 +112,8 @@ def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, An
     )
     assert made.parents == [manifest.read(run_folder / "merged").parent((run_folder / "merged").resolve())]
     assert made.settings["precision"] == "int8"
+    assert made.settings["activations"].startswith("as they are, in blocks of 32: measuring needs rows")
+    assert "activations as they are, in blocks of 32" in text
     assert made.verify["quality"] == {
         "positions": 100, "top1": 0.99, "kl": 0.01, "kl_max": 0.5, "difference": 2.0, "poor": False
     }  # fmt: skip
