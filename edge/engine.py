@@ -263,7 +263,7 @@ class Engine:
         masks = {
             work.sequence: self._masks.submit(matcher.mask)
             for work in plan
-            if work.ends and (matcher := self._of[work.sequence].matcher) is not None
+            if (matcher := self._of[work.sequence].matcher) is not None and work.ends
         }
         # A step without prompts is never interrupted: it can be booked before its end.
         self._unbooked = [] if prefill else list(zip(plan, rows, strict=True))

@@ -1,4 +1,4 @@
-"""Evened activations: the same model by another scale of its columns, and families that are left as they are."""
+"""Evened activations: the same model, its columns scaled; and families that are left as they are."""
 
 from __future__ import annotations
 

@@ -213,9 +213,12 @@ class Onnx:
         at = self._decode([row for row in rows if len(row.tokens) == 1], begin)
         for group in self._groups([row for row in rows if len(row.tokens) > 1]):
             at += self._read(group, at, begin)
+        places = []
         for row in rows:
             self._lengths[row.slot] += len(row.tokens)
-        places = [(begin[row.slot][0] + i, begin[row.slot][1]) for row in rows for i in range(row.outputs)]
+            if row.outputs:
+                first, few = begin[row.slot]
+                places += [(first + i, few) for i in range(row.outputs)]
         return self._outputs.read(places)
 
     def _few(self, rows: Sequence[Row]) -> bool:
