@@ -1,9 +1,10 @@
 """ONNX figures: `python -m bench.onnx RUN_OR_FOLDER [--merged FOLDER]`, one table, one run, interleaved.
 
 The same file, the same threads, the same greedy tokens: our engine over the ONNX backend (no HTTP on either
-side) against onnxruntime-genai's own Generator, and against transformers' generate in float32. With eight
-streams the Generator gets its best case, eight equal prompts in one batch; "joining and leaving" is what it
-cannot do, so it runs until its longest answer ends. The last line on standard output is JSON.
+side) against onnxruntime-genai's own Generator, both loaded twice, and against transformers' generate in
+float32. With eight streams the Generator gets its best case, eight equal prompts in one batch; "joining and
+leaving" is what it cannot do, so it runs until its longest answer ends. The last line on standard output is
+JSON.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path", type=Path, help="a run, a folder with an ONNX model, or a .onnx file")
     parser.add_argument("--merged", type=Path, help="the merged model (default: that of the run)")
     parser.add_argument("--threads", type=int, default=hardware.cpu_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args(argv)
     found = artefact.resolve(args.path, "onnx")
     merged = args.merged or args.path / "merged"
     console = Console(stderr=True)
     before = noise()
-    backend, settings = _backend(found, args.threads)
-    mine = direct.Ours(backend)
-    seen: list[direct.Side] = [mine, direct.Generator(found.path.parent, args.threads)]
+    first, settings = _backend(found, args.threads)
+    mine = direct.Ours(first)
+    # Between ours, so that neither side has the earlier ones.
+    others = [direct.Generator(found.path.parent, args.threads) for _ in range(2)]
+    last, _ = _backend(found, args.threads)
+    seen: list[direct.Side] = [direct.Two(mine, direct.Ours(last)), direct.Two(*others)]
     sides = list(seen)
     if merged.is_dir():
         sides.append(direct.Transformers(merged, dtype="float32", device="cpu", threads=args.threads))

@@ -120,3 +120,24 @@ def test_the_bare_loop_tells_the_share_of_the_memory_of_one_stream(
     most = 4e9 / footprint.per_token(10 + 20 / 2)
     assert one["memory_share"] == pytest.approx(one["decode_tokens_per_s"] / most)
     assert two["decode_tokens_per_s"] > 0 and "memory_share" not in two
+
+
+def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:
+    calls: list[str] = []
+
+    class Fake:
+        name = "fake"
+
+        def __init__(self, which: str) -> None:
+            self._which = which
+
+        def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> direct.Rates:
+            calls.append(self._which)
+            return direct.Rates(float(len(calls)), None)
+
+    both = direct.Two(Fake("a"), Fake("b"))
+    found = [both.run([[1]], (1,)).total for _ in range(4)]
+    # The first round, which warms, is one of each; what is told is what the last of them did.
+    assert calls == ["b", "a", "b", "a", "b"]
+    assert found == [2.0, 3.0, 4.0, 5.0]
+    assert both.name == "fake"
