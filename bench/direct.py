@@ -100,12 +100,13 @@ class Two:
     def __init__(self, one: Side, other: Side) -> None:
         self.name = one.name
         self._sides = [one, other]
-        self._warm = False
+        self._warm: set[tuple[int, ...]] = set()
 
     def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> Rates:
-        if not self._warm:
+        if tokens not in self._warm:
+            # The round that is dropped warms both for what is asked.
             self._sides[1].run(prompts, tokens)
-            self._warm = True
+            self._warm.add(tokens)
         self._sides.reverse()
         return self._sides[1].run(prompts, tokens)
 

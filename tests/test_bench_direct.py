@@ -141,3 +141,6 @@ def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:
     assert calls == ["b", "a", "b", "a", "b"]
     assert found == [2.0, 3.0, 4.0, 5.0]
     assert both.name == "fake"
+    # More streams touch memory that fewer did not: both are warmed anew.
+    assert both.run([[1]] * 2, (1, 1)).total == 7.0
+    assert calls[5:] == ["b", "a"]
