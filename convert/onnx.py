@@ -104,13 +104,13 @@ def export(
 
     with manifest.publish(target, overwrite=overwrite) as partial:
         final = partial / f"{name}-{precision}.onnx"
-        evened, even = "", source
+        even, block, activations = source, BLOCK, None
         # A card computes with activations as they are.
         if precision == "int8" and ep == "cpu":
             with console.status(f"evening out the activations of {source}"):
-                even, evened = _evened(source, origin, partial / "even")
+                even, block, activations = _evened(source, origin, partial / "even")
         with console.status(f"building {final.name} from {source}"):
-            _build(even, final, precision, scheme, ep, LONG_BLOCK if even is not source else BLOCK)
+            _build(even, final, precision, scheme, ep, block)
             decoder = _json(partial / "genai_config.json")["model"]["decoder"]
             complete(
                 final,
@@ -140,7 +140,7 @@ def export(
                 settings={
                     "precision": precision,
                     "scheme": scheme if precision == "int4" else None,
-                    "activations": evened or None,
+                    "activations": activations,
                     "ep": ep,
                     "file": final.name,
                     "matrices": {f"{bits} bits": count for bits, count in header.matrices.items()},
@@ -155,8 +155,8 @@ def export(
             ),
         )
     console.print(f"{target / final.name}: {precision}, {header.weights_bytes / 2**20:.0f} MiB")
-    if evened:
-        console.print(f"  activations {evened}")
+    if activations:
+        console.print(f"  activations {activations}")
     if isinstance(quality, str):
         console.print(f"  warning: not compared with the merged model: {quality}")
         return target / final.name
@@ -199,8 +199,11 @@ def _check(precision: str, scheme: str, ep: str) -> None:
         )
 
 
-def _evened(source: Path, origin: manifest.Manifest, target: Path) -> tuple[Path, str]:
-    """The folder to build from, and what was done: `source` where its activations cannot be measured."""
+def _evened(source: Path, origin: manifest.Manifest, target: Path) -> tuple[Path, int, str]:
+    """The folder to build from, in blocks of how many, and what was done in words.
+
+    That is `source` itself where its activations cannot be measured.
+    """
     # Imported late: it takes torch.
     from convert import smooth
 
@@ -208,8 +211,8 @@ def _evened(source: Path, origin: manifest.Manifest, target: Path) -> tuple[Path
         layers, rows = smooth.run(source, origin, target)
     except InputError as error:
         shutil.rmtree(target, ignore_errors=True)
-        return source, f"as they are, in blocks of {BLOCK}: {error.message}"
-    return target, f"evened out in {layers} layers on {rows}, in blocks of {LONG_BLOCK}"
+        return source, BLOCK, f"as they are, in blocks of {BLOCK}: {error.message}"
+    return target, LONG_BLOCK, f"evened out in {layers} layers on {rows}, in blocks of {LONG_BLOCK}"
 
 
 def _build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:

@@ -61,9 +61,14 @@ def write(folder: Path, parts: list[Part], rows: Rows) -> None:
         _write(folder / name, shard, rows)
         where.update(dict.fromkeys((part.name for part in shard), name))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(part.bytes for part in parts)}, "weight_map": where}
-        text = json.dumps(index, ensure_ascii=False, indent=2) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        write_index(folder, where, sum(part.bytes for part in parts))
+
+
+def write_index(folder: Path, where: dict[str, str], size: int) -> None:
+    """Say which of the folder's files holds each tensor. size: bytes of all tensors."""
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    text = json.dumps(index, ensure_ascii=False, indent=2) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 def _split(parts: list[Part]) -> list[list[Part]]:

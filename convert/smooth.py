@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from convert import imatrix
-from convert.folder import check_folder
+from convert import imatrix, shards
+from convert.folder import INDEX, check_folder
 from convert.verify_layers import Batch, LayeredModel
 from edge import manifest
 from edge.errors import InputError
@@ -44,7 +44,7 @@ def run(source: Path, known: manifest.Manifest | None, target: Path) -> tuple[in
     rows = rows[:: max(1, sum(map(len, rows)) // TOKENS)]
     target.mkdir()
     where: dict[str, str] = {}
-    changed = 0
+    changed = size = 0
     model = LayeredModel(source)
     try:
         with torch.inference_mode():
@@ -56,14 +56,14 @@ def run(source: Path, known: manifest.Manifest | None, target: Path) -> tuple[in
                     states, found = _layer(model, number, batches, states)
                     tensors = {f"{model.name(layer)}.{name}": value for name, value in found.items()}
                     if tensors:
-                        changed += 1
+                        changed, size = changed + 1, size + _bytes(tensors)
                         save_file(tensors, target / f"layer-{number}.safetensors")
                         where |= dict.fromkeys(tensors, f"layer-{number}.safetensors")
     finally:
         model.close()
     if not changed:
         raise InputError(f"{source}: no layer whose activations can be evened out")
-    _rest(source, target, where)
+    _rest(source, target, where, size)
     return changed, f"{len(rows)} of {what}"
 
 
@@ -81,10 +81,11 @@ def _layer(
         peak = torch.stack([peaks[one] for one in read]).amax(0)
         _even(layer.get_submodule(name), [layer.get_submodule(one) for one in read], peak)
     # The gate is multiplied with what comes up: that may be divided before.
-    for name in [name for name in peaks if name.endswith("down_proj")]:
-        up = getattr(layer.get_submodule(name.rpartition(".")[0]), "up_proj", None)
-        if isinstance(up, torch.nn.Linear):
-            _even(up, [layer.get_submodule(name)], peaks[name])
+    for name, peak in peaks.items():
+        parent, _, own = name.rpartition(".")
+        up = getattr(layer.get_submodule(parent), "up_proj", None)
+        if own == "down_proj" and isinstance(up, torch.nn.Linear):
+            _even(up, [layer.get_submodule(name)], peak)
     if _far(model.through(number, batches[0], states[0]), after[0]):
         for name, parameter in layer.named_parameters():
             parameter.copy_(before[name])
@@ -145,21 +146,26 @@ def _observed(layer: torch.nn.Module) -> Iterator[tuple[dict[str, list[str]], di
             handle.remove()
 
 
-def _rest(source: Path, target: Path, where: dict[str, str]) -> None:
-    """What `where`, a tensor's file by its name, does not hold yet; and the folder's other files."""
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _rest(source: Path, target: Path, where: dict[str, str], size: int) -> None:
+    """What `where`, a tensor's file by its name, does not hold yet; and the folder's other files.
+
+    size: bytes of the tensors that it holds.
+    """
     folder = check_folder(source)
-    size = sum((target / file).stat().st_size for file in set(where.values()))
     for number, path in enumerate(folder.weights):
         with safe_open(path, framework="pt") as file:
             rest = {name: file.get_tensor(name) for name in file.keys() if name not in where}  # noqa: SIM118
         if rest:
             save_file(rest, target / f"rest-{number}.safetensors")
             where |= dict.fromkeys(rest, f"rest-{number}.safetensors")
-            size += (target / f"rest-{number}.safetensors").stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+            size += _bytes(rest)
+    shards.write_index(target, where, size)
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
             shutil.copyfile(path, target / path.name)
     config = dict(folder.config) | {"dtype": "float32"}
     config.pop("torch_dtype", None)
