@@ -26,7 +26,7 @@ from bench.load import get
 from bench.measure import Plan
 from bench.run import run, stopped_by_signals
 from bench.targets import ours, started
-from edge import artefact, manifest
+from edge.artefact import find, manifest
 from edge.cli import guarded
 from edge.errors import EdgeError, InputError
 
@@ -133,7 +133,7 @@ def show_files(console: Console, folder: Path, base: Path) -> None:
     table = Table(title="what was made", title_justify="left")
     table.add_column("", overflow="fold")
     table.add_column("MiB", justify="right")
-    for path in (base, *(folder / stage for stage in ("adapter", "merged")), artefact.resolve(folder).path):
+    for path in (base, *(folder / stage for stage in ("adapter", "merged")), find.resolve(folder).path):
         table.add_row(escape(str(path)), f"{size(path) / 2**20:,.1f}")
     for name in ("report.md", "report.json"):
         table.add_row(escape(str(folder / name)), "")

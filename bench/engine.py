@@ -32,10 +32,11 @@ from bench.metrics import Sample, itl, median, percentile, ratio, token_rate, tt
 from bench.peers import llama_cpp_server, llama_server, xllamacpp
 from bench.probe import noise
 from bench.targets import Running, ours, started
-from edge import artefact, hardware
+from edge import hardware
+from edge.artefact import find
+from edge.artefact.gguf_shards import read_whole
 from edge.cli import guarded
 from edge.errors import EdgeError
-from edge.gguf_parts import read_whole
 
 TOKENS = 64
 CONTEXT = 512
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
     parser.add_argument("--only", choices=["streams", "others", "features"], help="one part of the table")
     args = parser.parse_args(argv)
-    found = artefact.resolve(args.path)
+    found = find.resolve(args.path)
     console = Console(stderr=True)
     before = noise()
     made: list[Row] = []
@@ -242,7 +243,7 @@ class _Bench:
     # -- ours alone --------------------------------------------------------------------------------------
 
     def features(self, rounds: int, requests: int, data: dict[str, Any]) -> list[Row]:
-        context = min(LONG_CONTEXT, artefact.resolve(self._path).header.context_length)
+        context = min(LONG_CONTEXT, find.resolve(self._path).header.context_length)
         with self._ours("--ctx", str(context)) as server:
             asyncio.run(closed_loop(server.url, Tuned(), self._jobs(2), 2))
             parts: list[Callable[[], list[Row]]] = [

@@ -14,10 +14,10 @@ import json
 import sys
 from pathlib import Path
 
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.gguf_header import read_header
 from edge.cli import guarded
 from edge.errors import InputError
-from edge.gguf_header import read_header
 
 TEMPLATE = "chat_template.jinja"
 

@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from bench import direct
-from edge import artefact, hardware, manifest, planning
+from edge import hardware, planning
+from edge.artefact import find, manifest
 from edge.backends import onnx
 from edge.backends.base import Backend
 from edge.cli import guarded
@@ -34,7 +35,7 @@ _PACKAGES = ("edge", "llama-cpp-python", "onnxruntime-gpu", "onnxruntime-genai-c
 _KEYS = ("what", "edge", "other", "name", "ratio", "goal")
 
 
-def _backend(found: artefact.Artefact, *, record: bool = True) -> Backend:
+def _backend(found: find.Artefact, *, record: bool = True) -> Backend:
     """As the server would load it, but for a context of the length that is needed here."""
     options = planning.Options(context=512, slots=STREAMS, device="cuda")
     settings = planning.plan(found, options)
@@ -46,7 +47,7 @@ def _backend(found: artefact.Artefact, *, record: bool = True) -> Backend:
     return backend
 
 
-def _other(found: artefact.Artefact, backend: Backend) -> direct.Side:
+def _other(found: find.Artefact, backend: Backend) -> direct.Side:
     if found.kind == "onnx":
         return direct.Generator(found.path.parent, hardware.cpu_threads())
     said = backend.info.settings
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
     samples: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for path in args.paths:
-        found = artefact.resolve(path)
+        found = find.resolve(path)
         backend = _backend(found)
         settings[found.path.name] = {"device": backend.info.device, **backend.info.settings}
         mine = direct.Ours(backend)

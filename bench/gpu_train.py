@@ -26,7 +26,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from edge import manifest
+from edge.artefact import manifest
 from edge.cli import guarded
 from edge.config import TrainConfig, parse
 from edge.errors import EdgeError

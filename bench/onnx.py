@@ -20,7 +20,8 @@ from rich.table import Table
 
 from bench import direct
 from bench.probe import noise
-from edge import artefact, hardware, planning, tune_onnx
+from edge import hardware, planning, tune_onnx
+from edge.artefact import find
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.cli import guarded
 
@@ -29,7 +30,7 @@ PROMPT, TOKENS, STREAMS = 85, 64, 8
 UNEQUAL = (16, 32, 48, 64, 64, 80, 96, 112)
 
 
-def _backend(found: artefact.Artefact, threads: int) -> tuple[Onnx, Settings]:
+def _backend(found: find.Artefact, threads: int) -> tuple[Onnx, Settings]:
     options = planning.Options(context=512, slots=STREAMS, threads=threads, device="cpu")
     asked = planning.plan(found, options)
     assert isinstance(asked, Settings)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=hardware.cpu_threads())
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args(argv)
-    found = artefact.resolve(args.path, "onnx")
+    found = find.resolve(args.path, "onnx")
     merged = args.merged or args.path / "merged"
     console = Console(stderr=True)
     before = noise()

@@ -21,9 +21,9 @@ from rich.console import Console
 from bench.load import Job, Part
 from bench.targets import Target
 from edge import hardware, native
+from edge.artefact.gguf_shards import read_whole
 from edge.cli import guarded
 from edge.errors import EdgeError
-from edge.gguf_parts import read_whole
 from edge.sdist import sdist
 
 # What the two Python servers need; nothing of it is used by the project itself.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.targets import Target
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import InputError
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from edge import hardware
-from edge.gguf_header import GGUFHeader
-from edge.onnx_header import OnnxHeader
+from edge.artefact.gguf_header import GGUFHeader
+from edge.artefact.onnx_header import OnnxHeader
 
 KV_F16_BYTES = 2.0
 # Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster

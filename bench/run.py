@@ -29,10 +29,11 @@ from bench.measure import Plan, measure
 from bench.probe import noise
 from bench.roofline import MOST_PROBED, Footprint
 from bench.targets import Target, baseline, genai, ours, ours_onnx, static
-from edge import artefact, hardware, manifest
+from edge import hardware
+from edge.artefact import find, manifest
+from edge.artefact.gguf_header import GGUFHeader
+from edge.artefact.onnx_header import OnnxHeader
 from edge.errors import InputError, UsageError
-from edge.gguf_header import GGUFHeader
-from edge.onnx_header import OnnxHeader
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
 # Tokens a slot must hold: the longest prompt of the workloads, a conversation, and the answer.
@@ -147,7 +148,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
     server does not start or two of them read different prompts.
     """
     began = time.perf_counter()
-    found = artefact.resolve(folder, "llamacpp")
+    found = find.resolve(folder, "llamacpp")
     assert isinstance(found.header, GGUFHeader)
     targets = [make_target(name, folder, found.path, plan) for name in plan.targets]
     stages = list(dict.fromkeys(target.stage for target in targets if target.stage not in ("", "merged")))
@@ -199,7 +200,7 @@ def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | N
     if target.stage == "merged":
         return roofline.of_merged(folder / "merged", header, 2 if target.dtype == "bfloat16" else 4)
     if target.stage == "onnx":
-        found = artefact.resolve(folder, "onnx").header
+        found = find.resolve(folder, "onnx").header
         assert isinstance(found, OnnxHeader)
         return roofline.of_onnx(found)
     return None
@@ -251,7 +252,7 @@ def check_same_model(folder: Path, stage: str = "gguf") -> None:
         )
 
 
-def need_bytes(folder: Path, found: artefact.Artefact, target: Target) -> int:
+def need_bytes(folder: Path, found: find.Artefact, target: Target) -> int:
     """Memory that a target will take, from its files: the merged 16-bit weights in its dtype, and torch;
 
     twice the GGUF's weights for the others, cache and buffers included; nothing where it runs already.
@@ -264,7 +265,7 @@ def need_bytes(folder: Path, found: artefact.Artefact, target: Target) -> int:
     return weights * (1 if target.dtype == "bfloat16" else 2) + 2**30
 
 
-def describe(folder: Path, found: artefact.Artefact, stages: Sequence[str]) -> dict[str, Any]:
+def describe(folder: Path, found: find.Artefact, stages: Sequence[str]) -> dict[str, Any]:
     """The model's files, by stage; sizes in bytes. stages: those whose weights a target reads."""
     merged = manifest.read(folder / "merged")
     said: dict[str, Any] = {
@@ -277,7 +278,7 @@ def describe(folder: Path, found: artefact.Artefact, stages: Sequence[str]) -> d
         "gguf": {"digest": found.digest, "file": found.path.name, "bytes": found.path.stat().st_size},
     }
     if "onnx" in stages:
-        onnx = artefact.resolve(folder, "onnx")
+        onnx = find.resolve(folder, "onnx")
         assert isinstance(onnx.header, OnnxHeader)
         names = {onnx.path.name, *onnx.header.files}
         size = sum((onnx.path.parent / name).stat().st_size for name in names)

@@ -28,7 +28,8 @@ from rich.table import Table
 from bench import metrics
 from bench.probe import noise
 from bench.table import write_files
-from edge import hardware, manifest
+from edge import hardware
+from edge.artefact import manifest
 from edge.cli import guarded
 from edge.config import load_train_config
 from edge.errors import EdgeError, UsageError
@@ -142,7 +143,7 @@ def heldout(run: Path, questions: Path, console: Console) -> dict[str, Any]:
     from convert import answers, template
     from convert.eval import load_tuned
     from convert.model import choose_place
-    from edge import manifest
+    from edge.artefact import manifest
     from edge.config import FIELDS, parse
 
     known = manifest.read(run / "adapter")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from convert.loop import Loop, Progress
 from convert.spread import plain
-from edge import manifest
+from edge.artefact import manifest
 from edge.config import FIELDS, TrainConfig
 from edge.errors import InputError, UsageError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from convert.data import Message, Report, Row
 from convert.template import ChatFormat, split_thought, thinking_mode, with_thought
 from edge.errors import InputError, UsageError
-from edge.thought import opens_thought
+from edge.reasoning import opens_thought
 
 IGNORED = -100
 _BATCH = 512

@@ -26,7 +26,7 @@ from convert.encode import Pair, Sample
 from convert.losses import LossHead, by_length
 from convert.merge import find_base
 from convert.model import Place, choose_place, load_model
-from edge import manifest
+from edge.artefact import manifest
 from edge.config import FIELDS, TrainConfig, parse
 from edge.errors import InputError, UsageError
 

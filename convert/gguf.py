@@ -31,9 +31,10 @@ from convert.folder import SMALL, check_folder, parameters
 from convert.verify_logits import Reference
 from convert.verify_probes import TEXTS as PROBES
 from convert.verify_readers import GgufReader, TorchReader
-from edge import hardware, manifest
+from edge import hardware
+from edge.artefact import manifest
+from edge.artefact.gguf_header import FILE_TYPES, GGUFHeader, read_header
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.gguf_header import FILE_TYPES, GGUFHeader, read_header
 from edge.sdist import sdist
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from convert import gguf
 from convert.folder import check_folder
 from convert.merge_adapter import find_base, known_adapter, read_adapter, words
-from edge import artefact, manifest
+from edge.artefact import find, manifest
 from edge.errors import InputError
 
 
@@ -61,7 +61,7 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
         options = ["--base", str(base.path.resolve()), "--outtype", "f16"]
         gguf.run_converter("convert_lora_to_gguf.py", scaled, final, options)
         shutil.rmtree(scaled)
-        artefact.check_lora(final)
+        find.check_lora(final)
         form = words(folder, base.path)
         made = known.child(
             "lora",

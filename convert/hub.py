@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from convert.folder import PATTERNS, converts
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UnavailableError
 
 LARGE = 16 * 2**20  # bytes from which a file is worth resuming

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from convert import data, encode, template
 from convert import verify_probes as probes
 from convert.verify_layers import load
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.gguf_header import GGUFHeader
 from edge.errors import EdgeError, InputError
-from edge.gguf_header import GGUFHeader
 
 # More tokens change the matrix little: past these the time is better spent otherwise.
 TOKENS = 8192

@@ -39,7 +39,7 @@ from convert.merge_adapter import (
 from convert.seen import DTYPES, Rows, Seen, spans
 from convert.shards import Part
 from convert.verify_readers import TorchReader
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
 
 INTO = ("nf4", "original")

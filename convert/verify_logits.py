@@ -17,7 +17,7 @@ import numpy as np
 from convert import verify_probes as probes
 from convert.verify_metrics import Divergence, Logits
 from convert.verify_readers import Reader
-from edge import manifest
+from edge.artefact import manifest
 
 GREEDY = 24  # tokens of a model's own answer
 LONGEST_PROMPT = 512

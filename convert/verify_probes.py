@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from convert import data
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import EdgeError
 
 Message = dict[str, str]

@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import template
-from edge import artefact, hardware, manifest, native
-from edge.chat import ChatTemplate
+from edge import hardware, native
+from edge.artefact import find, manifest
+from edge.artefact.gguf_shards import read_whole
+from edge.chat_template import ChatTemplate
 from edge.errors import EdgeError, InputError, RequestError
-from edge.gguf_parts import read_whole
 
 Logits = NDArray[np.float32]
 
@@ -172,7 +173,7 @@ class GgufReader(Reader):
         self.path, self.stage, self.kind = path, "gguf", header.file_type or "GGUF"
         self.slowness = 0
         if lora is not None:
-            artefact.check_lora(lora, header)
+            find.check_lora(lora, header)
             self.kind += " + LoRA"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         extra = bool(native.build_info().get("use_extra_bufts", True))
@@ -285,7 +286,7 @@ def open_reader(given: Path, *, lora: Path | None = None) -> Reader:
         raise InputError(f"no such file or folder: {given}", "give a stage's folder, a run or a file")
     if (given / "adapter_config.json").is_file() or (given / "config.json").is_file():
         return TorchReader(given)
-    found = artefact.resolve(given)
+    found = find.resolve(given)
     if found.kind == "onnx":
         from convert.verify_onnx import OnnxReader
 

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge import artefact, planning
 from edge import messages as msg
+from edge import planning
+from edge.artefact import find
 from edge.backends.onnx_providers import DEVICES
-from edge.chat import ChatTemplate
+from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
+from edge.reasoning import ThoughtSplit, opens_thought
 from edge.sampling import Params
 from edge.supervisor import EngineProcess
-from edge.thought import ThoughtSplit, opens_thought
 from edge.worker import Load
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system prompt, /exit (or Ctrl-D) ends"
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, help="default: until the context is full")
     parser.add_argument("--ctx", type=int, help="tokens that the conversation may hold")
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
-    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: what is faster here")
+    parser.add_argument("--backend", choices=list(find.SUFFIXES), help="default: what is faster here")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
     if not 0.0 <= args.temperature <= 2.0:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     return asyncio.run(_talk(load, found, params, args.system))
 
 
-async def _talk(load: Load, found: artefact.Artefact, params: Params, system: str | None) -> int:
+async def _talk(load: Load, found: find.Artefact, params: Params, system: str | None) -> int:
     engine = EngineProcess(load)
     engine.start()
     try:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge.backends.base import Backend
 from edge.errors import RequestError
 from edge.grammar import Matcher
-from edge.thought import THINK_END, ThoughtMeter
+from edge.reasoning import THINK_END, ThoughtMeter
 
 _CLOSING = f"\n{THINK_END}\n\n"
 

@@ -9,11 +9,11 @@ from edge.backends.base import Backend
 from edge.errors import RequestError
 from edge.grammar import Grammars, Matcher
 from edge.guide import Guide
+from edge.reasoning import ThoughtMeter
 from edge.sampling import Choice, Sampler
 from edge.scheduler import Sequence
 from edge.speculate import Lookup
 from edge.text import TextStream
-from edge.thought import ThoughtMeter
 
 
 @dataclass(slots=True, eq=False)

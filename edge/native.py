@@ -31,7 +31,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge import hardware, manifest
+from edge import hardware
+from edge.artefact import manifest
 from edge.errors import EdgeError, UnavailableError
 from edge.sdist import CONSTRAINTS, PACKAGE, VERSION, install_tools, pip, publish_folder, sdist_archive, tail
 

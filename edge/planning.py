@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge import doctor, hardware, native, offload
-from edge.artefact import SUFFIXES, Artefact, candidates
+from edge.artefact.find import SUFFIXES, Artefact, candidates
+from edge.artefact.onnx_header import OnnxHeader
 from edge.backends import onnx, pages
 from edge.backends.llamacpp import KV_BYTES, Settings
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.onnx_header import OnnxHeader
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16

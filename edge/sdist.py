@@ -12,7 +12,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from edge import hardware, manifest
+from edge import hardware
+from edge.artefact import manifest
 from edge.errors import InputError, UnavailableError
 
 PACKAGE = "llama-cpp-python"

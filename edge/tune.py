@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge import hardware, native
-from edge.artefact import Artefact
+from edge.artefact.find import Artefact
 from edge.backends import onnx
 from edge.backends.base import Backend, Row
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
@@ -307,20 +307,21 @@ def speed(found: Artefact, asked: Settings | onnx.Settings) -> tuple[float, floa
 
 
 def main(argv: list[str]) -> int:
-    from edge import artefact, planning
+    from edge import planning
+    from edge.artefact import find
 
     parser = argparse.ArgumentParser(
         prog="edge tune", description="Show what was measured for an artefact on this machine."
     )
     parser.add_argument("path", type=Path, help="a run, a folder with a model, or a .gguf or .onnx file")
-    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: every one there is")
+    parser.add_argument("--backend", choices=list(find.SUFFIXES), help="default: every one there is")
     parser.add_argument("--redo", action="store_true", help="measure again")
     parser.add_argument("--slots", type=int, help="as in edge serve")
     parser.add_argument("--threads", type=int, help="as in edge serve")
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
     args = parser.parse_args(argv)
-    kinds = (args.backend,) if args.backend else tuple(artefact.SUFFIXES)
-    for found in artefact.candidates(args.path, kinds):
+    kinds = (args.backend,) if args.backend else tuple(find.SUFFIXES)
+    for found in find.candidates(args.path, kinds):
         kv_type = "f16" if found.kind == "onnx" else args.kv_type
         options = planning.Options(slots=args.slots, threads=args.threads, kv_type=kv_type)
         asked = planning.plan(found, options)

@@ -31,7 +31,7 @@ from edge.job import prompt_tokens
 from edge.prefixes import PrefixStore
 
 if TYPE_CHECKING:
-    from edge.artefact import Artefact
+    from edge.artefact.find import Artefact
     from edge.backends import llamacpp, onnx
 
 

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from edge import manifest
+from edge.artefact import manifest
 from tests.toy import CHATML, make_model
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi", "phi3")

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from bench import bare, direct, gpu_serve, roofline
 from bench.direct import Case, Ours, Rates
-from edge import artefact
+from edge.artefact import find
+from edge.artefact.gguf_header import read_header
 from edge.backends.fake import FakeBackend
 from edge.errors import EdgeError
-from edge.gguf_header import read_header
 from tests import tiny_llama
 
 
@@ -109,7 +109,7 @@ def test_the_bare_loop_tells_the_share_of_the_memory_of_one_stream(
     """part: tensors of each of several files, all of which are read for a token."""
     pytest.importorskip("llama_cpp")
     tiny_llama.write(tmp_path / "m.gguf", part=part)
-    path = artefact.resolve(tmp_path).path
+    path = find.resolve(tmp_path).path
     footprint = roofline.of_gguf(read_header(tiny_llama.write(tmp_path / "one.gguf")))
     readings = iter([2e9, 4e9])  # before and after: the better one counts
     monkeypatch.setattr(

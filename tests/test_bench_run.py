@@ -24,7 +24,7 @@ from bench.metrics import Sample
 from bench.probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
 from bench.run import check_same_model, main
 from bench.targets import Target, free_port, started, stop
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
 from tests.reports import build
 

@@ -19,8 +19,8 @@ from bench.load import Ours, open_loop
 from bench.measure import Measured, Plan, Round
 from bench.metrics import Objective, Sample
 from bench.targets import Target
+from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
-from edge.gguf_header import read_header
 from tests import tiny_llama
 from tests.bench_mock import Mock, serving
 from tests.reports import build
@@ -154,7 +154,7 @@ def test_bytes_of_a_transformers_folder_follow_its_dtype(tmp_path: Path) -> None
 
 def test_bytes_of_an_onnx_graph_leave_out_tables_of_rows(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    from edge.onnx_header import read_onnx
+    from edge.artefact.onnx_header import read_onnx
     from tests import tiny_onnx as tiny
 
     header = read_onnx(tiny.write(tmp_path))

@@ -26,7 +26,7 @@ from bench.load import Job, ask, spread_evenly
 from bench.quality import of_stage, of_target
 from bench.simple_server import Asked, next_batch
 from bench.targets import Target, baseline, genai, ours, started
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 
 KEY = "k-1"

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge import chat
-from edge.chat import ChatTemplate
+from edge import chat_template
+from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
-from edge.thought import ThoughtSplit, opens_thought
+from edge.reasoning import ThoughtSplit, opens_thought
 
 CHATML = (
     "{% for message in messages %}"
@@ -126,7 +126,7 @@ def test_any_chunking_gives_the_same_split(text: str, inside: bool, size: int) -
     ],
 )
 def test_a_template_is_bounded_in_time_and_size(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "RENDER_S", 0.05)
+    monkeypatch.setattr(chat_template, "RENDER_S", 0.05)
     with pytest.raises(RequestError) as caught:
         ChatTemplate(source).render(user("x"))
     assert caught.value.status == 400

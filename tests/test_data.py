@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert import data, encode, template
-from edge.chat import ChatTemplate
+from edge.chat_template import ChatTemplate
 from edge.errors import InputError, UsageError
 from tests.toy import CHATML, IM_END, IM_START, THINKING, make_model
 

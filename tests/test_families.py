@@ -12,9 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from convert import gguf, gguf_lora, merge, verify
-from edge import artefact, manifest, sdist
+from edge import sdist
+from edge.artefact import find, manifest
+from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
-from edge.gguf_header import read_header
 from tests import tiny_llama
 from tests.families import FAMILIES, as_transformers_4, make_adapter, make_family
 from tests.toy import CHATML
@@ -110,13 +111,13 @@ def test_m8_an_adapter_on_top_of_a_base_in_gguf(
     assert report.logits["kl_mean"] < 1e-3 and report.logits["top1"] > 0.97
     # Without it the base is another model.
     assert verify.run(run / "adapter", file, console=quiet()).logits["kl_mean"] > 0.02
-    found = artefact.with_lora(artefact.resolve(base), run)
+    found = find.with_lora(find.resolve(base), run)
     assert found.lora == lora and found.name == "toy" and found.digest.count("sha256:") == 2
     other = tiny_llama.write(tmp_path / "other.gguf")
     with pytest.raises(InputError, match=r"is for|changes blk"):
-        artefact.check_lora(lora, read_header(other))
+        find.check_lora(lora, read_header(other))
     with pytest.raises(InputError, match="is no LoRA adapter"):
-        artefact.check_lora(other)
+        find.check_lora(other)
 
 
 @pytest.mark.slow
@@ -160,7 +161,7 @@ def test_a_lora_file_with_fields_that_would_end_the_process(tmp_path: Path) -> N
     ]
     path = tmp_path / "适.gguf"
     path.write_bytes(write(good, tensors, 2048))
-    assert artefact.check_lora(path).architecture == "llama"
+    assert find.check_lora(path).architecture == "llama"
     for change, message in (
         ({"general.type": 3}, "is no LoRA adapter"),
         ({"adapter.type": [1]}, "is no LoRA adapter"),
@@ -168,7 +169,7 @@ def test_a_lora_file_with_fields_that_would_end_the_process(tmp_path: Path) -> N
     ):
         path.write_bytes(write(good | change, tensors, 2048))
         with pytest.raises(InputError, match=message):
-            artefact.check_lora(path)
+            find.check_lora(path)
     for wrong, message in (
         (tensors[:1], "two halves"),
         ([("odd", (64,), 0, 0)], "is no half"),
@@ -177,7 +178,7 @@ def test_a_lora_file_with_fields_that_would_end_the_process(tmp_path: Path) -> N
     ):
         path.write_bytes(write(good, wrong, 4096))
         with pytest.raises(InputError, match=message):
-            artefact.check_lora(path)
+            find.check_lora(path)
 
 
 # Merging what is more than low-rank updates

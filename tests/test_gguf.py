@@ -19,9 +19,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from convert import gguf
 from convert.verify import Report
 from convert.verify_readers import TorchReader
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.gguf_header import read_header
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
-from edge.gguf_header import read_header
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}你好 🐚</s>\n{% endfor %}"
 WORDS = [

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge.artefact.gguf_header import GGUFArray, read_header
 from edge.errors import InputError
-from edge.gguf_header import GGUFArray, read_header
 from tests.tiny_gguf import gguf
 
 TEMPLATE = "{% for m in messages %}你好 🍔 {{ m.content }}{% endfor %}"

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from convert import gguf_split
-from edge import artefact
+from edge.artefact import find
+from edge.artefact.gguf_header import GGUFArray, read_header
+from edge.artefact.gguf_shards import read_whole
 from edge.backends.base import Row
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.errors import InputError, UsageError
-from edge.gguf_header import GGUFArray, read_header
-from edge.gguf_parts import read_whole
 from tests import tiny_llama
 
 
@@ -31,7 +31,7 @@ def test_the_parts_are_one_model(parts: list[Path], tmp_path: Path) -> None:
     assert parts[0].name == f"模型 m-00001-of-{len(parts):05d}.gguf" and len(parts) > 2
     (tmp_path / "one").mkdir()
     one = read_header(tiny_llama.write(tmp_path / "one" / "m.gguf"))
-    found = artefact.resolve(tmp_path)
+    found = find.resolve(tmp_path)
     assert found.path == parts[0] and found.header.weights_bytes == one.weights_bytes
     whole = read_whole(parts[0])
     assert whole.tensors.keys() == one.tensors.keys() and whole.chat_template == one.chat_template
@@ -42,7 +42,7 @@ def test_the_parts_are_one_model(parts: list[Path], tmp_path: Path) -> None:
 def test_parts_that_do_not_fit_are_said(parts: list[Path]) -> None:
     def refused(message: str, path: Path = parts[0]) -> None:
         with pytest.raises(InputError, match=message):
-            artefact.resolve(path)
+            find.resolve(path)
 
     refused("is not the first of its parts", parts[1])
     kept = parts[1].read_bytes()

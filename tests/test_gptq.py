@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from convert import gguf, gptq
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
-from edge.gguf_header import read_header
 from tests.families import make_family, make_run
 from tests.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
 

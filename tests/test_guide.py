@@ -12,8 +12,8 @@ from edge.backends.fake import EOS, FakeBackend
 from edge.engine import Engine
 from edge.grammar import Constraint
 from edge.guide import Guidance
+from edge.reasoning import THINK_END
 from edge.sampling import Params
-from edge.thought import THINK_END
 
 
 def answer(

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from convert import gguf, imatrix, ladder
 from convert.ladder import Rung
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
-from edge.gguf_header import read_header
 from tests.families import make_family, make_run
 from tests.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.manifest import Manifest
 from edge.errors import ExistsError, InputError
-from edge.manifest import Manifest
 
 
 def make(target: Path, files: dict[str, str], *, overwrite: bool = False, name: str = "n") -> None:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convert import merge, merge_adapter, qlora, shards
-from edge import manifest
+from edge.artefact import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.toy import make_model

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from edge import artefact, hardware, native, offload, planning
+from edge import hardware, native, offload, planning
+from edge.artefact import find
+from edge.artefact.gguf_header import GGUFHeader
 from edge.backends import llamacpp
 from edge.errors import InputError, UnavailableError
-from edge.gguf_header import GGUFHeader
 from edge.hardware import GPU, Memory
 from edge.planning import Options
 from tests import tiny_llama
@@ -22,17 +23,17 @@ def cards(*free: float) -> list[GPU]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> artefact.Artefact:
-    return artefact.resolve(tiny_llama.write(tmp_path_factory.mktemp("卡") / "微小.gguf"))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> find.Artefact:
+    return find.resolve(tiny_llama.write(tmp_path_factory.mktemp("卡") / "微小.gguf"))
 
 
-def plan(tiny: artefact.Artefact, monkeypatch: pytest.MonkeyPatch, found: list[GPU], device: str = "auto"):  # type: ignore[no-untyped-def]
+def plan(tiny: find.Artefact, monkeypatch: pytest.MonkeyPatch, found: list[GPU], device: str = "auto"):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(native, "no_card", lambda: "")
     monkeypatch.setattr(hardware, "gpus", lambda: found)
     return planning.plan(tiny, Options(device=device, context=64, slots=2))
 
 
-def test_all_layers_or_as_many_as_fit(tiny: artefact.Artefact) -> None:
+def test_all_layers_or_as_many_as_fit(tiny: find.Artefact) -> None:
     header = tiny.header
     assert isinstance(header, GGUFHeader)
     blocks = [
@@ -60,7 +61,7 @@ def test_all_layers_or_as_many_as_fit(tiny: artefact.Artefact) -> None:
     assert offload.layers(header, cells, cell, 0, cards(half, half))[0] == offload.ALL
 
 
-def test_what_lies_on_the_card_is_said(tiny: artefact.Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_on_the_card_is_said(tiny: find.Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = plan(tiny, monkeypatch, cards(8 * 2**30))
     assert (settings.device, settings.gpu_layers) == ("cuda: 小卡", offload.ALL)
     assert "all " in settings.why and "a card was found" in settings.why
@@ -77,7 +78,7 @@ def test_what_lies_on_the_card_is_said(tiny: artefact.Artefact, monkeypatch: pyt
 
 
 def test_a_model_beyond_the_systems_memory_fits_with_the_cards(
-    tiny: artefact.Artefact, monkeypatch: pytest.MonkeyPatch
+    tiny: find.Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = planning.estimate(tiny, kv_type="f16", slots=2).total(64)
     monkeypatch.setattr(hardware, "memory", lambda: Memory(total=need, available=need - 1000))
@@ -87,7 +88,7 @@ def test_a_model_beyond_the_systems_memory_fits_with_the_cards(
 
 
 def test_a_full_memory_is_said_as_such(
-    tiny: artefact.Artefact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: find.Artefact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     log = "alloc_buffer: allocating 900.00 MiB on device 0: cudaMalloc failed: out of memory"
     error = llamacpp._no_memory(tmp_path, log)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convert import ollama
-from edge.chat import ChatTemplate
+from edge.chat_template import ChatTemplate
 from edge.errors import InputError
 from tests import tiny_llama
 from tests.toy import CHATML, THINKING

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper
 from convert.onnx_graph import add_candidates
 from edge import hardware
 from edge import messages as msg
+from edge.artefact.onnx_header import CANDIDATES, read_onnx
 from edge.backends import onnx_embed
 from edge.backends.base import Candidates, Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
@@ -33,7 +34,6 @@ from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
 from edge.grammar import Constraint
 from edge.hardware import Memory
-from edge.onnx_header import CANDIDATES, read_onnx
 from tests import tiny_onnx
 from tests.desk import Desk
 

@@ -22,11 +22,11 @@ from convert import onnx as export
 from convert import onnx_quality as quality
 from convert import verify
 from convert.onnx_quality import Quality
-from edge import artefact, manifest
+from edge.artefact import find, manifest
+from edge.artefact.onnx_header import read_onnx
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
-from edge.onnx_header import read_onnx
 from tests import tiny_onnx
 from tests.desk import Desk
 from tests.fake_server import launch
@@ -117,7 +117,7 @@ def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, An
     assert made.verify["quality"] == {
         "positions": 100, "top1": 0.99, "kl": 0.01, "kl_max": 0.5, "difference": 2.0, "poor": False
     }  # fmt: skip
-    assert artefact.resolve(run_folder).digest == made.digest
+    assert find.resolve(run_folder).digest == made.digest
 
 
 def test_an_earlier_export_stays_unless_it_is_to_be_replaced(run_folder: Path, built: dict[str, Any]) -> None:
@@ -297,7 +297,7 @@ def test_a_real_export_is_the_merged_model(real: Path) -> None:
     assert found["positions"] > 50
     assert found["top1"] == 1.0
     assert found["difference"] < 1e-3
-    header = read_onnx(artefact.resolve(real, "onnx").path)
+    header = read_onnx(find.resolve(real, "onnx").path)
     assert (header.context_length, header.vocab_size, header.selects) == (512, 384, True)
 
 
@@ -337,10 +337,10 @@ def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Pa
     shutil.copytree(real / "merged", tmp_path / "merged")
     text = said(tmp_path, precision="fp16", ep="cuda")
     assert "warning" not in text
-    found = artefact.resolve(tmp_path, "onnx")
+    found = find.resolve(tmp_path, "onnx")
     header = read_onnx(found.path)
     assert (header.cache_type, header.candidates, set(header.matrices)) == ("float16", 64, {16})
-    assert header.hidden == read_onnx(artefact.resolve(real, "onnx").path).hidden > 0
+    assert header.hidden == read_onnx(find.resolve(real, "onnx").path).hidden > 0
     backend = Onnx(Model(found.path), Settings(slots=4, context=128, batch=64, device="auto"))
     asked = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
     alone, together = Desk(backend), Desk(backend)
@@ -360,7 +360,7 @@ def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Pa
 def test_four_bits_are_smaller_and_said_to_be_poor(real: Path, tmp_path: Path) -> None:
     shutil.copytree(real / "merged", tmp_path / "merged")
     text = said(tmp_path, precision="int4", scheme="block")
-    header = read_onnx(artefact.resolve(tmp_path, "onnx").path)
+    header = read_onnx(find.resolve(tmp_path, "onnx").path)
     assert 4 in header.matrices
     assert "warning" in text
-    assert header.weights_bytes < read_onnx(artefact.resolve(real, "onnx").path).weights_bytes
+    assert header.weights_bytes < read_onnx(find.resolve(real, "onnx").path).weights_bytes

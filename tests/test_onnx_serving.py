@@ -15,11 +15,12 @@ pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
 
-from edge import artefact, hardware, manifest, planning, tune, tune_onnx
+from edge import hardware, planning, tune, tune_onnx
+from edge.artefact import find, manifest
+from edge.artefact.onnx_header import OUTPUT_POSITIONS
 from edge.backends.onnx import Model, Settings
 from edge.errors import InputError, UnavailableError, UsageError
 from edge.hardware import Memory
-from edge.onnx_header import OUTPUT_POSITIONS
 from edge.planning import Options
 from tests import tiny_llama, tiny_onnx
 
@@ -49,8 +50,8 @@ def publish(run: Path, *, both: bool = False, **given: Any) -> Path:
 
 def test_run_folder_and_file_are_the_same_artefact(tmp_path: Path) -> None:
     publish(tmp_path)
-    by_run = artefact.resolve(tmp_path)
-    assert by_run == artefact.resolve(tmp_path / "onnx") == artefact.resolve(tmp_path / "onnx" / "微小.onnx")
+    by_run = find.resolve(tmp_path)
+    assert by_run == find.resolve(tmp_path / "onnx") == find.resolve(tmp_path / "onnx" / "微小.onnx")
     assert (by_run.kind, by_run.name, by_run.stop_ids) == ("onnx", "微小", frozenset({tiny_onnx.END}))
     assert by_run.digest == manifest.read(tmp_path / "onnx").digest
 
@@ -60,22 +61,22 @@ def test_files_that_were_changed_after_the_export_are_refused(tmp_path: Path) ->
     path = tmp_path / "onnx" / "微小.onnx.data"
     path.write_bytes(path.read_bytes() + b"\0" * 64)
     with pytest.raises(InputError, match=r"edge\.json says"):
-        artefact.resolve(tmp_path)
+        find.resolve(tmp_path)
     publish(tmp_path / "2", chat_template=manifest.text_digest("another"))
     with pytest.raises(InputError, match="chat template"):
-        artefact.resolve(tmp_path / "2")
+        find.resolve(tmp_path / "2")
 
 
 def test_a_run_without_onnx_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with pytest.raises(InputError, match="edge export onnx"):
-        artefact.resolve(tmp_path, "onnx")
+        find.resolve(tmp_path, "onnx")
 
 
 def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = artefact.candidates(publish(tmp_path, both=True))
+    found = find.candidates(publish(tmp_path, both=True))
     assert [one.kind for one in found] == ["llamacpp", "onnx"]
     missing: set[str] = set()
     monkeypatch.setattr(
@@ -105,7 +106,7 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
 def test_s12_slots_shrink_to_the_memory_and_what_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = artefact.resolve(publish(tmp_path))
+    tiny = find.resolve(publish(tmp_path))
     need = planning.estimate(tiny, kv_type="f16", slots=16)
     assert need.cell == 2 * 2 * (16 + 16) * 4
     memory = need.total(5 * 512 + 100)
@@ -143,7 +144,7 @@ def test_tuning_measures_threads_and_spinning_once(
     assert [(row["threads"], row["spin"]) for row in found["trials"]] == [(1, True), (1, False)]
     monkeypatch.setattr(tune_onnx, "measure", lambda *_: pytest.fail("measured twice"))
     assert tune_onnx.settings(model, asked) == first
-    told = tune.speed(artefact.resolve(folder / "тест.onnx"), asked)
+    told = tune.speed(find.resolve(folder / "тест.onnx"), asked)
     assert told == (found["chosen"]["one"], found["chosen"]["eight"], found["chosen"]["prompt"])
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from convert import pull
 from convert.folder import check_folder
-from edge import artefact, hardware, manifest, sdist
+from edge import hardware, sdist
+from edge.artefact import find, manifest
 from edge.errors import ExistsError, InputError, UnavailableError, UsageError
 from tests import toy
 from tests.fake_hub import FakeHub
@@ -215,7 +216,7 @@ def test_a_gguf_file_becomes_a_folder_to_serve(tmp_path: Path, capsys: pytest.Ca
     path.write_bytes(gguf(GGUF, []))
     assert pull.main([str(path), "--out", str(tmp_path / "m")]) == 0
     assert "training needs a transformers folder" in capsys.readouterr().out
-    found = artefact.resolve(tmp_path / "m")
+    found = find.resolve(tmp_path / "m")
     assert found.path.samefile(path)
     assert (found.name, found.stop_ids, found.chat_template) == ("m", {7, 9}, toy.CHATML)
     with pytest.raises(InputError, match="can be served; training needs"):
@@ -330,7 +331,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
         tensor = tensors[theirs]
         exact = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
         assert torch.equal(weights[ours], exact)
-    assert artefact.resolve(target).stop_ids == {0, 2}
+    assert find.resolve(target).stop_ids == {0, 2}
 
 
 # The hub

@@ -12,7 +12,7 @@ import torch
 from convert import allocator, loop, model, qlora, train_cli
 from convert.encode import Sample
 from convert.losses import LossHead, head_is_more
-from edge import manifest
+from edge.artefact import manifest
 from edge.config import parse
 from edge.errors import EdgeError, ExistsError, UsageError
 from tests.toy import THINKING, make_model

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from convert import checkpoint, loop, qlora, train_cli
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.runs import ROWS, configure
 from tests.toy import make_model

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from edge import artefact, hardware, manifest, native, planning, tune
-from edge.artefact import Artefact
+from edge import hardware, native, planning, tune
+from edge.artefact import find, manifest
+from edge.artefact.find import Artefact
 from edge.backends import pages
 from edge.backends.llamacpp import Model, Settings
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
@@ -114,8 +115,8 @@ def test_a_schema_is_obeyed_by_the_real_vocabulary(server: Server) -> None:
 
 
 def test_run_folder_and_file_are_the_same_artefact(run: Path) -> None:
-    by_run, by_folder = artefact.resolve(run), artefact.resolve(run / "gguf")
-    by_file = artefact.resolve(run / "gguf" / "微小.gguf")
+    by_run, by_folder = find.resolve(run), find.resolve(run / "gguf")
+    by_file = find.resolve(run / "gguf" / "微小.gguf")
     assert by_run == by_folder == by_file
     assert by_run.stop_ids == frozenset({2, 7})
 
@@ -123,11 +124,11 @@ def test_run_folder_and_file_are_the_same_artefact(run: Path) -> None:
 def test_m2_another_template_than_the_exported_one_is_refused(tmp_path: Path) -> None:
     publish(tmp_path, chat_template=manifest.text_digest("another"))
     with pytest.raises(InputError, match="chat template"):
-        artefact.resolve(tmp_path)
+        find.resolve(tmp_path)
 
 
 def test_a_foreign_file_is_served_by_its_own_header(tmp_path: Path) -> None:
-    found = artefact.resolve(tiny_llama.write(tmp_path / "x.gguf", template=None))
+    found = find.resolve(tiny_llama.write(tmp_path / "x.gguf", template=None))
     assert (found.name, found.digest, found.chat_template) == ("x", "", None)
 
 
@@ -136,7 +137,7 @@ def test_a_foreign_file_is_served_by_its_own_header(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(run: Path) -> Artefact:
-    return artefact.resolve(run)
+    return find.resolve(run)
 
 
 def memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import RequestError
+from edge.reasoning import ThoughtSplit
 from edge.server.calls import CallReader
 from edge.server.tools import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool, dialect_of
 from edge.server.turn import Reader
-from edge.thought import ThoughtSplit
 from tests.fake_server import Server, fake_server
 
 CHAT = "/v1/chat/completions"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from convert import onnx, smooth
 from convert.verify_torch import TorchModel
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import InputError
 from tests.families import make_family, make_run
 

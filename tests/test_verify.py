@@ -17,7 +17,7 @@ from rich.console import Console
 from convert import verify, verify_probes
 from convert.verify_metrics import Divergence, log_softmax
 from convert.verify_readers import GgufReader, Reader, TorchReader, open_reader
-from edge import manifest
+from edge.artefact import manifest
 from edge.errors import InputError
 from tests import tiny_llama
 from tests.families import make_adapter, make_family

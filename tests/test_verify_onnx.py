@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers")
 from convert.verify import BOUNDS
 from convert.verify_onnx import OnnxReader
 from convert.verify_readers import open_reader
-from edge import manifest
+from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import InputError

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.artefact.gguf_shards import part_files
 from edge.backends import mapped, pages
 from edge.backends.base import FULL, BackendInfo, Logits, Row, StepInterrupted, check_rows, nothing
 from edge.backends.embedder import Embedder
 from edge.backends.governor import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.gguf_parts import part_files
 
 # Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
 _INTERRUPTIBLE_TOKENS = 32

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.artefact.onnx_header import OUTPUT_POSITIONS, read_onnx
 from edge.backends import onnx_providers
 from edge.backends.base import FULL, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows, nothing
 from edge.backends.onnx_binding import Binding, Buffer, Mask, zeros
@@ -26,7 +27,6 @@ from edge.backends.onnx_recorded import GRAPH, Recorder, Recording
 from edge.backends.onnx_rows import Rows
 from edge.backends.onnx_tokens import Vocabulary
 from edge.errors import EdgeError, InputError
-from edge.onnx_header import OUTPUT_POSITIONS, read_onnx
 
 TEMPLATE = "chat_template.jinja"
 # Windows of rows whose tensors are kept bound, the oldest let go first.

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import hardware
+from edge.artefact.onnx_header import HIDDEN, OnnxHeader
 from edge.backends.onnx_device import DeviceRows
 from edge.backends.onnx_rows import Rows
 from edge.errors import EdgeError
-from edge.onnx_header import HIDDEN, OnnxHeader
 
 PIECE = 256
 

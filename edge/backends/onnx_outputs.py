@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.artefact.onnx_header import CANDIDATES, OnnxHeader
 from edge.backends.base import Candidates, Logits, StepOutputs
 from edge.backends.onnx_binding import Binding, Buffer, zeros
-from edge.onnx_header import CANDIDATES, OnnxHeader
 
 
 class Outputs:

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 import edge
-from edge.artefact import SUFFIXES, Artefact
-from edge.gguf_header import GGUFHeader
+from edge.artefact.find import SUFFIXES, Artefact
+from edge.artefact.gguf_header import GGUFHeader
 from edge.server.ollama import taken, thinks
 from edge.server.registry import Known, Registry
 from edge.server.tools import dialect_of

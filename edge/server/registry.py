@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge import messages as msg
-from edge.artefact import Artefact
+from edge.artefact.find import Artefact
 from edge.errors import EdgeError, RequestError
 from edge.server.metrics import Metrics
 from edge.server.serving import Serving

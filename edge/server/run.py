@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from edge import artefact, planning
+from edge import planning
+from edge.artefact import find
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UsageError
 from edge.server.guard import Access, is_loopback
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ctx", type=int, help="tokens that one request may hold, answer included")
     parser.add_argument("--slots", type=int, help="requests that run at once")
     parser.add_argument("--threads", type=int, help="default: the physical cores it may use")
-    parser.add_argument("--backend", choices=list(artefact.SUFFIXES), help="default: what is faster here")
+    parser.add_argument("--backend", choices=list(find.SUFFIXES), help="default: what is faster here")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
     parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
@@ -154,7 +155,7 @@ def planned(path: Path, args: argparse.Namespace, lora: Path | None = None) -> P
     # An adapter in GGUF goes on top of a GGUF.
     found, why = planning.pick(path, "llamacpp" if args.lora else args.backend, options)
     if lora is not None:
-        found = artefact.with_lora(found, lora)
+        found = find.with_lora(found, lora)
     settings = planning.plan(found, options)
     load = Load.of(
         found,

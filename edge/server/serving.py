@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from edge import messages as msg
-from edge.artefact import Artefact
-from edge.chat import ChatTemplate
+from edge.artefact.find import Artefact
+from edge.chat_template import ChatTemplate
 from edge.errors import RequestError
 from edge.supervisor import EngineProcess
 

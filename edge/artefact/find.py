@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge import manifest
+from edge.artefact import manifest
+from edge.artefact.gguf_header import GGUFHeader, read_header
+from edge.artefact.gguf_shards import is_later, read_whole
+from edge.artefact.onnx_header import OnnxHeader, read_onnx
 from edge.errors import InputError
-from edge.gguf_header import GGUFHeader, read_header
-from edge.gguf_parts import is_later, read_whole
-from edge.onnx_header import OnnxHeader, read_onnx
 
 TEMPLATE = "chat_template.jinja"
 # Backend -> how the files that it serves end, which is also the name of their folder in a run.

@@ -10,8 +10,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from edge.artefact.gguf_header import GGUFHeader, GGUFTensor, read_header
 from edge.errors import InputError
-from edge.gguf_header import GGUFHeader, GGUFTensor, read_header
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 

@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge.errors import InputError, RequestError
-from edge.thought import THINK_END, opens_thought
+from edge.reasoning import THINK_END, opens_thought
 
 _LONGEST_PROMPT = 8 * 2**20
 _LARGEST_EXPONENT = 64
