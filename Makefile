@@ -55,7 +55,7 @@ help:
 install: $(STAMP)
 
 # The stamp follows what is pinned and what the native build depends on.
-$(STAMP): pyproject.toml constraints.txt edge/native.py edge/sdist.py edge/native_check.py $(wildcard edge/csrc/*)
+$(STAMP): pyproject.toml constraints.txt edge/machine/build_llamacpp.py edge/machine/llamacpp_source.py edge/machine/build_check.py $(wildcard edge/csrc/*)
 	@test -x $(BIN)/python || for python in $(PYTHON); do \
 	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
 	    "$$python" -m venv .venv && break || rm -rf .venv; \
@@ -66,7 +66,7 @@ $(STAMP): pyproject.toml constraints.txt edge/native.py edge/sdist.py edge/nativ
 	    exit 1; }
 	$(PIP) install --quiet pip==26.1
 	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
-	$(BIN)/python -m edge.native $(if $(WITH_CUDA),--cuda)
+	$(BIN)/python -m edge.machine.build_llamacpp $(if $(WITH_CUDA),--cuda)
 	@rm -f .venv/installed .venv/installed-cuda
 	@touch $@
 

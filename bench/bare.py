@@ -27,11 +27,11 @@ import numpy as np
 
 from bench import roofline
 from bench.metrics import median
-from edge import hardware
 from edge.artefact.gguf_shards import read_whole
 from edge.backends.llamacpp import library, native_errors
 from edge.cli import guarded
 from edge.errors import InputError, UsageError
+from edge.machine import hardware
 
 
 @dataclass(frozen=True)

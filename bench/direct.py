@@ -18,11 +18,11 @@ from rich.console import Console
 from bench import genai
 from bench.bare import Bare, Setting
 from bench.metrics import median, ratio
-from edge import messages as msg
 from edge.backends.base import Backend
-from edge.engine import Engine
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.sampling import Params
 from edge.errors import EdgeError
-from edge.sampling import Params
 
 PAUSE_S = 0.2
 

@@ -32,11 +32,11 @@ from bench.metrics import Sample, itl, median, percentile, ratio, token_rate, tt
 from bench.peers import llama_cpp_server, llama_server, xllamacpp
 from bench.probe import noise
 from bench.targets import Running, ours, started
-from edge import hardware
 from edge.artefact import find
 from edge.artefact.gguf_shards import read_whole
 from edge.cli import guarded
 from edge.errors import EdgeError
+from edge.machine import hardware
 
 TOKENS = 64
 CONTEXT = 512
@@ -382,7 +382,7 @@ class _Bench:
 
     def _memory(self, server: Running, requests: int) -> Row:
         family = psutil.Process(server.pid).children(recursive=True)
-        worker = next(p for p in family if "edge.worker" in " ".join(p.cmdline()))
+        worker = next(p for p in family if "edge.engine.worker" in " ".join(p.cmdline()))
 
         def held() -> int:
             return int(worker.memory_full_info().uss) + int(psutil.Process(server.pid).memory_full_info().uss)

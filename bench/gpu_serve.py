@@ -20,13 +20,14 @@ from typing import Any
 from rich.console import Console
 
 from bench import direct
-from edge import hardware, planning
 from edge.artefact import find, manifest
 from edge.backends import onnx
 from edge.backends.base import Backend
 from edge.cli import guarded
+from edge.engine.worker import Load, open_backend
 from edge.errors import UnavailableError
-from edge.worker import Load, open_backend
+from edge.loading import load_plan
+from edge.machine import hardware
 
 PROMPT, TOKENS, STREAMS = 100, 256, 32
 # Answers of unequal length, TOKENS each on the average.
@@ -37,8 +38,8 @@ _KEYS = ("what", "edge", "other", "name", "ratio", "goal")
 
 def _backend(found: find.Artefact, *, record: bool = True) -> Backend:
     """As the server would load it, but for a context of the length that is needed here."""
-    options = planning.Options(context=512, slots=STREAMS, device="cuda")
-    settings = planning.plan(found, options)
+    options = load_plan.Options(context=512, slots=STREAMS, device="cuda")
+    settings = load_plan.plan(found, options)
     if isinstance(settings, onnx.Settings):
         settings = dataclasses.replace(settings, record=record)
     backend = open_backend(Load.of(found, settings, tune=True))

@@ -24,8 +24,8 @@ from bench.metrics import Sample, e2e, token_rate
 from bench.probe import tree_cpu
 from bench.roofline import Bandwidth, better, reading
 from bench.targets import Running, Target, started
-from edge import hardware
 from edge.errors import EdgeError
+from edge.machine import hardware
 
 SEED = 1
 WARM_TOKENS = 16

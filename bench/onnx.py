@@ -20,10 +20,11 @@ from rich.table import Table
 
 from bench import direct
 from bench.probe import noise
-from edge import hardware, planning, tune_onnx
 from edge.artefact import find
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.cli import guarded
+from edge.loading import load_plan, tune_onnx
+from edge.machine import hardware
 
 PROMPT, TOKENS, STREAMS = 85, 64, 8
 # Answers of unequal length, as many tokens in all as eight of TOKENS.
@@ -31,8 +32,8 @@ UNEQUAL = (16, 32, 48, 64, 64, 80, 96, 112)
 
 
 def _backend(found: find.Artefact, threads: int) -> tuple[Onnx, Settings]:
-    options = planning.Options(context=512, slots=STREAMS, threads=threads, device="cpu")
-    asked = planning.plan(found, options)
+    options = load_plan.Options(context=512, slots=STREAMS, threads=threads, device="cpu")
+    asked = load_plan.plan(found, options)
     assert isinstance(asked, Settings)
     model = Model(found.path)
     settings = dataclasses.replace(tune_onnx.settings(model, asked), threads=asked.threads)

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from bench.load import Job, Part
 from bench.targets import Target
-from edge import hardware, native
 from edge.artefact.gguf_shards import read_whole
 from edge.cli import guarded
 from edge.errors import EdgeError
-from edge.sdist import sdist
+from edge.machine import build_llamacpp, hardware
+from edge.machine.llamacpp_source import sdist
 
 # What the two Python servers need; nothing of it is used by the project itself.
 _PACKAGES = (
@@ -45,14 +45,14 @@ def llama_server_binary() -> Path:
     What edge/csrc puts in place of its products and attention is not in it: it is llama.cpp as it comes, but
     for the header without which it dies on a CPU with AMX.
     """
-    plan = native.plan()
+    plan = build_llamacpp.plan()
     folder = hardware.cache_dir() / "peers" / plan.stock_key
     binary = folder / "bin" / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
     if binary.is_file():
         return binary
     defines = {**plan.defines, **dict.fromkeys(_ON, "ON"), "CMAKE_BUILD_TYPE": "Release"}
     if plan.cxx_flags == "include-header":
-        defines["CMAKE_CXX_FLAGS"] = f'-include "{native.HEADER}"'
+        defines["CMAKE_CXX_FLAGS"] = f'-include "{build_llamacpp.HEADER}"'
     source = sdist() / "vendor" / "llama.cpp"
     configure = ["cmake", "-G", "Ninja", "-S", str(source), "-B", str(folder)]
     _run([*configure, *(f"-D{name}={value}" for name, value in sorted(defines.items()))])
@@ -62,13 +62,13 @@ def llama_server_binary() -> Path:
 
 def peers_python() -> Path:
     """The interpreter of an environment with xllamacpp and llama_cpp.server, the latter on our own build."""
-    plan = native.plan()
+    plan = build_llamacpp.plan()
     told = "\n".join([plan.key, *_PACKAGES])
     folder = hardware.cache_dir() / "peers" / f"python-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not (folder / "complete").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        wheel = native.wheel(plan, Console(stderr=True))
+        wheel = build_llamacpp.wheel(plan, Console(stderr=True))
         _run([str(python), "-m", "pip", "install", "--quiet", *_PACKAGES, str(wheel)])
         (folder / "complete").touch()
     return python

@@ -20,8 +20,8 @@ from bench.metrics import Sample
 from bench.probe import Noise
 from bench.roofline import Bandwidth, Footprint
 from bench.targets import Target
-from edge import hardware
 from edge.artefact import manifest
+from edge.machine import hardware
 
 SCHEMA = 3
 _IDLE_LIMIT = 0.05

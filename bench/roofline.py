@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from edge import hardware
 from edge.artefact.gguf_header import GGUFHeader
 from edge.artefact.onnx_header import OnnxHeader
+from edge.machine import hardware
 
 KV_F16_BYTES = 2.0
 # Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster

@@ -29,11 +29,11 @@ from bench.measure import Plan, measure
 from bench.probe import noise
 from bench.roofline import MOST_PROBED, Footprint
 from bench.targets import Target, baseline, genai, ours, ours_onnx, static
-from edge import hardware
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import GGUFHeader
 from edge.artefact.onnx_header import OnnxHeader
 from edge.errors import InputError, UsageError
+from edge.machine import hardware
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
 # Tokens a slot must hold: the longest prompt of the workloads, a conversation, and the answer.

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench import genai
-from edge import hardware
 from edge.cli import guarded
 from edge.errors import InputError
+from edge.machine import hardware
 
 MOST_ROWS = 32
 # What a static cache holds; the workloads' longest prompts and 512 tokens of answer fit.

@@ -28,11 +28,11 @@ from rich.table import Table
 from bench import metrics
 from bench.probe import noise
 from bench.table import write_files
-from edge import hardware
 from edge.artefact import manifest
 from edge.cli import guarded
 from edge.config import load_train_config
 from edge.errors import EdgeError, UsageError
+from edge.machine import hardware
 
 SCHEMA = 1
 PARTS = ("speed", "packing", "memory", "heldout")

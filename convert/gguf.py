@@ -31,11 +31,11 @@ from convert.folder import SMALL, check_folder, parameters
 from convert.verify_logits import Reference
 from convert.verify_probes import TEXTS as PROBES
 from convert.verify_readers import GgufReader, TorchReader
-from edge import hardware
 from edge.artefact import manifest
 from edge.artefact.gguf_header import FILE_TYPES, GGUFHeader, read_header
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.sdist import sdist
+from edge.machine import hardware
+from edge.machine.llamacpp_source import sdist
 
 if TYPE_CHECKING:
     from convert.imatrix import Matrix
@@ -416,7 +416,7 @@ def _native(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any],
     if done.returncode != 0:
         raise EdgeError(
             f"llama.cpp could not {mode} {path.name} (exit code {done.returncode}):\n{_tail(log)}",
-            "if it is not installed or does not load: python -m edge.native",
+            "if it is not installed or does not load: python -m edge.machine.build_llamacpp",
         )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer, log

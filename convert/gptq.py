@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from convert import imatrix
 from convert.verify_layers import Batch, LayeredModel
-from edge import hardware
 from edge.artefact import manifest
 from edge.artefact.gguf_header import GGUFTensor, read_header
 from edge.errors import InputError
+from edge.machine import hardware
 
 # Added to each column's mean square, which is 1 on average: a few thousand tokens say little about how a
 # thousand columns go together. With 0.1 and 1 a 135M model in Q4_0 was 1.29 and 1.06 times as far off.

@@ -21,9 +21,9 @@ from rich.table import Table
 from convert import gguf, verify
 from convert.verify_logits import Reference
 from convert.verify_readers import GgufReader, TorchReader
-from edge import hardware
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError
+from edge.machine import hardware
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0")
 WITH_MATRIX = ("Q4_K_M", "IQ4_XS", "Q4_0")

@@ -32,9 +32,9 @@ from convert.loop import batches, total_steps
 from convert.losses import TokenLoss, by_length, head_is_more
 from convert.model import Place, add_adapter, autocast, keeps_embeddings_off, no_advice, unfreeze
 from convert.prepare import Prepared
-from edge import hardware
 from edge.config import TrainConfig
 from edge.errors import EdgeError
+from edge.machine import hardware
 
 # What a process holds beside tensors. On a CPU: torch and its friends; freed pieces that the C allocator
 # keeps, as a share of what passes need, and bytes for each token, layer and unit of width (fitted to three

@@ -24,12 +24,12 @@ from convert.folder import SMALL, parameters
 from convert.gguf import PROBES, TEMPLATE, _json, _tail, _template
 from convert.onnx_graph import complete
 from convert.onnx_quality import QUESTIONS, Quality, measure
-from edge import hardware
 from edge.artefact import manifest
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
-from edge.backends.onnx_tokens import Vocabulary
+from edge.backends.onnx_tokenizer import Vocabulary
 from edge.chat_template import ChatTemplate
 from edge.errors import EdgeError, InputError, RequestError, UnavailableError, UsageError
+from edge.machine import hardware
 
 PRECISIONS = ("int4", "int8", "fp16", "fp32")
 # How 4-bit weights are chosen: by blocks of 32, by llama.cpp's k-quant search, and that with the most

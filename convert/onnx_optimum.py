@@ -27,13 +27,13 @@ from rich.table import Table
 from convert.gguf import _json, _tail
 from convert.onnx import export
 from convert.onnx_quality import QUESTIONS, backend_logits
-from edge import hardware
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.chat_template import ChatTemplate
 from edge.cli import guarded
 from edge.errors import EdgeError, InputError
+from edge.machine import hardware
 
 # Nothing of it is used by the project itself. transformers and what it pins come before this environment's.
 _PACKAGES = (

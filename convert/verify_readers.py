@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import template
-from edge import hardware, native
 from edge.artefact import find, manifest
 from edge.artefact.gguf_shards import read_whole
 from edge.chat_template import ChatTemplate
 from edge.errors import EdgeError, InputError, RequestError
+from edge.machine import build_llamacpp, hardware
 
 Logits = NDArray[np.float32]
 
@@ -176,7 +176,7 @@ class GgufReader(Reader):
             find.check_lora(lora, header)
             self.kind += " + LoRA"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        extra = bool(native.build_info().get("use_extra_bufts", True))
+        extra = bool(build_llamacpp.build_info().get("use_extra_bufts", True))
         order = {
             "path": str(path.absolute()),
             "lora": str(lora.absolute()) if lora else "",
@@ -264,7 +264,7 @@ class GgufReader(Reader):
         said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
         return EdgeError(
             f"llama.cpp could not compute {self.path} (exit code {code}): {' '.join(said[-1:])[:300]}",
-            "if llama-cpp-python is not installed or does not load: python -m edge.native",
+            "if llama-cpp-python is not installed or does not load: python -m edge.machine.build_llamacpp",
         )
 
     def close(self) -> None:

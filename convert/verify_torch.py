@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from convert.folder import Folder, check_folder
 from convert.merge_adapter import known_adapter, read_adapter
 from convert.seen import Seen
-from edge import hardware
 from edge.errors import InputError
+from edge.machine import hardware
 
 WHOLE = 2 * 2**30
 BATCH = 16

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge import messages as msg
-from edge import planning
 from edge.artefact import find
 from edge.backends.onnx_providers import DEVICES
 from edge.chat_template import ChatTemplate
+from edge.engine import protocol as msg
+from edge.engine.client import EngineProcess
+from edge.engine.sampling import Params
+from edge.engine.worker import Load
 from edge.errors import InputError, RequestError, UsageError
+from edge.loading import load_plan
 from edge.reasoning import ThoughtSplit, opens_thought
-from edge.sampling import Params
-from edge.supervisor import EngineProcess
-from edge.worker import Load
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system prompt, /exit (or Ctrl-D) ends"
 
@@ -38,11 +38,11 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--temperature {args.temperature} is not within 0..2")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens} is not positive")
-    options = planning.Options(context=args.ctx, slots=1, threads=args.threads, device=args.device)
-    found, _ = planning.pick(args.path, args.backend, options)
+    options = load_plan.Options(context=args.ctx, slots=1, threads=args.threads, device=args.device)
+    found, _ = load_plan.pick(args.path, args.backend, options)
     if found.chat_template is None:
         raise InputError(f"{found.path} has no chat template", "chat needs one; export a model that has it")
-    load = Load.of(found, planning.plan(found, options), tune=True)
+    load = Load.of(found, load_plan.plan(found, options), tune=True)
     params = Params(temperature=args.temperature, max_tokens=args.max_tokens)
     return asyncio.run(_talk(load, found, params, args.system))
 

@@ -26,8 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("edge.server.run", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
     "bench": ("bench.run", "measure ours against the slow baseline"),
-    "tune": ("edge.tune", "show or redo what was measured for this artefact on this machine"),
-    "doctor": ("edge.doctor", "what this machine has, and what to install for more"),
+    "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),
+    "doctor": ("edge.machine.doctor", "what this machine has, and what to install for more"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge.backends.base import Backend, Row
 from edge.backends.fake import FakeBackend
-from edge.grammar import Constraint
+from edge.engine.grammar import Constraint
 
 Build = Callable[[dict[str, int]], Backend]
 
@@ -74,8 +74,8 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
     """patch: a device's memory, allotted and copied as a card's is, but the processor's."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    from edge.backends import onnx, onnx_providers, onnx_recorded
-    from edge.backends.onnx_device import DeviceRows
+    from edge.backends import onnx, onnx_cuda_graphs, onnx_providers
+    from edge.backends.onnx_kv_cache_cuda import DeviceRows
     from tests import tiny_onnx
 
     class OnTheProcessor(DeviceRows):
@@ -92,7 +92,7 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
             ),
         )
         patch.setattr(onnx, "DeviceRows", OnTheProcessor)
-        patch.setattr(onnx_recorded, "_AFTER", 1)
+        patch.setattr(onnx_cuda_graphs, "_AFTER", 1)
     # As a card is served: with candidates, too.
     count = 64 if patch is not None else 0
     model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx", candidates=count))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from edge import messages as msg
 from edge.backends.base import Backend
-from edge.engine import Engine
-from edge.sampling import Params
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.sampling import Params
 
 # Fields of a request that are not parameters of sampling.
 _FIELDS = ("reuse", "timeout_s", "constraint", "speculate", "guidance")

@@ -111,10 +111,10 @@ def fake_server(**settings: Any) -> Iterator[Server]:
 
 def main() -> int:
     from edge.cli import guarded
+    from edge.engine.worker import Load
     from edge.server.guard import Access
     from edge.server.registry import Planned
     from edge.server.run import bind, serve
-    from edge.worker import Load
 
     settings = json.loads(sys.argv[1])
     access = Access(*(tuple(settings.pop(name, [])) for name in ("keys", "admin_keys", "origins")))

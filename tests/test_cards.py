@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from edge import doctor, hardware, native, offload, planning
 from edge.backends import onnx_providers as providers
 from edge.errors import InputError, UnavailableError, UsageError
-from edge.hardware import GPU
+from edge.loading import gpu_offload, load_plan
+from edge.machine import build_llamacpp, doctor, hardware
+from edge.machine.hardware import GPU
 from tests.fake_server import fake_server
 from tests.test_server import CHAT, user
 
@@ -45,37 +46,44 @@ def child(monkeypatch: pytest.MonkeyPatch, code: int, stderr: str) -> None:
 def test_no_driver_or_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: [])
     child(monkeypatch, 0, "")
-    assert planning.choose_device("auto") == ("cpu", 0, "no NVIDIA card was found")
+    assert load_plan.choose_device("auto") == ("cpu", 0, "no NVIDIA card was found")
     with pytest.raises(UnavailableError, match="no NVIDIA card was found"):
-        planning.choose_device("cuda")
+        load_plan.choose_device("cuda")
 
 
 @pytest.mark.parametrize("said", SAID)
 def test_a_card_that_llama_cpp_cannot_use(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     child(monkeypatch, 3, f"ggml_cuda_init: failed to initialize CUDA: {said}\n")
-    device, layers, why = planning.choose_device("auto")
+    device, layers, why = load_plan.choose_device("auto")
     assert (device, layers) == ("cpu", 0)
     assert said in why and "built for cards" in why
     with pytest.raises(UnavailableError) as caught:
-        planning.choose_device("cuda")
+        load_plan.choose_device("cuda")
     assert said in caught.value.message and SAID[said] in caught.value.hint
 
 
 def test_wrong_cuda_major_and_a_build_for_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, 1, "Traceback:\nOSError: libcudart.so.13: cannot open shared object file")
     with pytest.raises(UnavailableError, match=r"does not load: OSError: libcudart\.so\.13") as caught:
-        planning.choose_device("cuda")
+        load_plan.choose_device("cuda")
     assert caught.value.hint == "pip install nvidia-cuda-runtime  (CUDA 13)"
     child(monkeypatch, 3, "")
     with pytest.raises(UnavailableError, match="make install CUDA=1"):
-        planning.choose_device("cuda")
+        load_plan.choose_device("cuda")
     child(monkeypatch, 0, "ggml_cuda_init: found 1 CUDA devices")
-    assert planning.choose_device("auto") == ("cuda: 小卡", offload.ALL, "a card was found")
+    assert load_plan.choose_device("auto") == ("cuda: 小卡", gpu_offload.ALL, "a card was found")
 
 
 def test_the_doctor_says_why_a_card_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = {"defines": {}, "cpu": "A", "cpu_key": native.cpu_key(), "check": {}, "notes": [], "gpu": True}
-    monkeypatch.setattr(native, "build_info", lambda: info)
+    info = {
+        "defines": {},
+        "cpu": "A",
+        "cpu_key": build_llamacpp.cpu_key(),
+        "check": {},
+        "notes": [],
+        "gpu": True,
+    }
+    monkeypatch.setattr(build_llamacpp, "build_info", lambda: info)
     monkeypatch.setattr(doctor, "load_error", lambda: "")
     monkeypatch.setattr(doctor, "_version", lambda package: "0.3.36")
     lacks = {"": ("used", "")}
@@ -83,7 +91,7 @@ def test_the_doctor_says_why_a_card_is_not_used(monkeypatch: pytest.MonkeyPatch)
         lacks[f"finds none that it can use: {said}"] = (said, todo)
     lacks["something new"] = ("something new", "--force")
     for reason, (found, todo) in lacks.items():
-        monkeypatch.setattr(native, "no_card", lambda reason=reason: reason)
+        monkeypatch.setattr(build_llamacpp, "no_card", lambda reason=reason: reason)
         [item] = [one for one in doctor._llama([CARD]) if one.name == "card"]
         assert found in item.found and todo in item.todo
 

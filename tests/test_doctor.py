@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from edge import doctor, hardware, native
-from edge.doctor import MissingLibrary, missing_library
 from edge.errors import UnavailableError
+from edge.machine import build_llamacpp, doctor, hardware
+from edge.machine.doctor import MissingLibrary, missing_library
 
 CARD = hardware.GPU(0, "RTX [4060]", 8 * 2**30, 7 * 2**30, "576.02", "8.9", "12.9")
 
@@ -53,9 +53,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "error": "",
         "version": {doctor.PACKAGE: "0.3.36"},
     }
-    monkeypatch.setattr(native, "build_info", lambda: found["info"])
-    monkeypatch.setattr(native, "cpu_key", lambda: "key")
-    monkeypatch.setattr(native, "compiler", lambda: native.Compiler("gcc", "12"))
+    monkeypatch.setattr(build_llamacpp, "build_info", lambda: found["info"])
+    monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "key")
+    monkeypatch.setattr(build_llamacpp, "compiler", lambda: build_llamacpp.Compiler("gcc", "12"))
     monkeypatch.setattr(hardware, "gpus", lambda: found["cards"])
     monkeypatch.setattr(doctor, "load_error", lambda: found["error"])
     monkeypatch.setattr(doctor, "_version", lambda package: found["version"].get(package, ""))
@@ -94,15 +94,15 @@ def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest
     machine["version"] = {}
     assert item(doctor.PACKAGE) == doctor.Item("llama.cpp", doctor.PACKAGE, "not installed", doctor.BUILD)
 
-    def none() -> native.Compiler:
+    def none() -> build_llamacpp.Compiler:
         raise UnavailableError("no compiler", "install one")
 
-    monkeypatch.setattr(native, "compiler", none)
+    monkeypatch.setattr(build_llamacpp, "compiler", none)
     assert item("compiler") == doctor.Item("llama.cpp", "compiler", "none", "install one")
 
 
 def test_a_build_for_another_processor(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "cpu_key", lambda: "another")
+    monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "another")
     assert "another processor" in item(doctor.PACKAGE).todo
 
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge import messages as msg
 from edge.backends.base import Backend, Row, StepInterrupted
 from edge.backends.fake import FakeBackend
-from edge.kvcache import KVCache
-from edge.prefixes import PrefixStore
-from edge.scheduler import Scheduler
-from edge.scheduler import Sequence as Asked
+from edge.engine import protocol as msg
+from edge.engine.kv_cache import KVCache
+from edge.engine.prefix_store import PrefixStore
+from edge.engine.scheduler import Scheduler
+from edge.engine.scheduler import Sequence as Asked
 from tests.backends import Maker, counted, exactly, ids, only
 from tests.desk import Desk
 from tests.plans import Plan, params, plans

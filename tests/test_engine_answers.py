@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge import engine
 from edge.backends.base import Row
 from edge.backends.fake import FakeBackend
-from edge.grammar import Constraint, json_constraint
-from edge.job import prompt_tokens
-from edge.sampling import Choice, Sampler
-from edge.speculate import Lookup
+from edge.engine import core
+from edge.engine.grammar import Constraint, json_constraint
+from edge.engine.prompt_lookup import Lookup
+from edge.engine.request import prompt_tokens
+from edge.engine.sampling import Choice, Sampler
 from tests.backends import Maker, counted, only
 from tests.desk import Desk
 
@@ -62,7 +62,7 @@ def test_rows_of_a_card_are_sampled_side_by_side_to_the_same_tokens(monkeypatch:
         return pick(self, *given)
 
     monkeypatch.setattr(Sampler, "pick", watched)
-    monkeypatch.setattr(engine, "_WIDE", 0)
+    monkeypatch.setattr(core, "_WIDE", 0)
     assert run("cuda: a card") == want
     assert len(sampled) > 2
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from convert import gguf, gguf_lora, merge, verify
-from edge import sdist
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
+from edge.machine import llamacpp_source
 from tests import tiny_llama
 from tests.families import FAMILIES, as_transformers_4, make_adapter, make_family
 from tests.toy import CHATML
@@ -42,7 +42,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture
 def toy_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp")
-    real = sdist.sdist() / "vendor" / "llama.cpp"
+    real = llamacpp_source.sdist() / "vendor" / "llama.cpp"
     fake = tmp_path / "sdist" / "vendor" / "llama.cpp"
     fake.mkdir(parents=True)
     for script in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):

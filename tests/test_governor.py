@@ -1,6 +1,6 @@
 """The governor against simulated machines."""
 
-from edge.backends.governor import Governor
+from edge.backends.llamacpp_threads import Governor
 
 
 class Machine:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge import messages as msg
 from edge.backends.fake import FakeBackend
-from edge.engine import Engine
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.grammar import MAX_CHARACTERS, Constraint, Grammars, fits, json_constraint
+from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.grammar import MAX_CHARACTERS, Constraint, Grammars, fits, json_constraint
-from edge.sampling import Params
 
 
 def answer(constraint: Constraint, *, seed: int = 0, batch: int = 1, **given: object) -> list[str]:

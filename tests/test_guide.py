@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from edge import messages as msg
 from edge.backends.fake import EOS, FakeBackend
-from edge.engine import Engine
-from edge.grammar import Constraint
-from edge.guide import Guidance
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.grammar import Constraint
+from edge.engine.sampling import Params
+from edge.engine.thinking_budget import Guidance
 from edge.reasoning import THINK_END
-from edge.sampling import Params
 
 
 def answer(

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge import hardware
-from edge.hardware import Core, linux_cores, usable_threads
+from edge.machine import hardware
+from edge.machine.hardware import Core, linux_cores, usable_threads
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

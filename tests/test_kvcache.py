@@ -4,7 +4,7 @@ import numpy as np
 
 from edge.backends.base import Row
 from edge.backends.fake import FakeBackend
-from edge.kvcache import KVCache
+from edge.engine.kv_cache import KVCache
 
 
 def fill(backend: FakeBackend, cache: KVCache, slot: int, tokens: list[int]) -> None:

@@ -21,7 +21,13 @@ def test_no_module_of_edge_names_a_training_library() -> None:
 
 
 def test_the_server_is_imported_without_them() -> None:
-    modules = ["edge.server.run", "edge.server.app", "edge.worker", "edge.backends.llamacpp", "edge.cli"]
+    modules = [
+        "edge.server.run",
+        "edge.server.app",
+        "edge.engine.worker",
+        "edge.backends.llamacpp",
+        "edge.cli",
+    ]
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

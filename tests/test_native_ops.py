@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge import hardware
+from edge.machine import hardware
 
 pytest.importorskip("llama_cpp")
 

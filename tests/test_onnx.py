@@ -22,18 +22,18 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from convert.onnx_graph import add_candidates
-from edge import hardware
-from edge import messages as msg
 from edge.artefact.onnx_header import CANDIDATES, read_onnx
-from edge.backends import onnx_embed
+from edge.backends import onnx_embedding
 from edge.backends.base import Candidates, Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
-from edge.backends.onnx_binding import Buffer, Mask
-from edge.backends.onnx_rows import Rows
-from edge.backends.onnx_tokens import Vocabulary
+from edge.backends.onnx_io_binding import Buffer, Mask
+from edge.backends.onnx_kv_cache import Rows
+from edge.backends.onnx_tokenizer import Vocabulary
+from edge.engine import protocol as msg
+from edge.engine.grammar import Constraint
 from edge.errors import EdgeError, InputError
-from edge.grammar import Constraint
-from edge.hardware import Memory
+from edge.machine import hardware
+from edge.machine.hardware import Memory
 from tests import tiny_onnx
 from tests.desk import Desk
 
@@ -317,7 +317,7 @@ def test_a_vector_is_the_mean_of_the_last_states(folder: Path, monkeypatch: pyte
     feeds |= {f"past_key_values.{layer}.{part}": empty for layer in range(2) for part in ("key", "value")}
     [states] = made._session.run(["hidden_states"], feeds)
     want = states[0].mean(axis=0)
-    monkeypatch.setattr(onnx_embed, "PIECE", 16)
+    monkeypatch.setattr(onnx_embedding, "PIECE", 16)
     np.testing.assert_allclose(made.embed(tokens), want / np.linalg.norm(want), atol=1e-5)
     monkeypatch.setattr(hardware, "memory", lambda: Memory(2**30, 1000))
     with pytest.raises(EdgeError, match="37 tokens needs"):

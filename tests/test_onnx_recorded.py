@@ -15,10 +15,10 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from edge import hardware
-from edge.backends import onnx_recorded as recorded
+from edge.backends import onnx_cuda_graphs as recorded
 from edge.backends.base import Candidates, Row
 from edge.backends.onnx import Model, Onnx, Settings
+from edge.machine import hardware
 from tests import tiny_onnx
 from tests.backends import Maker
 

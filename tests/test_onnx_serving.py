@@ -15,13 +15,14 @@ pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
 
-from edge import hardware, planning, tune, tune_onnx
 from edge.artefact import find, manifest
 from edge.artefact.onnx_header import OUTPUT_POSITIONS
 from edge.backends.onnx import Model, Settings
 from edge.errors import InputError, UnavailableError, UsageError
-from edge.hardware import Memory
-from edge.planning import Options
+from edge.loading import load_plan, tune, tune_onnx
+from edge.loading.load_plan import Options
+from edge.machine import hardware
+from edge.machine.hardware import Memory
 from tests import tiny_llama, tiny_onnx
 
 
@@ -80,11 +81,11 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
     assert [one.kind for one in found] == ["llamacpp", "onnx"]
     missing: set[str] = set()
     monkeypatch.setattr(
-        planning.importlib.util, "find_spec", lambda name: None if name in missing else object()
+        load_plan.importlib.util, "find_spec", lambda name: None if name in missing else object()
     )
 
     def choose(asked: str | None = None, **speeds: Any) -> tuple[str, str]:
-        one, why = planning.choose_backend(found, asked, lambda one: speeds.get(one.kind))
+        one, why = load_plan.choose_backend(found, asked, lambda one: speeds.get(one.kind))
         return one.kind, why
 
     assert choose()[0] == "llamacpp"
@@ -100,35 +101,35 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
     with pytest.raises(UnavailableError, match="llama_cpp"):
         choose()
     with pytest.raises(InputError, match="edge export gguf"):
-        planning.choose_backend(found[1:], "llamacpp", lambda one: None)
+        load_plan.choose_backend(found[1:], "llamacpp", lambda one: None)
 
 
 def test_s12_slots_shrink_to_the_memory_and_what_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = find.resolve(publish(tmp_path))
-    need = planning.estimate(tiny, kv_type="f16", slots=16)
+    need = load_plan.estimate(tiny, kv_type="f16", slots=16)
     assert need.cell == 2 * 2 * (16 + 16) * 4
     memory = need.total(5 * 512 + 100)
     monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, memory))
-    planned = planning.plan(tiny, Options())
+    planned = load_plan.plan(tiny, Options())
     assert isinstance(planned, Settings)
     assert (planned.slots, planned.context) == (5, 512)
     with pytest.raises(InputError, match="--slots 5"):
-        planning.plan(tiny, Options(slots=16))
+        load_plan.plan(tiny, Options(slots=16))
     monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, need.total(300)))
     with pytest.raises(InputError, match="--ctx 256"):
-        planning.plan(tiny, Options())
+        load_plan.plan(tiny, Options())
     with pytest.raises(UsageError, match="trained for 512"):
-        planning.plan(tiny, Options(context=10_000_000))
+        load_plan.plan(tiny, Options(context=10_000_000))
     with pytest.raises(UsageError, match=r"llama\.cpp's"):
         monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, 2**40))
-        planning.plan(tiny, Options(kv_type="q8_0"))
+        load_plan.plan(tiny, Options(kv_type="q8_0"))
 
 
 def test_other_devices_are_for_onnx() -> None:
     with pytest.raises(UnavailableError, match="is for ONNX"):
-        planning.choose_device("dml")
+        load_plan.choose_device("dml")
 
 
 def test_tuning_measures_threads_and_spinning_once(
@@ -155,7 +156,7 @@ import sys
 for name in ("torch", "transformers", "peft", "llama_cpp", "onnx"):
     sys.modules[name] = None
 from pathlib import Path
-import edge.server.run, edge.server.app, edge.worker
+import edge.server.run, edge.server.app, edge.engine.worker
 from edge.backends.base import Row
 from edge import planning, tune_onnx, worker
 found, _ = planning.pick(Path(sys.argv[1]), None, planning.Options(device="cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge.pace import Newcomers, Pace, StepTimes
+from edge.engine.prefill_budget import Newcomers, Pace, StepTimes
 
 
 def one(key: int = 1) -> Newcomers:

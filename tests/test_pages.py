@@ -11,14 +11,14 @@ import numpy as np
 import psutil
 import pytest
 
-from edge.backends import pages
+from edge.backends import linux_pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="says which memory is whose on Linux alone")
 def test_cleared_memory_is_given_back_until_it_is_written_to() -> None:
     size, process = 2**28, psutil.Process()
     before = process.memory_info().rss
-    with pages.given_back():
+    with linux_pages.given_back():
         taken = np.full(size // 8, 7, np.uint64)
         taken[: size // 16] = 0
     assert process.memory_info().rss - before == pytest.approx(size // 2, abs=2**25)
@@ -26,8 +26,8 @@ def test_cleared_memory_is_given_back_until_it_is_written_to() -> None:
     taken[:100] = 5
     assert taken[:101].sum() == 500
     # What was there before is left alone.
-    assert pages._without(10, 50, [(0, 12), (20, 30), (45, 60)]) == [(12, 20), (30, 45)]
-    assert pages._without(10, 50, [(0, 90)]) == []
+    assert linux_pages._without(10, 50, [(0, 12), (20, 30), (45, 60)]) == [(12, 20), (30, 45)]
+    assert linux_pages._without(10, 50, [(0, 90)]) == []
 
 
 def _in_large_pages() -> int:
@@ -52,7 +52,7 @@ def test_weights_are_moved_to_large_pages_and_nothing_that_is_not_in_use() -> No
     older = taken()
     older[:] = b"5" * size
     before = _in_large_pages()
-    with pages.made_large():
+    with linux_pages.made_large():
         whole, half = taken(), taken()
         whole[:] = b"7" * size
         # Every other page: none of it may be filled up.

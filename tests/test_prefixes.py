@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge import messages as msg
 from edge.backends.base import Backend
 from edge.backends.fake import FakeBackend
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
-from edge.engine import Engine
-from edge.prefixes import PrefixStore
-from edge.sampling import Params
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.prefix_store import PrefixStore
+from edge.engine.sampling import Params
 from tests import tiny_llama
 
 SYSTEM = "You are a helpful assistant. " * 4

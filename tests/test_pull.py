@@ -15,9 +15,9 @@ import pytest
 
 from convert import pull
 from convert.folder import check_folder
-from edge import hardware, sdist
 from edge.artefact import find, manifest
 from edge.errors import ExistsError, InputError, UnavailableError, UsageError
+from edge.machine import hardware, llamacpp_source
 from tests import toy
 from tests.fake_hub import FakeHub
 from tests.tiny_gguf import gguf
@@ -265,7 +265,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, cache: Path, **members: bytes) -> 
         calls.append(arguments)
         wheel(Path(arguments[arguments.index("--dest") + 1]), **members)
 
-    monkeypatch.setattr(sdist, "pip", pip)
+    monkeypatch.setattr(llamacpp_source, "pip", pip)
     monkeypatch.setattr(hardware, "cache_dir", lambda: cache)
     return calls
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge.backends.base import Candidates
-from edge.sampling import Params, Sampler, _cut_to_nucleus
+from edge.engine.sampling import Params, Sampler, _cut_to_nucleus
 
 LOGITS = np.array([1.0, 3.0, 2.0, 0.5, -1.0, 2.5], np.float32)
 PROBS = np.exp(LOGITS) / np.exp(LOGITS).sum()

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from edge import hardware, native, planning, tune
 from edge.artefact import find, manifest
 from edge.artefact.find import Artefact
-from edge.backends import pages
+from edge.backends import linux_pages
 from edge.backends.llamacpp import Model, Settings
+from edge.engine.worker import Load
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.hardware import Memory
-from edge.planning import Options
+from edge.loading import load_plan, tune
+from edge.loading.load_plan import Options
+from edge.machine import build_llamacpp, hardware
+from edge.machine.hardware import Memory
 from edge.server import run as run_module
 from edge.server.registry import Planned
-from edge.worker import Load
 from tests import tiny_llama
 from tests.fake_server import Server, launch
 
@@ -147,18 +148,18 @@ def memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
 def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
     tiny: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = planning.estimate(tiny, kv_type="f16", slots=1)
+    need = load_plan.estimate(tiny, kv_type="f16", slots=1)
     assert need.cell == 2 * 2 * (16 + 16) * 2
     memory(monkeypatch, (need.total(400) + 100) / 2**20)
-    assert planning.plan(tiny, Options(context=384, slots=1)).context == 384
+    assert load_plan.plan(tiny, Options(context=384, slots=1)).context == 384
     with pytest.raises(InputError, match="MiB are free") as caught:
-        planning.plan(tiny, Options(context=512, slots=1))
+        load_plan.plan(tiny, Options(context=512, slots=1))
     assert "--ctx 256" in str(caught.value)
 
 
 def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
     with pytest.raises(UsageError, match="trained for 512"):
-        planning.plan(tiny, Options(context=10_000_000))
+        load_plan.plan(tiny, Options(context=10_000_000))
 
 
 @pytest.mark.parametrize(
@@ -166,18 +167,18 @@ def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
 )
 def test_options_out_of_range_are_named(tiny: Artefact, options: Options) -> None:
     with pytest.raises(UsageError, match="--"):
-        planning.plan(tiny, options)
+        load_plan.plan(tiny, options)
 
 
 def test_the_pool_shrinks_to_the_memory_before_the_context_does(
     tiny: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert planning.plan(tiny, Options(slots=16)).capacity == 8192
-    assert planning.plan(tiny, Options(slots=32)).capacity == 8192
-    assert planning.plan(tiny, Options(slots=32, context=512)).capacity == 32 * 512
-    need = planning.estimate(tiny, kv_type="f16", slots=16)
+    assert load_plan.plan(tiny, Options(slots=16)).capacity == 8192
+    assert load_plan.plan(tiny, Options(slots=32)).capacity == 8192
+    assert load_plan.plan(tiny, Options(slots=32, context=512)).capacity == 32 * 512
+    need = load_plan.estimate(tiny, kv_type="f16", slots=16)
     memory(monkeypatch, (need.total(1000) + 100) / 2**20)
-    planned = planning.plan(tiny, Options(slots=16))
+    planned = load_plan.plan(tiny, Options(slots=16))
     assert planned.context == 512
     assert 990 <= planned.capacity <= 1000
 
@@ -185,38 +186,38 @@ def test_the_pool_shrinks_to_the_memory_before_the_context_does(
 def test_a_whole_context_for_each_slot_takes_a_part_of_the_memory(
     tiny: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need = planning.estimate(tiny, kv_type="f16", slots=32)
+    need = load_plan.estimate(tiny, kv_type="f16", slots=32)
     whole = 32 * 512
     rest = need.total(0)
-    monkeypatch.setattr(pages, "WORKS", True)
+    monkeypatch.setattr(linux_pages, "WORKS", True)
     memory(monkeypatch, (rest + 3.1 * whole * need.cell) / 2**20)
-    planned = planning.plan(tiny, Options(slots=32))
+    planned = load_plan.plan(tiny, Options(slots=32))
     assert planned.parts and planned.capacity == 8192
-    assert planning.cells(planned) == whole
+    assert load_plan.cells(planned) == whole
     memory(monkeypatch, (rest + 2.9 * whole * need.cell) / 2**20)
-    planned = planning.plan(tiny, Options(slots=32))
-    assert not planned.parts and planning.cells(planned) == 8192
+    planned = load_plan.plan(tiny, Options(slots=32))
+    assert not planned.parts and load_plan.cells(planned) == 8192
     memory(monkeypatch, 2**20)
-    assert planning.plan(tiny, Options(slots=32)).parts
+    assert load_plan.plan(tiny, Options(slots=32)).parts
     # Where cleared memory is not given back, or clearing it takes long.
     for module, name, value in (
-        (pages, "WORKS", False),
-        (planning, "_MOST_CLEARED", need.cell * (whole - 1)),
+        (linux_pages, "WORKS", False),
+        (load_plan, "_MOST_CLEARED", need.cell * (whole - 1)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            assert not planning.plan(tiny, Options(slots=32)).parts
+            assert not load_plan.plan(tiny, Options(slots=32)).parts
 
 
 def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: [])
-    monkeypatch.setattr(native, "no_card", lambda: "built without GPU support (make install CUDA=1)")
-    device, layers, why = planning.choose_device("auto")
+    monkeypatch.setattr(build_llamacpp, "no_card", lambda: "built without GPU support (make install CUDA=1)")
+    device, layers, why = load_plan.choose_device("auto")
     assert (device, layers) == ("cpu", 0)
     assert "no NVIDIA card" in why
     with pytest.raises(UnavailableError, match="CUDA=1"):
-        planning.choose_device("cuda")
-    assert planning.choose_device("cpu") == ("cpu", 0, "asked for")
+        load_plan.choose_device("cuda")
+    assert load_plan.choose_device("cpu") == ("cpu", 0, "asked for")
 
 
 # -- tuning --------------------------------------------------------------------------------------------

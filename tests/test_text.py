@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.text import TextStream
+from edge.engine.detokenizer import TextStream
 
 
 def stream(parts: list[bytes], stops: list[str] = []) -> tuple[list[str], str | None]:  # noqa: B006

@@ -219,7 +219,7 @@ def test_an_adapter_a_layer_at_a_time(
 
 
 def test_too_little_memory_is_a_note(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge import hardware
+    from edge.machine import hardware
 
     monkeypatch.setattr(hardware, "memory", lambda: hardware.Memory(10, 10))
     report = compared(base, copied(base, tmp_path / "b"))

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convert.onnx_graph import add_candidates
 from edge.artefact.onnx_header import HIDDEN, OUTPUT_POSITIONS
-from edge.backends.onnx_tokens import byte_table
+from edge.backends.onnx_tokenizer import byte_table
 
 WIDTH, HEADS, KV_HEADS, HEAD, FEED, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 512
 BOS, END = 256, 257

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.artefact.gguf_shards import part_files
-from edge.backends import mapped, pages
+from edge.backends import linux_mapped, linux_pages
 from edge.backends.base import FULL, BackendInfo, Logits, Row, StepInterrupted, check_rows, nothing
-from edge.backends.embedder import Embedder
-from edge.backends.governor import Governor
+from edge.backends.llamacpp_embedding import Embedder
+from edge.backends.llamacpp_threads import Governor
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 
 # Steps shorter than this end soon enough by themselves; asking a callback at each node costs a little.
@@ -93,7 +93,7 @@ class Model:
                 "serve a transformer model",
             )
         if extra_buffers:
-            mapped.let_go(part_files(path))
+            linux_mapped.let_go(part_files(path))
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self._adapters: dict[Path, Any] = {}
 
@@ -183,7 +183,7 @@ class LlamaCpp:
         params.kv_unified = settings.unified
         params.no_perf = True
         # A card's library has threads and pinned memory of its own, which are none of ours to look at.
-        cleared = pages.given_back() if settings.gpu_layers == 0 else contextlib.nullcontext()
+        cleared = linux_pages.given_back() if settings.gpu_layers == 0 else contextlib.nullcontext()
         with native_errors() as log, cleared:
             context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:
@@ -487,7 +487,7 @@ def library() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise UnavailableError(
             f"llama-cpp-python cannot be loaded: {error}",
-            "build it for this machine: python -m edge.native",
+            "build it for this machine: python -m edge.machine.build_llamacpp",
         ) from error
     if not _callbacks:
         _callbacks.append(lib.llama_log_callback(_quiet))

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, read_onnx
 from edge.backends import onnx_providers
 from edge.backends.base import FULL, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows, nothing
-from edge.backends.onnx_binding import Binding, Buffer, Mask, zeros
-from edge.backends.onnx_device import DeviceRows
-from edge.backends.onnx_embed import Embedder
-from edge.backends.onnx_outputs import Outputs
-from edge.backends.onnx_recorded import GRAPH, Recorder, Recording
-from edge.backends.onnx_rows import Rows
-from edge.backends.onnx_tokens import Vocabulary
+from edge.backends.onnx_cuda_graphs import GRAPH, Recorder, Recording
+from edge.backends.onnx_embedding import Embedder
+from edge.backends.onnx_io_binding import Binding, Buffer, Mask, zeros
+from edge.backends.onnx_kv_cache import Rows
+from edge.backends.onnx_kv_cache_cuda import DeviceRows
+from edge.backends.onnx_logits import Outputs
+from edge.backends.onnx_tokenizer import Vocabulary
 from edge.errors import EdgeError, InputError
 
 TEMPLATE = "chat_template.jinja"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge import hardware
-from edge.backends import pages
-from edge.doctor import missing_library, old_driver
+from edge.backends import linux_pages
 from edge.errors import InputError, UnavailableError, UsageError
+from edge.machine import hardware
+from edge.machine.doctor import missing_library, old_driver
 
 # Short name -> (onnxruntime's name, the package that brings it).
 NAMES = {
@@ -131,7 +131,7 @@ def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> t
             # A part of the graph that CUDA does not compute. What is wrong otherwise is so without it too.
             unrecordable = " ".join(str(error).split())[:200]
     try:
-        with pages.made_large() if name == "cpu" else contextlib.nullcontext():
+        with linux_pages.made_large() if name == "cpu" else contextlib.nullcontext():
             session = runtime.InferenceSession(str(path), options, providers=[NAMES[name][0], *rest])
         return session, unrecordable
     except Exception as error:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from edge.grammar import fits
+from edge.engine.detokenizer import overlap
+from edge.engine.grammar import fits
 from edge.server.tools import Call, Dialect, Tool, call_of
-from edge.text import overlap
 
 _FENCE = "```"
 # What may stand before a bare object, blank space aside, and what closes it.

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.client import Stream
 from edge.errors import RequestError
 from edge.server.live import DONE, Answer, EventStream
 from edge.server.openai import MAX_CHOICES, OpenAI
@@ -17,7 +18,6 @@ from edge.server.registry import serving_for
 from edge.server.serving import finish_reason
 from edge.server.shapes import Shape, summed, text_logprobs, usage
 from edge.server.turn import collect, merged
-from edge.supervisor import Stream
 
 DEFAULT_COMPLETION_TOKENS = 512
 MAX_PROMPTS = 64

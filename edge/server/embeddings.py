@@ -13,7 +13,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from edge import messages as msg
+from edge.engine import protocol as msg
 from edge.errors import RequestError
 from edge.server.completions import IdPrompts, Ids
 from edge.server.live import GONE

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.sampling import Params
 from edge.server.tools import Tool
 from edge.server.turn import EFFORTS
 

@@ -14,16 +14,16 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.client import Stream
+from edge.engine.grammar import Constraint, json_constraint
 from edge.errors import RequestError
-from edge.grammar import Constraint, json_constraint
 from edge.server.fields import MAX_TOKENS, Messages, Sampled, Thinking, flat
 from edge.server.live import DONE, Answer, EventStream, event
 from edge.server.registry import serving_for
 from edge.server.serving import Serving, finish_reason, timings
 from edge.server.shapes import usage
 from edge.server.turn import Conversation, Turn
-from edge.supervisor import Stream
 
 DEFAULT_MAX_TOKENS = 512
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from edge import messages as msg
+from edge.engine import protocol as msg
 
 if TYPE_CHECKING:
     from edge.server.registry import Registry

@@ -17,11 +17,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.client import Stream
+from edge.engine.grammar import Constraint, json_constraint
+from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.grammar import Constraint, json_constraint
 from edge.reasoning import THINK
-from edge.sampling import Params
 from edge.server.embeddings import MAX_INPUTS, embed_all, floats
 from edge.server.fields import (
     MAX_MESSAGES,
@@ -42,7 +43,6 @@ from edge.server.registry import Registry
 from edge.server.serving import Serving, finish_reason
 from edge.server.tools import MAX_TOOLS, Call
 from edge.server.turn import Conversation, Reader, Turn, collect
-from edge.supervisor import Stream
 
 # Ollama's own defaults for what a request leaves open.
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K, DEFAULT_TOP_P = 0.8, 40, 0.9

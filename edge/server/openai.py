@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.client import Stream
+from edge.engine.grammar import Constraint, json_constraint
 from edge.errors import RequestError
-from edge.grammar import Constraint, json_constraint
 from edge.server.fields import Count, Function, Messages, Sampled, Thinking, flat
 from edge.server.live import DONE, Answer, EventStream, dump
 from edge.server.registry import Registry, serving_for
@@ -20,7 +21,6 @@ from edge.server.serving import finish_reason
 from edge.server.shapes import Shape, chat_logprobs, usage
 from edge.server.tools import MAX_TOOLS, Call
 from edge.server.turn import Conversation, Reader, Turn, collect, merged
-from edge.supervisor import Stream
 
 MAX_CHOICES = 16
 

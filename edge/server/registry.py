@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edge import messages as msg
 from edge.artefact.find import Artefact
+from edge.engine import protocol as msg
+from edge.engine.client import EngineProcess
+from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
 from edge.server.metrics import Metrics
 from edge.server.serving import Serving
-from edge.supervisor import EngineProcess
-from edge.worker import Load
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -11,17 +11,17 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.client import Stream
+from edge.engine.grammar import Constraint, json_constraint
+from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.grammar import Constraint, json_constraint
-from edge.sampling import Params
 from edge.server.fields import MAX_MESSAGES, Count, Function, Message, Share, Temperature, flat
 from edge.server.live import Answer, EventStream, dump
 from edge.server.registry import serving_for
 from edge.server.serving import Serving, finish_reason
 from edge.server.tools import MAX_TOOLS, Call
 from edge.server.turn import EFFORTS, Conversation, Reader, Turn, collect
-from edge.supervisor import Stream
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from edge import planning
 from edge.artefact import find
 from edge.backends.onnx_providers import DEVICES
+from edge.engine.worker import Load
 from edge.errors import EdgeError, InputError, UsageError
+from edge.loading import load_plan
 from edge.server.guard import Access, is_loopback
 from edge.server.registry import Planned, Registry
-from edge.worker import Load
 
 KEY_VARIABLE = "EDGE_API_KEY"
 ADMIN_KEY_VARIABLE = "EDGE_ADMIN_KEY"
@@ -145,7 +145,7 @@ def planned(path: Path, args: argparse.Namespace, lora: Path | None = None) -> P
     lora: an adapter on top. llama.cpp puts it on a whole context, so each adapter has a process of its own;
     what they map of the base's file is in memory once.
     """
-    options = planning.Options(
+    options = load_plan.Options(
         context=args.ctx,
         slots=args.slots,
         threads=args.threads,
@@ -153,10 +153,10 @@ def planned(path: Path, args: argparse.Namespace, lora: Path | None = None) -> P
         kv_type=args.kv_type,
     )
     # An adapter in GGUF goes on top of a GGUF.
-    found, why = planning.pick(path, "llamacpp" if args.lora else args.backend, options)
+    found, why = load_plan.pick(path, "llamacpp" if args.lora else args.backend, options)
     if lora is not None:
         found = find.with_lora(found, lora)
-    settings = planning.plan(found, options)
+    settings = load_plan.plan(found, options)
     load = Load.of(
         found,
         settings,
@@ -166,8 +166,8 @@ def planned(path: Path, args: argparse.Namespace, lora: Path | None = None) -> P
         store_mib=args.kv_store_mib,
         why=f"{found.kind}: {why}",
     )
-    need = planning.estimate(found, kv_type=args.kv_type, slots=settings.slots)
-    return Planned(load, found, need.total(planning.cells(settings)))
+    need = load_plan.estimate(found, kv_type=args.kv_type, slots=settings.slots)
+    return Planned(load, found, need.total(load_plan.cells(settings)))
 
 
 def read_keys(path: Path | None, variable: str) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from edge import messages as msg
 from edge.artefact.find import Artefact
 from edge.chat_template import ChatTemplate
+from edge.engine import protocol as msg
+from edge.engine.client import EngineProcess
 from edge.errors import RequestError
-from edge.supervisor import EngineProcess
 
 
 class Serving:

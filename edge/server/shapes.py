@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Any
 
-from edge import messages as msg
+from edge.engine import protocol as msg
 from edge.server.live import dump, event
 from edge.server.serving import Serving
 

@@ -16,8 +16,8 @@ import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edge.engine.grammar import WHITESPACE, Constraint
 from edge.errors import RequestError
-from edge.grammar import WHITESPACE, Constraint
 
 MAX_TOOLS = 128
 # A forced answer ends after so many calls, whatever the model wants.

@@ -16,16 +16,16 @@ from typing import Any
 
 import msgspec
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.client import Stream
+from edge.engine.grammar import Constraint
+from edge.engine.sampling import Params
+from edge.engine.thinking_budget import Guidance
 from edge.errors import RequestError
-from edge.grammar import Constraint
-from edge.guide import Guidance
 from edge.reasoning import THINK, THINK_END, ThoughtSplit, opens_thought
-from edge.sampling import Params
 from edge.server.calls import CallReader
 from edge.server.serving import Serving
 from edge.server.tools import LLAMA3, MAX_TOOLS, PROSE, Call, Tool, described, dialect_of, json_rule
-from edge.supervisor import Stream
 
 # OpenAI's efforts as tokens that a thought may have; None: no bound.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}

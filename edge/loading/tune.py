@@ -20,12 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edge import hardware, native
 from edge.artefact.find import Artefact
 from edge.backends import onnx
 from edge.backends.base import Backend, Row
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.errors import EdgeError
+from edge.machine import build_llamacpp, hardware
 
 # Tokens of the prompt: as many as take PROMPT_S to read, within these bounds. Flash attention is often the
 # faster one after a hundred tokens and the slower one after many.
@@ -258,7 +258,7 @@ def kept_at(path: Path, *facts: Any) -> Path:
 def _cache(path: Path, asked: Settings) -> Path:
     return kept_at(
         path,
-        native.build_info(),
+        build_llamacpp.build_info(),
         asked.threads,
         min(STREAMS, asked.slots),
         _unified(asked),
@@ -291,7 +291,7 @@ def version(package: str) -> str:
 def place(found: Artefact, asked: Settings | onnx.Settings) -> Path:
     """The file that keeps what was measured of an artefact that is loaded as `asked`."""
     if isinstance(asked, onnx.Settings):
-        from edge import tune_onnx
+        from edge.loading import tune_onnx
 
         return tune_onnx.cache(found.path, asked)
     return _cache(found.path, asked)
@@ -307,8 +307,8 @@ def speed(found: Artefact, asked: Settings | onnx.Settings) -> tuple[float, floa
 
 
 def main(argv: list[str]) -> int:
-    from edge import planning
     from edge.artefact import find
+    from edge.loading import load_plan
 
     parser = argparse.ArgumentParser(
         prog="edge tune", description="Show what was measured for an artefact on this machine."
@@ -323,8 +323,8 @@ def main(argv: list[str]) -> int:
     kinds = (args.backend,) if args.backend else tuple(find.SUFFIXES)
     for found in find.candidates(args.path, kinds):
         kv_type = "f16" if found.kind == "onnx" else args.kv_type
-        options = planning.Options(slots=args.slots, threads=args.threads, kv_type=kv_type)
-        asked = planning.plan(found, options)
+        options = load_plan.Options(slots=args.slots, threads=args.threads, kv_type=kv_type)
+        asked = load_plan.plan(found, options)
         path = place(found, asked)
         if args.redo or read(path).get("state") != "measured":
             path.unlink(missing_ok=True)
@@ -337,7 +337,7 @@ def main(argv: list[str]) -> int:
 
 def _measure(found: Artefact, asked: Settings | onnx.Settings) -> str:
     if isinstance(asked, onnx.Settings):
-        from edge import tune_onnx
+        from edge.loading import tune_onnx
 
         return tune_onnx.settings(onnx.Model(found.path), asked).tuned
     model = Model(found.path, gpu_layers=asked.gpu_layers, extra_buffers=asked.extra_buffers)

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: `python -m edge.worker`, started by edge.supervisor.
+"""The engine in a process of its own: `python -m edge.engine.worker`, started by edge.engine.client.
 
 It reads one line of JSON from standard input (where to connect, what to load), connects back, loads the
 model and serves frames until it is told to drain. Standard input stays open as a lifeline: when it ends, the
@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edge import messages as msg
 from edge.backends.base import Backend, BackendInfo
-from edge.engine import Engine
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.prefix_store import PrefixStore
+from edge.engine.request import prompt_tokens
 from edge.errors import EdgeError, RequestError
-from edge.job import prompt_tokens
-from edge.prefixes import PrefixStore
 
 if TYPE_CHECKING:
     from edge.artefact.find import Artefact
@@ -79,8 +79,8 @@ def open_backend(load: Load) -> Backend:
         return FakeBackend(**load.settings)
     if load.kind == "onnx":
         return _open_onnx(load)
-    from edge import tune
     from edge.backends.llamacpp import LlamaCpp, Model, Settings
+    from edge.loading import tune
 
     settings = msgspec.convert(load.settings, Settings)
     model = Model(Path(load.path), gpu_layers=settings.gpu_layers, extra_buffers=settings.extra_buffers)
@@ -91,8 +91,8 @@ def open_backend(load: Load) -> Backend:
 
 
 def _open_onnx(load: Load) -> Backend:
-    from edge import tune_onnx
     from edge.backends import onnx
+    from edge.loading import tune_onnx
 
     settings = msgspec.convert(load.settings, onnx.Settings)
     model = onnx.Model(Path(load.path))

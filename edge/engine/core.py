@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import messages as msg
 from edge.backends.base import Backend, Candidates, Embeds, Logits, Row, StepInterrupted, StepOutputs
+from edge.engine import protocol as msg
+from edge.engine.grammar import Grammars
+from edge.engine.kv_cache import KVCache
+from edge.engine.prefill_budget import Pace, StepTimes
+from edge.engine.prefix_store import PrefixStore
+from edge.engine.request import Job, admit, prompt_tokens
+from edge.engine.sampling import Choice, Sampler
+from edge.engine.scheduler import Scheduler, Sequence, Work
 from edge.errors import EdgeError, RequestError
-from edge.grammar import Grammars
-from edge.job import Job, admit, prompt_tokens
-from edge.kvcache import KVCache
-from edge.pace import Pace, StepTimes
-from edge.prefixes import PrefixStore
-from edge.sampling import Choice, Sampler
-from edge.scheduler import Scheduler, Sequence, Work
 
 Emit = Callable[[list[msg.Event]], None]
 Mask = NDArray[np.bool_]

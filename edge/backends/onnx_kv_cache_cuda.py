@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.onnx_rows import Placement
+from edge.backends.onnx_kv_cache import Placement
 
 # What moving a row costs, in rows that are run along for one step.
 _MOVE = 25.0

@@ -7,7 +7,7 @@ does, the input embeddings always in the system's memory.
 from __future__ import annotations
 
 from edge.artefact.gguf_header import GGUFHeader
-from edge.hardware import GPU
+from edge.machine.hardware import GPU
 
 # What the driver, CUDA's libraries and their workspaces take of each card.
 RESERVE = 512 * 2**20

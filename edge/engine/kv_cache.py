@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import Backend
-from edge.prefixes import SHORTEST, PrefixStore, common
+from edge.engine.prefix_store import SHORTEST, PrefixStore, common
 
 
 @dataclass(slots=True)

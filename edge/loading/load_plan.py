@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge import doctor, hardware, native, offload
 from edge.artefact.find import SUFFIXES, Artefact, candidates
 from edge.artefact.onnx_header import OnnxHeader
-from edge.backends import onnx, pages
+from edge.backends import linux_pages, onnx
 from edge.backends.llamacpp import KV_BYTES, Settings
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.loading import gpu_offload
+from edge.machine import build_llamacpp, doctor, hardware
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16
@@ -35,7 +36,7 @@ CARD_BATCH = 2048
 _OVERHEAD = 200 * 2**20
 # The packages that a backend imports, and how they are got.
 _PACKAGES = {
-    "llamacpp": (("llama_cpp",), "python -m edge.native"),
+    "llamacpp": (("llama_cpp",), "python -m edge.machine.build_llamacpp"),
     "onnx": (("onnxruntime", "tokenizers"), "pip install -c constraints.txt '.[serve,onnx]'"),
 }
 
@@ -75,7 +76,7 @@ def pick(given: Path, asked: str | None, options: Options) -> tuple[Artefact, st
 
     def measured(found: Artefact) -> Speed | None:
         # Imported late: tuning loads what it measures.
-        from edge import tune
+        from edge.loading import tune
 
         try:
             return tune.speed(found, plan(found, options))
@@ -130,7 +131,7 @@ def _lacks(kind: str) -> str:
 
 
 def _score(speed: Speed, all_speeds: list[Speed]) -> float:
-    """As edge.tune weighs it: one reader's latency is the main thing."""
+    """As edge.loading.tune weighs it: one reader's latency is the main thing."""
     best = [min(one[i] for one in all_speeds) for i in range(3)]
     return sum(w * t / b for w, t, b in zip((0.5, 0.3, 0.2), speed, best, strict=True))
 
@@ -195,7 +196,7 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         if gpu_layers:
             # Layers that find no room on a card stay in the system's memory.
             used = hardware.gpus()
-            memory += offload.room(used)
+            memory += gpu_offload.room(used)
     fits = need.cells(memory)
     if fits < context:
         raise InputError(
@@ -210,20 +211,20 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         return _plan_onnx(options, slots=slots, context=context, threads=threads, fits=fits, batch=batch)
     # Cells that nothing is written to take no memory where that can be, but they may all be written to.
     whole = slots * context
-    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell) and (pages.WORKS or bool(used))
+    parts = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell) and (linux_pages.WORKS or bool(used))
     asked_for_all = options.slots is not None and options.context is not None
     pool = max(context, min(whole, fits, whole if asked_for_all else DEFAULT_POOL))
     if used and not isinstance(artefact.header, OnnxHeader):
-        gpu_layers, said = offload.layers(artefact.header, pool, need.cell, need.buffers, used)
+        gpu_layers, said = gpu_offload.layers(artefact.header, pool, need.cell, need.buffers, used)
         if not gpu_layers and options.device == "cuda":
             raise UnavailableError(
                 f"--device cuda: {said}", "free some of the card's memory, or lower --ctx and --slots"
             )
         device, why = device if gpu_layers else "cpu", f"{why}; {said}"
-        if offload.layers(artefact.header, pool, wide.cell, wide.buffers, used)[0] == offload.ALL:
+        if gpu_offload.layers(artefact.header, pool, wide.cell, wide.buffers, used)[0] == gpu_offload.ALL:
             batch = CARD_BATCH
-        there = offload.layers(artefact.header, _SHARE * whole, need.cell, need.buffers, used)[0]
-        parts = parts and there == offload.ALL
+        there = gpu_offload.layers(artefact.header, _SHARE * whole, need.cell, need.buffers, used)[0]
+        parts = parts and there == gpu_offload.ALL
     return Settings(
         slots=slots,
         context=context,
@@ -235,7 +236,7 @@ def plan(artefact: Artefact, options: Options) -> Settings | onnx.Settings:
         kv_type=options.kv_type,
         flash_attention=options.kv_type != "f16",
         gpu_layers=gpu_layers,
-        extra_buffers=bool(native.build_info().get("use_extra_bufts", True)),
+        extra_buffers=bool(build_llamacpp.build_info().get("use_extra_bufts", True)),
         device=device,
         why=why,
     )
@@ -268,11 +269,15 @@ def choose_device(asked: str) -> tuple[str, int, str]:
         return "cpu", 0, "asked for"
     if asked in DEVICES and asked not in ("auto", "cuda"):
         raise UnavailableError(f"--device {asked} is for ONNX", "serve with --backend onnx, or --device auto")
-    lacks = native.no_card()
+    lacks = build_llamacpp.no_card()
     cards = hardware.gpus()
     missing = [*([] if cards else ["no NVIDIA card was found"]), *filter(None, [lacks])]
     if not missing:
-        return f"cuda: {cards[0].name}", offload.ALL, "asked for" if asked == "cuda" else "a card was found"
+        return (
+            f"cuda: {cards[0].name}",
+            gpu_offload.ALL,
+            "asked for" if asked == "cuda" else "a card was found",
+        )
     if asked == "cuda":
         todo = doctor.card_todo(lacks, cards) or "serve with --device cpu or auto"
         raise UnavailableError("--device cuda: " + "; ".join(missing), todo)

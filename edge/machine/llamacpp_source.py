@@ -1,6 +1,6 @@
 """The pinned sdist of llama-cpp-python: fetched once into the user's cache, checked, unpacked.
 
-Its `vendor/llama.cpp` holds the sources that edge.native builds and the converter that convert.gguf runs.
+Its `vendor/llama.cpp` holds the sources that edge.machine.build_llamacpp builds and the converter that convert.gguf runs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from edge import hardware
 from edge.artefact import manifest
 from edge.errors import InputError, UnavailableError
+from edge.machine import hardware
 
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"  # as in constraints.txt; the digest below belongs to it

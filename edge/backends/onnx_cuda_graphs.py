@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.artefact.onnx_header import CANDIDATES, OUTPUT_POSITIONS, OnnxHeader
-from edge.backends.onnx_device import DeviceRows
+from edge.backends.onnx_kv_cache_cuda import DeviceRows
 
 # Steps of one shape before it is recorded, which takes about as long as some of them.
 _AFTER = 8

@@ -1,4 +1,4 @@
-"""Builds llama-cpp-python for this machine: `python -m edge.native [--cuda] [--force]`.
+"""Builds llama-cpp-python for this machine: `python -m edge.machine.build_llamacpp [--cuda] [--force]`.
 
 There is no wheel of it, and a build with default flags is wrong on some machines: it crashes on CPUs with
 AMX (see csrc/amx_tileconfig.h), and with OpenMP it crawls beside a busy core. So the pinned sdist is built
@@ -31,10 +31,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge import hardware
 from edge.artefact import manifest
 from edge.errors import EdgeError, UnavailableError
-from edge.sdist import CONSTRAINTS, PACKAGE, VERSION, install_tools, pip, publish_folder, sdist_archive, tail
+from edge.machine import hardware
+from edge.machine.llamacpp_source import (
+    CONSTRAINTS,
+    PACKAGE,
+    VERSION,
+    install_tools,
+    pip,
+    publish_folder,
+    sdist_archive,
+    tail,
+)
 
 CSRC = Path(__file__).with_name("csrc")
 HEADER = CSRC / "amx_tileconfig.h"
@@ -106,12 +115,12 @@ def nvcc() -> tuple[str, str]:
         raise UnavailableError(
             "CUDA was asked for, but its compiler `nvcc` is not there",
             "install NVIDIA's CUDA toolkit (Debian, Ubuntu: sudo apt-get install nvidia-cuda-toolkit), "
-            "or build for the CPU: python -m edge.native",
+            "or build for the CPU: python -m edge.machine.build_llamacpp",
         )
     if not hardware.gpus():
         raise UnavailableError(
             "CUDA was asked for, but `nvidia-smi` shows no card",
-            "install NVIDIA's driver, or build for the CPU: python -m edge.native",
+            "install NVIDIA's driver, or build for the CPU: python -m edge.machine.build_llamacpp",
         )
     return path, _output([path, "--version"])
 
@@ -328,14 +337,14 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
     if outcome["plain"] != "ok":
         raise UnavailableError(
             f"the build of {PACKAGE} cannot decode: {outcome['plain']}",
-            "try another compiler (CXX=clang++ python -m edge.native --force)",
+            "try another compiler (CXX=clang++ python -m edge.machine.build_llamacpp --force)",
         )
     if outcome["extra"] != "ok":
         notes.append("weights are not repacked (use_extra_bufts=False): slower than it could be")
     if cuda and outcome.get("gpu") != "ok":
         raise UnavailableError(
             f"the CUDA build cannot decode on the card: {outcome.get('gpu', 'it sees no card')}",
-            "check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: python -m edge.native",
+            "check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: python -m edge.machine.build_llamacpp",
         )
     folder = _package_folder()
     assert folder is not None
@@ -379,7 +388,7 @@ def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m edge.native", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edge.machine.build_llamacpp", description=__doc__)
     parser.add_argument("--cuda", action="store_true", help="for an NVIDIA card (needs nvcc)")
     parser.add_argument("--force", action="store_true", help="build again, whatever the cache holds")
     options = parser.parse_args(argv)

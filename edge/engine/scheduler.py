@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edge.kvcache import KVCache
-from edge.pace import Newcomers
+from edge.engine.kv_cache import KVCache
+from edge.engine.prefill_budget import Newcomers
 
 
 @dataclass(slots=True, eq=False)

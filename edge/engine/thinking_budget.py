@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.base import Backend
+from edge.engine.grammar import Matcher
 from edge.errors import RequestError
-from edge.grammar import Matcher
 from edge.reasoning import THINK_END, ThoughtMeter
 
 _CLOSING = f"\n{THINK_END}\n\n"

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import hardware
 from edge.artefact.onnx_header import HIDDEN, OnnxHeader
-from edge.backends.onnx_device import DeviceRows
-from edge.backends.onnx_rows import Rows
+from edge.backends.onnx_kv_cache import Rows
+from edge.backends.onnx_kv_cache_cuda import DeviceRows
 from edge.errors import EdgeError
+from edge.machine import hardware
 
 PIECE = 256
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge.artefact.onnx_header import CANDIDATES, OnnxHeader
 from edge.backends.base import Candidates, Logits, StepOutputs
-from edge.backends.onnx_binding import Binding, Buffer, zeros
+from edge.backends.onnx_io_binding import Binding, Buffer, zeros
 
 
 class Outputs:

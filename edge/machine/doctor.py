@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from edge import hardware, native
 from edge.errors import UnavailableError
-from edge.sdist import CONSTRAINTS, PACKAGE
+from edge.machine import build_llamacpp, hardware
+from edge.machine.llamacpp_source import CONSTRAINTS, PACKAGE
 
 EXTRAS = ("serve", "onnx", "train", "export-onnx", "bench", "dev")
-BUILD = "python -m edge.native"
+BUILD = "python -m edge.machine.build_llamacpp"
 
 # CUDA library -> package, and what to add to its file's number for the CUDA major (None: not derivable).
 _LIBRARIES: dict[str, tuple[str, int | None]] = {
@@ -168,12 +168,12 @@ def _gpu(cards: list[hardware.GPU]) -> list[Item]:
 def _llama(cards: list[hardware.GPU]) -> list[Item]:
     rows = []
     try:
-        built_by = native.compiler()
+        built_by = build_llamacpp.compiler()
         rows.append(Item("llama.cpp", "compiler", f"{built_by.kind}: {built_by.version or 'found'}"))
     except UnavailableError as error:
         rows.append(Item("llama.cpp", "compiler", "none", error.hint))
     installed = _version(PACKAGE)
-    info = native.build_info()
+    info = build_llamacpp.build_info()
     if not installed:
         return [*rows, Item("llama.cpp", PACKAGE, "not installed", BUILD)]
     if problem := load_error():
@@ -191,7 +191,7 @@ def _llama(cards: list[hardware.GPU]) -> list[Item]:
     flags = " ".join(
         f"{name}={value}" for name, value in sorted(info["defines"].items()) if "LLAMA" not in name
     )
-    moved = info["cpu_key"] != native.cpu_key()
+    moved = info["cpu_key"] != build_llamacpp.cpu_key()
     rows.append(
         Item(
             "llama.cpp",
@@ -206,7 +206,7 @@ def _llama(cards: list[hardware.GPU]) -> list[Item]:
         todo = f"{BUILD} --cuda  (or: make install CUDA=1)"
         rows.append(Item("llama.cpp", "card", "not used by this build", todo))
     elif cards:
-        lacks = native.no_card()
+        lacks = build_llamacpp.no_card()
         todo = (card_todo(lacks, cards) or f"{BUILD} --cuda --force") if lacks else ""
         rows.append(Item("llama.cpp", "card", lacks or "used", todo))
     return rows
@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         data = {
             "machine": hardware.describe(),
-            "llama_cpp": native.build_info(),
+            "llama_cpp": build_llamacpp.build_info(),
             "items": [asdict(item) for item in found],
         }
         sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edge import messages as msg
 from edge.backends.base import Backend
+from edge.engine import protocol as msg
+from edge.engine.detokenizer import TextStream
+from edge.engine.grammar import Grammars, Matcher
+from edge.engine.prompt_lookup import Lookup
+from edge.engine.sampling import Choice, Sampler
+from edge.engine.scheduler import Sequence
+from edge.engine.thinking_budget import Guide
 from edge.errors import RequestError
-from edge.grammar import Grammars, Matcher
-from edge.guide import Guide
 from edge.reasoning import ThoughtMeter
-from edge.sampling import Choice, Sampler
-from edge.scheduler import Sequence
-from edge.speculate import Lookup
-from edge.text import TextStream
 
 
 @dataclass(slots=True, eq=False)

@@ -10,9 +10,9 @@ import struct
 
 import msgspec
 
-from edge.grammar import Constraint
-from edge.guide import Guidance
-from edge.sampling import Params
+from edge.engine.grammar import Constraint
+from edge.engine.sampling import Params
+from edge.engine.thinking_budget import Guidance
 
 MAX_FRAME = 64 * 2**20
 _LENGTH = struct.Struct("<I")

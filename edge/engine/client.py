@@ -19,12 +19,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from edge import messages as msg
+from edge.engine import protocol as msg
+from edge.engine.grammar import Constraint
+from edge.engine.sampling import Params
+from edge.engine.thinking_budget import Guidance
+from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
-from edge.grammar import Constraint
-from edge.guide import Guidance
-from edge.sampling import Params
-from edge.worker import Load
 
 log = logging.getLogger("edge")
 
@@ -35,7 +35,7 @@ _CRASHED = "the engine process ended unexpectedly"
 
 
 def _spawn() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "edge.worker"], stdin=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-m", "edge.engine.worker"], stdin=subprocess.PIPE)
 
 
 class Stream:

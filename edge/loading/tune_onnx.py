@@ -1,4 +1,4 @@
-"""Threads and spinning of onnxruntime, measured on this machine with this artefact; see edge.tune.
+"""Threads and spinning of onnxruntime, measured on this machine with this artefact; see edge.loading.tune.
 
 onnxruntime's threads spin while they wait for work. On a quiet machine that is faster; where the server's own
 process, or another program, wants the core, it is slower. One core less than there are may be faster, too.
@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge import hardware, tune
 from edge.backends.onnx import Model, Onnx, Settings
+from edge.loading import tune
+from edge.machine import hardware
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import hardware
 from edge.errors import EdgeError
+from edge.machine import hardware
 
 _BATCH = 512
 
