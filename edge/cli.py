@@ -23,7 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
     "export": ("convert.export", "merged model -> gguf"),
     "verify": ("convert.verify", "compare two stages of a model: words, stops, logits"),
-    "serve": ("edge.server.run", "serve a run, a GGUF folder or a GGUF file over HTTP"),
+    "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
     "bench": ("bench.run", "measure ours against the slow baseline"),
     "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),

@@ -112,9 +112,9 @@ def fake_server(**settings: Any) -> Iterator[Server]:
 def main() -> int:
     from edge.cli import guarded
     from edge.engine.worker import Load
-    from edge.server.guard import Access
-    from edge.server.registry import Planned
-    from edge.server.run import bind, serve
+    from edge.server.auth import Access
+    from edge.server.cli import bind, serve
+    from edge.server.model_registry import Planned
 
     settings = json.loads(sys.argv[1])
     access = Access(*(tuple(settings.pop(name, [])) for name in ("keys", "admin_keys", "origins")))

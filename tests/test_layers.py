@@ -22,7 +22,7 @@ def test_no_module_of_edge_names_a_training_library() -> None:
 
 def test_the_server_is_imported_without_them() -> None:
     modules = [
-        "edge.server.run",
+        "edge.server.cli",
         "edge.server.app",
         "edge.engine.worker",
         "edge.backends.llamacpp",

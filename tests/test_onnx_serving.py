@@ -156,7 +156,7 @@ import sys
 for name in ("torch", "transformers", "peft", "llama_cpp", "onnx"):
     sys.modules[name] = None
 from pathlib import Path
-import edge.server.run, edge.server.app, edge.engine.worker
+import edge.server.cli, edge.server.app, edge.engine.worker
 from edge.backends.base import Row
 from edge import planning, tune_onnx, worker
 found, _ = planning.pick(Path(sys.argv[1]), None, planning.Options(device="cpu"))

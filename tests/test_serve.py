@@ -23,8 +23,8 @@ from edge.loading import load_plan, tune
 from edge.loading.load_plan import Options
 from edge.machine import build_llamacpp, hardware
 from edge.machine.hardware import Memory
-from edge.server import run as run_module
-from edge.server.registry import Planned
+from edge.server import cli as run_module
+from edge.server.model_registry import Planned
 from tests import tiny_llama
 from tests.fake_server import Server, launch
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from edge.errors import InputError
-from edge.server.run import read_keys
+from edge.server.cli import read_keys
 from tests.fake_server import Server, fake_server, launch
 
 CHAT = "/v1/chat/completions"

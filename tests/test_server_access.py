@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from edge.errors import UsageError
-from edge.server.run import check_origin
+from edge.server.cli import check_origin
 from tests.fake_server import ROOT, Server, fake_server, launch
 
 # Seconds of servers and training: left out of the quick part.

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from edge.errors import RequestError
-from edge.server.ollama import seconds
+from edge.server.api.ollama import seconds
 from tests.fake_server import Server, fake_server
 
 # Seconds of servers and training: left out of the quick part.

@@ -128,7 +128,7 @@ def test_only_an_admin_key_changes_the_server() -> None:
 def test_an_id_is_never_a_path(name: str) -> None:
     from edge.engine.worker import Load
     from edge.errors import RequestError
-    from edge.server.registry import Planned, Registry
+    from edge.server.model_registry import Planned, Registry
 
     registry = Registry({"m": lambda: Planned(Load(kind="fake"))})
     with pytest.raises(RequestError) as caught:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from edge.errors import RequestError
 from edge.reasoning import ThoughtSplit
-from edge.server.calls import CallReader
-from edge.server.tools import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool, dialect_of
-from edge.server.turn import Reader
+from edge.server.conversation import Reader
+from edge.server.tool_dialects import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool, dialect_of
+from edge.server.tool_parser import CallReader
 from tests.fake_server import Server, fake_server
 
 CHAT = "/v1/chat/completions"

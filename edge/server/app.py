@@ -12,39 +12,38 @@ from starlette.responses import Response
 
 import edge
 from edge.errors import RequestError
-from edge.server import (
+from edge.server import auth, error_body
+from edge.server.access_log import Trace
+from edge.server.api import (
     admin,
     anthropic,
-    completions,
-    embeddings,
-    faults,
     generate,
-    guard,
+    health,
     ollama,
     ollama_models,
-    openai,
-    page,
-    responses,
-    state,
-    tokens,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+    tokenize,
+    web_page,
 )
-from edge.server.guard import Access, Guard
-from edge.server.registry import Registry
-from edge.server.trace import Trace
+from edge.server.auth import Access, Guard
+from edge.server.model_registry import Registry
 
 _ROUTERS = (
     generate,
-    openai,
-    completions,
-    embeddings,
-    responses,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
     anthropic,
     ollama,
     ollama_models,
-    tokens,
-    state,
+    tokenize,
+    health,
     admin,
-    page,
+    web_page,
 )
 _ERRORS = {
     "400": "The request cannot be honoured; the message names the field and its bound.",
@@ -66,7 +65,7 @@ def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
         title="edge",
         version=edge.__version__,
         description=f"Serves {', '.join(registry.names)}.",
-        # FastAPI's own page runs scripts of another host; edge.server.page has one that runs none.
+        # FastAPI's own page runs scripts of another host; edge.server.api.web_page has one that runs none.
         docs_url=None,
         redoc_url=None,
     )
@@ -113,7 +112,7 @@ _STREAMING = frozenset(
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return faults.respond(request.url.path, error)
+    return error_body.respond(request.url.path, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -128,10 +127,10 @@ async def _validation_error(request: Request, error: Exception) -> Response:
             code="json_invalid",
             param="body",
         )
-        return faults.respond(request.url.path, said)
+        return error_body.respond(request.url.path, said)
     where = _field(first["loc"], error.body)
     said = RequestError(f"{where}: {first['msg']}", code=str(first["type"]), param=where)
-    return faults.respond(request.url.path, said)
+    return error_body.respond(request.url.path, said)
 
 
 def _field(place: Sequence[int | str], body: Any) -> str:
@@ -153,20 +152,20 @@ def _field(place: Sequence[int | str], body: Any) -> str:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 413:
-        said = guard.too_large()
+        said = auth.too_large()
     else:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         said = RequestError(
             f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code
         )
-    response = faults.respond(request.url.path, said)
+    response = error_body.respond(request.url.path, said)
     response.headers.update(error.headers or {})
     return response
 
 
 async def _no_text(request: Request, error: Exception) -> Response:
     said = RequestError("a text holds half of a surrogate pair, which is no character", code="invalid_text")
-    return faults.respond(request.url.path, said)
+    return error_body.respond(request.url.path, said)
 
 
 async def _fault(request: Request, error: Exception) -> Response:
@@ -174,6 +173,6 @@ async def _fault(request: Request, error: Exception) -> Response:
     said = RequestError(
         f"a fault of the server; its log has it under the request id {name}", status=500, code="server_error"
     )
-    response = faults.respond(request.url.path, said)
+    response = error_body.respond(request.url.path, said)
     response.headers["x-request-id"] = name
     return response

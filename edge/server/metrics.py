@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from edge.engine import protocol as msg
 
 if TYPE_CHECKING:
-    from edge.server.registry import Registry
+    from edge.server.model_registry import Registry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

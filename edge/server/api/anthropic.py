@@ -16,8 +16,10 @@ from edge.engine.client import Stream
 from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.server import faults
-from edge.server.fields import (
+from edge.server import error_body
+from edge.server.conversation import Conversation, Reader, Turn, collect
+from edge.server.model_registry import serving_for
+from edge.server.request_fields import (
     MAX_CALLS,
     MAX_MESSAGES,
     MAX_TOKENS,
@@ -29,11 +31,9 @@ from edge.server.fields import (
     TopK,
     flat,
 )
-from edge.server.live import Answer, EventStream, dump
-from edge.server.registry import serving_for
-from edge.server.serving import Serving, finish_reason
-from edge.server.tools import MAX_TOOLS, Call, Tool
-from edge.server.turn import Conversation, Reader, Turn, collect
+from edge.server.served_model import Serving, finish_reason
+from edge.server.streaming import Answer, EventStream, dump
+from edge.server.tool_dialects import MAX_TOOLS, Call, Tool
 
 PATH = "/v1/messages"
 MAX_STOP_SEQUENCES = 16
@@ -288,7 +288,7 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 class _Events(EventStream):
     def _failed(self, error: RequestError) -> bytes:
-        return _event("error", error=faults.body(PATH, error)["error"])
+        return _event("error", error=error_body.body(PATH, error)["error"])
 
 
 async def _events(

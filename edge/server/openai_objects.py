@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from edge.engine import protocol as msg
-from edge.server.live import dump, event
-from edge.server.serving import Serving
+from edge.server.served_model import Serving
+from edge.server.streaming import dump, event
 
 # JSON has no infinity; OpenAI writes this for a probability of nothing.
 _NEVER = -9999.0

@@ -19,7 +19,7 @@ from edge.engine.client import EngineProcess
 from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
 from edge.server.metrics import Metrics
-from edge.server.serving import Serving
+from edge.server.served_model import Serving
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from edge.engine.detokenizer import overlap
 from edge.engine.grammar import fits
-from edge.server.tools import Call, Dialect, Tool, call_of
+from edge.server.tool_dialects import Call, Dialect, Tool, call_of
 
 _FENCE = "```"
 # What may stand before a bare object, blank space aside, and what closes it.

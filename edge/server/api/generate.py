@@ -18,12 +18,12 @@ from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.engine.grammar import Constraint, json_constraint
 from edge.errors import RequestError
-from edge.server.fields import MAX_TOKENS, Messages, Sampled, Thinking, flat
-from edge.server.live import DONE, Answer, EventStream, event
-from edge.server.registry import serving_for
-from edge.server.serving import Serving, finish_reason, timings
-from edge.server.shapes import usage
-from edge.server.turn import Conversation, Turn
+from edge.server.conversation import Conversation, Turn
+from edge.server.model_registry import serving_for
+from edge.server.openai_objects import usage
+from edge.server.request_fields import MAX_TOKENS, Messages, Sampled, Thinking, flat
+from edge.server.served_model import Serving, finish_reason, timings
+from edge.server.streaming import DONE, Answer, EventStream, event
 
 DEFAULT_MAX_TOKENS = 512
 

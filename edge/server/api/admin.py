@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
-from edge.server.registry import Registry
+from edge.server.model_registry import Registry
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 

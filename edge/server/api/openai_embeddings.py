@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edge.engine import protocol as msg
 from edge.errors import RequestError
-from edge.server.completions import IdPrompts, Ids
-from edge.server.live import GONE
-from edge.server.registry import serving_for
-from edge.server.serving import Serving
+from edge.server.api.openai_completions import IdPrompts, Ids
+from edge.server.model_registry import serving_for
+from edge.server.served_model import Serving
+from edge.server.streaming import GONE
 
 MAX_INPUTS = 2048
 

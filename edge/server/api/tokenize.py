@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.errors import RequestError
-from edge.server.fields import MAX_TOKENS, Messages, flat
-from edge.server.registry import serving_for
-from edge.server.turn import Conversation, Turn
+from edge.server.conversation import Conversation, Turn
+from edge.server.model_registry import serving_for
+from edge.server.request_fields import MAX_TOKENS, Messages, flat
 
 router = APIRouter(tags=["tokens"])
 

@@ -12,12 +12,12 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.errors import RequestError
-from edge.server.live import DONE, Answer, EventStream
-from edge.server.openai import MAX_CHOICES, OpenAI
-from edge.server.registry import serving_for
-from edge.server.serving import finish_reason
-from edge.server.shapes import Shape, summed, text_logprobs, usage
-from edge.server.turn import collect, merged
+from edge.server.api.openai_chat import MAX_CHOICES, OpenAI
+from edge.server.conversation import collect, merged
+from edge.server.model_registry import serving_for
+from edge.server.openai_objects import Shape, summed, text_logprobs, usage
+from edge.server.served_model import finish_reason
+from edge.server.streaming import DONE, Answer, EventStream
 
 DEFAULT_COMPLETION_TOKENS = 512
 MAX_PROMPTS = 64

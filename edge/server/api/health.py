@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge.server.metrics import CONTENT_TYPE
-from edge.server.registry import Known, Registry
+from edge.server.model_registry import Known, Registry
 
 router = APIRouter(tags=["state"])
 

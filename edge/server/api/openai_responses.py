@@ -16,12 +16,12 @@ from edge.engine.client import Stream
 from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.server.fields import MAX_MESSAGES, Count, Function, Message, Share, Temperature, flat
-from edge.server.live import Answer, EventStream, dump
-from edge.server.registry import serving_for
-from edge.server.serving import Serving, finish_reason
-from edge.server.tools import MAX_TOOLS, Call
-from edge.server.turn import EFFORTS, Conversation, Reader, Turn, collect
+from edge.server.conversation import EFFORTS, Conversation, Reader, Turn, collect
+from edge.server.model_registry import serving_for
+from edge.server.request_fields import MAX_MESSAGES, Count, Function, Message, Share, Temperature, flat
+from edge.server.served_model import Serving, finish_reason
+from edge.server.streaming import Answer, EventStream, dump
+from edge.server.tool_dialects import MAX_TOOLS, Call
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 import edge
 from edge.artefact.find import SUFFIXES, Artefact
 from edge.artefact.gguf_header import GGUFHeader
-from edge.server.ollama import taken, thinks
-from edge.server.registry import Known, Registry
-from edge.server.tools import dialect_of
+from edge.server.api.ollama import taken, thinks
+from edge.server.model_registry import Known, Registry
+from edge.server.tool_dialects import dialect_of
 
 router = APIRouter(prefix="/api", tags=["ollama"])
 

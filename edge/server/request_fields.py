@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.server.tools import Tool
-from edge.server.turn import EFFORTS
+from edge.server.conversation import EFFORTS
+from edge.server.tool_dialects import Tool
 
 MAX_TOKENS = 1_000_000
 MAX_STOPS = 16

@@ -23,9 +23,9 @@ from edge.engine.sampling import Params
 from edge.engine.thinking_budget import Guidance
 from edge.errors import RequestError
 from edge.reasoning import THINK, THINK_END, ThoughtSplit, opens_thought
-from edge.server.calls import CallReader
-from edge.server.serving import Serving
-from edge.server.tools import LLAMA3, MAX_TOOLS, PROSE, Call, Tool, described, dialect_of, json_rule
+from edge.server.served_model import Serving
+from edge.server.tool_dialects import LLAMA3, MAX_TOOLS, PROSE, Call, Tool, described, dialect_of, json_rule
+from edge.server.tool_parser import CallReader
 
 # OpenAI's efforts as tokens that a thought may have; None: no bound.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}

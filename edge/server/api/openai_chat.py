@@ -14,13 +14,13 @@ from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.engine.grammar import Constraint, json_constraint
 from edge.errors import RequestError
-from edge.server.fields import Count, Function, Messages, Sampled, Thinking, flat
-from edge.server.live import DONE, Answer, EventStream, dump
-from edge.server.registry import Registry, serving_for
-from edge.server.serving import finish_reason
-from edge.server.shapes import Shape, chat_logprobs, usage
-from edge.server.tools import MAX_TOOLS, Call
-from edge.server.turn import Conversation, Reader, Turn, collect, merged
+from edge.server.conversation import Conversation, Reader, Turn, collect, merged
+from edge.server.model_registry import Registry, serving_for
+from edge.server.openai_objects import Shape, chat_logprobs, usage
+from edge.server.request_fields import Count, Function, Messages, Sampled, Thinking, flat
+from edge.server.served_model import finish_reason
+from edge.server.streaming import DONE, Answer, EventStream, dump
+from edge.server.tool_dialects import MAX_TOOLS, Call
 
 MAX_CHOICES = 16
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import RequestError
-from edge.server import faults
+from edge.server import error_body
 
 MAX_BODY = 4 * 2**20
 OPEN_PATHS = frozenset({"/health"})
@@ -75,7 +75,7 @@ class Guard:
                 return
         error = self._refusal(scope["path"], headers, shared)
         if error is not None:
-            refused = faults.respond(scope["path"], error)
+            refused = error_body.respond(scope["path"], error)
             if error.status == 401:
                 # A browser asks its user for the key, and sends it along from then on.
                 scheme = 'Basic realm="edge: the API key is the password"'

@@ -20,8 +20,8 @@ from edge.backends.onnx_providers import DEVICES
 from edge.engine.worker import Load
 from edge.errors import EdgeError, InputError, UsageError
 from edge.loading import load_plan
-from edge.server.guard import Access, is_loopback
-from edge.server.registry import Planned, Registry
+from edge.server.auth import Access, is_loopback
+from edge.server.model_registry import Planned, Registry
 
 KEY_VARIABLE = "EDGE_API_KEY"
 ADMIN_KEY_VARIABLE = "EDGE_ADMIN_KEY"

@@ -23,8 +23,11 @@ from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
 from edge.reasoning import THINK
-from edge.server.embeddings import MAX_INPUTS, embed_all, floats
-from edge.server.fields import (
+from edge.server.api.openai_chat import FunctionTool
+from edge.server.api.openai_embeddings import MAX_INPUTS, embed_all, floats
+from edge.server.conversation import Conversation, Reader, Turn, collect
+from edge.server.model_registry import Registry
+from edge.server.request_fields import (
     MAX_MESSAGES,
     MAX_STOPS,
     MAX_TOKENS,
@@ -37,12 +40,9 @@ from edge.server.fields import (
     TopK,
     flat,
 )
-from edge.server.live import Answer, EventStream, dump
-from edge.server.openai import FunctionTool
-from edge.server.registry import Registry
-from edge.server.serving import Serving, finish_reason
-from edge.server.tools import MAX_TOOLS, Call
-from edge.server.turn import Conversation, Reader, Turn, collect
+from edge.server.served_model import Serving, finish_reason
+from edge.server.streaming import Answer, EventStream, dump
+from edge.server.tool_dialects import MAX_TOOLS, Call
 
 # Ollama's own defaults for what a request leaves open.
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K, DEFAULT_TOP_P = 0.8, 40, 0.9

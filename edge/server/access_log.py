@@ -14,8 +14,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge.server.live import SEND
 from edge.server.metrics import Metrics
+from edge.server.streaming import SEND
 
 log = logging.getLogger("edge.http")
 
