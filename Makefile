@@ -128,7 +128,7 @@ export-onnx: install
 	$(BIN)/edge export onnx "$(RUN)" $(if $(PRECISION),--precision $(PRECISION)) $(REPLACE)
 
 onnx-optimum: install
-	$(BIN)/python -m convert.onnx_optimum "$(RUN)"
+	$(BIN)/python -m convert.export.check_with_optimum "$(RUN)"
 
 onnx-alone: install
 	$(BIN)/python -m tests.onnx_alone "$(RUN)"

@@ -41,7 +41,7 @@ def make(file: Path, run: Path, *, overwrite: bool = False) -> Path:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from convert import template
+    from convert.train.load_model import chat_format
 
     header = read_header(file)
     target = run / "merged"
@@ -70,7 +70,7 @@ def make(file: Path, run: Path, *, overwrite: bool = False) -> Path:
         with contextlib.redirect_stderr(io.StringIO()):
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        form = template.load(partial)
+        form = chat_format.load(partial)
         (partial / TEMPLATE).write_bytes(form.source.encode("utf-8"))
         manifest.write(
             partial,

@@ -22,7 +22,7 @@ class Loop:
             raise UnavailableError(
                 "onnxruntime-genai is not installed", "pip install -c constraints.txt -e '.[export-onnx]'"
             ) from error
-        from convert.onnx_graph import for_generator
+        from convert.export.onnx_graph import for_generator
 
         self.library: Any = onnxruntime_genai
         with tempfile.TemporaryDirectory(prefix="edge-onnx-") as twin:

@@ -26,9 +26,9 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+from convert.config import TrainConfig, parse
 from edge.artefact import manifest
 from edge.cli import guarded
-from edge.config import TrainConfig, parse
 from edge.errors import EdgeError
 
 # Of Qwen2: width, width between, layers, heads, heads of keys and values.
@@ -74,7 +74,7 @@ def settings(base: Path, batch: int, accumulate: int = 1) -> TrainConfig:
 
 def rows(many: int, length: int) -> list[Any]:
     """Random rows for all steps."""
-    from convert.encode import Sample
+    from convert.data.encode import Sample
 
     draw = random.Random(0)
     return [
@@ -87,16 +87,16 @@ def side(name: str, base: Path, batches: list[Any], *, cap: float, accumulate: i
     """What one side makes of each batch: tokens/s, peaks in GiB, the losses, and for ours the estimate."""
     import torch
 
-    from convert import dist, packed
-    from convert import model as models
+    from convert.train import cuda_graphs, distributed
+    from convert.train import load_model as models
 
     config = settings(base, 1, accumulate)
     place = models.choose_place(config)
-    world = dist.join(cpu=False)
+    world = distributed.join(cpu=False)
     if cap:
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.mem_get_info()[1])
-    packed.register()
-    model = models.load_model(base, place, attention=packed.ATTENTION if name == "edge" else "sdpa")
+    cuda_graphs.register()
+    model = models.load_model(base, place, attention=cuda_graphs.ATTENTION if name == "edge" else "sdpa")
     found = []
     adapted = models.add_adapter(model, config)
     for batch, length in batches:
@@ -118,15 +118,16 @@ def side(name: str, base: Path, batches: list[Any], *, cap: float, accumulate: i
             one["estimate_gib"] = _estimate(base, config, items, place)
         found.append(one)
         sys.stderr.write(json.dumps({key: one[key] for key in one if key != "losses"}) + "\n")
-    dist.leave()
+    distributed.leave()
     return found if world.first else []
 
 
 def _estimate(base: Path, config: TrainConfig, items: list[Any], place: Any) -> float:
-    from convert import memory, prepare
+    from convert.data import prepare
+    from convert.train import memory_estimate
 
     made = prepare.Prepared(train=items, held=[], report=None)  # type: ignore[arg-type]
-    return memory.estimate(base, config, made, place, eager=False, joined=True).total / 2**30
+    return memory_estimate.estimate(base, config, made, place, eager=False, joined=True).total / 2**30
 
 
 def _forget() -> None:
@@ -141,12 +142,12 @@ def _forget() -> None:
 def _ours(
     model: Any, config: TrainConfig, items: list[Any], place: Any, world: Any
 ) -> tuple[list[float], list[float]]:
-    from convert import loop, packed
+    from convert.train import cuda_graphs, trainer
 
-    objective, how = packed.head(model, config, place)
+    objective, how = cuda_graphs.head(model, config, place)
     sys.stderr.write(how + "\n")
     _forget()
-    runner = loop.Loop(
+    runner = trainer.Loop(
         model, items, config, device="cuda", dtype=place.dtype, objective=objective, world=world
     )
     times, losses, last = [], [], 0.0

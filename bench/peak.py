@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
+from convert.config import TrainConfig, load_train_config
 from edge.cli import guarded
-from edge.config import TrainConfig, load_train_config
 
 
 def peak(config: TrainConfig, console: Console) -> None:
@@ -24,21 +24,21 @@ def peak(config: TrainConfig, console: Console) -> None:
     """
     import torch
 
-    from convert import loop, qlora
+    from convert.train import finetune, trainer
 
-    real = loop.Loop.run
+    real = trainer.Loop.run
     card = torch.cuda.is_available() and not config.use_cpu
     here = Path("/proc/self")
 
-    def run(self: loop.Loop, *args: Any, **more: Any) -> Any:
+    def run(self: trainer.Loop, *args: Any, **more: Any) -> Any:
         if card:
             torch.cuda.reset_peak_memory_stats()
         elif here.is_dir():
             (here / "clear_refs").write_text("5", encoding="utf-8")
         return real(self, *args, **more)
 
-    loop.Loop.run = run  # type: ignore[method-assign]
-    qlora.run(config, console=console)
+    trainer.Loop.run = run  # type: ignore[method-assign]
+    finetune.run(config, console=console)
     if card:
         most = torch.cuda.max_memory_allocated() / 2**30
     elif here.is_dir():

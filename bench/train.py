@@ -28,9 +28,9 @@ from rich.table import Table
 from bench import metrics
 from bench.probe import noise
 from bench.table import write_files
+from convert.config import load_train_config
 from edge.artefact import manifest
 from edge.cli import guarded
-from edge.config import load_train_config
 from edge.errors import EdgeError, UsageError
 from edge.machine import hardware
 
@@ -140,20 +140,20 @@ def memory(path: Path, overrides: list[str], steps: int, console: Console) -> li
 
 def heldout(run: Path, questions: Path, console: Console) -> dict[str, Any]:
     """How many held-out questions the trained adapter of `run` answers with one of their words."""
-    from convert import answers, template
-    from convert.eval import load_tuned
-    from convert.model import choose_place
+    from convert.config import FIELDS, parse
+    from convert.train import sample_answers
+    from convert.train.evaluate import load_tuned
+    from convert.train.load_model import chat_format, choose_place
     from edge.artefact import manifest
-    from edge.config import FIELDS, parse
 
     known = manifest.read(run / "adapter")
     config = parse({key: value for key, value in known.settings.items() if key in FIELDS})
     base = Path(config.model_name_or_path)
-    form, place = template.load(base), choose_place(config)
+    form, place = chat_format.load(base), choose_place(config)
     rows = json.loads(questions.read_text(encoding="utf-8"))
     prompts = [form.prompt([{"role": "user", "content": row["question"]}], known.thinking) for row in rows]
     model = load_tuned(run / "adapter", base, config, place)
-    said = answers.generate(model, form, prompts, device=place.device, max_new_tokens=64, size=8)
+    said = sample_answers.generate(model, form, prompts, device=place.device, max_new_tokens=64, size=8)
     hits = 0
     for row, answer in zip(rows, said, strict=True):
         hit = any(word.lower() in answer.lower() for word in row["keywords"])

@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from convert.config import TrainConfig, load_train_config
 from edge.cli import guarded
-from edge.config import TrainConfig, load_train_config
 
 
 class Course:
@@ -72,13 +72,13 @@ def card_peak() -> int | None:
 
 
 def ours(base: Path, config: TrainConfig, items: list[Any], place: Any, goal: float) -> Course:
-    from convert import loop, model, packed
+    from convert.train import cuda_graphs, load_model, trainer
 
     longest = max(one.size for one in items)
-    attention = packed.attention_name(place, eager=place.device == "cpu" and longest <= 512)
-    adapted = model.add_adapter(model.load_model(base, place, attention=attention), config)
-    head, _ = packed.head(adapted, config, place)
-    runner = loop.Loop(adapted, items, config, device=place.device, dtype=place.dtype, objective=head)
+    attention = cuda_graphs.attention_name(place, eager=place.device == "cpu" and longest <= 512)
+    adapted = load_model.add_adapter(load_model.load_model(base, place, attention=attention), config)
+    head, _ = cuda_graphs.head(adapted, config, place)
+    runner = trainer.Loop(adapted, items, config, device=place.device, dtype=place.dtype, objective=head)
     course, last = Course(goal), 0
 
     def report(state: Any) -> None:
@@ -94,13 +94,13 @@ def plain(base: Path, config: TrainConfig, items: list[Any], place: Any, goal: f
     """The tutorial's loop, for as many optimizer steps as ours makes of the same rows."""
     import torch
 
-    from convert import loop, model
+    from convert.train import load_model, trainer
 
-    adapted = model.add_adapter(model.load_model(base, place), config).train()
+    adapted = load_model.add_adapter(load_model.load_model(base, place), config).train()
     optimizer = torch.optim.AdamW(
         [one for one in adapted.parameters() if one.requires_grad], lr=config.learning_rate
     )
-    total = loop.total_steps(config, len(items))
+    total = trainer.total_steps(config, len(items))
     shuffle, order, course = random.Random(config.seed), list(items), Course(goal)
     step = 0
     while step < total:
@@ -119,7 +119,7 @@ def plain(base: Path, config: TrainConfig, items: list[Any], place: Any, goal: f
             loss.backward()
             torch.nn.utils.clip_grad_norm_(adapted.parameters(), config.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = loop.learning_rate(config, step, total)
+                group["lr"] = trainer.learning_rate(config, step, total)
             optimizer.step()
             optimizer.zero_grad()
             course.step(float(loss.detach()), sum(one.tokens for one in batch))
@@ -134,13 +134,15 @@ SIDES = {"edge": ours, "plain": plain}
 
 def run(side: str, config: TrainConfig, goal: float, *, packed: bool = False) -> Course:
     """Train as the configuration says; packed: rows share sequences of cutoff_len."""
-    from convert import model, prepare, template
+    from convert.data import prepare
+    from convert.train import load_model
+    from convert.train.load_model import chat_format
 
     base = Path(config.model_name_or_path)
-    if packed:
+    if cuda_graphs:
         config = dataclasses.replace(config, neat_packing=True)
-    items = prepare.prepare(config, template.load(base)).train
-    return SIDES[side](base, config, items, model.choose_place(config), goal)
+    items = prepare.prepare(config, chat_format.load(base)).train
+    return SIDES[side](base, config, items, load_model.choose_place(config), goal)
 
 
 def main(argv: list[str]) -> int:

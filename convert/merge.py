@@ -26,9 +26,10 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from convert import shards, template, verify
-from convert.folder import Folder, check_folder
-from convert.merge_adapter import (
+from convert.train.load_model import chat_format, safetensors_io
+from convert.train.load_model.dequantized_base import DTYPES, Rows, Seen, spans
+from convert.train.load_model.hf_folder import Folder, check_folder
+from convert.train.load_model.lora_adapter import (
     EMBEDDINGS,
     HEAD,
     Adapter,
@@ -36,9 +37,9 @@ from convert.merge_adapter import (
     known_adapter,
     read_adapter,
 )
-from convert.seen import DTYPES, Rows, Seen, spans
-from convert.shards import Part
-from convert.verify_readers import TorchReader
+from convert.train.load_model.safetensors_io import Part
+from convert.verify import compare
+from convert.verify.readers import TorchReader
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
 
@@ -110,12 +111,12 @@ def run(
     drift = Drift()
     with manifest.publish(target, overwrite=overwrite) as partial:
         with console.status(f"merging into {target}"):
-            shards.write(partial, plan.parts, lambda part: _rows(part, plan, found, seen, drift))
+            safetensors_io.write(partial, plan.parts, lambda part: _rows(part, plan, found, seen, drift))
         _dump(partial / "config.json", config)
         generation = _load(base.path / "generation_config.json")
         _dump(partial / "generation_config.json", {**generation, "eos_token_id": known.stop_ids})
         words = adapter if (adapter / "tokenizer.json").is_file() else base.path
-        for name in template.FILES:
+        for name in chat_format.FILES:
             if (words / name).is_file():
                 shutil.copyfile(words / name, partial / name)
         (partial / "chat_template.jinja").write_bytes(chat_template)
@@ -130,16 +131,16 @@ def run(
     )
     if found.whole:
         console.print(f"  taken whole from the adapter: {', '.join(sorted(found.whole)[:4])}")
-    verify.summary(report, console)
+    compare.summary(report, console)
     return target
 
 
-def _compare(adapter: Path, merged: Path, console: Console) -> verify.Report:
+def _compare(adapter: Path, merged: Path, console: Console) -> compare.Report:
     """Compare with what was trained; the report is kept in the merged folder, a difference refuses it."""
     with contextlib.closing(TorchReader(adapter)) as a, contextlib.closing(TorchReader(merged)) as b:
-        report = verify.compare(a, b, console=console)
+        report = compare.compare(a, b, console=console)
     report.refuse()
-    verify.keep(report)
+    compare.keep(report)
     return report
 
 
@@ -155,7 +156,7 @@ def _plan(base: Folder, adapter: Adapter, config: dict[str, Any], dtype: torch.d
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
-                kind = shards.TYPES.get(part.get_dtype())
+                kind = safetensors_io.TYPES.get(part.get_dtype())
                 if kind is None:
                     raise InputError(
                         f"{path}: {name} is of the type {part.get_dtype()}, which cannot be merged",
@@ -250,7 +251,7 @@ def _chat_template(adapter: Path, base: Path, known: manifest.Manifest) -> bytes
     Raises InputError where neither has the template that the adapter was trained with.
     """
     path = adapter / "chat_template.jinja"
-    source = path.read_bytes() if path.is_file() else template.load(base).source.encode("utf-8")
+    source = path.read_bytes() if path.is_file() else chat_format.load(base).source.encode("utf-8")
     if manifest.text_digest(source.decode("utf-8", "replace")) != known.chat_template:
         raise InputError(
             f"{adapter}: the chat template is not the one it was trained with", "train again, or put it back"

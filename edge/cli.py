@@ -17,12 +17,15 @@ from edge.errors import EdgeError, UsageError
 
 VERBS: dict[str, tuple[str, str]] = {
     "pull": ("convert.pull", "get a model: the embedded default, a folder, a GGUF file or a hub id"),
-    "data": ("convert.data_cli", "what a configuration's data holds, row by row, without training"),
-    "train": ("convert.train_cli", "LoRA, QLoRA, full or DPO from a LLaMA-Factory style YAML"),
-    "eval": ("convert.eval", "a run on held-out rows: loss, answers, BLEU and ROUGE, beside its base"),
+    "data": ("convert.data.cli", "what a configuration's data holds, row by row, without training"),
+    "train": ("convert.train.cli", "LoRA, QLoRA, full or DPO from a LLaMA-Factory style YAML"),
+    "eval": (
+        "convert.train.evaluate",
+        "a run on held-out rows: loss, answers, BLEU and ROUGE, beside its base",
+    ),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
-    "export": ("convert.export", "merged model -> gguf"),
-    "verify": ("convert.verify", "compare two stages of a model: words, stops, logits"),
+    "export": ("convert.export.cli", "merged model -> gguf"),
+    "verify": ("convert.verify.compare", "compare two stages of a model: words, stops, logits"),
     "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
     "bench": ("bench.run", "measure ours against the slow baseline"),

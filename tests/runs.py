@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge.config import TrainConfig, parse
+from convert.config import TrainConfig, parse
 
 ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(10)]
 PAIRS = [{"instruction": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}!"} for n in range(8)]

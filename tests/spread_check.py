@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from convert import dist, model, spread
-from edge.config import TrainConfig
+from convert.config import TrainConfig
+from convert.train import distributed, fsdp, load_model
 
 
 def main(folder: str) -> None:
-    world = dist.join(cpu=True)
-    place = model.Place("cpu", torch.float32, True)
+    world = distributed.join(cpu=True)
+    place = load_model.Place("cpu", torch.float32, True)
     config = TrainConfig(model_name_or_path=folder, dataset=("d",), output_dir="o")
-    made = model.add_adapter(model.load_model(Path(folder), place, spread=True), config)
-    alone = sum(one.nbytes for one in spread.layers(made).parameters() if not one.requires_grad)
-    spread.spread(made, "cpu")
-    whole = spread.layers(made)
+    made = load_model.add_adapter(load_model.load_model(Path(folder), place, spread=True), config)
+    alone = sum(one.nbytes for one in fsdp.layers(made).parameters() if not one.requires_grad)
+    fsdp.spread(made, "cpu")
+    whole = fsdp.layers(made)
     most = 0
 
     def gathered() -> int:
@@ -41,7 +41,7 @@ def main(folder: str) -> None:
         sys.stdout.write(
             f"{len(whole)} layers, {most} at a time, {gathered()} left, {part / alone:.2f} held\n"
         )
-    dist.leave()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def test_real_servers_on_a_toy_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("llama_cpp")
-    from convert import gguf
+    from convert.export import gguf
     from tests.test_gguf import write_model
 
     run = tmp_path / "模型 'x' 目录"

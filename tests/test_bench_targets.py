@@ -393,7 +393,7 @@ def test_a_run_from_a_gguf_needs_one(tmp_path: Path) -> None:
 def test_a_gguf_becomes_a_merged_folder_with_its_weights(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     safetensors = pytest.importorskip("safetensors.numpy")
-    from convert import gguf
+    from convert.export import gguf
     from tests.test_gguf import write_model
 
     first = tmp_path / "first"

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from bench import run, train, train_side
-from convert import qlora
-from edge.config import as_yaml, parse
+from convert.config import as_yaml, parse
+from convert.train import finetune
 from edge.errors import EdgeError, UsageError
 from tests.toy import make_model
 
@@ -39,7 +39,7 @@ def test_every_part(tmp_path, capsys, monkeypatch):
             "save_strategy": "no",
         }
     )
-    qlora.run(config, console=Console(quiet=True))
+    finetune.run(config, console=Console(quiet=True))
     path = tmp_path / "c.yaml"
     path.write_text(as_yaml(config), encoding="utf-8")
     monkeypatch.setattr(train, "SETTINGS", (("per_device_train_batch_size=1",),))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.config import FIELDS, TrainConfig, as_yaml, load_train_config, parse
+from convert.config import FIELDS, TrainConfig, as_yaml, load_train_config, parse
 from edge.errors import InputError, UsageError
 
 NEEDED = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import data, encode, template
+from convert.data import dataset, encode
+from convert.train.load_model import chat_format
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, UsageError
 from tests.toy import CHATML, IM_END, IM_START, THINKING, make_model
@@ -22,17 +23,17 @@ def folder_of(tmp_path: Path, rows, *, text=None, name="d.json", bom=False, **en
 
 
 def load(tmp_path, rows=None, *, max_samples=None, strict=False, **how):
-    return data.load(("d",), folder_of(tmp_path, rows, **how), max_samples=max_samples, strict=strict)
+    return dataset.load(("d",), folder_of(tmp_path, rows, **how), max_samples=max_samples, strict=strict)
 
 
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory):
-    return template.load(make_model(tmp_path_factory.mktemp("m") / "chatml", template=CHATML))
+    return chat_format.load(make_model(tmp_path_factory.mktemp("m") / "chatml", template=CHATML))
 
 
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory):
-    return template.load(make_model(tmp_path_factory.mktemp("m") / "think", template=THINKING))
+    return chat_format.load(make_model(tmp_path_factory.mktemp("m") / "think", template=THINKING))
 
 
 def text_of(form, ids):
@@ -46,7 +47,7 @@ def learnt(form, sample):
 def row(*texts, system=None):
     roles = ("user", "assistant")
     head = [{"role": "system", "content": system}] if system else []
-    return data.Row("d, row 1", head + [{"role": roles[n % 2], "content": t} for n, t in enumerate(texts)])
+    return dataset.Row("d, row 1", head + [{"role": roles[n % 2], "content": t} for n, t in enumerate(texts)])
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl", "数据 集.json"])
@@ -119,7 +120,7 @@ def test_t5_broken_json(tmp_path):
         json.dumps([{"instruction": "海螺"}], ensure_ascii=False).encode("gbk")
     )
     with pytest.raises(InputError, match="is not UTF-8"):
-        data.load(("d",), tmp_path)
+        dataset.load(("d",), tmp_path)
 
 
 def test_history_system_and_max_samples(tmp_path):
@@ -159,11 +160,11 @@ def test_sharegpt_and_openai(tmp_path):
 
 def test_dataset_info_names_the_nearest(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'd'"):
-        data.load(("dd",), folder_of(tmp_path, [ROW]))
+        dataset.load(("dd",), folder_of(tmp_path, [ROW]))
     with pytest.raises(UsageError, match="unknown key 'colums', did you mean 'columns'"):
         load(tmp_path, [ROW], colums={})
     with pytest.raises(InputError, match="no such file"):
-        data.load(("d",), tmp_path / "nowhere")
+        dataset.load(("d",), tmp_path / "nowhere")
 
 
 def test_t15_placeholders(tmp_path):
@@ -186,18 +187,18 @@ def test_t15_placeholders(tmp_path):
      (5, 5, None), (2, 2, None), (5, 0.99, None), (5, 4, 4), (5, 0, 0)],
 )  # fmt: skip
 def test_t8_split(n, size, held):
-    rows = [data.Row(str(i), []) for i in range(n)]
+    rows = [dataset.Row(str(i), []) for i in range(n)]
     if held is None:
         with pytest.raises(UsageError, match="val_size"):
-            data.split(rows, size, 1)
+            dataset.split(rows, size, 1)
         return
-    train, val = data.split(rows, size, 1)
+    train, val = dataset.split(rows, size, 1)
     assert len(val) == held and len(train) == n - held >= 1
     assert sorted(one.source for one in train + val) == sorted(one.source for one in rows)
 
 
 def test_t1_loss_on_the_answer_and_its_end(chatml):
-    report = data.Report()
+    report = dataset.Report()
     samples = encode.encode([row("hi", "No."), row("请问你是谁", "神奇海螺。")], chatml, report)
     for sample, answer in zip(samples, ("No.", "神奇海螺。"), strict=True):
         assert learnt(chatml, sample) == answer + IM_END
@@ -210,9 +211,9 @@ def test_t1_loss_on_the_answer_and_its_end(chatml):
 def test_prompt_ids_are_those_of_serving(kind, mode, request):
     form = request.getfixturevalue(kind)
     one = row("a  3", "No.", " 你好👩‍🚀\n", "Maybe someday.", system="You are the conch.")
-    samples = encode.encode([one], form, data.Report(), enable_thinking=mode)
+    samples = encode.encode([one], form, dataset.Report(), enable_thinking=mode)
     serving = ChatTemplate(form.source, bos=form.bos, eos=form.eos)
-    thinks = template.thinking_mode(form, mode)
+    thinks = chat_format.thinking_mode(form, mode)
     prompt = serving.render(one.messages[:-1], thinking=thinks)
     ids = form.tokenizer.encode(prompt, add_special_tokens=False).ids
     last = samples[-1]
@@ -224,8 +225,8 @@ def test_prompt_ids_are_those_of_serving(kind, mode, request):
 
 def test_answers_in_history_are_learnt_unless_masked(chatml):
     one = row("q", "No.", "r", "Maybe.")
-    (both,) = encode.encode([one], chatml, data.Report())
-    (last,) = encode.encode([one], chatml, data.Report(), mask_history=True)
+    (both,) = encode.encode([one], chatml, dataset.Report())
+    (last,) = encode.encode([one], chatml, dataset.Report(), mask_history=True)
     assert learnt(chatml, both) == f"No.{IM_END}Maybe.{IM_END}"
     assert learnt(chatml, last) == f"Maybe.{IM_END}"
     assert both.ids == last.ids
@@ -236,7 +237,7 @@ def test_m7_three_thinking_modes(thinking):
     head = f"<|endoftext|>{IM_START}user\nq{IM_START}assistant\n<think>\n"
 
     def made(one, mode):
-        report = data.Report()
+        report = dataset.Report()
         (sample,) = encode.encode([one], thinking, report, enable_thinking=mode)
         return text_of(thinking, sample.ids), learnt(thinking, sample), report
 
@@ -250,19 +251,20 @@ def test_m7_three_thinking_modes(thinking):
     assert loss == f"No.{IM_END}" and report.thoughts_removed == 1
     with pytest.raises(UsageError, match="enable_thinking: null"):
         made(plain, None)
-    assert [template.thinking_mode(thinking, m) for m in (True, False, None)] == ["on", "off", "mixed"]
+    assert [chat_format.thinking_mode(thinking, m) for m in (True, False, None)] == ["on", "off", "mixed"]
 
 
 def test_thinking_means_nothing_without_a_thinking_template(chatml):
-    assert template.thinking_mode(chatml, True) is None
+    assert chat_format.thinking_mode(chatml, True) is None
     ids = [
-        encode.encode([row("q", "a")], chatml, data.Report(), enable_thinking=m)[0].ids for m in (True, None)
+        encode.encode([row("q", "a")], chatml, dataset.Report(), enable_thinking=m)[0].ids
+        for m in (True, None)
     ]
     assert ids[0] == ids[1]
 
 
 def test_cutoff_is_counted_and_said(chatml):
-    report = data.Report()
+    report = dataset.Report()
     samples = encode.encode(
         [row("q", "No " * 60), row("q " * 90, "No."), row("q", "No.")], chatml, report, cutoff_len=40
     )
@@ -280,23 +282,23 @@ def test_a_template_without_an_end_token_gets_the_tokenizers(tmp_path):
     source = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '\\n' }}{% endfor %}assistant:"
     )
-    form = template.load(make_model(tmp_path / "m", template=source))
-    (sample,) = encode.encode([row("q", " No. ")], form, data.Report())
+    form = chat_format.load(make_model(tmp_path / "m", template=source))
+    (sample,) = encode.encode([row("q", " No. ")], form, dataset.Report())
     assert learnt(form, sample) == f"No.{IM_END}" and "ends an answer with no token" in form.warnings[0]
 
 
 def test_names_of_templates(chatml):
-    assert template.check_name("qwen", chatml) is None
-    assert "ignored" in template.check_name("some_new_one", chatml)
+    assert chat_format.check_name("qwen", chatml) is None
+    assert "ignored" in chat_format.check_name("some_new_one", chatml)
     with pytest.raises(UsageError, match="template: deepseekr1 does not fit"):
-        template.check_name("deepseekr1", chatml)
+        chat_format.check_name("deepseekr1", chatml)
 
 
 def test_missing_parts_of_a_model(tmp_path):
     folder = make_model(tmp_path / "m")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="has no chat template"):
-        template.load(folder)
+        chat_format.load(folder)
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
-        template.load(folder)
+        chat_format.load(folder)

@@ -5,9 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from convert import eval as evaluation
-from convert import qlora, scores
-from edge.config import parse
+from convert.config import parse
+from convert.train import bleu_rouge, finetune
+from convert.train import evaluate as evaluation
 from edge.errors import InputError, UsageError
 from tests.toy import make_model
 
@@ -30,11 +30,11 @@ def spaces(text):
     ],
 )
 def test_scores(answer, reference, want):
-    assert tuple(scores.score(answer, reference, spaces).values()) == pytest.approx(want, abs=1e-3)
+    assert tuple(bleu_rouge.score(answer, reference, spaces).values()) == pytest.approx(want, abs=1e-3)
 
 
 def test_words_are_jiebas():
-    split = scores.words()
+    split = bleu_rouge.words()
     assert split("我来到北京清华大学") == ["我", "来到", "北京", "清华大学"]
     assert split("I am, here.\n") == ["I", "am", ",", "here", "."]
 
@@ -64,7 +64,7 @@ def ran(tmp_path_factory):
             }
         )
 
-    qlora.run(config(), console=Console(quiet=True))
+    finetune.run(config(), console=Console(quiet=True))
     return folder, config
 
 
@@ -107,7 +107,9 @@ def test_nothing_to_evaluate(ran, tmp_path):
     folder, config = ran
     with pytest.raises(InputError, match="train first"):
         evaluation.run(tmp_path)
-    qlora.run(config(val_size=0, output_dir=str(folder / "other"), max_steps=1), console=Console(quiet=True))
+    finetune.run(
+        config(val_size=0, output_dir=str(folder / "other"), max_steps=1), console=Console(quiet=True)
+    )
     with pytest.raises(UsageError, match="--dataset NAME"):
         evaluation.run(folder / "other")
 
@@ -116,7 +118,7 @@ def test_nothing_to_evaluate(ran, tmp_path):
 def test_weights_that_were_all_trained(ran):
     folder, config = ran
     how = {"finetuning_type": "full", "learning_rate": 1e-3, "output_dir": str(folder / "full")}
-    target = qlora.run(config(**how), console=Console(quiet=True))
+    target = finetune.run(config(**how), console=Console(quiet=True))
     assert target == folder / "full" / "merged"
     results = evaluation.run(folder / "full", max_new_tokens=4, console=Console(quiet=True))
     assert results["eval_loss"] < 0.5 and results["base_eval_loss"] > 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge.config import load_train_config
+from convert.config import load_train_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")

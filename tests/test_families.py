@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from convert import gguf, gguf_lora, merge, verify
+from convert import merge
+from convert.export import gguf, gguf_lora
+from convert.verify import compare
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
@@ -107,10 +109,10 @@ def test_m8_an_adapter_on_top_of_a_base_in_gguf(
     make_adapter(run / "adapter", base, **more)
     lora = gguf_lora.run(run)
     file = gguf.run(base, quant="F32", console=quiet())
-    report = verify.run(run / "adapter", file, lora=lora, console=quiet())
+    report = compare.run(run / "adapter", file, lora=lora, console=quiet())
     assert report.logits["kl_mean"] < 1e-3 and report.logits["top1"] > 0.97
     # Without it the base is another model.
-    assert verify.run(run / "adapter", file, console=quiet()).logits["kl_mean"] > 0.02
+    assert compare.run(run / "adapter", file, console=quiet()).logits["kl_mean"] > 0.02
     found = find.with_lora(find.resolve(base), run)
     assert found.lora == lora and found.name == "toy" and found.digest.count("sha256:") == 2
     other = tiny_llama.write(tmp_path / "other.gguf")
@@ -129,7 +131,7 @@ def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None) -> Non
     header = read_header(first)
     import numpy as np
 
-    from convert.imatrix import Matrix
+    from convert.export.imatrix import Matrix
 
     ones = {
         name: np.ones(one.shape[0], np.float32) for name, one in header.tensors.items() if len(one.shape) > 1
@@ -240,7 +242,7 @@ def test_t14_added_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, added: int, lora: dict[str, object]
 ) -> None:
     """Tokens behind the base's, or trained by themselves: in the tables, the tokenizer and config.json."""
-    from convert import verify_torch
+    from convert.train.load_model import reference
 
     base = make_family(tmp_path / "base", "llama", tied=tied)
     adapter = tmp_path / "run" / "adapter"
@@ -248,8 +250,8 @@ def test_t14_added_tokens(
     merged = merge.run(tmp_path / "run", dtype="float32", console=quiet())
     found = manifest.read(merged).verify
     assert found["unequal"] == [] and found["logits"]["kl_mean"] < 1e-6 and found["logits"]["top1"] == 1.0
-    monkeypatch.setattr(verify_torch, "WHOLE", 0)  # the reference a layer at a time
-    report = verify.run(adapter, merged, console=quiet())
+    monkeypatch.setattr(reference, "WHOLE", 0)  # the reference a layer at a time
+    report = compare.run(adapter, merged, console=quiet())
     if lora is _TOKENS:
         assert "in memory as a whole" in report.notes[-1]
     else:

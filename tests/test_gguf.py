@@ -16,9 +16,9 @@ pytest.importorskip("tokenizers")
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from convert import gguf
-from convert.verify import Report
-from convert.verify_readers import TorchReader
+from convert.export import gguf
+from convert.verify.compare import Report
+from convert.verify.readers import TorchReader
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from convert import gguf_split
+from convert.export import gguf_split
 from edge.artefact import find
 from edge.artefact.gguf_header import GGUFArray, read_header
 from edge.artefact.gguf_shards import read_whole
@@ -59,11 +59,11 @@ def test_parts_that_do_not_fit_are_said(parts: list[Path]) -> None:
 @pytest.mark.slow
 def test_parts_are_loaded_and_verified(parts: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from convert import verify
+    from convert.verify import compare
 
     (tmp_path / "one").mkdir()
     one = tiny_llama.write(tmp_path / "one" / "m.gguf")
-    report = verify.run(one, parts[0], console=Console(file=io.StringIO()))
+    report = compare.run(one, parts[0], console=Console(file=io.StringIO()))
     assert report.unequal == [] and report.logits["kl_max"] == 0.0
     assert report.logits["greedy_equal"] == report.logits["greedy_tokens"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from convert import gguf, imatrix, ladder
-from convert.ladder import Rung
+from convert.export import gguf, imatrix, quant_search
+from convert.export.quant_search import Rung
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
@@ -26,26 +26,26 @@ def rung(quant: str, decode: float, kl: float, *, rounding: str = "", top1: floa
 
 def test_the_quickest_that_is_close_enough() -> None:
     rungs = [rung("Q8_0", 60, 0.001), rung("Q4_K_M", 80, 0.04), rung("Q4_0", 110, 0.3, top1=0.8)]
-    best, reason = ladder.recommend(rungs)
+    best, reason = quant_search.recommend(rungs)
     assert best.quant == "Q4_K_M" and "Q4_0 would be" in reason and "KL 0.3" in reason
     # The matrix buys the fast type its quality back.
-    best, reason = ladder.recommend([*rungs, rung("Q4_0", 109, 0.05, rounding="matrix")])
+    best, reason = quant_search.recommend([*rungs, rung("Q4_0", 109, 0.05, rounding="matrix")])
     assert best.name == "Q4_0 + matrix" and "would be" not in reason
 
 
 def test_among_equally_quick_ones_the_closest() -> None:
-    best, _ = ladder.recommend([rung("Q4_K_M", 81, 0.04), rung("Q6_K", 80, 0.006)])
+    best, _ = quant_search.recommend([rung("Q4_K_M", 81, 0.04), rung("Q6_K", 80, 0.006)])
     assert best.quant == "Q6_K"
 
 
 def test_where_none_is_close_the_closest() -> None:
-    best, reason = ladder.recommend([rung("Q4_0", 90, 0.4), rung("Q4_K_M", 50, 0.2)])
+    best, reason = quant_search.recommend([rung("Q4_0", 90, 0.4), rung("Q4_K_M", 50, 0.2)])
     assert best.quant == "Q4_K_M" and reason.startswith("none keeps within a mean KL of 0.06")
 
 
 def test_the_picture_is_one_valid_file() -> None:
     rungs = [rung("Q8_0", 60, 0.001), rung("Q4_0", 110, 0.3, rounding="matrix"), rung("F16", 30, 0.0)]
-    root = ElementTree.fromstring(ladder.picture(rungs, rungs[0], "贝壳 <&>"))
+    root = ElementTree.fromstring(quant_search.picture(rungs, rungs[0], "贝壳 <&>"))
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
     assert len(circles) == 3 and "贝壳 <&>" in "".join(root.itertext())
     assert float(circles[1].get("cx", 0)) > float(circles[0].get("cx", 0))  # faster lies to the right
@@ -56,7 +56,7 @@ def test_the_table_names_the_factor() -> None:
     rungs = [rung("Q4_0", 110, 0.3), rung("Q4_0", 110, 0.1, rounding="gptq")]
     rungs.append(rung("Q4_0", 110, 0.6, rounding="matrix"))
     console = Console(file=io.StringIO(), width=200)
-    console.print(ladder.table(rungs, rungs[1]))
+    console.print(quant_search.table(rungs, rungs[1]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "recommended; KL 3.00 times smaller" in text and "KL 2.00 times larger" in text
 
@@ -93,10 +93,10 @@ def test_a_ladder_is_climbed(
     assert len(found.values) == 14 and found.source == "36 rows"
     assert all(value.shape == (header.tensors[name].shape[0],) for name, value in found.values.items())
     assert all((value >= 0).all() and value.max() > 0 for value in found.values.values())
-    monkeypatch.setattr(ladder, "TYPES", ("Q8_0", "Q4_0"))
-    monkeypatch.setattr(ladder, "WITH_MATRIX", ("Q4_0",))
-    monkeypatch.setattr(ladder, "WITH_GPTQ", ("Q4_0",))
-    path = ladder.run(run, console=quiet())
+    monkeypatch.setattr(quant_search, "TYPES", ("Q8_0", "Q4_0"))
+    monkeypatch.setattr(quant_search, "WITH_MATRIX", ("Q4_0",))
+    monkeypatch.setattr(quant_search, "WITH_GPTQ", ("Q4_0",))
+    path = quant_search.run(run, console=quiet())
     record = json.loads((path.parent / "ladder.json").read_text(encoding="utf-8"))
     assert [(one["quant"], one["rounding"]) for one in record["rungs"]] == [
         ("Q8_0", ""), ("Q4_0", ""), ("Q4_0", "matrix"), ("Q4_0", "gptq")

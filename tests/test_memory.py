@@ -7,10 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from convert import data, memory, model
-from convert.encode import Sample
-from convert.prepare import Prepared
-from edge.config import parse
+from convert.config import parse
+from convert.data import dataset
+from convert.data.encode import Sample
+from convert.data.prepare import Prepared
+from convert.train import load_model, memory_estimate
 from edge.errors import EdgeError
 from tests.toy import make_model
 
@@ -32,12 +33,12 @@ def config(base, **changes):
 
 def rows(*sizes):
     items = [Sample(f"r{n}", array("i", [5] * n), ((n // 2, n),)) for n in sizes]
-    return Prepared(items, [], data.Report(), rows=len(items))
+    return Prepared(items, [], dataset.Report(), rows=len(items))
 
 
 def estimated(base, made, *, four_bit=False, eager=False, shards=1, **changes):
-    place = model.Place("cpu", torch.float32, four_bit)
-    return memory.estimate(base, config(base, **changes), made, place, eager=eager, shards=shards)
+    place = load_model.Place("cpu", torch.float32, four_bit)
+    return memory_estimate.estimate(base, config(base, **changes), made, place, eager=eager, shards=shards)
 
 
 def test_weights_and_what_is_trained(base):
@@ -69,28 +70,32 @@ def test_passes_follow_the_longest_rows(base):
 
 def test_t12_refused_before_the_first_step_with_what_fits(base, monkeypatch):
     made, changes = rows(*[20] * 99, 400), {"per_device_train_batch_size": 8}
-    place = model.Place("cpu", torch.float32, False)
+    place = load_model.Place("cpu", torch.float32, False)
     need = estimated(base, made, **changes).total
     less = estimated(base, made, disable_gradient_checkpointing=False, per_device_train_batch_size=4).total
-    monkeypatch.setattr(memory, "free", lambda _: less + 1)
+    monkeypatch.setattr(memory_estimate, "free", lambda _: less + 1)
     assert less < need
     with pytest.raises(EdgeError) as caught:
-        memory.check(base, config(base, **changes), made, place, eager=False, console=Console(quiet=True))
+        memory_estimate.check(
+            base, config(base, **changes), made, place, eager=False, console=Console(quiet=True)
+        )
     said = str(caught.value)
     assert f"needs about {need / 2**30:.2f} GiB" in said and "disable_gradient_checkpointing: false" in said
     said = Console(record=True, width=200)
-    memory.check(base, config(base, ignore_memory=True, **changes), made, place, eager=False, console=said)
+    memory_estimate.check(
+        base, config(base, ignore_memory=True, **changes), made, place, eager=False, console=said
+    )
     assert "GiB free" in said.export_text()
-    monkeypatch.setattr(memory, "free", lambda _: 1000)
+    monkeypatch.setattr(memory_estimate, "free", lambda _: 1000)
     with pytest.raises(EdgeError, match="take a smaller model"):
-        memory.check(
+        memory_estimate.check(
             base, config(base, quantization_bit=4), made, place, eager=False, console=Console(quiet=True)
         )
 
 
 # Measured on an H100: QLoRA of rank 16 on seven projections, checkpointing, paged AdamW in 8 bits, computing
 # in bf16, each in a process of its own: (batch, length): GiB with padded rows and peft's layers, and with
-# rows joined by `convert.packed`.
+# rows joined by `convert.train.cuda_graphs`.
 SHAPES = {
     "1.5B": {
         "hidden_size": 1536,
@@ -130,9 +135,11 @@ def test_measured_peaks_of_a_card(tmp_path, shape, batch, length, padded, joined
         "quantization_bit": 4, "lora_rank": 16, "optim": "paged_adamw_8bit", "max_steps": 1,
         "per_device_train_batch_size": batch, "disable_gradient_checkpointing": False,
     }  # fmt: skip
-    place = model.Place("cuda", torch.bfloat16, True)
+    place = load_model.Place("cuda", torch.bfloat16, True)
     for how, want in ((False, padded), (True, joined)):
-        found = memory.estimate(tmp_path, config(tmp_path, **changes), made, place, eager=False, joined=how)
+        found = memory_estimate.estimate(
+            tmp_path, config(tmp_path, **changes), made, place, eager=False, joined=how
+        )
         assert found.total / 2**30 == pytest.approx(want, rel=0.03), (how, str(found))
 
 
@@ -144,14 +151,14 @@ def test_what_later_steps_bring_does_not_count(base):
 
 def test_a_view_of_what_was_there_is_not_counted():
     there = torch.empty(1000, device="meta")
-    with memory.Peak([there]) as counted:
+    with memory_estimate.Peak([there]) as counted:
         there.t()
         there.view(10, 100).t() + 1
     assert counted.peak == 4000
 
 
 def test_the_count_is_that_of_tensors_that_live():
-    with memory.Peak() as counted:
+    with memory_estimate.Peak() as counted:
         kept = torch.empty(1000, device="meta")
         torch.empty(500, device="meta")
         more = kept.view(10, 100) + 1

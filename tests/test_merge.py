@@ -9,9 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import merge, merge_adapter, qlora, shards
+from convert import merge
+from convert.config import parse
+from convert.train import finetune
+from convert.train.load_model import lora_adapter, safetensors_io
 from edge.artefact import manifest
-from edge.config import parse
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.toy import make_model
 
@@ -44,7 +46,7 @@ def trained(tmp_path, monkeypatch):
             "disable_gradient_checkpointing": True,
             **changes,
         }
-        return qlora.run(parse(config), overwrite=True).parent, base
+        return finetune.run(parse(config), overwrite=True).parent, base
 
     return train
 
@@ -57,7 +59,7 @@ def logits(model, ids):
 def trained_model(run, base, dtype, double=True):
     from peft import PeftModel
 
-    model = qlora.load_model(base, qlora.Place("cpu", dtype, True), double_quant=double)
+    model = finetune.load_model(base, finetune.Place("cpu", dtype, True), double_quant=double)
     with warnings.catch_warnings():
         # peft asks transformers by an old name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -137,12 +139,11 @@ def test_m1_updates_below_a_4_bit_step_survive(trained):
 def test_m8_rank_stabilised(trained):
     from transformers import AutoModelForCausalLM
 
-    assert merge_adapter.scaling({"r": 4, "lora_alpha": 8}, "a.q_proj") == 2.0
-    assert merge_adapter.scaling({"r": 4, "lora_alpha": 8, "use_rslora": True}, "a.q_proj") == 4.0
+    assert lora_adapter.scaling({"r": 4, "lora_alpha": 8}, "a.q_proj") == 2.0
+    assert lora_adapter.scaling({"r": 4, "lora_alpha": 8, "use_rslora": True}, "a.q_proj") == 4.0
     config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 16}, "alpha_pattern": {"b.q_proj": 4}}
     assert (
-        merge_adapter.scaling(config, "a.q_proj") == 0.5
-        and merge_adapter.scaling(config, "a.b.q_proj") == 0.25
+        lora_adapter.scaling(config, "a.q_proj") == 0.5 and lora_adapter.scaling(config, "a.b.q_proj") == 0.25
     )
     run, base = trained(use_rslora=True, lora_rank=4, max_steps=3)
     target = merge.run(run, dtype="float32")
@@ -152,7 +153,7 @@ def test_m8_rank_stabilised(trained):
         logits(AutoModelForCausalLM.from_pretrained(target).eval(), ids),
     )
     assert kl < 1e-4 and top == 1.0
-    plain = merge_adapter.read_adapter(run / "adapter")
+    plain = lora_adapter.read_adapter(run / "adapter")
     assert {lora.scaling for lora in plain.updates.values()} == {8 / math.sqrt(4)}
 
 
@@ -161,7 +162,7 @@ def test_dora_trained_here_is_merged_as_it_was_trained(trained, bits):
     run, _ = trained(use_dora=True, quantization_bit=bits, max_steps=4)
     target = merge.run(run, dtype="float32")
     found = manifest.read(target)
-    updates = merge_adapter.read_adapter(run / "adapter").updates
+    updates = lora_adapter.read_adapter(run / "adapter").updates
     assert all(lora.magnitude is not None for lora in updates.values()) and len(updates) == 14
     assert found.settings["into"] == ("nf4" if bits else "original")
     assert found.settings["drift"]["update"] > 1e-3
@@ -211,7 +212,7 @@ def test_shards(trained, monkeypatch):
 
     run, _ = trained(max_steps=1, toy={"tied": False})
     whole = load_file(merge.run(run) / "model.safetensors")
-    monkeypatch.setattr(shards, "LARGEST", 100_000)
+    monkeypatch.setattr(safetensors_io, "LARGEST", 100_000)
     target = merge.run(run, overwrite=True)
     assert len(list(target.glob("*.safetensors"))) > 1 and not (target / "model.safetensors").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
@@ -223,7 +224,7 @@ def test_16_bit_training_merges_into_the_original(trained):
     run, base = trained(quantization_bit=None, max_steps=1)
     target = merge.run(run, dtype="float32")
     assert manifest.read(target).settings["into"] == "original"
-    lora = merge_adapter.read_adapter(run / "adapter").updates["model.layers.0.self_attn.q_proj.weight"]
+    lora = lora_adapter.read_adapter(run / "adapter").updates["model.layers.0.self_attn.q_proj.weight"]
     name = "model.layers.0.self_attn.q_proj.weight"
     merged, old = (load_file(folder / "model.safetensors")[name] for folder in (target, base))
     assert torch.equal(merged, old + lora.delta())

@@ -16,11 +16,15 @@ from bitsandbytes.functional import dequantize_4bit
 from rich.console import Console
 from safetensors.torch import load_file
 
-from convert import encode, loftq, loop, merge, model, prepare, qlora, spread, template, train_cli
-from convert.dist import World
-from convert.encode import Pair, Sample
-from convert.losses import LossHead, Preference
-from edge.config import as_yaml
+from convert import merge
+from convert.config import as_yaml
+from convert.data import encode, prepare
+from convert.data.encode import Pair, Sample
+from convert.train import cli, finetune, load_model, loftq, trainer
+from convert.train import fsdp as spread
+from convert.train.distributed import World
+from convert.train.load_model import chat_format
+from convert.train.losses import LossHead, Preference
 from edge.errors import EdgeError, InputError, UsageError
 from tests.runs import PAIRS, ROWS, configure
 from tests.test_config import DPO, QLORA
@@ -44,7 +48,7 @@ def made(tmp_path, base):
 
 
 def plain(base):
-    return model.load_model(base, model.Place("cpu", torch.float32, False)).eval()
+    return load_model.load_model(base, load_model.Place("cpu", torch.float32, False)).eval()
 
 
 def sample(size, seed, *, prompt=1):
@@ -76,12 +80,12 @@ def test_packs_hold_each_row_once_and_little_room():
 @pytest.mark.slow
 def test_packing_trains(made, tmp_path):
     said = Console(record=True, width=200)
-    qlora.run(made(packing=True, cutoff_len=128, eval_dataset="d"), console=said)
+    finetune.run(made(packing=True, cutoff_len=128, eval_dataset="d"), console=said)
     assert "packing: 10 rows in" in said.export_text()
 
 
 def test_loss_on_the_prompt_but_for_the_first_token(base, made):
-    form = template.load(base)
+    form = chat_format.load(base)
     (item, *_) = prepare.prepare(made(train_on_prompt=True), form).train
     assert item.spans[0][0] == 1 and item.learnt == len(item.ids) - 1
 
@@ -92,7 +96,7 @@ def test_num_samples_and_mixing(made, tmp_path, base):
         "b": {"file_name": "d.json", "num_samples": 25},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    form = template.load(base)
+    form = chat_format.load(base)
 
     def sources(**changes):
         return [one.source[0] for one in prepare.prepare(made(dataset="a,b", **changes), form).train]
@@ -140,7 +144,7 @@ def test_preferences_are_learnt(made, tmp_path, loss):
     config = made(
         stage="dpo", dataset="p", pref_loss=loss, max_steps=12, val_size=2, quantization_bit=4, pref_beta=0.5
     )
-    qlora.run(config, console=QUIET)
+    finetune.run(config, console=QUIET)
     log = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     if loss == "sigmoid":
@@ -165,7 +169,7 @@ def test_examples_of_llamafactory_run_through(tmp_path, base, capsys, text, name
         "use_cpu=true",
         "logging_steps=2",
     ]
-    assert train_cli.main([str(tmp_path / "theirs.yaml"), *words]) == 0
+    assert cli.main([str(tmp_path / "theirs.yaml"), *words]) == 0
     rows = len(names) * len(PAIRS if ranking else ROWS)
     steps = 3 * math.ceil(rows / 8)
     assert f"{rows} {'pairs' if ranking else 'rows'} to train on" in capsys.readouterr().out
@@ -176,20 +180,22 @@ def test_examples_of_llamafactory_run_through(tmp_path, base, capsys, text, name
 
 def test_stage_and_data_must_fit(made):
     with pytest.raises(UsageError, match="stage: dpo needs preference rows"):
-        qlora.run(made(stage="dpo"), console=QUIET)
+        finetune.run(made(stage="dpo"), console=QUIET)
     with pytest.raises(UsageError, match="holds preference rows"):
-        qlora.run(made(dataset="p"), console=QUIET)
+        finetune.run(made(dataset="p"), console=QUIET)
 
 
 @pytest.mark.slow
 def test_every_weight(made, base):
-    target = qlora.run(made(finetuning_type="full", learning_rate=1e-3, bf16=True), console=QUIET)
+    target = finetune.run(made(finetuning_type="full", learning_rate=1e-3, bf16=True), console=QUIET)
     trained, before = plain(target), plain(base)
     assert target.name == "merged"
     for name, one in trained.named_parameters():
         assert not torch.equal(one.float(), before.get_parameter(name)), name
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    assert config["dtype"] == "float16" and template.load(target).stop_ids == template.load(base).stop_ids
+    assert (
+        config["dtype"] == "float16" and chat_format.load(target).stop_ids == chat_format.load(base).stop_ids
+    )
 
 
 def logits(one):
@@ -202,28 +208,30 @@ def logits(one):
 def test_pissa_is_saved_as_a_plain_adapter(made, base, tmp_path, monkeypatch):
     """The base with the adapter is the model that was trained, whose base was changed."""
     seen = {}
-    real = loop.Loop.run
+    real = trainer.Loop.run
 
     def watched(self, *args, **more):
         state = real(self, *args, **more)
         seen["trained"] = logits(self.model.eval())
         return state
 
-    monkeypatch.setattr(loop.Loop, "run", watched)
+    monkeypatch.setattr(trainer.Loop, "run", watched)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    target = qlora.run(made(pissa_init=True, max_steps=5), console=QUIET)
+    target = finetune.run(made(pissa_init=True, max_steps=5), console=QUIET)
     adapter = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
     assert adapter["r"] == 16 and adapter["init_lora_weights"] is True
-    from convert.eval import load_tuned
+    from convert.train.evaluate import load_tuned
 
-    again = load_tuned(target, base, made(), model.Place("cpu", torch.float32, False)).eval()
+    again = load_tuned(target, base, made(), load_model.Place("cpu", torch.float32, False)).eval()
     assert torch.allclose(logits(again), seen["trained"], atol=1e-3)
     assert not torch.allclose(logits(plain(base)), seen["trained"], atol=1e-1)
 
 
 def test_loftq_begins_with_what_four_bits_lost(base, made, tmp_path):
     config = made(loftq_init=True, quantization_bit=4, lora_rank=16, lora_alpha=8, use_rslora=True)
-    tuned = model.add_adapter(model.load_model(base, model.Place("cpu", torch.float32, True)), config).eval()
+    tuned = load_model.add_adapter(
+        load_model.load_model(base, load_model.Place("cpu", torch.float32, True)), config
+    ).eval()
     before, want = logits(tuned), logits(plain(base))
     share = loftq.begin(tuned, base)
     assert 0.1 < share < 0.9
@@ -243,7 +251,7 @@ def test_loftq_begins_with_what_four_bits_lost(base, made, tmp_path):
 
 def test_training_starts_with_loftq_and_merges_as_it_was_trained(made, tmp_path):
     said = Console(record=True, width=200)
-    target = qlora.run(made("run", loftq_init=True, quantization_bit=4, learning_rate=1e-9), console=said)
+    target = finetune.run(made("run", loftq_init=True, quantization_bit=4, learning_rate=1e-9), console=said)
     assert "of what 4 bits lost" in said.export_text()
     merge.run(target.parent, console=QUIET)
     found = json.loads((target.parent / "merged" / "edge.json").read_text(encoding="utf-8"))
@@ -251,10 +259,12 @@ def test_training_starts_with_loftq_and_merges_as_it_was_trained(made, tmp_path)
 
 
 def test_training_goes_on_from_an_adapter(made, base, tmp_path):
-    first = qlora.run(made("one", lora_rank=4, use_rslora=True, lora_target="q_proj,v_proj"), console=QUIET)
+    first = finetune.run(
+        made("one", lora_rank=4, use_rslora=True, lora_target="q_proj,v_proj"), console=QUIET
+    )
     said = Console(record=True, width=200)
     again = made("two", adapter_name_or_path=str(tmp_path / "one"), learning_rate=1e-9)
-    second = qlora.run(again, console=said)
+    second = finetune.run(again, console=said)
     assert "whose settings hold: lora_rank 4, lora_alpha 8, use_rslora True" in said.export_text()
     before, after = (load_file(one / "adapter_model.safetensors") for one in (first, second))
     assert set(before) == set(after) and all(
@@ -273,18 +283,18 @@ def test_training_goes_on_from_an_adapter(made, base, tmp_path):
     ],
 )
 def test_adapters_that_cannot_be_gone_on_from(made, tmp_path, change, error, words):
-    target = qlora.run(made("one", max_steps=1), console=QUIET)
+    target = finetune.run(made("one", max_steps=1), console=QUIET)
     known = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
     (target / "adapter_config.json").write_text(json.dumps({**known, **change}), encoding="utf-8")
     with pytest.raises(error, match=f"(?s){words}"):
-        qlora.run(made("two", adapter_name_or_path=str(target)), console=QUIET)
+        finetune.run(made("two", adapter_name_or_path=str(target)), console=QUIET)
     with pytest.raises(InputError, match=r"adapter_name_or_path: .*none holds no adapter_config\.json"):
-        qlora.run(made("two", adapter_name_or_path=str(tmp_path / "none")), console=QUIET)
+        finetune.run(made("two", adapter_name_or_path=str(tmp_path / "none")), console=QUIET)
 
 
 @pytest.mark.slow
 def test_dora(made):
-    target = qlora.run(made(use_dora=True, quantization_bit=4), console=QUIET)
+    target = finetune.run(made(use_dora=True, quantization_bit=4), console=QUIET)
     tensors = load_file(target / "adapter_model.safetensors")
     assert any("lora_magnitude_vector" in name for name in tensors)
 
@@ -292,7 +302,7 @@ def test_dora(made):
 def test_neftune_is_noise_in_training_alone(base, made):
     config = made(neftune_noise_alpha=5.0)
     one = plain(base)
-    runner = loop.Loop(one, [sample(9, 1)], config, device="cpu", dtype=torch.float32)
+    runner = trainer.Loop(one, [sample(9, 1)], config, device="cpu", dtype=torch.float32)
     remove = runner._noise()
     quiet_ = logits(one.eval())
     assert torch.equal(quiet_, logits(one.eval())) and not torch.equal(quiet_, logits(one.train()))
@@ -307,13 +317,13 @@ def test_neftune_is_noise_in_training_alone(base, made):
 @pytest.mark.slow
 def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 9.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: next(losses))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: next(losses))
     said = Console(record=True, width=200)
     config = made(
         val_size=2, max_steps=20, eval_strategy="steps", eval_steps=2, early_stopping_steps=2,
         save_strategy="steps", save_steps=3, save_total_limit=1, plot_loss=True,
     )  # fmt: skip
-    target = qlora.run(config, console=said)
+    target = finetune.run(config, console=said)
     text = said.export_text()
     assert "stopping early at step 8: no better validation loss than 1.0000 (step 4)" in text
     assert "the weights are those of step 4" in text and " -> " in text
@@ -358,7 +368,7 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
     # Three batches an epoch: in each second step one process has none.
     more = {"val_size": 2, "max_steps": 4, "max_samples": 8, "quantization_bit": 4}
     more["disable_gradient_checkpointing"] = fsdp is None
-    one = qlora.run(made("one", gradient_accumulation_steps=2, **more), console=QUIET)
+    one = finetune.run(made("one", gradient_accumulation_steps=2, **more), console=QUIET)
     path = tmp_path / "c.yaml"
     path.write_text(as_yaml(made("two", fsdp=fsdp, **more)), encoding="utf-8")
     done = two_processes("edge.cli", "train", str(path))
@@ -392,7 +402,7 @@ def test_spread_weights_are_whole_one_layer_at_a_time(tmp_path):
 
 def test_spread_weights_want_several_processes_and_an_adapter(made, monkeypatch):
     with pytest.raises(UsageError, match="this is one") as caught:
-        qlora.run(made(fsdp="full_shard"), console=QUIET)
+        finetune.run(made(fsdp="full_shard"), console=QUIET)
     assert "torchrun" in caught.value.hint
     # What `accelerate launch` sets where it was configured so.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -420,4 +430,4 @@ def test_one_bad_row_is_named_in_a_preference_too(made, monkeypatch):
     monkeypatch.setattr(LossHead, "sums", broken)
     config = made(stage="dpo", dataset="p", pref_loss="simpo")
     with pytest.raises(EdgeError, match=r"step 1: the loss is nan in .* \(rows: p, row"):
-        qlora.run(config, console=QUIET)
+        finetune.run(config, console=QUIET)

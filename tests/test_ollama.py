@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convert import ollama
+from convert.export import modelfile
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError
 from tests import tiny_llama
@@ -25,8 +25,8 @@ DISTILL = (
 )
 
 
-def shape(source: str) -> ollama.Shape:
-    return ollama.take_apart(ChatTemplate(source, bos="<s>", eos="</s>"), "<s>")
+def shape(source: str) -> modelfile.Shape:
+    return modelfile.take_apart(ChatTemplate(source, bos="<s>", eos="</s>"), "<s>")
 
 
 def test_chatml() -> None:
@@ -56,7 +56,7 @@ def test_a_distill_with_a_begin_token() -> None:
     # Ollama adds the begin-of-text token itself: two would be one too many.
     assert found.bos == "<s>" and "<s>" not in found.go() and found.system == ("", "")
     # Where the runtime adds none, it is the template's to write, with a system text and without.
-    own = ollama.take_apart(ChatTemplate(DISTILL, bos="<s>", eos="</s>"), "")
+    own = modelfile.take_apart(ChatTemplate(DISTILL, bos="<s>", eos="</s>"), "")
     assert (own.default, own.system, own.user) == ("<s>", ("<s>", ""), ("<｜User｜>", ""))
 
 
@@ -82,10 +82,10 @@ def test_a_prompt_that_opens_a_thought() -> None:
 
 def test_the_file(tmp_path: Path) -> None:
     path = tiny_llama.write(tmp_path / "x.gguf", template=CHATML)
-    made = ollama.run(path, context=100_000)
+    made = modelfile.run(path, context=100_000)
     lines = made.read_text(encoding="utf-8").splitlines()
     assert made == tmp_path / "Modelfile" and lines[0] == "FROM ./x.gguf"
     assert f"PARAMETER num_ctx {tiny_llama.CONTEXT}" in lines and 'PARAMETER stop "</s>"' in lines
     bare = tiny_llama.write(tmp_path / "y.gguf", template=None)
     with pytest.raises(InputError, match="has no chat template"):
-        ollama.run(bare)
+        modelfile.run(bare)

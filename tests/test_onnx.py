@@ -21,7 +21,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from convert.onnx_graph import add_candidates
+from convert.export.onnx_graph import add_candidates
 from edge.artefact.onnx_header import CANDIDATES, read_onnx
 from edge.backends import onnx_embedding
 from edge.backends.base import Candidates, Row, StepInterrupted

@@ -18,10 +18,10 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
-from convert import onnx as export
-from convert import onnx_quality as quality
-from convert import verify
-from convert.onnx_quality import Quality
+from convert.export import onnx as export
+from convert.verify import compare
+from convert.verify import onnx_quality as quality
+from convert.verify.onnx_quality import Quality
 from edge.artefact import find, manifest
 from edge.artefact.onnx_header import read_onnx
 from edge.backends.base import Row
@@ -303,7 +303,7 @@ def test_a_real_export_is_the_merged_model(real: Path) -> None:
 
 @pytest.mark.slow
 def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None:
-    report = verify.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
+    report = compare.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
     assert (report.unequal, report.warnings) == ([], [])
     assert (report.b.stage, report.b.kind) == ("onnx", "float32")
     assert report.logits["kl_mean"] < 1e-6

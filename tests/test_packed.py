@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from convert import fused, loop, model, packed
-from convert.encode import Sample
-from convert.losses import LossHead, TokenLoss, loss_rows
-from edge.config import TrainConfig, parse
+from convert.config import TrainConfig, parse
+from convert.data.encode import Sample
+from convert.train import cuda_graphs, fused_kernels, load_model, trainer
+from convert.train.losses import LossHead, TokenLoss, loss_rows
 
 # Seconds of passes through small models: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -67,8 +67,8 @@ def gradients(adapted: Any) -> torch.Tensor:
     return torch.cat([one.grad.flatten().float() for one in adapted.parameters() if one.requires_grad])
 
 
-def adapter(base: Any, place: model.Place, setting: TrainConfig, attention: str = "sdpa") -> Any:
-    adapted = model.add_adapter(model.load_model(base, place, attention=attention), setting).train()
+def adapter(base: Any, place: load_model.Place, setting: TrainConfig, attention: str = "sdpa") -> Any:
+    adapted = load_model.add_adapter(load_model.load_model(base, place, attention=attention), setting).train()
     torch.manual_seed(3)
     for name, one in adapted.named_parameters():
         if "lora_B" in name:  # at zero it would hide all behind it
@@ -84,7 +84,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("kind", BATCHES)
 def test_joined_rows_have_the_losses_and_gradients_of_padded_ones(base: Any, kind: str) -> None:
-    place = model.Place("cpu", torch.float32, False)
+    place = load_model.Place("cpu", torch.float32, False)
     adapted = adapter(base, place, config(quantization_bit=None))
     found = []
     for body in (None, Alone(adapted)):
@@ -103,7 +103,7 @@ def test_the_loss_in_pieces_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.randn(50, 24, dtype=torch.float64).requires_grad_()
     weight, targets = torch.randn(90, 24, dtype=torch.float64), torch.randint(0, 90, (50,))
     by = torch.rand(50)
-    monkeypatch.setattr("convert.losses._LOGITS", 90 * 16)
+    monkeypatch.setattr("convert.train.losses._LOGITS", 90 * 16)
     assert loss_rows(50, 24, 90) == 16
     losses = TokenLoss.apply(hidden, weight, targets)
     (mine,) = torch.autograd.grad((losses * by).sum(), hidden)
@@ -116,21 +116,21 @@ def test_the_loss_in_pieces_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_sizes_and_little_padding() -> None:
-    sizes = {packed.size(tokens) for tokens in range(1, 8193)}
+    sizes = {cuda_graphs.size(tokens) for tokens in range(1, 8193)}
     assert len(sizes) < 80
     for tokens in range(300, 8193):
-        assert tokens <= packed.size(tokens) < tokens * 1.13
+        assert tokens <= cuda_graphs.size(tokens) < tokens * 1.13
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("rank", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}])
 def test_fused_layers_are_pefts(base: Any, bits: int | None, rank: dict[str, Any]) -> None:
     setting = config(quantization_bit=bits, **rank)
-    adapted = adapter(base, model.Place("cpu", torch.float32, bits == 4), setting)
+    adapted = adapter(base, load_model.Place("cpu", torch.float32, bits == 4), setting)
     found = []
     for step in range(2):
         if step:
-            fused.fuse(adapted)
+            fused_kernels.fuse(adapted)
         adapted.zero_grad()
         torch.manual_seed(0)
         losses, _ = LossHead(adapted)(BATCHES["rows"], "cpu")
@@ -145,11 +145,11 @@ def test_fused_layers_are_pefts(base: Any, bits: int | None, rank: dict[str, Any
 
 
 def test_a_norm_of_another_kind_stays(base: Any) -> None:
-    adapted = adapter(base, model.Place("cpu", torch.float32, False), config(quantization_bit=None))
+    adapted = adapter(base, load_model.Place("cpu", torch.float32, False), config(quantization_bit=None))
     norm = adapted.get_base_model().model.norm
     norm.forward = lambda x: x * (1 + norm.weight)
     before = norm.forward
-    fused.fuse(adapted)
+    fused_kernels.fuse(adapted)
     assert norm.forward is before
 
 
@@ -162,10 +162,10 @@ def card() -> None:
         pytest.skip("needs a CUDA card")
 
 
-def on_card(base: Any, setting: TrainConfig) -> tuple[Any, model.Place]:
-    place = model.Place("cuda", torch.bfloat16, setting.quantization_bit == 4)
-    packed.register()
-    return adapter(base, place, setting, packed.ATTENTION), place
+def on_card(base: Any, setting: TrainConfig) -> tuple[Any, load_model.Place]:
+    place = load_model.Place("cuda", torch.bfloat16, setting.quantization_bit == 4)
+    cuda_graphs.register()
+    return adapter(base, place, setting, cuda_graphs.ATTENTION), place
 
 
 @pytest.mark.gpu
@@ -174,11 +174,11 @@ def on_card(base: Any, setting: TrainConfig) -> tuple[Any, model.Place]:
 def test_recorded_passes_give_what_padded_rows_do(base: Any, kind: str) -> None:
     setting = config()
     adapted, place = on_card(base, setting)
-    whole = loop.joined([one for one in adapted.parameters() if one.requires_grad])[0]
-    head, said = packed.head(adapted, setting, place)
+    whole = trainer.joined([one for one in adapted.parameters() if one.requires_grad])[0]
+    head, said = cuda_graphs.head(adapted, setting, place)
     assert "joined without padding, passes are recorded" in said
     assert adapted.get_input_embeddings().weight.device.type == "cpu"
-    plain = LossHead(adapted, autocast=model.autocast(setting, place))
+    plain = LossHead(adapted, autocast=load_model.autocast(setting, place))
     found = []
     # As they come, recorded, replayed; and a batch of another size between, to write over what is not kept.
     for one in (plain, head, head, head, head):
@@ -207,12 +207,12 @@ def test_a_run_goes_the_way_of_one_that_is_not_recorded(base: Any, optim: str) -
         setting = config(optim=optim)
         adapted, place = on_card(base, setting)
         if record:
-            head, _ = packed.head(adapted, setting, place)
+            head, _ = cuda_graphs.head(adapted, setting, place)
         else:
-            body = packed.Body(adapted, autocast=model.autocast(setting, place), record=False)
-            head = LossHead(adapted, autocast=model.autocast(setting, place), body=body)
+            body = cuda_graphs.Body(adapted, autocast=load_model.autocast(setting, place), record=False)
+            head = LossHead(adapted, autocast=load_model.autocast(setting, place), body=body)
         losses: list[float] = []
-        runner = loop.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)
+        runner = trainer.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)
         runner.run(lambda state, losses=losses: losses.append(state.loss))
         ways.append(losses)
     assert ways[1] == pytest.approx(ways[0], rel=0.01)
@@ -225,13 +225,13 @@ def test_liger_is_left_out_where_its_kernels_would_be_slower_and_taken_elsewhere
     base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(packed, "use_liger", lambda *given: asked.append(given))
+    monkeypatch.setattr(cuda_graphs, "use_liger", lambda *given: asked.append(given))
     setting = config(enable_liger_kernel=True)
     adapted, place = on_card(base, setting)
-    assert "in place of liger-kernel's layers" in packed.head(adapted, setting, place)[1]
+    assert "in place of liger-kernel's layers" in cuda_graphs.head(adapted, setting, place)[1]
     assert not asked
     setting = dataclasses.replace(setting, neftune_noise_alpha=5.0)
-    assert "padded" in packed.head(adapted, setting, place)[1]
+    assert "padded" in cuda_graphs.head(adapted, setting, place)[1]
     assert asked == [(adapted, place)]
 
 
@@ -240,7 +240,7 @@ def test_liger_is_left_out_where_its_kernels_would_be_slower_and_taken_elsewhere
 def test_dropout_is_not_recorded_and_answers_come_from_the_same_model(base: Any) -> None:
     setting = config(lora_dropout=0.1)
     adapted, place = on_card(base, setting)
-    head, said = packed.head(adapted, setting, place)
+    head, said = cuda_graphs.head(adapted, setting, place)
     assert "launched one by one: dropout" in said
     head(BATCHES["rows"], "cuda")[0].mean().backward()
     adapted.eval()
@@ -255,4 +255,4 @@ def test_dropout_is_not_recorded_and_answers_come_from_the_same_model(base: Any)
     torch.testing.assert_close(beside, alone, atol=0.1, rtol=0.05)
     assert made.shape == (1, 40)
     setting = dataclasses.replace(setting, neftune_noise_alpha=5.0)
-    assert "neftune" in packed.head(adapted, setting, place)[1]
+    assert "neftune" in cuda_graphs.head(adapted, setting, place)[1]

@@ -9,11 +9,11 @@ from array import array
 import pytest
 import torch
 
-from convert import allocator, loop, model, qlora, train_cli
-from convert.encode import Sample
-from convert.losses import LossHead, head_is_more
+from convert.config import parse
+from convert.data.encode import Sample
+from convert.train import cli, finetune, load_model, malloc_trim, trainer
+from convert.train.losses import LossHead, head_is_more
 from edge.artefact import manifest
-from edge.config import parse
 from edge.errors import EdgeError, ExistsError, UsageError
 from tests.toy import THINKING, make_model
 
@@ -66,12 +66,12 @@ def sample(tokens, *, prompt=2, seed=0, name="r"):
 
 
 def gradients(model):
-    return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+    return torch.cat([one.grad.flatten() for one in load_model.parameters() if one.grad is not None])
 
 
 def adapted(base, config, *, four_bit=True, dtype=torch.float32):
-    place = model.Place("cpu", dtype, four_bit)
-    adapted = model.add_adapter(model.load_model(base, place), config)
+    place = load_model.Place("cpu", dtype, four_bit)
+    adapted = load_model.add_adapter(load_model.load_model(base, place), config)
     # A fresh adapter's B is zero, and so would be half of the gradients.
     generator = torch.Generator().manual_seed(1)
     for name, one in adapted.named_parameters():
@@ -81,7 +81,7 @@ def adapted(base, config, *, four_bit=True, dtype=torch.float32):
 
 
 def trained(adapted, rows, config, dtype=torch.float32, report=lambda _: None):
-    return loop.Loop(adapted, rows, config, device="cpu", dtype=dtype).run(report)
+    return trainer.Loop(adapted, rows, config, device="cpu", dtype=dtype).run(report)
 
 
 def test_gradients_after_an_eval_forward(base, made):
@@ -107,7 +107,7 @@ def test_gradients_after_an_eval_forward(base, made):
 
     reference = grad(plain)
     before = grad(quantized)
-    loop.evaluate(quantized, batch, size=2, device="cpu")
+    trainer.evaluate(quantized, batch, size=2, device="cpu")
     after = grad(quantized)
     assert torch.cosine_similarity(before, reference, dim=0) > 0.99
     assert torch.cosine_similarity(after, reference, dim=0) > 0.99
@@ -161,7 +161,7 @@ def test_loss_head_equals_transformers_loss(base, made, kind, monkeypatch):
         monkeypatch.setattr(one_model.get_base_model(), "forward", capped)
     reasons = {"in pieces": "", "trained head": "its output head is", "capped": "it changes its logits"}
     assert " ".join(head_is_more(one_model).split()[:4]) == reasons[kind]
-    monkeypatch.setattr("convert.losses._LOGITS", 0)  # sixteen tokens at a time
+    monkeypatch.setattr("convert.train.losses._LOGITS", 0)  # sixteen tokens at a time
     batch = [sample(9), sample(20, seed=1)]
     one_model.zero_grad()
     losses, rows = LossHead(one_model)(batch, "cpu")
@@ -185,17 +185,17 @@ def test_checkpointing_on_a_cpu_gives_back_what_was_freed(monkeypatch):
         def memory_info(self):
             return types.SimpleNamespace(rss=resident[0])
 
-    monkeypatch.setattr(allocator.psutil, "Process", Process)
-    monkeypatch.setattr(allocator, "giver", lambda: lambda pad: given.append(resident[0]) or 1)
-    forward, again = allocator.checkpointing("cpu")["context_fn"]()
-    assert allocator.checkpointing("cuda") == {}
-    for resident[0] in (2**30, 2**29, 2**29 + allocator.SLACK, 2**29 + allocator.SLACK + 1):
+    monkeypatch.setattr(malloc_trim.psutil, "Process", Process)
+    monkeypatch.setattr(malloc_trim, "giver", lambda: lambda pad: given.append(resident[0]) or 1)
+    forward, again = malloc_trim.checkpointing("cpu")["context_fn"]()
+    assert malloc_trim.checkpointing("cuda") == {}
+    for resident[0] in (2**30, 2**29, 2**29 + malloc_trim.SLACK, 2**29 + malloc_trim.SLACK + 1):
         for layer in (forward, again):
             with layer:
                 pass
-    assert given == [2**29 + allocator.SLACK + 1]
-    monkeypatch.setattr(allocator, "giver", lambda: None)
-    assert allocator.checkpointing("cpu") == {}
+    assert given == [2**29 + malloc_trim.SLACK + 1]
+    monkeypatch.setattr(malloc_trim, "giver", lambda: None)
+    assert malloc_trim.checkpointing("cpu") == {}
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (70000.0, torch.float16)])
@@ -226,17 +226,17 @@ def test_batches_hold_every_row_once_with_little_padding():
     import random
 
     rows = [sample(3 + n % 90, seed=n) for n in range(256)]
-    made = loop.batches(rows, 8, random.Random(1))
+    made = trainer.batches(rows, 8, random.Random(1))
     assert sorted(id(one) for batch in made for one in batch) == sorted(id(one) for one in rows)
     padded = sum(len(batch) * max(len(one.ids) for one in batch) for batch in made)
     assert padded < 1.15 * sum(len(one.ids) for one in rows)
-    assert made != loop.batches(rows, 8, random.Random(2))
+    assert made != trainer.batches(rows, 8, random.Random(2))
 
 
 def test_schedules(made):
     def rates(kind, **more):
         config = made(lr_scheduler_type=kind, learning_rate=1.0, **more)
-        return [round(loop.learning_rate(config, step, 10), 4) for step in range(10)]
+        return [round(trainer.learning_rate(config, step, 10), 4) for step in range(10)]
 
     assert rates("linear") == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     assert rates("linear", warmup_ratio=0.2) == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
@@ -250,15 +250,15 @@ def test_total_steps(made):
     config = made(
         max_steps=-1, num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2
     )
-    assert [loop.total_steps(config, rows) for rows in (1, 8, 9, 17)] == [3, 3, 6, 9]
-    assert loop.total_steps(made(max_steps=7), 100) == 7
-    assert loop.total_steps(made(max_steps=-1, num_train_epochs=0.01), 100) == 1
+    assert [trainer.total_steps(config, rows) for rows in (1, 8, 9, 17)] == [3, 3, 6, 9]
+    assert trainer.total_steps(made(max_steps=7), 100) == 7
+    assert trainer.total_steps(made(max_steps=-1, num_train_epochs=0.01), 100) == 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run(made, tmp_path, base, checkpointing):
     config = made(val_size=1, disable_gradient_checkpointing=not checkpointing, max_steps=8)
-    target = qlora.run(config)
+    target = finetune.run(config)
     assert target == tmp_path / "跑 1" / "adapter"
     known = manifest.read(target)
     assert (known.stage, known.name, known.thinking) == ("adapter", "跑 1", None)
@@ -285,18 +285,18 @@ def test_a_run(made, tmp_path, base, checkpointing):
     state = json.loads((target.parent / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == 8 and state["total_tokens"] > 0
     with pytest.raises(ExistsError, match="--overwrite"):
-        qlora.run(config)
+        finetune.run(config)
 
 
 def test_a_failed_run_leaves_what_was_there(made, tmp_path, monkeypatch):
-    first = manifest.read(qlora.run(made(max_steps=1))).digest
+    first = manifest.read(finetune.run(made(max_steps=1))).digest
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Loop, "run", interrupted)
+    monkeypatch.setattr(trainer.Loop, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        qlora.run(made(), overwrite=True)
+        finetune.run(made(), overwrite=True)
     assert manifest.read(tmp_path / "跑 1" / "adapter").digest == first
     left = sorted(one.name for one in (tmp_path / "跑 1").iterdir())
     assert left == ["adapter", "all_results.json", "trainer_log.jsonl", "trainer_state.json"]
@@ -305,38 +305,38 @@ def test_a_failed_run_leaves_what_was_there(made, tmp_path, monkeypatch):
 def test_same_seed_same_adapter(made, tmp_path):
     digests = set()
     for name in ("a", "b"):
-        target = qlora.run(made(output_dir=str(tmp_path / name), max_steps=2))
+        target = finetune.run(made(output_dir=str(tmp_path / name), max_steps=2))
         digests.add(manifest.read(target).files["adapter_model.safetensors"]["sha256"])
     assert len(digests) == 1
 
 
 def test_16_bit_lora_and_named_targets(made):
-    target = qlora.run(made(quantization_bit=None, lora_target="q_proj,v_proj", max_steps=1))
+    target = finetune.run(made(quantization_bit=None, lora_target="q_proj,v_proj", max_steps=1))
     assert manifest.read(target).settings["quantized"] == []
     adapter = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
     assert sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
     with pytest.raises(UsageError, match="lora_target: nothing_proj"):
-        qlora.run(made(lora_target="nothing_proj"), overwrite=True)
+        finetune.run(made(lora_target="nothing_proj"), overwrite=True)
 
 
 def test_thinking_mode_is_stored(made, tmp_path):
     base = make_model(tmp_path / "thinks", template=THINKING)
-    target = qlora.run(made(model_name_or_path=str(base), enable_thinking=False, max_steps=1))
+    target = finetune.run(made(model_name_or_path=str(base), enable_thinking=False, max_steps=1))
     assert manifest.read(target).thinking == "off"
 
 
 def test_paged_optimizer_needs_cuda(made):
     with pytest.raises(EdgeError, match="paged_adamw_8bit needs CUDA"):
-        qlora.run(made(optim="paged_adamw_8bit"))
+        finetune.run(made(optim="paged_adamw_8bit"))
 
 
 def test_liger_is_never_left_out_in_silence(base, made, monkeypatch):
     with pytest.raises(EdgeError, match="enable_liger_kernel: true needs CUDA, training runs on cpu"):
-        qlora.run(made(enable_liger_kernel=True))
-    place, asked = model.Place("cuda", torch.bfloat16, True), []
+        finetune.run(made(enable_liger_kernel=True))
+    place, asked = load_model.Place("cuda", torch.bfloat16, True), []
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(EdgeError, match="needs the package 'liger-kernel'"):
-        model.use_liger(None, place)
+        load_model.use_liger(None, place)
     package = types.ModuleType("liger_kernel.transformers")
     package.monkey_patch = types.SimpleNamespace(
         MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None},
@@ -344,24 +344,24 @@ def test_liger_is_never_left_out_in_silence(base, made, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
     one = types.SimpleNamespace(config=types.SimpleNamespace(model_type="llama"))
-    model.use_liger(one, place)
+    load_model.use_liger(one, place)
     assert asked == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
     one.config.model_type = "mamba"
     with pytest.raises(EdgeError, match="does not know mamba"):
-        model.use_liger(one, place)
+        load_model.use_liger(one, place)
 
 
 def test_place(made, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    place = model.choose_place(made(use_cpu=False))
+    place = load_model.choose_place(made(use_cpu=False))
     assert place.device == "mps" and not place.four_bit and "bitsandbytes" in place.notes[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    place = model.choose_place(made(bf16=True))
+    place = load_model.choose_place(made(bf16=True))
     assert (place.device, place.dtype, place.four_bit) == ("cpu", torch.float32, True)
     assert "bf16 is slow on this CPU" in place.notes[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert model.choose_place(made(bf16=True)) == model.Place("cpu", torch.bfloat16, True)
+    assert load_model.choose_place(made(bf16=True)) == load_model.Place("cpu", torch.bfloat16, True)
 
 
 def test_verb(made, tmp_path, base, capsys):
@@ -372,11 +372,11 @@ def test_verb(made, tmp_path, base, capsys):
         "quantization_bit: 4\nuse_cpu: true\ntrust_remote_code: true\n",
         encoding="utf-8",
     )
-    assert train_cli.main([str(path), "max_steps=1", "--overwrite", "template=qwen"]) == 0
+    assert cli.main([str(path), "max_steps=1", "--overwrite", "template=qwen"]) == 0
     said = capsys.readouterr().out
     assert "trust_remote_code is ignored" in said and "4 rows to train on" in said and "loss" in said
 
 
 def test_template_of_another_family(made):
     with pytest.raises(UsageError, match="template: llama3 does not fit"):
-        qlora.run(made(template="llama3"))
+        finetune.run(made(template="llama3"))

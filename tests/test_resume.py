@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from convert import checkpoint, loop, qlora, train_cli
+from convert.train import checkpoint, cli, finetune, trainer
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.runs import ROWS, configure
@@ -50,13 +50,13 @@ def weights(target):
 
 def stop_at(monkeypatch, step):
     """Ctrl-C comes in the midst of the step behind `step`, after its first micro-batch."""
-    real = loop.Loop._step
+    real = trainer.Loop._step
 
     def stepped(self, epoch, group, stop):
         calls = iter([False, self.state.step >= step])
         return real(self, epoch, group, lambda: next(calls, False))
 
-    monkeypatch.setattr(loop.Loop, "_step", stepped)
+    monkeypatch.setattr(trainer.Loop, "_step", stepped)
 
 
 def same(first, second):
@@ -76,28 +76,28 @@ def lines(folder):
     "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
 )
 def test_t13_the_same_way_as_a_run_that_was_never_stopped(made, tmp_path, monkeypatch, quiet, step):
-    whole = qlora.run(made("whole"), console=quiet)
+    whole = finetune.run(made("whole"), console=quiet)
     with monkeypatch.context() as patched:
         stop_at(patched, step)
         with pytest.raises(
-            qlora.Stopped, match=f"stopped at step {step} of 9; .*checkpoint-{step}"
+            finetune.Stopped, match=f"stopped at step {step} of 9; .*checkpoint-{step}"
         ) as caught:
-            qlora.run(made(), console=quiet, again="edge train x --resume")
+            finetune.run(made(), console=quiet, again="edge train x --resume")
     assert "go on with: edge train x --resume" in str(caught.value) and caught.value.exit_code == 130
     assert not (tmp_path / "run" / "adapter").exists()
     with pytest.raises(ExistsError, match="left of a run that did not end"):
-        qlora.run(made(), console=quiet)
-    resumed = qlora.run(made(resume_from_checkpoint=True), console=quiet)
+        finetune.run(made(), console=quiet)
+    resumed = finetune.run(made(resume_from_checkpoint=True), console=quiet)
     same(whole, resumed)
     assert lines(whole.parent) == lines(resumed.parent)
 
 
 def test_t13_more_epochs_and_nothing_left_to_do(made, quiet):
-    first = qlora.run(made(), console=quiet)
+    first = finetune.run(made(), console=quiet)
     with pytest.raises(EdgeError, match=r"nothing is left to do: .*checkpoint-9 has done 9 of 9 steps"):
-        qlora.run(made(resume_from_checkpoint=True), console=quiet)
+        finetune.run(made(resume_from_checkpoint=True), console=quiet)
     said = Console(record=True, width=200)
-    qlora.run(made(resume_from_checkpoint=True, num_train_epochs=4), console=said)
+    finetune.run(made(resume_from_checkpoint=True, num_train_epochs=4), console=said)
     text = said.export_text()
     assert "num_train_epochs 3.0 is now 4.0" in text and "9 of 12 steps are done" in text
     assert manifest.read(first).settings["steps"] == 12
@@ -105,13 +105,13 @@ def test_t13_more_epochs_and_nothing_left_to_do(made, quiet):
 
 
 def test_t13_other_data_is_another_run(made, tmp_path, quiet):
-    qlora.run(made(max_steps=2), console=quiet)
+    finetune.run(made(max_steps=2), console=quiet)
     with pytest.raises(UsageError, match="lora_rank is 4, checkpoint-2 was trained with 8"):
-        qlora.run(made(max_steps=4, lora_rank=4, resume_from_checkpoint=True), console=quiet)
+        finetune.run(made(max_steps=4, lora_rank=4, resume_from_checkpoint=True), console=quiet)
     rows = [*ROWS[:-1], {"instruction": "other", "output": "thing"}]
     (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(UsageError, match="the rows are not those of checkpoint-2"):
-        qlora.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
+        finetune.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
 
 
 def cut(path, size):
@@ -139,11 +139,11 @@ def flip(path):
     ],
 )
 def test_t13_a_broken_checkpoint_is_passed_over_and_said(made, tmp_path, quiet, harm, words):
-    whole = qlora.run(made("whole", max_steps=4), console=quiet)
-    qlora.run(made(max_steps=4), console=quiet)
+    whole = finetune.run(made("whole", max_steps=4), console=quiet)
+    finetune.run(made(max_steps=4), console=quiet)
     harm(tmp_path / "run" / "checkpoint-4")
     said = Console(record=True, width=300)
-    resumed = qlora.run(made(max_steps=4, resume_from_checkpoint=True), console=said)
+    resumed = finetune.run(made(max_steps=4, resume_from_checkpoint=True), console=said)
     text = said.export_text()
     assert words in text and "passed over" in text and "going on from" in text and "2 of 4 steps" in text
     same(whole, resumed)
@@ -152,19 +152,19 @@ def test_t13_a_broken_checkpoint_is_passed_over_and_said(made, tmp_path, quiet, 
     with pytest.raises(
         InputError, match=r"no checkpoint can be used: checkpoint-4 is not whole.*checkpoint-2 is"
     ):
-        qlora.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
+        finetune.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
 
 
 @pytest.mark.slow
 def test_t13_without_the_optimizer_and_without_any(made, tmp_path, quiet):
     with pytest.raises(InputError, match="holds no checkpoint to go on from"):
-        qlora.run(made(resume_from_checkpoint=True), console=quiet)
-    qlora.run(made(max_steps=2, save_only_model=True), console=quiet)
+        finetune.run(made(resume_from_checkpoint=True), console=quiet)
+    finetune.run(made(max_steps=2, save_only_model=True), console=quiet)
     with pytest.raises(InputError, match="checkpoint-2 has no optimizer"):
-        qlora.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
+        finetune.run(made(max_steps=4, resume_from_checkpoint=True), console=quiet)
     named = str(tmp_path / "run" / "checkpoint-2")
     with pytest.raises(InputError, match="checkpoint-2 has no optimizer"):
-        qlora.run(made(max_steps=4, resume_from_checkpoint=named), console=quiet)
+        finetune.run(made(max_steps=4, resume_from_checkpoint=named), console=quiet)
 
 
 @pytest.mark.slow
@@ -178,16 +178,16 @@ def test_a_full_disk_keeps_what_was_whole(made, tmp_path, monkeypatch, quiet):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(EdgeError, match=r"the disk is full: .*the last whole checkpoint is .*checkpoint-2"):
-        qlora.run(made(), console=quiet)
+        finetune.run(made(), console=quiet)
     names = sorted(one.name for one in (tmp_path / "run").iterdir())
     assert names == ["checkpoint-2", "trainer_log.jsonl"]
 
 
 @pytest.mark.slow
 def test_save_total_limit_and_overwrite(made, tmp_path, quiet):
-    qlora.run(made(save_steps=1, save_total_limit=2), console=quiet)
+    finetune.run(made(save_steps=1, save_total_limit=2), console=quiet)
     assert [step for step, _ in checkpoint.listed(tmp_path / "run")] == [8, 9]
-    qlora.run(made(max_steps=1, save_strategy="no"), overwrite=True, console=quiet)
+    finetune.run(made(max_steps=1, save_strategy="no"), overwrite=True, console=quiet)
     assert checkpoint.listed(tmp_path / "run") == []
 
 
@@ -198,7 +198,7 @@ def test_a_killed_process(made, tmp_path, base, quiet, how):
     """Ctrl-C saves and says how to go on; after a kill the last checkpoint is whole."""
     config = made("killed", save_steps=1, num_train_epochs=400)
     path = tmp_path / "一 c.yaml"
-    from edge.config import as_yaml
+    from convert.config import as_yaml
 
     path.write_text(as_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "edge.cli", "train", str(path)]
@@ -215,7 +215,7 @@ def test_a_killed_process(made, tmp_path, base, quiet, how):
         assert "Traceback" not in err.decode("utf-8")
     found = checkpoint.find(tmp_path / "killed", "auto")
     config = made("killed", save_strategy="no", max_steps=found.step + 1, resume_from_checkpoint=True)
-    target = qlora.run(config, console=quiet)
+    target = finetune.run(config, console=quiet)
     assert manifest.read(target).settings["steps"] == found.step + 1
 
 
@@ -223,12 +223,12 @@ def test_t16_a_printed_command_can_be_pasted(tmp_path, capsys):
     path = tmp_path / "a b'c & 配置.yaml"
     path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\n", encoding="utf-8")
     argv = [str(path), "output_dir=run $1", "--print-command", "--overwrite"]
-    assert train_cli.main(argv) == 0
+    assert cli.main(argv) == 0
     line = capsys.readouterr().out
     if sys.platform != "win32":
-        loop = f'for word in {line[5:].strip()}; do printf "%s\\n" "$word"; done'
-        done = subprocess.run(["sh", "-c", loop], capture_output=True, check=True)
+        trainer = f'for word in {line[5:].strip()}; do printf "%s\\n" "$word"; done'
+        done = subprocess.run(["sh", "-c", trainer], capture_output=True, check=True)
         shown = done.stdout.decode("utf-8")
         assert shown.splitlines() == ["train", str(path), "output_dir=run $1", "--overwrite"]
-    assert train_cli.main([str(path), "--print-config"]) == 0
+    assert cli.main([str(path), "--print-config"]) == 0
     assert "model_name_or_path: m\n" in capsys.readouterr().out

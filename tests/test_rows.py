@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from convert import data, data_cli, encode, rows, template
-from convert.dataset_info import read_info
-from edge.config import parse
+from convert.config import parse
+from convert.data import cli, dataset, encode, read_files
+from convert.data.dataset_info import read_info
+from convert.train.load_model import chat_format
 from edge.errors import InputError, UsageError
 from tests.toy import IM_END, make_model
 
@@ -29,7 +30,7 @@ def load(folder: Path, name: str = "d.json", **entry):
     (folder / "dataset_info.json").write_text(
         json.dumps({"d": {"file_name": name, **entry}}), encoding="utf-8"
     )
-    return data.load(("d",), folder)
+    return dataset.load(("d",), folder)
 
 
 def texts(found):
@@ -69,13 +70,13 @@ def test_a_folder_and_its_split(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 def test_a_list_is_read_in_pieces(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(rows, "_CHUNK", chunk)
+    monkeypatch.setattr(read_files, "_CHUNK", chunk)
     values = [{"a": '海螺 " ] } ,', "b": [1, 2.5e3]}, {}, {"c": {"d": None}}, "text", 12345]
     path = tmp_path / "d.json"
     path.write_text(
         "\n [" + ",\n".join(json.dumps(one, indent=1) for one in values) + " ]\n", encoding="utf-8"
     )
-    assert list(rows.read(path)) == list(enumerate(values, 1))
+    assert list(read_files.read(path)) == list(enumerate(values, 1))
     for text, words in (
         ('[{"a": 1}', "is cut off: its list has no end, after 1 rows"),
         ('[{"a": 1}, {"b"', r"not valid JSON: .*\(line 1, column 1"),
@@ -85,9 +86,9 @@ def test_a_list_is_read_in_pieces(tmp_path, monkeypatch, chunk):
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=words):
-            list(rows.read(path))
+            list(read_files.read(path))
     path.write_text("[]", encoding="utf-8")
-    assert list(rows.read(path)) == []
+    assert list(read_files.read(path)) == []
 
 
 def test_preference_rows_of_each_format(tmp_path):
@@ -118,14 +119,14 @@ def test_preference_rows_of_each_format(tmp_path):
 
 
 def test_pairs_have_loss_on_both_answers_alone(tmp_path):
-    form = template.load(make_model(tmp_path / "m"))
-    row = data.Row("r", [{"role": "user", "content": "q"}], None, "good", "bad")
-    (pair,) = encode.pairs([row], form, data.Report(), encode.Rules())
+    form = chat_format.load(make_model(tmp_path / "m"))
+    row = dataset.Row("r", [{"role": "user", "content": "q"}], None, "good", "bad")
+    (pair,) = encode.pairs([row], form, dataset.Report(), encode.Rules())
     for sample, answer in ((pair.chosen, "good"), (pair.rejected, "bad")):
         ids = [label for label in sample.labels if label != encode.IGNORED]
         assert form.tokenizer.decode(ids, skip_special_tokens=False) == answer + IM_END
-    report = data.Report()
-    long = data.Row("r", [{"role": "user", "content": "q " * 90}], None, "good", "bad")
+    report = dataset.Report()
+    long = dataset.Row("r", [{"role": "user", "content": "q " * 90}], None, "good", "bad")
     assert not list(encode.pairs([long, row], form, report, encode.Rules(cutoff_len=30)))[1:]
     assert report.bad == [("r", "its prompt alone has 30 tokens or more (cutoff_len)")]
 
@@ -148,15 +149,15 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path):
     found, report = load(tmp_path, formatting="sharegpt")
     assert [one["role"] for one in found[0].messages] == ["user", "assistant", "tool", "assistant"]
     assert report.bad == [("d, row 2", "message 2 is no tool call with a name and an object of arguments")]
-    form = template.load(make_model(tmp_path / "m", template=TOOLS))
-    (sample,) = encode.encode(found, form, data.Report())
+    form = chat_format.load(make_model(tmp_path / "m", template=TOOLS))
+    (sample,) = encode.encode(found, form, dataset.Report())
     learnt = [label for label in sample.labels if label != encode.IGNORED]
     said = form.tokenizer.decode(learnt, skip_special_tokens=False)
     assert said == f'<tool_call>weather {{"city": "上海"}}{IM_END}No.{IM_END}'
     whole = form.tokenizer.decode(list(sample.ids), skip_special_tokens=False)
     assert '"description": "d"' in whole and "tool\nsun" in whole
-    plain = template.load(make_model(tmp_path / "plain"))
-    report = data.Report()
+    plain = chat_format.load(make_model(tmp_path / "plain"))
+    report = dataset.Report()
     assert encode.encode(found, plain, report) == []
     assert "does not show tool calls" in report.bad[0][1]
 
@@ -172,7 +173,7 @@ def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     info = {"d": {"hf_hub_url": "me/rows", "ms_hub_url": "x", "subset": "zh", "split": "test", "folder": "f"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    found, _ = data.load(("d",), tmp_path)
+    found, _ = dataset.load(("d",), tmp_path)
     how = {"name": "zh", "data_dir": "f", "split": "test", "streaming": True}
     assert len(found) == 2 and asked == [("me/rows", how)]
     entry = read_info("ONLINE", ("me/other",))["me/other"]
@@ -183,7 +184,7 @@ def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(InputError, match="cannot be read from the hub: no such data set"):
-        data.load(("d",), tmp_path)
+        dataset.load(("d",), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
 def test_entries_that_cannot_be_used(tmp_path, entry, words):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}), encoding="utf-8")
     with pytest.raises(UsageError, match=words):
-        data.load(("d",), tmp_path)
+        dataset.load(("d",), tmp_path)
 
 
 def test_edge_data_shows_it_all(tmp_path):
@@ -220,7 +221,7 @@ def test_edge_data_shows_it_all(tmp_path):
         }
     )
     said = Console(record=True, width=200, force_terminal=True, color_system="truecolor")
-    data_cli.show(config, said, rows=1)
+    cli.show(config, said, rows=1)
     coloured = said.export_text(styles=True, clear=False)
     text = said.export_text()
     for words in (
@@ -238,11 +239,11 @@ def test_edge_data_shows_it_all(tmp_path):
 
 
 def test_the_picture_counts_every_row():
-    lines = data_cli.picture([10, 10, 11, 40, 400], 64)
+    lines = cli.picture([10, 10, 11, 40, 400], 64)
     counts = [int(line.split("  <-")[0].split()[-1]) for line in lines[:-1]]
     assert sum(counts) == 5 and counts[0] == 4 and counts[-1] == 1
     assert lines[-1] == "median and more: 50 % 11, 90 % 400, 99 % 400, longest 400"
-    assert data_cli.picture([7], 8) == [
+    assert cli.picture([7], 8) == [
         "7 - 7  " + "█" * 40 + " 1",
         lines[-1].replace("11", "7").replace("400", "7"),
     ]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert.train.load_model.dequantized_base import Seen, spans
+from convert.train.load_model.hf_folder import check_folder, check_safetensors
+from convert.train.load_model.safetensors_io import Part
 from safetensors.torch import load_file
 
-from convert import seen, shards
-from convert.folder import check_folder, check_safetensors
-from convert.seen import Seen, spans
-from convert.shards import Part
+from convert.train.load_model import dequantized_base, safetensors_io
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -21,7 +21,7 @@ def test_rows_are_what_bitsandbytes_gives(
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 
-    monkeypatch.setattr(seen, "CHUNK", 5000)
+    monkeypatch.setattr(dequantized_base, "CHUNK", 5000)
     settings = {"quantized": ["l.*.q"], "compute_dtype": str(dtype)[6:], "double_quantization": double}
     model = Seen(settings)
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_shards_are_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.M
 
     def write(folder: Path) -> dict[str, torch.Tensor]:
         folder.mkdir()
-        shards.write(folder, parts, lambda part: (row[None] for row in tensors[part.name]))
+        safetensors_io.write(folder, parts, lambda part: (row[None] for row in tensors[part.name]))
         found = {}
         for path in folder.glob("*.safetensors"):
             check_safetensors(path)
@@ -65,7 +65,7 @@ def test_shards_are_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.M
 
     whole = write(tmp_path / "one")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
-    monkeypatch.setattr(shards, "LARGEST", 50)
+    monkeypatch.setattr(safetensors_io, "LARGEST", 50)
     split = write(tmp_path / "several")
     for found in (whole, split):
         assert found.keys() == tensors.keys()
@@ -80,4 +80,4 @@ def test_shards_are_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_tensor_that_is_not_whole_is_never_published(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="more or fewer rows"):
-        shards.write(tmp_path, [Part("a", (2, 2), torch.float32)], lambda _: [torch.zeros(1, 2)])
+        safetensors_io.write(tmp_path, [Part("a", (2, 2), torch.float32)], lambda _: [torch.zeros(1, 2)])

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert.train.load_model.reference import TorchModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from convert import onnx, smooth
-from convert.verify_torch import TorchModel
+from convert.export import onnx, smoothquant
 from edge.artefact import manifest
 from edge.errors import InputError
 from tests.families import make_family, make_run
@@ -48,7 +48,7 @@ def test_a_model_stays_the_same_and_its_activations_are_evener(tmp_path: Path, f
     name = "model.layers.1.input_layernorm.weight"
     weights[name][7] *= 60
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
-    layers, rows = smooth.run(merged, manifest.read(merged), tmp_path / "均匀 even")
+    layers, rows = smoothquant.run(merged, manifest.read(merged), tmp_path / "均匀 even")
     assert layers == 2 and "rows" in rows
     wanted, found = logits(merged), logits(tmp_path / "均匀 even")
     assert (found - wanted).norm() / wanted.norm() < 1e-4
@@ -68,7 +68,7 @@ def test_a_model_stays_the_same_and_its_activations_are_evener(tmp_path: Path, f
 def test_layers_that_are_built_otherwise_are_left_as_they_are(tmp_path: Path, family: str) -> None:
     merged = make_run(tmp_path, family) / "merged"
     with pytest.raises(InputError, match="no layer whose activations"):
-        smooth.run(merged, manifest.read(merged), tmp_path / "even")
+        smoothquant.run(merged, manifest.read(merged), tmp_path / "even")
 
 
 @pytest.mark.slow
@@ -95,5 +95,5 @@ def test_an_export_in_8_bits_is_evened_and_says_so(tmp_path: Path) -> None:
 def test_without_a_data_set_nothing_is_written(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(InputError, match="rows of the data set"):
-        smooth.run(base, None, tmp_path / "even")
+        smoothquant.run(base, None, tmp_path / "even")
     assert not (tmp_path / "even").exists()

@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from convert import verify, verify_probes
-from convert.verify_metrics import Divergence, log_softmax
-from convert.verify_readers import GgufReader, Reader, TorchReader, open_reader
+from convert.verify import compare, probes
+from convert.verify.divergence import Divergence, log_softmax
+from convert.verify.readers import GgufReader, Reader, TorchReader, open_reader
 from edge.artefact import manifest
 from edge.errors import InputError
 from tests import tiny_llama
@@ -88,8 +88,8 @@ def copied(base: Path, target: Path) -> Path:
     return target
 
 
-def compared(a: Path, b: Path) -> verify.Report:
-    return verify.compare(TorchReader(a), TorchReader(b))
+def compared(a: Path, b: Path) -> compare.Report:
+    return compare.compare(TorchReader(a), TorchReader(b))
 
 
 def test_a_copy_is_equal(base: Path, tmp_path: Path) -> None:
@@ -159,21 +159,21 @@ def test_m7_the_thinking_mode_is_part_of_the_prompt(base: Path, tmp_path: Path) 
 def test_layers_in_turn_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool
 ) -> None:
-    from convert import seen, verify_layers, verify_torch
+    from convert.train.load_model import dequantized_base, layerwise, reference
 
     folder = make_family(tmp_path / family, family, tied=tied)
     rows, last = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [3] * 40], [7, 1, 5]
-    whole = [found.clone() for found in verify_layers.load(folder).logits(rows, last)]
+    whole = [found.clone() for found in layerwise.load(folder).logits(rows, last)]
     assert [one.shape for one in whole] == [(7, 384), (1, 384), (5, 384)]
     # Rows in several batches, logits in several parts, the head some rows at a time.
     for module, name, value in (
-        (verify_torch, "WHOLE", 0),
-        (verify_layers, "TOKENS", 14),
-        (verify_layers, "POSITIONS", 8),
-        (seen, "CHUNK", 7000),
+        (reference, "WHOLE", 0),
+        (layerwise, "TOKENS", 14),
+        (layerwise, "POSITIONS", 8),
+        (dequantized_base, "CHUNK", 7000),
     ):
         monkeypatch.setattr(module, name, value)
-    model = verify_layers.load(folder)
+    model = layerwise.load(folder)
     assert all(parameter.is_meta for parameter in model.layers[0].parameters())
     told: dict[str, int] = {}
 
@@ -206,15 +206,15 @@ def test_layers_in_turn_give_the_same(
 def test_an_adapter_a_layer_at_a_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
-    from convert import verify_layers, verify_torch
+    from convert.train.load_model import layerwise, reference
 
     adapter = make_adapter(tmp_path / "adapter", base, **lora)
     rows, last = [[5, 6, 7, 8], [9, 10, 11]], [4, 2]
-    whole = [found.clone() for found in verify_layers.load(base, adapter).logits(rows, last)]
-    plain = next(verify_layers.load(base).logits(rows, last))
+    whole = [found.clone() for found in layerwise.load(base, adapter).logits(rows, last)]
+    plain = next(layerwise.load(base).logits(rows, last))
     assert not torch.allclose(whole[0], plain, atol=1e-2)
-    monkeypatch.setattr(verify_torch, "WHOLE", 0)
-    found = list(verify_layers.load(base, adapter).logits(rows, last))
+    monkeypatch.setattr(reference, "WHOLE", 0)
+    found = list(layerwise.load(base, adapter).logits(rows, last))
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, whole, strict=True))
 
 
@@ -237,13 +237,13 @@ def test_gguf_files(tmp_path: Path) -> None:
         tiny_llama.write(tmp_path / f"{name}.gguf", seed=seed)
         for name, seed in (("模型 a", 0), ("b", 0), ("c", 1))
     )
-    report = verify.run(a, same, console=quiet())
+    report = compare.run(a, same, console=quiet())
     assert report.logits["kl_mean"] == 0 and report.logits["greedy_equal"] == report.logits["greedy_tokens"]
-    report = verify.run(a, other, console=quiet())
+    report = compare.run(a, other, console=quiet())
     assert report.warnings and report.logits["top1"] < 0.9
     changed = tiny_llama.write(tmp_path / "d.gguf", template=tiny_llama.TEMPLATE + " ")
     with pytest.raises(InputError, match="chat template: from character"):
-        verify.run(a, changed, console=quiet())
+        compare.run(a, changed, console=quiet())
 
 
 def test_logits_do_not_depend_on_how_a_row_is_cut(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_the_report_is_kept_and_changes_no_digest(base: Path, tmp_path: Path) ->
     digest = manifest.text_digest(CHATML)
     made = manifest.write(b, manifest.Manifest("merged", "x", chat_template=digest, stop_ids=[0, 2]))
     console = quiet()
-    verify.run(base, b, console=console)
+    compare.run(base, b, console=console)
     known = manifest.read(b)
     assert known.digest == made.digest and known.verify["logits"]["top1"] == 1.0
     assert known.verify["against"]["stage"] == "model" and known.verify["token_ids"] == "equal"
@@ -292,16 +292,16 @@ def test_rows_of_the_data_set_are_found_through_the_parents(tmp_path: Path) -> N
         folder.mkdir()
     known = manifest.write(adapter, manifest.Manifest("adapter", "x", settings=settings))
     child = manifest.write(merged, manifest.Manifest("merged", "x", parents=[known.parent(adapter)]))
-    found = verify_probes.from_data(child)
+    found = probes.from_data(child)
     assert found.rows == "4 held-out rows" and all(probe.answer.startswith("a") for probe in found.probes)
     known.settings["val_size"] = 0
     child.parents = [manifest.write(adapter, known).parent(adapter)]
-    assert verify_probes.from_data(child).rows == "24 training rows"
+    assert probes.from_data(child).rows == "24 training rows"
     (adapter / "x.txt").write_text("trained again", encoding="utf-8")
     manifest.write(adapter, known)
-    assert verify_probes.from_data(child).note == "no adapter with a data set is known behind it"
+    assert probes.from_data(child).note == "no adapter with a data set is known behind it"
 
 
 def test_verb_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
-        verify.main([str(tmp_path / "a"), str(tmp_path / "b")])
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b")])

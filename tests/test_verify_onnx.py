@@ -12,9 +12,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
-from convert.verify import BOUNDS
-from convert.verify_onnx import OnnxReader
-from convert.verify_readers import open_reader
+from convert.verify.compare import BOUNDS
+from convert.verify.onnx_reader import OnnxReader
+from convert.verify.readers import open_reader
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings

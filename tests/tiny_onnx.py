@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from convert.onnx_graph import add_candidates
+from convert.export.onnx_graph import add_candidates
 from edge.artefact.onnx_header import HIDDEN, OUTPUT_POSITIONS
 from edge.backends.onnx_tokenizer import byte_table
 
@@ -30,7 +30,7 @@ def write(
 ) -> Path:
     """Write model, tokenizer and template: token i is byte i; `<|begin|>` and `<|end|>` are control.
 
-    candidates: as convert.onnx_graph.complete. dtype: of weights and cells; cards want float16.
+    candidates: as convert.export.onnx_graph.complete. dtype: of weights and cells; cards want float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name

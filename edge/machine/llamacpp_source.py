@@ -1,6 +1,6 @@
 """The pinned sdist of llama-cpp-python: fetched once into the user's cache, checked, unpacked.
 
-Its `vendor/llama.cpp` holds the sources that edge.machine.build_llamacpp builds and the converter that convert.gguf runs.
+Its `vendor/llama.cpp` holds the sources that edge.machine.build_llamacpp builds and the converter that convert.export.gguf runs.
 """
 
 from __future__ import annotations

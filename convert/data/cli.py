@@ -1,0 +1,129 @@
+"""`edge data CONFIG`: what the data of a configuration holds, and what is trained on, without training.
+
+Counts, rows left out with their reasons, the lengths as a picture, duplicates, placeholders, what is cut and
+how; and the exact tokens of a few rows, those with loss in colour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from convert.config import TrainConfig, load_train_config
+from convert.train.load_model.hf_folder import check_folder
+
+_BARS = 12
+_WIDTH = 40
+_POLICY = (
+    "policy: an answer that passes cutoff_len is cut at its end, a row whose prompt alone does is left out; "
+    "nothing is cut in the middle"
+)
+
+
+def picture(lengths: list[int], cutoff: int) -> list[str]:
+    """How many rows are how long, as bars; lengths in tokens. The last bar ends with the longest row."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = max(1, math.ceil((high - low + 1) / _BARS))
+    counts = [0] * math.ceil((high - low + 1) / width)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    most = max(counts)
+    digits = len(str(high))
+    lines = []
+    for at, count in enumerate(counts):
+        start, end = low + at * width, min(high, low + (at + 1) * width - 1)
+        bar = "█" * round(_WIDTH * count / most) or ("▏" if count else "")
+        mark = "  <- cutoff_len" if start <= cutoff <= end else ""
+        lines.append(f"{start:>{digits}} - {end:>{digits}}  {bar} {count}{mark}")
+    order = sorted(lengths)
+    shown = ", ".join(
+        f"{share} % {order[min(len(order) - 1, len(order) * share // 100)]}" for share in (50, 90, 99)
+    )
+    return [*lines, f"median and more: {shown}, longest {high}"]
+
+
+def coloured(form: Any, sample: Any) -> Text:
+    """The sample's tokens, each with its id; green where it has loss, dim where not."""
+    learnt = {at for start, end in sample.spans for at in range(start, end)}
+    text = Text()
+    for at, token in enumerate(sample.ids):
+        if at in sample.starts[1:]:
+            text.append("\n-- next row of the pack --\n", style="yellow")
+        shown = form.tokenizer.decode([token], skip_special_tokens=False)
+        shown = shown.replace("\n", "\\n").replace("�", f"<{form.tokenizer.id_to_token(token)}>")
+        style = ("black on green" if at % 2 else "black on bright_green") if at in learnt else "dim"
+        text.append(shown, style=style)
+        text.append(f"{token} ", style="green" if at in learnt else "dim italic")
+    return text
+
+
+def show(config: TrainConfig, console: Console, *, rows: int) -> None:
+    """Print everything about the data of `config`, and `rows` of its rows token by token."""
+    from convert.data import prepare
+    from convert.train.load_model import chat_format
+
+    began = time.monotonic()
+    folder = Path(config.model_name_or_path)
+    if not folder.is_dir():
+        from convert.pull import resolve
+
+        folder = resolve(config.model_name_or_path, config.model_revision)
+    form = chat_format.load(check_folder(folder, shown=config.model_name_or_path).path)
+    for line in (*config.warnings, chat_format.check_name(config.template, form), *form.warnings):
+        if line:
+            console.print(f"note: {line}", style="yellow")
+    made = prepare.prepare(config, form)
+    seconds = time.monotonic() - began
+    report = made.report
+    kind = "pairs" if config.stage == "dpo" else "rows"
+    held = len({item.source for item in made.held})
+    console.print(
+        f"{', '.join(config.dataset)}: {report.rows:,} rows read, {len(report.bad):,} left out, "
+        f"{made.rows:,} {kind} to train on, {held:,} held out ({seconds:.1f} s)"
+    )
+    for line in [*made.notes, *report.lines()]:
+        console.print(f"note: {line}", style="yellow")
+    for row, earlier in report.twins[1:]:
+        console.print(f"  also {row} is {earlier}")
+    items = made.train
+    tokens, learnt = (
+        sum(values) for values in ([one.tokens for one in items], [one.learnt for one in items])
+    )
+    console.print(
+        f"{tokens:,} tokens in one epoch, {learnt:,} of them with loss ({learnt / max(1, tokens):.0%})"
+    )
+    console.print("tokens in a sequence:" if config.packs else "tokens in a row:")
+    for line in picture([one.size for one in items], config.cutoff_len):
+        console.print(f"  {line}")
+    console.print(f"{len(report.cut):,} rows are cut; {_POLICY}")
+    for item in items[:rows]:
+        parts = [("", item)] if kind == "rows" else [(", chosen", item.chosen), (", rejected", item.rejected)]
+        for name, sample in parts:
+            console.print(
+                f"\n{item.source}{name}: {len(sample.ids)} tokens, {sample.learnt} with loss", style="bold"
+            )
+            console.print(coloured(form, sample))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="edge data", description=__doc__.split("\n")[0])
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for `edge train`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("--rows", type=int, default=3, help="rows to show token by token (%(default)s)")
+    options = parser.parse_intermixed_args(argv)
+    config = load_train_config(options.config, options.overrides)
+    show(config, Console(highlight=False, markup=False, soft_wrap=True), rows=max(0, options.rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,335 @@
+"""dataset_info.json: where a data set lies, and how its rows become messages.
+
+alpaca, sharegpt and openai rows, preference rows (ranking) of each; tools and their calls.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.data import read_files
+from convert.data.read_files import BadRow, Twice
+from edge.errors import InputError, UnavailableError, UsageError
+
+INFO = "dataset_info.json"
+ONLINE = "ONLINE"
+
+_COLUMNS = {
+    "prompt": "instruction", "query": "input", "response": "output", "messages": "conversations",
+    "history": "history", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
+    "kto_tag": "kto_tag", "images": "images", "videos": "videos", "audios": "audios",
+}  # fmt: skip
+_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_OPENAI_TAGS = {
+    "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+    "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_KEYS = (
+    "file_name", "file_sha1", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name",
+    "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags",
+)  # fmt: skip
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation. source: "name, row N" (from 1; in .jsonl and .csv the line).
+
+    messages end with an answer, or, in a preference row, with the question that `chosen` and `rejected`
+    answer. tools: what the model may call, as OpenAI's API lists it.
+    """
+
+    source: str
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    chosen: str = ""
+    rejected: str = ""
+
+
+def read_info(folder: str, names: tuple[str, ...]) -> dict[str, Entry]:
+    """The entries of `names` in folder/dataset_info.json; with the folder ONLINE the names are hub ids.
+
+    Raises InputError for a missing or broken file, UsageError for a name or an entry that cannot be used.
+    """
+    if folder == ONLINE:
+        return {name: Entry.of(name, {"hf_hub_url": name}, Path()) for name in names}
+    path = Path(folder) / INFO
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", "dataset_dir names the folder that holds dataset_info.json")
+    try:
+        info = read_files.parse(path.read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from error
+    if not isinstance(info, dict):
+        raise InputError(f"{path} is not an object of names and data sets")
+    if isinstance(info, Twice):
+        raise InputError(f"{path}: the data set '{info.key}' stands twice")
+    for name in names:
+        if name not in info:
+            near = difflib.get_close_matches(name, list(info), n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "it names: " + ", ".join(sorted(info)[:20])
+            raise UsageError(f"{path} has no data set '{name}'", hint)
+    return {name: Entry.of(name, info[name], Path(folder)) for name in names}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set of dataset_info.json, with every default filled in. hub: its id, or None for `path`."""
+
+    name: str
+    path: Path
+    hub: str | None
+    formatting: str
+    ranking: bool
+    subset: str | None
+    split: str
+    folder: str | None
+    num_samples: int | None
+    columns: dict[str, str]
+    tags: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str, entry: Any, folder: Path) -> Entry:
+        def wrong(what: str) -> UsageError:
+            return UsageError(
+                f"{INFO}: '{name}' {what}",
+                "it needs file_name or hf_hub_url; formatting, columns and tags may follow",
+            )
+
+        if not isinstance(entry, dict):
+            raise wrong("is not an object")
+        for key in entry:
+            if key not in _KEYS:
+                near = difflib.get_close_matches(key, _KEYS, n=1)
+                raise wrong(f"has the unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        file, hub = entry.get("file_name"), entry.get("hf_hub_url")
+        if not isinstance(file, str) and not isinstance(hub, str):
+            other = next((key for key in _KEYS[3:7] if entry.get(key)), None)
+            if other:
+                raise wrong(f"has only {other}, which is not supported: code and other hubs are not read")
+            raise wrong("has neither file_name nor hf_hub_url")
+        formatting = entry.get("formatting", "alpaca")
+        if formatting not in ("alpaca", "sharegpt", "openai"):
+            raise wrong(f"has formatting {formatting!r}; alpaca, sharegpt and openai are known")
+        ranking, count = entry.get("ranking", False), entry.get("num_samples")
+        if not isinstance(ranking, bool):
+            raise wrong(f"has ranking {ranking!r}, which is neither true nor false")
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise wrong(f"has num_samples {count!r}, which is no count")
+        columns = dict(_COLUMNS)
+        tags = dict(_OPENAI_TAGS if formatting == "openai" else _TAGS)
+        if formatting == "openai":
+            columns["messages"] = "messages"
+        for kind, known in (("columns", columns), ("tags", tags)):
+            given = entry.get(kind) or {}
+            for key, value in given.items():
+                if key not in known:
+                    raise wrong(f"has {kind} with the unknown name '{key}'; known: {', '.join(known)}")
+                if value is not None:
+                    known[key] = value
+        path = folder / file if isinstance(file, str) else folder
+        use_hub = isinstance(hub, str) and not (isinstance(file, str) and path.exists())
+        return cls(
+            name, path, hub if use_hub else None, formatting, ranking, entry.get("subset"),
+            entry.get("split") or "train", entry.get("folder"), count, columns, tags,
+        )  # fmt: skip
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """(number, value) of each row as it lies there. Raises InputError where it cannot be read."""
+        if self.hub is not None:
+            yield from _hub_rows(self)
+            return
+        path = self.path / self.folder if self.folder and self.path.is_dir() else self.path
+        found = read_files.files(path)
+        if len(found) > 1:
+            word = re.compile(rf"(^|[^a-z]){re.escape(self.split.lower())}([^a-z]|$)")
+            found = [one for one in found if word.search(one.stem.lower())] or found
+        number = 0
+        for file in found:
+            for number_here, row in read_files.read(file):
+                number += 1
+                yield (number_here if len(found) == 1 else number), row
+
+    def row(self, source: str, raw: Any) -> Row:
+        """`raw` as messages: perhaps system, then question and answer in turn. Raises BadRow."""
+        if isinstance(raw, Twice):
+            raise BadRow(f"the key '{raw.key}' stands twice")
+        if not isinstance(raw, dict):
+            raise BadRow(f"is {kind_of(raw)}, not an object")
+        for key in ("images", "videos", "audios"):
+            if raw.get(self.columns[key]):
+                raise BadRow(f"has {key}: only text is trained on")
+        system = _text(raw, self.columns["system"])
+        tools = self._tools(raw)
+        turns = self._alpaca(raw) if self.formatting == "alpaca" else self._shared(raw)
+        if system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        if not self.ranking:
+            return Row(source, turns, tools)
+        chosen, rejected = (self._preferred(raw, self.columns[key]) for key in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise BadRow("its chosen and its rejected answer are the same")
+        return Row(source, turns, tools, chosen, rejected)
+
+    def _alpaca(self, raw: dict[str, Any]) -> list[Message]:
+        prompt, query = (_text(raw, self.columns[key]) for key in ("prompt", "query"))
+        question = "\n".join(part for part in (prompt, query) if part)
+        if not question:
+            raise BadRow(f"`{self.columns['prompt']}` is missing or empty")
+        column = self.columns["response"]
+        answer = "" if self.ranking else _text(raw, column)
+        if not answer.strip() and not self.ranking:
+            raise BadRow(f"`{column}` is missing or empty")
+        messages = []
+        column = self.columns["history"]
+        history = raw.get(column) or []
+        if not isinstance(history, list):
+            raise BadRow(f"`{column}` is {kind_of(history)}, not a list")
+        for pair in history:
+            if not (
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) and t for t in pair)
+            ):
+                raise BadRow(f"`{column}` holds {kind_of(pair)} that is no [question, answer] of two texts")
+            messages += _turn(*pair)
+        return messages + (_turn(question, answer) if not self.ranking else _turn(question, "")[:1])
+
+    def _shared(self, raw: dict[str, Any]) -> list[Message]:
+        column = self.columns["messages"]
+        given = raw.get(column)
+        if not isinstance(given, list):
+            raise BadRow(f"`{column}` is {kind_of(given)}, not a list of messages")
+        if not given:
+            raise BadRow(f"`{column}` is empty")
+        messages = [self._message(number, one) for number, one in enumerate(given, 1)]
+        turns = messages[1:] if messages[0]["role"] == "system" else messages
+        for number, message in enumerate(turns):
+            if message["role"] not in (("user", "tool"), ("assistant",))[number % 2]:
+                raise BadRow("its messages are not question and answer in turn")
+        if self.ranking:
+            if len(turns) % 2 == 0:
+                raise BadRow("its last message is no question for the chosen and the rejected answer")
+        elif not turns or len(turns) % 2:
+            raise BadRow("its last message is not an answer")
+        return messages
+
+    def _message(self, number: int, one: Any) -> Message:
+        if not isinstance(one, dict):
+            raise BadRow(f"message {number} is {kind_of(one)}, not an object")
+        roles = {self.tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
+        roles |= {self.tags["observation_tag"]: "tool", self.tags["function_tag"]: "call"}
+        tag = one.get(self.tags["role_tag"])
+        role = roles.get(tag) if isinstance(tag, str) else None
+        if role is None:
+            raise BadRow(f"message {number} has the role {tag!r}; known: {', '.join(roles)}")
+        column = self.tags["content_tag"]
+        if role == "assistant" and one.get("tool_calls"):
+            return {
+                "role": role,
+                "content": _text(one, column),
+                "tool_calls": _calls(one["tool_calls"], number),
+            }
+        content = _text(one, column)
+        if not content.strip():
+            raise BadRow(f"message {number} is empty")
+        if role == "call":
+            return {"role": "assistant", "content": "", "tool_calls": _calls(_loads(content), number)}
+        return {"role": role, "content": content}
+
+    def _preferred(self, raw: dict[str, Any], column: str) -> str:
+        value = raw.get(column)
+        if isinstance(value, dict):
+            value = value.get(self.tags["content_tag"])
+        if not isinstance(value, str):
+            raise BadRow(f"`{column}` is {kind_of(value)}, not an answer")
+        if not value.strip():
+            raise BadRow(f"`{column}` is empty")
+        return value
+
+    def _tools(self, raw: dict[str, Any]) -> list[dict[str, Any]] | None:
+        column = self.columns["tools"]
+        value = raw.get(column)
+        if isinstance(value, str):
+            value = _loads(value) if value.strip() else None
+        if not value:
+            return None
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            raise BadRow(f"`{column}` is no JSON list of tools")
+        return [one if "function" in one else {"type": "function", "function": one} for one in value]
+
+
+def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
+    """Rows of a data set on the hub, by the library that knows its conventions, without holding it whole."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"the data set {entry.hub} needs the package 'datasets'",
+            "pip install -c constraints.txt '.[train]'",
+        ) from error
+    try:
+        found = datasets.load_dataset(
+            entry.hub, name=entry.subset, data_dir=entry.folder, split=entry.split, streaming=True
+        )
+        yield from enumerate(found, 1)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the data set {entry.hub} cannot be read from the hub: {first}",
+            "check its name, subset and split; HF_ENDPOINT can name a mirror; or fetch it and name the file",
+        ) from error
+
+
+def _turn(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _text(raw: dict[str, Any], column: str) -> str:
+    """The text in `column`; "" where it is missing or null. Raises BadRow for another type."""
+    value = raw.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"`{column}` is {kind_of(value)}, not text")
+    return value
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _calls(given: Any, number: int) -> list[dict[str, Any]]:
+    """Tool calls as chat templates know them. Raises BadRow for one without a name or arguments."""
+    found = []
+    for one in given if isinstance(given, list) else [given]:
+        call = one.get("function", one) if isinstance(one, dict) else None
+        arguments = call.get("arguments") if isinstance(call, dict) else None
+        arguments = _loads(arguments) if isinstance(arguments, str) else arguments
+        if (
+            not isinstance(call, dict)
+            or not isinstance(call.get("name"), str)
+            or not isinstance(arguments, dict)
+        ):
+            raise BadRow(f"message {number} is no tool call with a name and an object of arguments")
+        found.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return found
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")

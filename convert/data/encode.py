@@ -1,0 +1,290 @@
+"""Rows to token ids with a loss mask: what serving would prompt with, then the answer and its end.
+
+Loss is masked by position, never by token id: the end token of an answer is learnt even where it is also the
+padding token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from convert.data.dataset import Message, Report, Row
+from convert.train.load_model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
+from edge.errors import InputError, UsageError
+from edge.reasoning import opens_thought
+
+IGNORED = -100
+_BATCH = 512
+
+# What one sample is made of: (text, has loss); the pieces joined are prompt and answer.
+Pieces = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence to train on.
+
+    ids: token ids. spans: [start, end) of what is learnt; a row's first token never is, for nothing is before
+    it. starts: where rows begin, more than one where several are packed. row: number of its row, from 0.
+    """
+
+    source: str
+    ids: array[int]
+    spans: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...] = (0,)
+    row: int = 0
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids, IGNORED where there is no loss."""
+        made = [IGNORED] * len(self.ids)
+        for start, end in self.spans:
+            made[start:end] = self.ids[start:end]
+        return made
+
+    @property
+    def learnt(self) -> int:
+        """Tokens with loss."""
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def size(self) -> int:
+        """Tokens of the longest sequence in it."""
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One question with the answer that is preferred and the one that is not."""
+
+    source: str
+    chosen: Sample
+    rejected: Sample
+    row: int = 0
+
+    @property
+    def size(self) -> int:
+        return max(len(self.chosen.ids), len(self.rejected.ids))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chosen.ids) + len(self.rejected.ids)
+
+    @property
+    def learnt(self) -> int:
+        return self.chosen.learnt + self.rejected.learnt
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows become samples: the keys of a configuration that decide it."""
+
+    cutoff_len: int = 2048
+    enable_thinking: bool | None = True
+    mask_history: bool = False
+    train_on_prompt: bool = False
+    default_system: str | None = None
+
+
+def encode(
+    rows: Iterable[Row],
+    form: ChatFormat,
+    report: Report,
+    *,
+    cutoff_len: int = 2048,
+    enable_thinking: bool | None = True,
+    mask_history: bool = False,
+    train_on_prompt: bool = False,
+    default_system: str | None = None,
+) -> list[Sample]:
+    """Token ids of `rows` with loss on the answers, each with the token that ends its turn.
+
+    The ids before an answer are those that serving makes of the same messages. Where the template shows
+    earlier turns as they were written, one sample holds all of a row's answers; else each answer has its own.
+    An answer beyond `cutoff_len` tokens is cut at its end; a row whose prompt alone is that long is left out.
+    Raises UsageError where enable_thinking null meets a template that opens thoughts and rows without any.
+    """
+    rules = Rules(cutoff_len, enable_thinking, mask_history, train_on_prompt, default_system)
+    return list(samples(rows, form, report, rules))
+
+
+def samples(
+    rows: Iterable[Row], form: ChatFormat, report: Report, rules: Rules, first: int = 0
+) -> Iterator[Sample]:
+    """As `encode`, a few hundred rows at a time. first: the number of the first row."""
+    mode = thinking_mode(form, rules.enable_thinking)
+    for numbered in _batches(rows, first):
+        drafts: list[tuple[int, str, Pieces]] = []
+        for number, row in numbered:
+            try:
+                found = _drafts(_messages(row, rules), row.tools, form, mode, rules.mask_history, report)
+            except InputError as error:
+                report.bad.append((row.source, error.message))
+                continue
+            drafts += [(number, row.source, pieces) for pieces in found]
+        for (number, source, _), sample in zip(drafts, _tokens(drafts, form, rules), strict=True):
+            if len(sample.ids) > rules.cutoff_len:
+                cut = _cut(sample, rules.cutoff_len)
+                if not cut.spans:
+                    reason = f"its prompt alone has {rules.cutoff_len} tokens or more (cutoff_len)"
+                    report.bad.append((source, reason))
+                    continue
+                report.cut.append(source)
+                sample = cut
+            yield replace(sample, row=number)
+
+
+def pairs(
+    rows: Iterable[Row], form: ChatFormat, report: Report, rules: Rules, first: int = 0
+) -> Iterator[Pair]:
+    """Preference rows as pairs of samples with loss on the last answer alone."""
+    mode = thinking_mode(form, rules.enable_thinking)
+    for numbered in _batches(rows, first):
+        drafts: list[tuple[int, str, Pieces]] = []
+        for number, row in numbered:
+            messages = _messages(row, rules)
+            try:
+                for answer in (row.chosen, row.rejected):
+                    talk = [*messages, {"role": "assistant", "content": answer}]
+                    (pieces,) = _drafts(talk, row.tools, form, mode, True, report)
+                    drafts.append((number, row.source, pieces))
+            except InputError as error:
+                report.bad.append((row.source, error.message))
+                drafts = drafts[: len(drafts) // 2 * 2]
+        made = _tokens(drafts, form, replace(rules, train_on_prompt=False))
+        for (number, source, _), two in zip(drafts[::2], zip(made, made, strict=True), strict=True):
+            cut = [_cut(one, rules.cutoff_len) for one in two]
+            if not all(one.spans for one in cut):
+                reason = f"its prompt alone has {rules.cutoff_len} tokens or more (cutoff_len)"
+                report.bad.append((source, reason))
+                continue
+            if any(len(one.ids) > rules.cutoff_len for one in two):
+                report.cut.append(source)
+            yield Pair(source, cut[0], cut[1], number)
+
+
+def pack(given: list[Sample], longest: int) -> list[Sample]:
+    """`given` in sequences of at most `longest` tokens, whole rows only: each goes to where it fits best."""
+    bins: list[list[Sample]] = []
+    # Bins by the room they have left; a row goes to the fullest that can take it.
+    room: list[list[int]] = [[] for _ in range(longest + 1)]
+    free: list[int] = []
+    for sample in sorted(given, key=lambda one: -len(one.ids)):
+        size = len(sample.ids)
+        left = next((space for space in free if space >= size), None)
+        if left is None:
+            bins.append([sample])
+            at, left = len(bins) - 1, longest
+        else:
+            at = room[left].pop()
+            bins[at].append(sample)
+            if not room[left]:
+                free.remove(left)
+        if not room[left - size]:
+            free.append(left - size)
+            free.sort()
+        room[left - size].append(at)
+    return [_joined(one) if len(one) > 1 else one[0] for one in bins]
+
+
+def _joined(parts: list[Sample]) -> Sample:
+    ids: array[int] = array("i")
+    spans, starts = [], []
+    for part in parts:
+        at = len(ids)
+        starts.append(at)
+        spans += [(at + start, at + end) for start, end in part.spans]
+        ids += part.ids
+    return Sample(" + ".join(part.source for part in parts), ids, tuple(spans), tuple(starts), parts[0].row)
+
+
+def _batches(rows: Iterable[Row], first: int) -> Iterator[list[tuple[int, Row]]]:
+    numbered = enumerate(rows, first)
+    while batch := list(itertools.islice(numbered, _BATCH)):
+        yield batch
+
+
+def _messages(row: Row, rules: Rules) -> list[Message]:
+    if rules.default_system is not None and row.messages[0]["role"] != "system":
+        return [{"role": "system", "content": rules.default_system}, *row.messages]
+    return row.messages
+
+
+def _tokens(drafts: list[tuple[int, str, Pieces]], form: ChatFormat, rules: Rules) -> Iterator[Sample]:
+    ids = iter(form.encode([text for _, _, pieces in drafts for text, _ in pieces]))
+    for _, source, pieces in drafts:
+        whole: array[int] = array("i")
+        spans = []
+        for _, loss in pieces:
+            start = len(whole)
+            whole.extend(next(ids))
+            if (loss or rules.train_on_prompt) and len(whole) > max(start, 1):
+                spans.append((max(start, 1), len(whole)))
+        yield Sample(source, whole, tuple(spans))
+
+
+def _cut(sample: Sample, longest: int) -> Sample:
+    spans = tuple((start, min(end, longest)) for start, end in sample.spans if start < longest)
+    return replace(sample, ids=sample.ids[:longest], spans=spans)
+
+
+def _drafts(
+    messages: list[Message],
+    tools: list[dict[str, object]] | None,
+    form: ChatFormat,
+    mode: str | None,
+    mask_history: bool,
+    report: Report,
+) -> list[Pieces]:
+    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    if mask_history:
+        turns = turns[-1:]
+    prompts = [form.prompt(messages[:at], mode, tools) for at in turns]
+    answers = []
+    for at, prompt in zip(turns, prompts, strict=True):
+        if "tool_calls" in messages[at]:
+            answers.append(form.call(messages[: at + 1], prompt, mode, tools))
+        else:
+            answers.append(form.answer(_thoughtful(messages[at]["content"], prompt, mode, report)))
+    if len(turns) > 1:
+        pieces, done = [], ""
+        for prompt, answer in zip(prompts, answers, strict=True):
+            pieces += [(prompt.removeprefix(done), False), (answer, True)]
+            if not prompt.startswith(done):
+                break
+            done = prompt + answer
+        else:
+            # Pieces tokenised apart must give what serving gives for the prompt as one text.
+            apart = form.encode([text for text, _ in pieces[:-1]])
+            if [token for part in apart for token in part] == form.encode([prompts[-1]])[0]:
+                return [pieces]
+    return [[(prompt, False), (answer, True)] for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _thoughtful(content: str, prompt: str, mode: str | None, report: Report) -> str:
+    """The answer as it goes on from `prompt` in the thinking mode `mode`."""
+    if mode is None:
+        return content
+    thought, rest = split_thought(content)
+    if mode == "off":
+        report.thoughts_removed += thought is not None
+        return rest
+    if thought is not None:
+        return with_thought(prompt, thought, rest)
+    if mode == "on":
+        report.thoughts_added += 1
+        return with_thought(prompt, "", rest)
+    if opens_thought(prompt):
+        raise UsageError(
+            "enable_thinking: null leaves answers without a thought alone, but this model's chat template "
+            "opens a thought in every prompt",
+            "give true (an empty thought is learnt) or false (the prompt closes it)",
+        )
+    return content

@@ -1,0 +1,173 @@
+"""From a configuration to what is trained on and what is held out: read, encoded, split, mixed and packed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from convert.config import TrainConfig
+from convert.data import dataset, encode
+from convert.data.dataset_info import Entry, Row, read_info
+from convert.data.encode import Pair, Rules, Sample
+from convert.train.load_model.chat_format import ChatFormat
+from edge.errors import InputError, UsageError
+
+Item = Sample | Pair
+
+
+@dataclass
+class Prepared:
+    """train: what one epoch goes over, in order, before shuffling. held: what is evaluated on.
+
+    rows: usable training rows; by_packing: how many sequences they became. held_rows: their sources.
+    """
+
+    train: list[Item]
+    held: list[Item]
+    report: dataset.Report
+    rows: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, training or held out."""
+        return max(item.size for item in itertools.chain(self.train, self.held))
+
+    def digest(self) -> str:
+        """Of the token ids and masks that are trained on, in their order: the same data, the same digest."""
+        found = hashlib.sha256()
+        for item in self.train:
+            for sample in (item,) if isinstance(item, Sample) else (item.chosen, item.rejected):
+                found.update(sample.ids.tobytes())
+                found.update(repr((sample.spans, sample.starts)).encode())
+        return found.hexdigest()
+
+
+def rules(config: TrainConfig) -> Rules:
+    return Rules(
+        config.cutoff_len,
+        config.enable_thinking,
+        config.mask_history,
+        config.train_on_prompt,
+        config.default_system,
+    )
+
+
+def prepare(config: TrainConfig, form: ChatFormat) -> Prepared:
+    """Read and encode what `config` names.
+
+    Raises InputError for files that cannot be read and where no row is left, UsageError for an entry of
+    dataset_info.json or a val_size that cannot be used.
+    """
+    report = dataset.Report()
+    entries = read_info(config.dataset_dir, (*config.dataset, *(config.eval_dataset or ())))
+    _check_stage(config, entries)
+    sets, count = [], 0
+    for name in config.dataset:
+        found, usable = _encoded(entries[name], config, form, report, count)
+        sets.append(found)
+        count += usable
+    dataset.check(config.dataset, count, report, strict=config.strict)
+    held: list[Item] = []
+    if config.eval_dataset:
+        for name in config.eval_dataset:
+            held += _encoded(entries[name], config, form, report, 0)[0]
+        if not held:
+            raise InputError(f"eval_dataset: no usable row in {', '.join(config.eval_dataset)}")
+    else:
+        out = dataset.held_out(count, config.val_size, config.seed)
+        held = [item for found in sets for item in found if item.row in out]
+        sets = [[item for item in found if item.row not in out] for found in sets]
+        count -= len(out)
+    prepared = Prepared([], held, report, rows=count)
+    shuffle = random.Random(config.seed)
+    for number, name in enumerate(config.dataset):
+        wanted = entries[name].num_samples
+        if wanted is not None and sets[number]:
+            sets[number] = _drawn(sets[number], wanted, shuffle)
+    prepared.train = _mixed(sets, config, shuffle)
+    if config.packs:
+        whole = len(prepared.train)
+        prepared.train = list(
+            encode.pack([one for one in prepared.train if isinstance(one, Sample)], config.cutoff_len)
+        )
+        prepared.notes.append(
+            f"packing: {whole} rows in {len(prepared.train)} sequences, isolated from each other"
+        )
+        if config.packing and not config.neat_packing:
+            prepared.notes.append("packing isolates its rows here, as neat_packing does in LLaMA-Factory")
+    if not prepared.train:
+        raise InputError("no row is left to train on: " + "; ".join(report.lines()), "raise cutoff_len")
+    return prepared
+
+
+def held_rows(config: TrainConfig) -> list[Row]:
+    """The rows that `prepare` holds out, as messages; empty where none are."""
+    entries = read_info(config.dataset_dir, (*config.dataset, *(config.eval_dataset or ())))
+    report = dataset.Report()
+
+    def of(names: tuple[str, ...]) -> Iterator[Row]:
+        for name in names:
+            yield from dataset.stream(entries[name], report, max_samples=config.max_samples)
+
+    if config.eval_dataset:
+        return list(of(config.eval_dataset))
+    if not config.val_size:
+        return []
+    out = dataset.held_out(sum(1 for _ in of(config.dataset)), config.val_size, config.seed)
+    return [row for number, row in enumerate(of(config.dataset)) if number in out]
+
+
+def _encoded(
+    entry: Entry, config: TrainConfig, form: ChatFormat, report: dataset.Report, first: int
+) -> tuple[list[Item], int]:
+    """(samples or pairs of one data set, its usable rows)"""
+    counted = itertools.count()
+    rows = dataset.stream(entry, report, max_samples=config.max_samples)
+    numbered = (row for row, _ in zip(rows, counted, strict=False))
+    make: Callable[..., Iterator[Any]] = encode.pairs if config.stage == "dpo" else encode.samples
+    made: list[Item] = list(make(numbered, form, report, rules(config), first))
+    return made, next(counted)
+
+
+def _check_stage(config: TrainConfig, entries: dict[str, Entry]) -> None:
+    for name, entry in entries.items():
+        if config.stage == "dpo" and not entry.ranking:
+            raise UsageError(
+                f"stage: dpo needs preference rows, and '{name}' has none",
+                '`"ranking": true` in dataset_info.json, and the columns chosen and rejected',
+            )
+        if config.stage == "sft" and entry.ranking:
+            raise UsageError(f"'{name}' holds preference rows (ranking)", "train on it with stage: dpo")
+
+
+def _drawn(items: list[Item], wanted: int, shuffle: random.Random) -> list[Item]:
+    """`wanted` of `items` at random; each once before any comes again."""
+    drawn: list[Item] = []
+    while len(drawn) < wanted:
+        drawn += shuffle.sample(items, min(len(items), wanted - len(drawn)))
+    return drawn
+
+
+def _mixed(sets: list[list[Item]], config: TrainConfig, shuffle: random.Random) -> list[Item]:
+    filled = [found for found in sets if found]
+    if config.mix_strategy == "concat" or len(filled) < 2:
+        return [item for found in sets for item in found]
+    probs = config.interleave_probs
+    at = [0] * len(sets)
+    over = config.mix_strategy == "interleave_over"
+    made: list[Item] = []
+    for turn in itertools.count():
+        one = shuffle.choices(range(len(sets)), probs)[0] if probs else turn % len(sets)
+        if not sets[one]:
+            continue
+        made.append(sets[one][at[one] % len(sets[one])])
+        at[one] += 1
+        ended = [done >= len(found) for done, found in zip(at, sets, strict=True) if found]
+        if all(ended) if over else any(ended):
+            return made
+    raise AssertionError("unreachable")

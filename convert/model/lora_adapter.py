@@ -1,0 +1,273 @@
+"""A peft adapter read for merging: low-rank updates, DoRA's magnitudes, and tensors that were trained whole.
+
+LoRA    W' = W + s B A,  s = alpha / r, or alpha / sqrt(r) rank-stabilised (arXiv:2312.03732)
+DoRA    W' = m / ||W + s B A|| * (W + s B A), the norm over each output's row (arXiv:2402.09353)
+whole   W' = what the adapter holds (modules_to_save, biases, embeddings of added tokens)
+tokens  W'[i] = what the adapter holds for the tokens i (trainable_token_indices)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from convert.train.load_model import chat_format
+from convert.train.load_model.dequantized_base import Rows, spans
+from convert.train.load_model.hf_folder import check_safetensors
+from edge.artefact import manifest
+from edge.errors import InputError
+
+_LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?(A|B)(\.weight)?")
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+# Beside the tables of a model with added tokens peft also writes its wrappers' views of them.
+_VIEW = re.compile(r".+\.(modules_to_save|original_module)\.weight")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(\.weight)?")
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One layer's update. a: (rank, inputs), b: (outputs, rank). magnitude: (outputs,) with DoRA.
+
+    embedding: the layer is a table of (inputs, outputs), as embeddings are.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+    embedding: bool = False
+
+    def delta(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The low-rank update of some rows, or of all, in float32."""
+        if self.embedding:
+            return self.scaling * (self.b.float() @ self.a[:, start:stop].float()).T
+        return self.scaling * (self.b[start:stop].float() @ self.a.float())
+
+    def onto(self, rows: Rows) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """What makes some of the base's rows, which begin at a number, those of the trained weight.
+
+        All in float32; rows: the base's, for norms that go over all of them.
+        """
+
+        def plain(old: torch.Tensor, start: int) -> torch.Tensor:
+            return old + self.delta(start, start + len(old))
+
+        if self.magnitude is None:
+            return plain
+        magnitude = self.magnitude.float()
+        if not self.embedding:
+
+            def normed(old: torch.Tensor, start: int) -> torch.Tensor:
+                changed = plain(old, start)
+                norms = torch.linalg.norm(changed, dim=1)
+                return changed * (magnitude[start : start + len(old)] / norms)[:, None]
+
+            return normed
+        squares = torch.zeros(self.shape[1])
+        for start, stop in spans(self.shape):
+            squares += plain(rows(start, stop).float(), start).square().sum(0)
+        factor = magnitude / squares.sqrt()
+        return lambda old, start: plain(old, start) * factor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.embedding else shape
+
+
+@dataclass
+class Adapter:
+    """updates: by the name of the base's tensor. whole: name -> key in `weights`, read when it is needed.
+
+    tokens: name of a table -> the tokens and their rows, which take the place of those of the table.
+    """
+
+    folder: Path
+    weights: Path
+    config: dict[str, Any]
+    updates: dict[str, Lora] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` that the adapter holds whole."""
+        with safe_open(self.weights, framework="pt") as file:
+            return file.get_tensor(self.whole[name])
+
+    def rows(self) -> int:
+        """Rows of the embeddings or the head that it holds whole; 0 without."""
+        with safe_open(self.weights, framework="pt") as file:
+            for name in (EMBEDDINGS, HEAD):
+                if name in self.whole:
+                    return int(file.get_slice(self.whole[name]).get_shape()[0])
+        return 0
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor of the base that it changes."""
+        return set(self.updates) | set(self.whole) | set(self.tokens)
+
+    def with_tokens(self, name: str, rows: Rows) -> Rows:
+        """`rows` of the table `name` with those that were trained by themselves in their place."""
+        if name not in self.tokens:
+            return rows
+        indices, values = self.tokens[name]
+        places = torch.tensor(indices)
+
+        def replaced(start: int, stop: int) -> torch.Tensor:
+            found = rows(start, stop)
+            here = (places >= start) & (places < stop)
+            if here.any():
+                found = found.float()
+                found[places[here] - start] = values[here].float()
+            return found
+
+        return replaced
+
+
+def scaling(config: dict[str, Any], layer: str) -> float:
+    """s of a layer, by adapter_config.json."""
+
+    def of(pattern: str, default: str) -> float:
+        # As peft does it: the first pattern that matches the end of a layer's name.
+        for key, value in (config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", layer):
+                return float(value)
+        return float(config[default])
+
+    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in `folder`. Raises InputError for what is none, or cannot be merged."""
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not path.is_file() or not weights.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise InputError(
+                f"{folder} has its adapter as *.bin (pickle), which can run code when it is read",
+                "if you trust where it comes from, load it with peft and save_pretrained it as safetensors",
+            )
+        raise InputError(f"{folder} lacks {path.name} or {weights.name}", "train again: edge train")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "train again: edge train") from error
+    if kind != "LORA":
+        raise InputError(
+            f"{path}: an adapter of the type {kind!r} cannot be merged", "only LoRA and DoRA can"
+        )
+    for key in ("fan_in_fan_out", "lora_bias", "target_parameters"):
+        if config.get(key):
+            raise InputError(f"{path}: {key} is {config[key]!r}, which cannot be merged")
+    check_safetensors(weights)
+    adapter = Adapter(folder, weights, config)
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    magnitudes: dict[str, torch.Tensor] = {}
+    tables: set[str] = set()
+    with safe_open(weights, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            name = key.removeprefix("base_model.model.")
+            name = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+            if _VIEW.fullmatch(name):
+                continue
+            if found := _TOKENS.fullmatch(name):
+                adapter.tokens[f"{found[1]}.weight"] = _tokens(config, found[1], file.get_tensor(key), path)
+            elif found := _LOW_RANK.fullmatch(name):
+                halves.setdefault(found[1], {})[found[3]] = file.get_tensor(key)
+                if found[2]:
+                    tables.add(found[1])
+            elif found := _MAGNITUDE.fullmatch(name):
+                magnitudes[found[1]] = file.get_tensor(key)
+            elif "lora_" in name:
+                raise InputError(f"{weights}: {key} is no weight of LoRA or DoRA that can be merged")
+            else:
+                adapter.whole[name] = key
+    for layer, two in halves.items():
+        if set(two) != {"A", "B"} or two["A"].dim() != 2 or two["A"].shape[0] != two["B"].shape[-1]:
+            raise InputError(
+                f"{weights}: the two halves of {layer} do not fit", "the file is damaged: train again"
+            )
+        adapter.updates[f"{layer}.weight"] = Lora(
+            two["A"], two["B"], scaling(config, layer), magnitudes.get(layer), layer in tables
+        )
+    return adapter
+
+
+def _tokens(
+    config: dict[str, Any], layer: str, values: torch.Tensor, path: Path
+) -> tuple[list[int], torch.Tensor]:
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((one for name, one in given.items() if f".{layer}".endswith(f".{name}")), None)
+    if not isinstance(given, list) or len(given) != len(values) or any(type(one) is not int for one in given):
+        raise InputError(
+            f"{path}: trainable_token_indices does not name the {len(values)} tokens that {layer} holds",
+            "the file is damaged: train again",
+        )
+    return given, values
+
+
+def known_adapter(folder: Path) -> manifest.Manifest:
+    """What is known of an adapter: its edge.json, or what one that was trained elsewhere says of its base.
+
+    Raises InputError for a folder of another stage, or an adapter that names no base.
+    """
+    if (folder / manifest.FILE).is_file() or not (folder / "adapter_config.json").is_file():
+        known = manifest.read(folder)
+        if known.stage != "adapter":
+            raise InputError(
+                f"{folder} is a {known.stage}, not an adapter", "give the run folder of edge train"
+            )
+        return known
+    path = folder / "adapter_config.json"
+    try:
+        base = str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} does not name its base model: {error!r}", "train it again: edge train"
+        ) from error
+    known = manifest.Manifest("adapter", folder.resolve().name, base, settings={"model_name_or_path": base})
+    form = words(folder, find_base(known, folder))
+    known.chat_template, known.stop_ids = manifest.text_digest(form.source), form.stop_ids
+    return known
+
+
+def words(adapter: Path, base: Path) -> chat_format.ChatFormat:
+    """Tokenizer and chat template of an adapter: its own, or its base's where it has none."""
+    try:
+        return chat_format.load(adapter)
+    except InputError:
+        return chat_format.load(base)
+
+
+def find_base(known: manifest.Manifest, adapter: Path) -> Path:
+    """The base's folder by the adapter's manifest. Raises InputError where it is gone or was changed."""
+    parent = known.parents[0] if known.parents else {"path": "", "digest": ""}
+    name = str(known.settings.get("model_name_or_path", ""))
+    folder = next((Path(one) for one in (parent["path"], name) if one and Path(one).is_dir()), None)
+    if folder is None and name:
+        from convert.pull import resolve
+
+        folder = resolve(name, known.settings.get("model_revision"))
+    if folder is None:
+        raise InputError(f"{adapter / manifest.FILE} does not say which base it was trained on")
+    if parent["digest"]:
+        now = manifest.read(folder).digest
+        if now != parent["digest"]:
+            raise InputError(
+                f"{folder} is not the base that {adapter} was trained on: its digest is {now[:19]}..., "
+                f"not {parent['digest'][:19]}...",
+                "put that base back, or train again",
+            )
+    return folder

@@ -1,0 +1,207 @@
+"""A transformers folder, or an adapter over its base, computed in float32: the reference of a comparison.
+
+Up to WHOLE bytes of float32 weights the model is loaded as it is; convert.train.load_model.layerwise computes larger ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from convert.train.load_model.dequantized_base import Seen
+from convert.train.load_model.hf_folder import Folder, check_folder
+from convert.train.load_model.lora_adapter import known_adapter, read_adapter
+from edge.errors import InputError
+from edge.machine import hardware
+
+WHOLE = 2 * 2**30
+BATCH = 16
+
+# name of a linear layer (as in the checkpoint, without ".weight"), its input (rows, columns)
+Observer = Callable[[str, torch.Tensor], None]
+
+
+class TorchModel:
+    """A causal language model in float32 on the CPU.
+
+    base: the folder of its weights. adapter: a peft adapter that goes on top; then the weights are those
+    that its training saw (through 4 bits where it was QLoRA), and the sum is never formed.
+    Raises InputError for what transformers cannot load, or a memory that does not suffice.
+    """
+
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        self._folder = check_folder(base)
+        self._adapter = adapter
+        self._seen = Seen(known_adapter(adapter).settings) if adapter else None
+        need, free = self._bytes(), hardware.memory().available
+        if need * 1.1 > free:
+            raise InputError(
+                f"{base}: computing it needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                "close what else uses memory",
+            )
+        self.model = self._build()
+        self.model.eval()
+        self._inner = self.model.get_base_model() if adapter else self.model
+        self._decoder = self._inner.get_decoder()
+        self._real: torch.Tensor | None = None  # positions of a padded batch to be observed
+
+    def close(self) -> None:
+        del self.model, self._inner, self._decoder
+
+    def logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The logits after the `last` tokens of each row of ids, float32 (last, vocabulary), in turn."""
+        for at in range(0, len(rows), BATCH):
+            part = rows[at : at + BATCH]
+            hidden = self._hidden(part)
+            for number, (ids, count) in enumerate(zip(part, last[at : at + BATCH], strict=True)):
+                wanted = hidden[number : number + 1, len(ids) - count : len(ids)]
+                # The model's own code does what follows the decoder: head, scaling, soft caps.
+                made = BaseModelOutputWithPast(last_hidden_state=wanted)
+                with torch.inference_mode(), instead(self._decoder, lambda *_, m=made, **__: m):
+                    yield self._call(ids[-count:])
+
+    def _hidden(self, rows: list[list[int]]) -> torch.Tensor:
+        """The decoder's states (rows, longest, width) of rows that are padded at their ends."""
+        ids, mask, real = padded(rows)
+        self._real = real
+        try:
+            with torch.inference_mode():
+                found = self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            self._real = None
+        states: torch.Tensor = found.last_hidden_state
+        return states
+
+    def greedy(self, ids: list[int], count: int, ends: frozenset[int]) -> list[int]:
+        """At most `count` most probable next tokens, an end included."""
+        with torch.inference_mode():
+            made = self.model.generate(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=count,
+                do_sample=False,
+                # Of generation_config.json only the ends matter here.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=None,
+                eos_token_id=sorted(ends),
+                pad_token_id=min(ends, default=0),
+            )
+        return [int(token) for token in made[0, len(ids) :]]
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Within the block `observer` is told the input of every linear layer, but for rows' first tokens."""
+
+        def hook(name: str) -> Callable[..., None]:
+            def tell(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                values = inputs[0].reshape(-1, inputs[0].shape[-1])
+                if self._real is not None:
+                    observer(name, values[self._real])
+
+            return tell
+
+        handles = [
+            module.register_forward_pre_hook(hook(name))
+            for name, module in self._inner.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def linear(self, name: str) -> torch.nn.Linear:
+        """The linear layer that an observer is told of as `name`."""
+        found: torch.nn.Linear = self._inner.get_submodule(name)
+        return found
+
+    def _call(self, ids: list[int], **options: Any) -> torch.Tensor:
+        found = self.model(input_ids=torch.tensor([ids]), use_cache=False, **options)
+        return found.logits[0].float()
+
+    def _bytes(self) -> int:
+        return float32_bytes(self._folder)
+
+    def _build(self) -> Any:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        path = self._folder.path
+        with named(path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        if self._seen is not None:
+            for name, parameter in model.named_parameters():
+                parameter.data = self._seen(name, parameter.data).float()
+        return self._adapted(model, empty=False)
+
+    def _adapted(self, model: Any, *, empty: bool) -> Any:
+        """`model` with the adapter beside its weights; empty: its parameters are not read yet."""
+        if self._adapter is None:
+            return model
+        rows = read_adapter(self._adapter).rows()
+        if rows and rows != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            # peft asks transformers by an old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            # A table trained apart from its twin is what the merge undoes the tie for.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")
+            return PeftModel.from_pretrained(model, self._adapter, low_cpu_mem_usage=empty)
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, attention mask, which positions are to be observed, flat) of rows padded at their ends."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = torch.tensor(row)
+        mask[at, : len(row)] = 1
+    real = mask.bool()
+    # Rows begin with a token that attention rests on: a thousand times as strong, and no matter.
+    real[:, 0] = False
+    return ids, mask, real.flatten()
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What transformers cannot load within the block becomes an InputError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be loaded: {first}", "get the model again") from error
+
+
+@contextlib.contextmanager
+def instead(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes `forward` for the time of the block."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def float32_bytes(folder: Folder) -> int:
+    """What its weights take in float32."""
+    total = 0
+    for path in folder.weights:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                total += math.prod(file.get_slice(name).get_shape()) * 4
+    return total

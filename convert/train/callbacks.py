@@ -1,0 +1,250 @@
+"""What happens beside training: progress and logs, evaluations with answers, checkpoints, early stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convert.config import TrainConfig
+from convert.train import checkpoint, plots
+from convert.train.checkpoint import Best
+from convert.train.trainer import Loop, steps_in_epoch
+from convert.train.trainer import Progress as State
+from edge.errors import UnavailableError
+
+LOG, SAMPLES = "trainer_log.jsonl", "eval_answers.jsonl"
+
+
+@dataclass
+class Actions:
+    """What a run can do at a step. evaluate: the loss on what is held out. save: a checkpoint's folder.
+    ask: (question, answer) of a few held-out rows."""
+
+    evaluate: Callable[[], float] | None
+    save: Callable[[Best], Path]
+    ask: Callable[[], list[tuple[str, str]]]
+
+
+class Watch:
+    """Called after each step; True ends the training early."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: TrainConfig,
+        folder: Path,
+        rows: int,
+        actions: Actions,
+        console: Console,
+        best: Best,
+    ) -> None:
+        self.best = best
+        self._loop, self._config, self._folder, self._actions = loop, config, folder, actions
+        self._console, self._first = console, loop.world.first
+        self._in_epoch = steps_in_epoch(config, rows, loop.world.size)
+        self._began = loop.state.step
+        self._board = _board(folder) if "tensorboard" in config.report_to and self._first else None
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(
+                "loss {task.fields[loss]:.4f} ({task.fields[smooth]:.4f})  norm {task.fields[norm]:.2f}  "
+                "lr {task.fields[rate]:.1e}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]}"
+            ),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal or not self._first,
+        )
+        fields = {"loss": math.nan, "smooth": math.nan, "norm": 0.0, "rate": 0.0, "speed": 0.0, "memory": ""}
+        self._task = self._bar.add_task("training", total=loop.state.total, completed=self._began, **fields)
+        if self._first:
+            # A run that goes on from a checkpoint forgets what was logged after it.
+            lines = "".join(json.dumps(line) + "\n" for line in loop.state.history)
+            (folder / LOG).write_text(lines, encoding="utf-8")
+            if not self._began:
+                (folder / SAMPLES).unlink(missing_ok=True)
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def __call__(self, state: State) -> bool:
+        config = self._config
+        if self._first:
+            self._progress(state)
+        last = state.step == state.total
+        if state.step % config.logging_steps == 0 or last:
+            self._log(_line(state))
+        ends_epoch = state.step % self._in_epoch == 0
+        every = {"no": False, "epoch": ends_epoch, "steps": False}
+        due = every | {"steps": state.step % (config.eval_steps or config.logging_steps) == 0}
+        saved = False
+        if self._actions.evaluate is not None and due[config.eval_strategy]:
+            saved = self.evaluate(state)
+        due = every | {"steps": state.step % config.save_steps == 0}
+        if (due[config.save_strategy] or (last and config.save_strategy != "no")) and not saved:
+            self.save()
+        patience = config.early_stopping_steps
+        if patience is not None and self.best.waited >= patience:
+            self._say(
+                f"stopping early at step {state.step}: no better validation loss than {self.best.loss:.4f} "
+                f"(step {self.best.step}) in {patience} evaluations"
+            )
+            return True
+        return False
+
+    def evaluate(self, state: State, *, answers: bool = True) -> bool:
+        """Evaluate and log; True where a checkpoint was written because it is the best one so far."""
+        assert self._actions.evaluate is not None
+        loss = self._actions.evaluate()
+        better = loss < self.best.loss
+        saved = False
+        self._log({"current_steps": state.step, "total_steps": state.total, "eval_loss": round(loss, 6),
+                   "epoch": round(state.epoch, 4)})  # fmt: skip
+        self._say(
+            f"step {state.step}: validation loss {loss:.4f}"
+            + ("" if better else f", best {self.best.loss:.4f}")
+        )
+        if better:
+            self.best = Best(loss, state.step, "", 0)
+            if self._config.keeps_best:
+                self.best.folder = str(checkpoint.folder_of(self._folder, state.step))
+                self.save()
+                saved = True
+        else:
+            self.best.waited += 1
+        if answers and (self._first or self._loop.world.spread):
+            self._ask(state)
+        self._loop.world.wait()
+        return saved
+
+    def save(self) -> Path | None:
+        """Write a checkpoint and remove those beyond save_total_limit."""
+        made = None
+        if self._first:
+            made = self._actions.save(self.best)
+            checkpoint.prune(self._folder, self._config.save_total_limit, self.best)
+        self._loop.world.wait()
+        return made
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write trainer_state.json, all_results.json and the pictures."""
+        if not self._first:
+            return
+        state = self._loop.state
+        _dump(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
+        _dump(self._folder / "all_results.json", results)
+        if self._config.plot_loss:
+            for path in plots.draw(self._folder, state.history):
+                self._say(f"{path}")
+
+    def _ask(self, state: State) -> None:
+        found = self._actions.ask()
+        for asked, answer in found if self._first else []:
+            self._say(f"  {asked!r} -> {answer!r}")
+            line = {"current_steps": state.step, "question": asked, "answer": answer}
+            with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _progress(self, state: State) -> None:
+        self._bar.update(
+            self._task,
+            completed=state.step,
+            loss=state.loss,
+            smooth=state.smooth,
+            norm=state.norm,
+            rate=state.rate,
+            speed=state.tokens_per_second,
+            memory=f"{memory_used(self._loop.device) / 2**30:.1f} GiB",
+        )
+        if state.step == self._began + 3 and state.total > state.step:
+            self._say(
+                f"{state.remaining / max(1, state.total - state.step):.2f} s a step after warming up: "
+                f"about {_spoken(state.remaining)} for the {state.total - state.step} steps to come"
+            )
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self._loop.state.history.append(line)
+        if not self._first:
+            return
+        with (self._folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for key in ("loss", "eval_loss", "lr", "grad_norm", "throughput"):
+                if key in line:
+                    self._board.add_scalar(f"train/{key}", line[key], line["current_steps"])
+        if "loss" in line and not self._console.is_terminal:
+            state = self._loop.state
+            self._say(
+                f"step {state.step}/{state.total}  loss {state.loss:.4f}  "
+                f"{state.tokens_per_second:.0f} tokens/s  {_spoken(state.remaining)} left"
+            )
+
+    def _say(self, text: str) -> None:
+        if self._first:
+            self._console.print(text)
+
+
+def memory_used(device: str) -> int:
+    """Bytes: allocated on the card, or resident in this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated()
+    if device == "mps":
+        return torch.mps.current_allocated_memory()
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def _line(state: State) -> dict[str, Any]:
+    """One line of trainer_log.jsonl, with LLaMA-Factory's keys."""
+    remaining = state.remaining if math.isfinite(state.remaining) else 0.0
+    return {
+        "current_steps": state.step,
+        "total_steps": state.total,
+        "loss": round(state.loss, 6),
+        "lr": state.rate,
+        "grad_norm": round(state.norm, 4),
+        "epoch": round(state.epoch, 4),
+        "percentage": round(100 * state.step / state.total, 2),
+        "elapsed_time": round(state.seconds, 2),
+        "remaining_time": round(remaining, 2),
+        "throughput": round(state.tokens_per_second, 2),
+        "total_tokens": state.tokens,
+    }
+
+
+def _spoken(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UnavailableError(
+            "report_to: tensorboard needs the package 'tensorboard'", "pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder / "runs"))
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

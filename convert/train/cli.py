@@ -1,0 +1,46 @@
+"""`edge train`: the configuration is read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from convert.config import as_yaml, load_train_config
+from convert.train.load_model.hf_folder import shell
+
+
+def command(argv: list[str], *more: str) -> str:
+    """The command line `edge train ARGV MORE`, quoted for the shell."""
+    words = [*(one for one in argv if one not in more), *more]
+    return " ".join(["edge", "train", *(shell(word) for word in words)])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="edge train", description=__doc__.split("\n")[0])
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="keys as in LLaMA-Factory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run made")
+    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="show every key with its value, and stop")
+    parser.add_argument("--print-command", action="store_true", help="show this command, quoted, and stop")
+    options = parser.parse_intermixed_args(argv)
+    config = load_train_config(options.config, options.overrides)
+    if options.resume:
+        config = dataclasses.replace(config, resume_from_checkpoint=config.resume_from_checkpoint or "auto")
+    if options.print_config:
+        sys.stdout.write(as_yaml(config))
+    if options.print_command:
+        sys.stdout.write(command([one for one in argv if not one.startswith("--print-")]) + "\n")
+    if options.print_config or options.print_command:
+        return 0
+    from convert.train import finetune
+
+    again = command([one for one in argv if one != "--overwrite"], "--resume")
+    finetune.run(config, overwrite=options.overwrite, again=again)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

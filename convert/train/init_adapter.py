@@ -1,0 +1,88 @@
+"""Training that goes on from an adapter (adapter_name_or_path): with the shape it has, from its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from convert.config import TrainConfig
+from edge.errors import InputError, UsageError
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Parts of an adapter that training here does not make; each with the value that means none.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "fan_in_fan_out": (False,),
+}
+
+
+def folder_of(name: str) -> Path:
+    """The adapter in the folder `name`, or in the run `name`. Raises InputError where there is none."""
+    for folder in (Path(name), Path(name) / "adapter"):
+        if (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file():
+            return folder
+    raise InputError(
+        f"adapter_name_or_path: {name} holds no {_CONFIG} with {_WEIGHTS}",
+        "give a run, or its adapter folder",
+    )
+
+
+def shaped(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """`config` with rank, scale and layers of the adapter that it goes on from, and notes on what changed.
+
+    Raises InputError for an adapter that cannot be read, UsageError where training would lose a part of it.
+    """
+    assert config.adapter_name_or_path is not None
+    folder = folder_of(config.adapter_name_or_path)
+    try:
+        known = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
+        targets = known["target_modules"]
+        shape: dict[str, Any] = {
+            "lora_rank": int(known["r"]),
+            "lora_alpha": int(known["lora_alpha"]),
+            "lora_target": ("all",) if targets == "all-linear" else tuple(sorted(targets)),
+            "use_rslora": bool(known.get("use_rslora")),
+            "use_dora": bool(known.get("use_dora")),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / _CONFIG} cannot be read: {error}", "train it again") from error
+    for key, plain in _PLAIN.items():
+        if key in known and known[key] not in plain:
+            raise UsageError(
+                f"adapter_name_or_path: {folder} has {key}: {known[key]}, which training here does not keep",
+                "merge it first (edge merge), and train on what comes out",
+            )
+    asked = {**{key: getattr(config, key) for key in shape}, "lora_alpha": config.alpha}
+    # The adapter names its layers one by one; which they are is no choice of this run.
+    other = [f"{key} {shape[key]}" for key in shape if key != "lora_target" and shape[key] != asked[key]]
+    notes = [f"going on from {folder}, whose settings hold: {', '.join(other)}"] if other else []
+    return dataclasses.replace(config, **shape), notes
+
+
+def load(model: Any, config: TrainConfig) -> None:
+    """Put the weights of the adapter into `model`, which has its shape. InputError for another base."""
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = folder_of(str(config.adapter_name_or_path))
+    try:
+        found = set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+        wrong = list(found.unexpected_keys) + [key for key in found.missing_keys if "lora_" in key]
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"adapter_name_or_path: {folder} does not fit this model: {str(error).splitlines()[0]}",
+            "give the base model that it was trained on",
+        ) from error
+    if wrong:
+        raise InputError(
+            f"adapter_name_or_path: {folder} does not fit this model: {wrong[0]}",
+            "give the base model that it was trained on",
+        )
