@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench import report
-from bench.http1 import ProtocolError
-from bench.load import get
-from bench.measure import Plan
-from bench.run import run, stopped_by_signals
-from bench.targets import ours, started
+from bench.cli import run, stopped_by_signals
+from bench.measure.http1 import ProtocolError
+from bench.measure.load import get
+from bench.report import build
+from bench.rounds import Plan
+from bench.servers.target import ours, started
 from edge.artefact import find, manifest
 from edge.cli import guarded
 from edge.errors import EdgeError, InputError
@@ -59,9 +59,7 @@ def main(argv: list[str]) -> int:
         check(questions, tuned_says, base_says)
         made = run(args.run, PLAN, command=f"python -m bench.demo {args.run}")
     show_files(console, args.run, base)
-    line = report.headline(made) | {
-        "answers": dict(zip([q.text for q in questions], tuned_says, strict=True))
-    }
+    line = build.headline(made) | {"answers": dict(zip([q.text for q in questions], tuned_says, strict=True))}
     sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
     return 0
 

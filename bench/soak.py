@@ -18,10 +18,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench import prompts
-from bench.http1 import request
-from bench.load import Job, Ours, ask, get
-from bench.targets import ours, started
+from bench.measure import workloads
+from bench.measure.http1 import request
+from bench.measure.load import Job, Ours, ask, get
+from bench.servers.target import ours, started
 from edge.cli import guarded
 
 PATIENCE_S = 120.0
@@ -57,7 +57,7 @@ async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, 
         while time.perf_counter() < until:
             turn += 1
             tokens = draw.choice([1, 3, 10, 30, 60])
-            [job] = prompts.make(1, tokens, seed=seed, first=100_000 * number + turn)
+            [job] = workloads.make(1, tokens, seed=seed, first=100_000 * number + turn)
             job = replace(job, reuse=draw.random() < 0.5, speculate=draw.random() < 0.5)
             if draw.random() < 0.4:
                 await _leave(url, job, draw.choice([0.0, 0.01, 0.1, 0.5, 1.5]))

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from convert.train.load_model import chat_format, safetensors_io
-from convert.train.load_model.dequantized_base import DTYPES, Rows, Seen, spans
-from convert.train.load_model.hf_folder import Folder, check_folder
-from convert.train.load_model.lora_adapter import (
+from convert.model import chat_format, safetensors_io
+from convert.model.dequantized_base import DTYPES, Rows, Seen, spans
+from convert.model.hf_folder import Folder, check_folder
+from convert.model.lora_adapter import (
     EMBEDDINGS,
     HEAD,
     Adapter,
@@ -37,7 +37,7 @@ from convert.train.load_model.lora_adapter import (
     known_adapter,
     read_adapter,
 )
-from convert.train.load_model.safetensors_io import Part
+from convert.model.safetensors_io import Part
 from convert.verify import compare
 from convert.verify.readers import TorchReader
 from edge.artefact import manifest

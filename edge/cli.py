@@ -28,7 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("convert.verify.compare", "compare two stages of a model: words, stops, logits"),
     "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
-    "bench": ("bench.run", "measure ours against the slow baseline"),
+    "bench": ("bench.cli", "measure ours against the slow baseline"),
     "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),
     "doctor": ("edge.machine.doctor", "what this machine has, and what to install for more"),
 }

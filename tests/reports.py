@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import report
-from bench.measure import Measured, Plan
-from bench.probe import Noise
+from bench.measure.process_probe import Noise
+from bench.report import build as report
+from bench.rounds import Measured, Plan
 
 
 def build(measured: list[Measured], **more: Any) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import bare, direct, gpu_serve, roofline
-from bench.direct import Case, Ours, Rates
+from bench.engines import bare_llamacpp, gpu_serve, race
+from bench.engines.race import Case, Ours, Rates
+from bench.measure import roofline
 from edge.artefact import find
 from edge.artefact.gguf_header import read_header
 from edge.backends.fake import FakeBackend
@@ -19,10 +20,10 @@ from tests import tiny_llama
 
 def test_rates_by_hand() -> None:
     # Two streams, 3 and 2 tokens; both decode from 2 s to 4 s, where three tokens came.
-    found = direct.rates([[1.0, 3.0, 4.0], [2.0, 4.0]], (3, 2), 5.0)
+    found = race.rates([[1.0, 3.0, 4.0], [2.0, 4.0]], (3, 2), 5.0)
     assert found == Rates(total=1.0, decode=1.5)
-    assert direct.rates([[1.0, 1.5, 2.0, 2.5]], (4,), 3.0).decode == 2.0
-    assert direct.rates([[1.0]], (1,), 3.0).decode is None
+    assert race.rates([[1.0, 1.5, 2.0, 2.5]], (4,), 3.0).decode == 2.0
+    assert race.rates([[1.0]], (1,), 3.0).decode is None
 
 
 def test_ours_makes_what_was_asked_for_and_fails_otherwise() -> None:
@@ -49,18 +50,18 @@ class Told:
         return Rates(self._rate * len(self._ran), self._rate)
 
 
-class Slow(Told, direct.Transformers):
+class Slow(Told, race.Transformers):
     pass
 
 
 def test_sides_take_turns_and_the_first_round_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "PAUSE_S", 0.0)
+    monkeypatch.setattr(race, "PAUSE_S", 0.0)
     ran: list[str] = []
     a, b, slow = Told("a", 3.0, ran), Told("b", 2.0, ran), Slow("slow", 1.0, ran)
     one = Case("one", (4,), "decode", {"b": 1.4, "slow": 4.0}, (a, b, slow))
     many = Case("many", (4, 4), "decode", {}, (a, slow))
     said = io.StringIO()
-    found = direct.race(
+    found = race.race(
         [one, many], Console(file=said, width=200), prompt=7, vocab=500, rounds=2, slow_rounds=1
     )
     assert ran == ["slow", "b", "a", "a", "b", "slow", "slow", "b", "a", "a", "a", "slow", "a"]
@@ -68,7 +69,7 @@ def test_sides_take_turns_and_the_first_round_is_dropped(monkeypatch: pytest.Mon
         "one": {"a": [3.0, 3.0], "b": [2.0, 2.0], "slow": [1.0, 1.0]},
         "many": {"a": [3.0, 3.0], "slow": [1.0]},
     }
-    rows = direct.rows(one, found["one"])
+    rows = race.rows(one, found["one"])
     assert [row[1:] for row in rows] == [
         ("3.0", "2.0", "b", "1.50 x (1.50 to 1.50)", "1.4 reached"),
         ("3.0", "1.0", "slow", "3.00 x (3.00 to 3.00)", "4.0 MISSED"),
@@ -85,7 +86,7 @@ def test_the_cases_of_a_card_name_each_goal() -> None:
     assert goals["m.gguf: decode, 1 stream"] == {bare.name: 0.95}
     assert goals["m.gguf: total, 1 stream"] == {slow.name: 10.0}
     assert goals["m.gguf: total, 32 streams"] == {slow.name: 100.0, bare.name: 1.0}
-    other = Told(direct.Generator.name, 1.0, ran)
+    other = Told(race.Generator.name, 1.0, ran)
     plain = Told("edge, nothing recorded", 1.0, ran)
     cases = gpu_serve.cases("m.onnx", ours, other, [], [plain])
     assert cases[0].goals == {other.name: 0.97}
@@ -115,8 +116,8 @@ def test_the_bare_loop_tells_the_share_of_the_memory_of_one_stream(
     monkeypatch.setattr(
         roofline, "bandwidth", lambda size, threads, seconds: roofline.Bandwidth(next(readings), 1e9, size, 2)
     )
-    settings = [bare.Setting(streams, 256 * streams, 2, True, False) for streams in (1, 2)]
-    one, two = bare.sweep(path, settings, prompt=10, new=20, repeats=1)
+    settings = [bare_llamacpp.Setting(streams, 256 * streams, 2, True, False) for streams in (1, 2)]
+    one, two = bare_llamacpp.sweep(path, settings, prompt=10, new=20, repeats=1)
     most = 4e9 / footprint.per_token(10 + 20 / 2)
     assert one["memory_share"] == pytest.approx(one["decode_tokens_per_s"] / most)
     assert two["decode_tokens_per_s"] > 0 and "memory_share" not in two
@@ -131,11 +132,11 @@ def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:
         def __init__(self, which: str) -> None:
             self._which = which
 
-        def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> direct.Rates:
+        def run(self, prompts: list[list[int]], tokens: tuple[int, ...]) -> race.Rates:
             calls.append(self._which)
-            return direct.Rates(float(len(calls)), None)
+            return race.Rates(float(len(calls)), None)
 
-    both = direct.Two(Fake("a"), Fake("b"))
+    both = race.Two(Fake("a"), Fake("b"))
     found = [both.run([[1]], (1,)).total for _ in range(4)]
     # The first round, which warms, is one of each; what is told is what the last of them did.
     assert calls == ["b", "a", "b", "a", "b"]

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import metrics
-from bench.http1 import Events, ProtocolError, Response, request
-from bench.load import Baseline, HealthProbe, Job, Ours, ask, closed_loop, get
-from bench.metrics import Sample
+from bench.measure import metrics
+from bench.measure.http1 import Events, ProtocolError, Response, request
+from bench.measure.load import Baseline, HealthProbe, Job, Ours, ask, closed_loop, get
+from bench.measure.metrics import Sample
 from tests.bench_mock import Mock, serving
 
 ROOT = Path(__file__).parent.parent

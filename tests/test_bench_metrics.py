@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from bench import metrics
-from bench.metrics import Sample
+from bench.measure import metrics
+from bench.measure.metrics import Sample
 
 
 def sample(start: float = 10.0, *, wanted: int = 5, got: int | None = 5, **given: object) -> Sample:

@@ -15,15 +15,18 @@ import psutil
 import pytest
 from rich.console import Console
 
-from bench import demo, html, prompts, readme, report, table
-from bench.bare import counts
-from bench.live import View
-from bench.load import Baseline, Job, Ours
-from bench.measure import Measured, Plan, Round, measure, schedule
-from bench.metrics import Sample
-from bench.probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
-from bench.run import check_same_model, main
-from bench.targets import Target, free_port, started, stop
+from bench import demo
+from bench.cli import check_same_model, main
+from bench.engines.bare_llamacpp import counts
+from bench.measure import workloads
+from bench.measure.load import Baseline, Job, Ours
+from bench.measure.metrics import Sample
+from bench.measure.process_probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
+from bench.measure.progress import View
+from bench.report import build as report
+from bench.report import html, table, update_readme
+from bench.rounds import Measured, Plan, Round, measure, schedule
+from bench.servers.target import Target, free_port, started, stop
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
 from tests.reports import build
@@ -49,7 +52,7 @@ def script(code: str) -> Target:
 @pytest.fixture(scope="module", autouse=True)
 def _no_pause() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.measure.PAUSE_S", 0.0)
+        patch.setattr("bench.rounds.PAUSE_S", 0.0)
         yield
 
 
@@ -145,9 +148,9 @@ def test_noise() -> None:
 
 
 def test_prompts_differ_from_their_beginning_and_repeat_by_seed() -> None:
-    jobs = prompts.make(200, 8, seed=1)
-    assert jobs == prompts.make(200, 8, seed=1) != prompts.make(200, 8, seed=2)
-    assert jobs[5:7] == prompts.make(2, 8, seed=1, first=5)
+    jobs = workloads.make(200, 8, seed=1)
+    assert jobs == workloads.make(200, 8, seed=1) != workloads.make(200, 8, seed=2)
+    assert jobs[5:7] == workloads.make(2, 8, seed=1, first=5)
     assert len({job.prompt for job in jobs}) == 200
     assert len({job.prompt[:5] for job in jobs}) > 190
 
@@ -283,7 +286,7 @@ def test_readme_block(measured: list[Measured], tmp_path: Path, capsys: pytest.C
     target.write_text("# 标题\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nrest\n", encoding="utf-8")
     for _ in range(2):
         argv = [str(tmp_path / "report.json"), str(target), "--pictures", str(tmp_path / "pictures")]
-        assert readme.main(argv) == 0
+        assert update_readme.main(argv) == 0
     pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert pictures == ["first.svg", "load.svg", "throughput.svg", "trade.svg"]
     assert "<svg" in (tmp_path / "pictures" / "first.svg").read_text(encoding="utf-8")
@@ -294,10 +297,10 @@ def test_readme_block(measured: list[Measured], tmp_path: Path, capsys: pytest.C
     assert "old" not in text and text.count("**1 client**") == 1
     target.write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="bench:begin"):
-        readme.main([str(tmp_path / "report.json"), str(target)])
+        update_readme.main([str(tmp_path / "report.json"), str(target)])
     (tmp_path / "report.json").write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match="not a report"):
-        readme.main([str(tmp_path / "report.json"), str(target)])
+        update_readme.main([str(tmp_path / "report.json"), str(target)])
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,", "-1", "1.5", "٣"])
@@ -389,7 +392,7 @@ def test_real_servers_on_a_toy_model(
     gguf.run(run, quant="F16", console=Console(quiet=True))
     # The toy's context holds 256 tokens, and its vocabulary has hardly more than letters.
     short = [[Job(f"Hello, world {n}", n, tokens) for n in range(2)] for tokens in (16, 4)]
-    monkeypatch.setattr(prompts, "make", lambda count, tokens, **_: short[tokens != 16][:count])
+    monkeypatch.setattr(workloads, "make", lambda count, tokens, **_: short[tokens != 16][:count])
     argv = [str(run), "--quick", "--tokens", "4", "--clients", "1,2", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])

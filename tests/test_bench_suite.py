@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from bench import charts, compare, html, metrics, prompts, roofline, sweep
-from bench.charts import Axis
-from bench.load import Ours, open_loop
-from bench.measure import Measured, Plan, Round
-from bench.metrics import Objective, Sample
-from bench.targets import Target
+from bench import rate_sweep
+from bench.measure import metrics, roofline, workloads
+from bench.measure.load import Ours, open_loop
+from bench.measure.metrics import Objective, Sample
+from bench.report import compare, html, svg_charts
+from bench.report.svg_charts import Axis
+from bench.rounds import Measured, Plan, Round
+from bench.servers.target import Target
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
 from tests import tiny_llama
@@ -26,9 +28,9 @@ from tests.bench_mock import Mock, serving
 from tests.reports import build
 
 
-@pytest.mark.parametrize("name", list(prompts.WORKLOADS))
+@pytest.mark.parametrize("name", list(workloads.WORKLOADS))
 def test_workloads_repeat_by_seed_and_differ_between_rounds(name: str) -> None:
-    workload = prompts.WORKLOADS[name]
+    workload = workloads.WORKLOADS[name]
     jobs = workload.jobs(4, 8, seed=1)
     assert jobs == workload.jobs(4, 8, seed=1) != workload.jobs(4, 8, seed=2)
     assert {(job.tokens, job.reuse, job.speculate) for job in jobs} == {
@@ -40,14 +42,14 @@ def test_workloads_repeat_by_seed_and_differ_between_rounds(name: str) -> None:
 
 
 def test_what_workloads_are_about() -> None:
-    chat = prompts.WORKLOADS["chat"].jobs(2, 8, seed=1)
-    assert len(chat) == 2 * prompts.TURNS
+    chat = workloads.WORKLOADS["chat"].jobs(2, 8, seed=1)
+    assert len(chat) == 2 * workloads.TURNS
     assert chat[2].prompt.startswith(chat[0].prompt) and chat[5].prompt.startswith(chat[3].prompt)
     assert not chat[1].prompt.startswith(chat[0].prompt[:5])
-    shared = prompts.WORKLOADS["shared"].jobs(2, 8, seed=1)
+    shared = workloads.WORKLOADS["shared"].jobs(2, 8, seed=1)
     assert shared[0].prompt[:1500] == shared[1].prompt[:1500]
-    assert prompts.WORKLOADS["chinese"].jobs(1, 8, seed=1)[0].prompt[6:].count(" ") == 0
-    edit = prompts.WORKLOADS["edit"].jobs(1, 8, seed=1)[0].prompt.split("\n")
+    assert workloads.WORKLOADS["chinese"].jobs(1, 8, seed=1)[0].prompt[6:].count(" ") == 0
+    edit = workloads.WORKLOADS["edit"].jobs(1, 8, seed=1)[0].prompt.split("\n")
     assert edit[1] == edit[2]
 
 
@@ -56,7 +58,7 @@ def test_the_open_loop_sends_whether_or_not_answers_have_come() -> None:
 
     async def run() -> list[Sample]:
         async with serving(mock) as url:
-            jobs = prompts.make(12, 2, seed=1)
+            jobs = workloads.make(12, 2, seed=1)
             return await open_loop(url, Ours(), jobs, 200.0, seed=3)
 
     samples = asyncio.run(run())
@@ -80,14 +82,16 @@ def test_goodput_counts_what_met_the_objective() -> None:
 @pytest.mark.slow
 def test_the_sweep_ends_where_the_objective_breaks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench_mock", "0.2", "0.01", "{port}"]
-    target = Target("edge", command, Ours(), "/ready", "/info", {"PYTHONPATH": str(sweep.ROOT)})
-    easy = sweep.sweep(
+    target = Target("edge", command, Ours(), "/ready", "/info", {"PYTHONPATH": str(rate_sweep.ROOT)})
+    easy = rate_sweep.sweep(
         target, tmp_path / "log", tokens=3, start=20.0, objective=Objective(5.0, 5.0), seconds=0.3
     )
     # A mock that answers everybody at once never breaks: the steps are bounded, each half as fast again.
-    assert [step["rate"] for step in easy] == pytest.approx([20.0 * 1.5**n for n in range(sweep.MOST_STEPS)])
+    assert [step["rate"] for step in easy] == pytest.approx(
+        [20.0 * 1.5**n for n in range(rate_sweep.MOST_STEPS)]
+    )
     assert all(step["share"] == 1.0 and step["goodput"] > 1.0 for step in easy)
-    hard = sweep.sweep(
+    hard = rate_sweep.sweep(
         target, tmp_path / "log", tokens=3, start=20.0, objective=Objective(0.1, 5.0), seconds=0.3
     )
     assert [(step["share"], step["goodput"]) for step in hard] == [(0.0, 0.0)]
@@ -176,15 +180,15 @@ def test_axes() -> None:
 
 
 def test_charts_are_well_formed_and_say_their_values() -> None:
-    svg = charts.bars("标题 <1>", "tokens/s", {"1 client": {"a & b": 10.0, "c": 95.0}, "8": {"c": 160.0}})
+    svg = svg_charts.bars("标题 <1>", "tokens/s", {"1 client": {"a & b": 10.0, "c": 95.0}, "8": {"c": 160.0}})
     root = ET.fromstring(svg)
     heights = [float(r.get("height", 0)) for r in root.iter("{http://www.w3.org/2000/svg}rect")][:3]
     assert heights[1] / heights[0] == pytest.approx(9.5, rel=0.01)
     assert heights[2] / heights[1] == pytest.approx(160 / 95, rel=0.01)
     assert "a &amp; b 10, c 95; 8: c 160" in svg and "标题 &lt;1&gt;" in svg
-    ET.fromstring(charts.lines("t", "s", "x", {"a": [(1, 0.1), (8, 2.0)]}, log_x=True, log_y=True))
-    assert charts.lines("t", "s", "x", {"a": []}) == ""
-    assert charts.number(1234.5) == "1,234" and charts.number(0.01234) == "0.0123"
+    ET.fromstring(svg_charts.lines("t", "s", "x", {"a": [(1, 0.1), (8, 2.0)]}, log_x=True, log_y=True))
+    assert svg_charts.lines("t", "s", "x", {"a": []}) == ""
+    assert svg_charts.number(1234.5) == "1,234" and svg_charts.number(0.01234) == "0.0123"
 
 
 STAGES = {"baseline": "merged", "edge": "gguf"}

@@ -18,14 +18,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import energy, from_gguf, live, measure, outside, quality, run, simple_server
-from bench.definitions import DEFINITIONS
+from bench import cli, energy, rounds, run_from_gguf
 from bench.energy import Cards, Rapl, Reading
-from bench.http1 import Lines, request
-from bench.load import Job, ask, spread_evenly
-from bench.quality import of_stage, of_target
-from bench.simple_server import Asked, next_batch
-from bench.targets import Target, baseline, genai, ours, started
+from bench.measure import progress
+from bench.measure.http1 import Lines, request
+from bench.measure.load import Job, ask, spread_evenly
+from bench.report import quality
+from bench.report.definitions import DEFINITIONS
+from bench.report.quality import of_stage, of_target
+from bench.servers import external, library_server
+from bench.servers.library_server import Asked, next_batch
+from bench.servers.target import Target, baseline, genai, ours, started
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 
@@ -91,9 +94,9 @@ def other(**more: Any) -> Iterator[tuple[str, Any]]:
 def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(outside.KEY, KEY)
+    monkeypatch.setenv(external.KEY, KEY)
     with other() as (url, handler):
-        target = outside.outside("vllm", url)
+        target = external.outside("vllm", url)
         assert target.forced and target.stage == "" and target.dialect.key == KEY
         sample = asyncio.run(ask(target.url, target.dialect, Job("Hello", 0, 10)))
     asked = handler.bodies[-1]
@@ -106,7 +109,7 @@ def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
 
 def test_a_server_that_refuses_the_forcing_fields_is_marked() -> None:
     with other(strict=True) as (url, handler):
-        target = outside.outside("strict", f"{url}/v1/")
+        target = external.outside("strict", f"{url}/v1/")
         assert not target.forced
         assert asyncio.run(ask(target.url, target.dialect, Job("x", 0, 4))).state == "ok"
         assert "ignore_eos" not in handler.bodies[-1]
@@ -114,12 +117,12 @@ def test_a_server_that_refuses_the_forcing_fields_is_marked() -> None:
 
 def test_ollama_is_asked_raw_and_its_short_answers_are_incomplete(tmp_path: Path) -> None:
     with other() as (url, handler):
-        target = outside.outside("ollama", f"{url}/api#other")
+        target = external.outside("ollama", f"{url}/api#other")
         with started(target, tmp_path / "log") as server:
             assert server.pid is None and server.load_s == 0.0
-            part = measure.Measured(target)
+            part = rounds.Measured(target)
             reads = {0: 99}
-            rate = measure.warm(part, server, reads)
+            rate = rounds.warm(part, server, reads)
         assert rate > 0 and part.unforced == "it gave 3 of 16 tokens"
         body = handler.bodies[-1]
         assert (body["model"], body["raw"], body["options"]["num_predict"]) == ("other", True, 16)
@@ -131,12 +134,12 @@ def test_ollama_is_asked_raw_and_its_short_answers_are_incomplete(tmp_path: Path
 def test_models_of_an_outside_server() -> None:
     with other(models=("a", "b")) as (url, _):
         with pytest.raises(InputError, match="several models: a, b"):
-            outside.outside("x", url)
-        assert outside.outside("x", f"{url}#b").dialect.model == "b"  # type: ignore[attr-defined]
+            external.outside("x", url)
+        assert external.outside("x", f"{url}#b").dialect.model == "b"  # type: ignore[attr-defined]
     with other(models=()) as (url, _), pytest.raises(InputError, match="lists no model"):
-        outside.outside("x", url)
+        external.outside("x", url)
     with pytest.raises(EdgeError, match="does not answer"):
-        outside.outside("x", "http://127.0.0.1:9")
+        external.outside("x", "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
@@ -145,16 +148,16 @@ def test_models_of_an_outside_server() -> None:
 )
 def test_names_and_urls_are_checked(given: str) -> None:
     with pytest.raises(UsageError, match="NAME=URL"):
-        outside.check(given)
+        external.check(given)
 
 
 def test_target_names() -> None:
-    assert run.target_names("edge, genai,edge,x=http://h:1/v1") == ("edge", "genai", "x=http://h:1/v1")
+    assert cli.target_names("edge, genai,edge,x=http://h:1/v1") == ("edge", "genai", "x=http://h:1/v1")
     for given in ("nothing", "edge,edge=http://h", "a=http://h:1,a=http://h:2", ""):
         with pytest.raises(UsageError):
-            run.target_names(given)
+            cli.target_names(given)
     with pytest.raises(UsageError, match="same server"):
-        run.target_names("a=http://h:1/v1,b=http://h:1/api")
+        cli.target_names("a=http://h:1/v1,b=http://h:1/api")
 
 
 def test_tokens_of_unknown_pieces_are_spread_evenly() -> None:
@@ -203,7 +206,7 @@ def test_only_prompts_of_one_shape_share_a_batch() -> None:
 
 def test_the_small_server_answers_each_and_outlives_an_error() -> None:
     starlette = pytest.importorskip("starlette.testclient")
-    with starlette.TestClient(simple_server.create_app(Toy())) as client:
+    with starlette.TestClient(library_server.create_app(Toy())) as client:
         assert client.get("/health").json() == {"library": "toy"}
         answers = [client.post("/generate", json={"prompt": p, "max_tokens": 3}).text for p in ("!", "ab")]
     assert "RuntimeError: broken" in answers[0] and "done" not in answers[0]
@@ -221,9 +224,9 @@ def test_a_static_cache_gives_the_tokens_of_plain_generate(
     transformers = pytest.importorskip("transformers")
     from tests.toy import make_model
 
-    monkeypatch.setattr(simple_server, "CONTEXT", 96)
+    monkeypatch.setattr(library_server, "CONTEXT", 96)
     threads = torch.get_num_threads()
-    library = simple_server.Static(make_model(tmp_path / "m"), "float32", compiled=False)
+    library = library_server.Static(make_model(tmp_path / "m"), "float32", compiled=False)
     torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     for prompt in ("Hello, world", "A longer question: who are you?"):
@@ -239,7 +242,7 @@ def test_a_static_cache_gives_the_tokens_of_plain_generate(
 
 def test_the_small_server_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        simple_server.main(["static", str(tmp_path / "missing")])
+        library_server.main(["static", str(tmp_path / "missing")])
 
 
 def stage(run_folder: Path, name: str, **verify: Any) -> None:
@@ -345,7 +348,7 @@ def test_nvidia_smi_is_watched_and_stopped(tmp_path: Path, monkeypatch: pytest.M
 def test_without_a_terminal_there_are_plain_lines() -> None:
     text = io.StringIO()
     case = ("mixed", 8)
-    with live.View(Console(file=text, width=60)) as view:
+    with progress.View(Console(file=text, width=60)) as view:
         view.say("starting edge")
         view.expect(["baseline", "edge"], {case: 2}, {("baseline", case): 100.0, ("edge", case): 10.0})
         assert view.left() == pytest.approx(220.0)
@@ -361,7 +364,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 def test_on_a_terminal_the_view_shows_round_rate_and_results() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     case = ("mixed", 1)
-    with live.View(console) as view:
+    with progress.View(console) as view:
         view.expect(["edge"], {case: 3}, {("edge", case): 10.0})
         view.begin("edge", case)
         view.end(50.0)
@@ -385,7 +388,7 @@ def test_the_docs_define_every_figure_in_the_same_words() -> None:
 def test_a_run_from_a_gguf_needs_one(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"no such thing")
     with pytest.raises(InputError, match=r"x\.gguf"):
-        from_gguf.make(tmp_path / "x.gguf", tmp_path / "run")
+        run_from_gguf.make(tmp_path / "x.gguf", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -399,7 +402,7 @@ def test_a_gguf_becomes_a_merged_folder_with_its_weights(tmp_path: Path) -> None
     first = tmp_path / "first"
     write_model(first / "merged", tied=False)
     file = gguf.run(first, quant="F16", console=Console(quiet=True))
-    folder = from_gguf.make(file, tmp_path / "模型")
+    folder = run_from_gguf.make(file, tmp_path / "模型")
     known = manifest.read(folder)
     assert (known.stage, known.name, known.settings["dtype"]) == ("merged", "模型", "float16")
     made = safetensors.load_file(folder / "model.safetensors")
@@ -407,7 +410,7 @@ def test_a_gguf_becomes_a_merged_folder_with_its_weights(tmp_path: Path) -> None
     name = "model.layers.1.mlp.down_proj.weight"
     assert abs(made[name].astype("float32") - model.state_dict()[name].float().numpy()).max() < 1e-4
     with pytest.raises(ExistsError):
-        from_gguf.make(file, tmp_path / "模型")
+        run_from_gguf.make(file, tmp_path / "模型")
 
 
 def transformers_of(folder: Path) -> Any:

@@ -5,7 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from bench import run, train, train_side
+from bench import cli
+from bench.training import one_side
+from bench.training import run as train
 from convert.config import as_yaml, parse
 from convert.train import finetune
 from edge.errors import EdgeError, UsageError
@@ -44,7 +46,7 @@ def test_every_part(tmp_path, capsys, monkeypatch):
     path.write_text(as_yaml(config), encoding="utf-8")
     monkeypatch.setattr(train, "SETTINGS", (("per_device_train_batch_size=1",),))
     words = ["--rounds", "1", "--steps", "2", "--parts", "speed,memory,heldout", "--loss", "4"]
-    assert run.main(["train", str(path), *words]) == 0
+    assert cli.main(["train", str(path), *words]) == 0
     shown = capsys.readouterr().out
     found = json.loads(shown.splitlines()[-1])
     plain, edge = (found["speed"]["sides"][side] for side in ("plain", "edge"))
@@ -64,7 +66,7 @@ def test_every_part(tmp_path, capsys, monkeypatch):
 
 
 def test_a_course_notes_when_the_loss_has_arrived():
-    course = train_side.Course(1.0)
+    course = one_side.Course(1.0)
     course.step(4.0, 10)
     assert course.arrived is None and course.smooth == 4.0
     course.step(0.5, 10)

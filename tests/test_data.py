@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.data import dataset, encode
-from convert.train.load_model import chat_format
+from convert.model import chat_format
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, UsageError
 from tests.toy import CHATML, IM_END, IM_START, THINKING, make_model

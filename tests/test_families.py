@@ -242,7 +242,7 @@ def test_t14_added_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, added: int, lora: dict[str, object]
 ) -> None:
     """Tokens behind the base's, or trained by themselves: in the tables, the tokenizer and config.json."""
-    from convert.train.load_model import reference
+    from convert.model import reference
 
     base = make_family(tmp_path / "base", "llama", tied=tied)
     adapter = tmp_path / "run" / "adapter"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.train.load_model.hf_folder import check_folder, check_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from convert.model.hf_folder import check_folder, check_safetensors
 from edge.errors import InputError
 
 HEADER: dict[str, Any] = {

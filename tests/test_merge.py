@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from convert import merge
 from convert.config import parse
+from convert.model import lora_adapter, safetensors_io
 from convert.train import finetune
-from convert.train.load_model import lora_adapter, safetensors_io
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.toy import make_model

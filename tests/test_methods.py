@@ -20,10 +20,10 @@ from convert import merge
 from convert.config import as_yaml
 from convert.data import encode, prepare
 from convert.data.encode import Pair, Sample
+from convert.model import chat_format
 from convert.train import cli, finetune, load_model, loftq, trainer
 from convert.train import fsdp as spread
 from convert.train.distributed import World
-from convert.train.load_model import chat_format
 from convert.train.losses import LossHead, Preference
 from edge.errors import EdgeError, InputError, UsageError
 from tests.runs import PAIRS, ROWS, configure

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert.train.load_model.hf_folder import check_folder
 
 from convert import pull
+from convert.model.hf_folder import check_folder
 from edge.artefact import find, manifest
 from edge.errors import ExistsError, InputError, UnavailableError, UsageError
 from edge.machine import hardware, llamacpp_source
@@ -242,7 +242,7 @@ def test_files_that_are_no_whole_gguf_are_refused(tmp_path: Path) -> None:
 def test_names_of_no_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "convert.train.load_model.hub.snapshot", lambda *_, **__: pytest.fail("asked the hub")
+        "convert.model.hub.snapshot", lambda *_, **__: pytest.fail("asked the hub")
     )
     with pytest.raises(InputError, match=pull.DEFAULT):
         pull.pull("smollm")

@@ -66,7 +66,7 @@ def sample(tokens, *, prompt=2, seed=0, name="r"):
 
 
 def gradients(model):
-    return torch.cat([one.grad.flatten() for one in load_model.parameters() if one.grad is not None])
+    return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
 
 
 def adapted(base, config, *, four_bit=True, dtype=torch.float32):

@@ -226,8 +226,8 @@ def test_t16_a_printed_command_can_be_pasted(tmp_path, capsys):
     assert cli.main(argv) == 0
     line = capsys.readouterr().out
     if sys.platform != "win32":
-        trainer = f'for word in {line[5:].strip()}; do printf "%s\\n" "$word"; done'
-        done = subprocess.run(["sh", "-c", trainer], capture_output=True, check=True)
+        loop = f'for word in {line[5:].strip()}; do printf "%s\\n" "$word"; done'
+        done = subprocess.run(["sh", "-c", loop], capture_output=True, check=True)
         shown = done.stdout.decode("utf-8")
         assert shown.splitlines() == ["train", str(path), "output_dir=run $1", "--overwrite"]
     assert cli.main([str(path), "--print-config"]) == 0

@@ -9,7 +9,7 @@ from rich.console import Console
 from convert.config import parse
 from convert.data import cli, dataset, encode, read_files
 from convert.data.dataset_info import read_info
-from convert.train.load_model import chat_format
+from convert.model import chat_format
 from edge.errors import InputError, UsageError
 from tests.toy import IM_END, make_model
 

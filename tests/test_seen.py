@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.train.load_model.dequantized_base import Seen, spans
-from convert.train.load_model.hf_folder import check_folder, check_safetensors
-from convert.train.load_model.safetensors_io import Part
 from safetensors.torch import load_file
 
-from convert.train.load_model import dequantized_base, safetensors_io
+from convert.model import dequantized_base, safetensors_io
+from convert.model.dequantized_base import Seen, spans
+from convert.model.hf_folder import check_folder, check_safetensors
+from convert.model.safetensors_io import Part
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

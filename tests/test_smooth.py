@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.train.load_model.reference import TorchModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from convert.export import onnx, smoothquant
+from convert.model.reference import TorchModel
 from edge.artefact import manifest
 from edge.errors import InputError
 from tests.families import make_family, make_run

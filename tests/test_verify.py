@@ -159,7 +159,7 @@ def test_m7_the_thinking_mode_is_part_of_the_prompt(base: Path, tmp_path: Path) 
 def test_layers_in_turn_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool
 ) -> None:
-    from convert.train.load_model import dequantized_base, layerwise, reference
+    from convert.model import dequantized_base, layerwise, reference
 
     folder = make_family(tmp_path / family, family, tied=tied)
     rows, last = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [3] * 40], [7, 1, 5]
@@ -206,7 +206,7 @@ def test_layers_in_turn_give_the_same(
 def test_an_adapter_a_layer_at_a_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
-    from convert.train.load_model import layerwise, reference
+    from convert.model import layerwise, reference
 
     adapter = make_adapter(tmp_path / "adapter", base, **lora)
     rows, last = [[5, 6, 7, 8], [9, 10, 11]], [4, 2]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from convert.config import TrainConfig, load_train_config
-from convert.train.load_model.hf_folder import check_folder
+from convert.model.hf_folder import check_folder
 
 _BARS = 12
 _WIDTH = 40
@@ -69,7 +69,7 @@ def coloured(form: Any, sample: Any) -> Text:
 def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     """Print everything about the data of `config`, and `rows` of its rows token by token."""
     from convert.data import prepare
-    from convert.train.load_model import chat_format
+    from convert.model import chat_format
 
     began = time.monotonic()
     folder = Path(config.model_name_or_path)

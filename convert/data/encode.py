@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from convert.data.dataset import Message, Report, Row
-from convert.train.load_model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
+from convert.model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
 from edge.errors import InputError, UsageError
 from edge.reasoning import opens_thought
 

@@ -13,7 +13,7 @@ from convert.config import TrainConfig
 from convert.data import dataset, encode
 from convert.data.dataset_info import Entry, Row, read_info
 from convert.data.encode import Pair, Rules, Sample
-from convert.train.load_model.chat_format import ChatFormat
+from convert.model.chat_format import ChatFormat
 from edge.errors import InputError, UsageError
 
 Item = Sample | Pair

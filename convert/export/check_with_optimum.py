@@ -170,7 +170,7 @@ def check(run: Path, console: Console) -> dict[str, Any]:
         status.update("optimum exports and answers, in its own environment")
         older_reader(merged.resolve(), folder / "merged")
         job = {"source": str(folder / "merged"), "prompts": prompts, "tokens": TOKENS}
-        script = str(Path(__file__).with_name("onnx_optimum_native.py"))
+        script = str(Path(__file__).with_name("optimum_child.py"))
         answer = _run([str(optimum_python()), "-P", script], json.dumps(job))
         theirs = json.loads(answer.splitlines()[-1])
     same = sum(a == b for a, b in zip(mine, want, strict=True))

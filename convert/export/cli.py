@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from convert.export import gguf, gguf_lora, gguf_split, modelfile, onnx, quant_search
-from convert.train.load_model.hf_folder import shell
+from convert.model.hf_folder import shell
 from edge.errors import UsageError
 
 

@@ -26,8 +26,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from convert.export import gguf_split
-from convert.train.load_model import chat_format
-from convert.train.load_model.hf_folder import SMALL, check_folder, parameters
+from convert.model import chat_format
+from convert.model.hf_folder import SMALL, check_folder, parameters
 from convert.verify import compare as verify
 from convert.verify import probes
 from convert.verify.logits import Reference
@@ -67,7 +67,7 @@ class Source:
     path: Path
     known: manifest.Manifest
     config: dict[str, Any]
-    chat_format: str
+    template: str
     weights: int
 
     @property
@@ -405,7 +405,7 @@ def _tail(log: str, lines: int = 12) -> str:
 
 def _native(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
     """Run gguf_native.py; its answer and log. Raises EdgeError where it dies or refuses."""
-    script = str(Path(__file__).with_name("gguf_native.py"))
+    script = str(Path(__file__).with_name("llamacpp_child.py"))
     job = job | {"threads": hardware.cpu_threads()}
     done = subprocess.run(
         [sys.executable, "-P", script, mode],

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from convert.export import gguf
-from convert.train.load_model.hf_folder import check_folder
-from convert.train.load_model.lora_adapter import find_base, known_adapter, read_adapter, words
+from convert.model.hf_folder import check_folder
+from convert.model.lora_adapter import find_base, known_adapter, read_adapter, words
 from edge.artefact import find, manifest
 from edge.errors import InputError
 

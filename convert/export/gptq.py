@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from convert.export import imatrix
-from convert.train.load_model.layerwise import Batch, LayeredModel
+from convert.model.layerwise import Batch, LayeredModel
 from edge.artefact import manifest
 from edge.artefact.gguf_header import GGUFTensor, read_header
 from edge.errors import InputError

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from convert.data import dataset, encode
-from convert.train.load_model import chat_format
-from convert.train.load_model.layerwise import load
+from convert.model import chat_format
+from convert.model.layerwise import load
 from convert.verify import probes
 from edge.artefact import manifest
 from edge.artefact.gguf_header import GGUFHeader

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from convert.export.gguf import PROBES, TEMPLATE, _json, _tail, _template
 from convert.export.onnx_graph import complete
-from convert.train.load_model.hf_folder import SMALL, parameters
+from convert.model.hf_folder import SMALL, parameters
 from convert.verify.onnx_quality import QUESTIONS, Quality, measure
 from edge.artefact import manifest
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from convert.export import imatrix
-from convert.train.load_model import safetensors_io
-from convert.train.load_model.hf_folder import INDEX, check_folder
-from convert.train.load_model.layerwise import Batch, LayeredModel
+from convert.model import safetensors_io
+from convert.model.hf_folder import INDEX, check_folder
+from convert.model.layerwise import Batch, LayeredModel
 from edge.artefact import manifest
 from edge.errors import InputError
 

@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from convert.train.load_model.hf_folder import PATTERNS, converts
+from convert.model.hf_folder import PATTERNS, converts
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UnavailableError
 

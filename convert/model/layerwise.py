@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from convert.train.load_model import reference, safetensors_io
-from convert.train.load_model.dequantized_base import Seen, spans
-from convert.train.load_model.hf_folder import check_folder
-from convert.train.load_model.lora_adapter import EMBEDDINGS, HEAD, read_adapter
-from convert.train.load_model.reference import TorchModel, float32_bytes, instead, named, padded
+from convert.model import reference, safetensors_io
+from convert.model.dequantized_base import Seen, spans
+from convert.model.hf_folder import check_folder
+from convert.model.lora_adapter import EMBEDDINGS, HEAD, read_adapter
+from convert.model.reference import TorchModel, float32_bytes, instead, named, padded
 from edge.errors import InputError
 
 # Tokens that go through a layer at once, and positions whose logits are made at once.

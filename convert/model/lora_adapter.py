@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from convert.train.load_model import chat_format
-from convert.train.load_model.dequantized_base import Rows, spans
-from convert.train.load_model.hf_folder import check_safetensors
+from convert.model import chat_format
+from convert.model.dequantized_base import Rows, spans
+from convert.model.hf_folder import check_safetensors
 from edge.artefact import manifest
 from edge.errors import InputError
 

@@ -1,6 +1,6 @@
 """A transformers folder, or an adapter over its base, computed in float32: the reference of a comparison.
 
-Up to WHOLE bytes of float32 weights the model is loaded as it is; convert.train.load_model.layerwise computes larger ones.
+Up to WHOLE bytes of float32 weights the model is loaded as it is; convert.model.layerwise computes larger ones.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from convert.train.load_model.dequantized_base import Seen
-from convert.train.load_model.hf_folder import Folder, check_folder
-from convert.train.load_model.lora_adapter import known_adapter, read_adapter
+from convert.model.dequantized_base import Seen
+from convert.model.hf_folder import Folder, check_folder
+from convert.model.lora_adapter import known_adapter, read_adapter
 from edge.errors import InputError
 from edge.machine import hardware
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from convert.train.load_model.hf_folder import INDEX
+from convert.model.hf_folder import INDEX
 
 LARGEST = 2 * 2**30  # bytes of a shard, if no single tensor is larger
 TYPES = {

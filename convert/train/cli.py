@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from convert.config import as_yaml, load_train_config
-from convert.train.load_model.hf_folder import shell
+from convert.model.hf_folder import shell
 
 
 def command(argv: list[str], *more: str) -> str:

@@ -25,8 +25,9 @@ from convert.data import prepare
 from convert.data.dataset_info import Row
 from convert.data.encode import Pair, Sample
 from convert.merge import find_base
+from convert.model import chat_format
 from convert.train import bleu_rouge, sample_answers, trainer
-from convert.train.load_model import Place, chat_format, choose_place, load_model
+from convert.train.load_model import Place, choose_place, load_model
 from convert.train.losses import LossHead, by_length
 from edge.artefact import manifest
 from edge.errors import InputError, UsageError
@@ -39,8 +40,8 @@ class Result:
     """One model on the held-out rows. scores: means, in percent. logs: of each pair's answers (dpo)."""
 
     loss: float
-    sample_answers: list[str] = field(default_factory=list)
-    bleu_rouge: dict[str, float] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
     logs: list[tuple[float, float]] = field(default_factory=list)
 
     @property

@@ -23,6 +23,8 @@ from rich.console import Console
 
 from convert.config import TrainConfig
 from convert.data import prepare
+from convert.model import chat_format
+from convert.model.hf_folder import check_folder
 from convert.train import (
     checkpoint,
     cuda_graphs,
@@ -40,13 +42,11 @@ from convert.train.callbacks import Actions, Watch
 from convert.train.load_model import (
     Place,
     add_adapter,
-    chat_format,
     choose_place,
     load_model,
     quantized_layers,
     unfreeze,
 )
-from convert.train.load_model.hf_folder import check_folder
 from convert.train.losses import Preference, reference
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError
@@ -405,11 +405,11 @@ def _results(state: loop.Progress, found: dict[str, Any]) -> dict[str, Any]:
 
 def _pissa_start(model: Any) -> Path:
     """The adapter as it begins: what its principal components were is needed to turn it into a plain one."""
-    init_adapter = Path(tempfile.mkdtemp(prefix="edge-pissa-")) / "pissa_init"
+    start = Path(tempfile.mkdtemp(prefix="edge-pissa-")) / "pissa_init"
     # Saved as what is loaded again, not initialised anew.
     model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(init_adapter, save_embedding_layers=False)
-    return init_adapter
+    model.save_pretrained(start, save_embedding_layers=False)
+    return start
 
 
 def _write(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from convert.train.load_model import safetensors_io
-from convert.train.load_model.hf_folder import check_folder
+from convert.model import safetensors_io
+from convert.model.hf_folder import check_folder
 from edge.errors import InputError
 
 # Directions beyond the rank, and repeats, that make the fast SVD as good as the whole one here.

@@ -9,7 +9,7 @@ import torch
 
 from convert.data.dataset_info import Row
 from convert.data.encode import Rules
-from convert.train.load_model.chat_format import ChatFormat, split_thought, thinking_mode
+from convert.model.chat_format import ChatFormat, split_thought, thinking_mode
 
 
 def question(row: Row, form: ChatFormat, rules: Rules) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.train.load_model import chat_format
+from convert.model import chat_format
 from edge.artefact import find, manifest
 from edge.artefact.gguf_shards import read_whole
 from edge.chat_template import ChatTemplate
@@ -43,7 +43,7 @@ class Reader(ABC):
     path: Path
     stage: str
     kind: str
-    chat_format: str
+    template: str
     stop_ids: frozenset[int]
     more_ends: frozenset[int] = frozenset()
     vocab: int
@@ -101,7 +101,7 @@ class TorchReader(Reader):
         self.path = path
         self.known = manifest.read(path) if (path / manifest.FILE).is_file() else None
         if adapter:
-            from convert.train.load_model.lora_adapter import find_base, known_adapter, words
+            from convert.model.lora_adapter import find_base, known_adapter, words
 
             self.known = known_adapter(path)
             self._base = find_base(self.known, path)
@@ -138,7 +138,7 @@ class TorchReader(Reader):
         return (found.numpy() for found in self.model().logits(rows, last))
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
-        from convert.train.load_model.layerwise import is_large
+        from convert.model.layerwise import is_large
 
         # Each token would read all of its weights.
         if is_large(self._base):
@@ -147,9 +147,9 @@ class TorchReader(Reader):
         return found
 
     def model(self) -> Any:
-        """The loaded model (convert.train.load_model.reference.TorchModel)."""
+        """The loaded model (convert.model.reference.TorchModel)."""
         if self._model is None:
-            from convert.train.load_model.layerwise import load
+            from convert.model.layerwise import load
 
             self._model = load(self._base, self._adapter)
         return self._model
@@ -185,7 +185,7 @@ class GgufReader(Reader):
             "extra": extra,
         }
         command = [sys.executable, "-m", "convert.verify.gguf_child"]
-        root = str(Path(__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             command,

@@ -45,7 +45,7 @@ from edge.machine.llamacpp_source import (
     tail,
 )
 
-CSRC = Path(__file__).with_name("csrc")
+CSRC = Path(__file__).parent.parent / "csrc"
 HEADER = CSRC / "amx_tileconfig.h"
 RECORD = "edge_build.json"
 OFF = (
@@ -279,7 +279,7 @@ def _output(command: Sequence[str]) -> str:
 
 def check(mode: str) -> str:
     """Decode a tiny model with the installed build in `mode` (plain, extra, gpu): "ok", or what happened."""
-    script = str(Path(__file__).with_name("native_check.py"))
+    script = str(Path(__file__).with_name("build_check.py"))
     try:
         done = subprocess.run(
             [sys.executable, "-P", script, mode],

@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse
 
 router = APIRouter(include_in_schema=False)
 
-_FILE = Path(__file__).with_name("page.html")
+_FILE = Path(__file__).with_name("web_page.html")
 
 
 def _policy(page: str) -> str:

@@ -1,0 +1,341 @@
+"""The load generator: N clients in a closed loop, or requests that arrive whether or not others are answered.
+
+In the closed loop each client sends its next request when its last answer is complete. Every piece of an
+answer is stamped when its bytes arrive; the stamps are kept, so that any figure can be computed afterwards
+(see bench.measure.metrics). A probe asks `/health` meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlencode, urlsplit
+
+from bench.measure.http1 import Events, Lines, ProtocolError, Response, request
+from bench.measure.metrics import Sample
+
+_READ = 65536
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to make: the prompt, its number in the workload, and the output tokens to force.
+
+    reuse, speculate: whether the server may take over what it computed before, and look ahead.
+    """
+
+    prompt: str
+    index: int
+    tokens: int
+    reuse: bool = False
+    speculate: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one event or a whole answer says. tokens None: as many as `completion_tokens` says.
+
+    at_limit: it ended because it has the tokens that were asked for, however the server counts them.
+    """
+
+    text: str = ""
+    tokens: int | None = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish: str = ""
+    error: str = ""
+    at_limit: bool = False
+
+
+class Dialect(Protocol):
+    """How a server is asked for a fixed number of greedy tokens after a raw prompt, and how it answers.
+
+    key: the secret that it is sent as a bearer token, "" for none.
+    """
+
+    key: str
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        """(method, path with query, JSON body or None)."""
+
+    def read(self, said: dict[str, Any]) -> Part:
+        """One event's JSON object, or the whole answer's where the server does not stream."""
+
+
+class Ours:
+    """edge's own interface, streamed, with prefix reuse and speculation as the job has them.
+
+    They are off in most workloads: the baseline has neither, and forced greedy text repeats itself, which
+    would flatter prompt lookup.
+    """
+
+    key = ""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        body = {"prompt": job.prompt, "raw": True, "max_tokens": job.tokens, "temperature": 0.0}
+        allowed = {"cache_prompt": job.reuse, "speculate": job.speculate}
+        return "POST", "/generate", body | allowed | {"ignore_eos": True, "stream": True}
+
+    def read(self, said: dict[str, Any]) -> Part:
+        if "error" in said:
+            return Part(error=str(said["error"].get("message", said["error"])))
+        usage = said.get("usage", {})
+        return Part(
+            text=said.get("text", ""),
+            tokens=said.get("tokens", 0),
+            prompt_tokens=usage.get("prompt_tokens"),
+            completion_tokens=usage.get("completion_tokens"),
+            finish=said.get("finish_reason", ""),
+        )
+
+
+class Baseline:
+    """The tutorial's interface: one JSON answer when all is done."""
+
+    key = ""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        return "GET", "/generate?" + urlencode({"prompt": job.prompt, "max_new_tokens": job.tokens}), None
+
+    def read(self, said: dict[str, Any]) -> Part:
+        usage = said["usage"]
+        return Part(
+            text=said["generate_text"],
+            tokens=None,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            finish="length",
+        )
+
+
+Seen = Callable[[int], None]
+
+
+def _unseen(_: int) -> None:
+    """Nobody looks on."""
+
+
+async def closed_loop(
+    url: str,
+    dialect: Dialect,
+    jobs: Sequence[Job],
+    clients: int,
+    *,
+    limit: float = 600.0,
+    seen: Seen = _unseen,
+) -> list[Sample]:
+    """Run all `jobs` from `clients` connections at once; a sample for each, in the order of their ends.
+
+    limit: seconds for one answer. A request that fails is a sample with an error; nothing is raised.
+    seen: told of each piece of text how many tokens it has, as far as that is known by then.
+    """
+    waiting = deque(jobs)
+    samples: list[Sample] = []
+
+    async def client(number: int) -> None:
+        while waiting:
+            job = waiting.popleft()
+            samples.append(await ask(url, dialect, job, client=number, limit=limit, seen=seen))
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return samples
+
+
+async def open_loop(
+    url: str, dialect: Dialect, jobs: Sequence[Job], rate: float, *, seed: int = 0, limit: float = 600.0
+) -> list[Sample]:
+    """Send `jobs` at times of a Poisson process of `rate` requests/s, whatever becomes of those before.
+
+    A sample for each, in the order of the jobs; its time begins when it should have been sent, so that a
+    generator that is late is not in the server's favour.
+    """
+    draw = random.Random(seed)
+    due = time.perf_counter()
+    asked = []
+    for job in jobs:
+        due += draw.expovariate(rate)
+        await asyncio.sleep(due - time.perf_counter())
+        asked.append(asyncio.create_task(ask(url, dialect, job, limit=limit, start=due)))
+    return await asyncio.gather(*asked)
+
+
+async def ask(
+    url: str,
+    dialect: Dialect,
+    job: Job,
+    *,
+    client: int = 0,
+    limit: float = 600.0,
+    start: float | None = None,
+    seen: Seen = _unseen,
+) -> Sample:
+    """One request, from connecting (or from `start`, on time.perf_counter) to the end of its answer."""
+    began = time.perf_counter() if start is None else start
+    sample = Sample(client=client, prompt=job.index, wanted=job.tokens, start=began)
+    try:
+        async with asyncio.timeout(limit):
+            await _exchange(url, dialect, job, sample, seen)
+    except TimeoutError:
+        sample.error = f"no whole answer within {limit:g} s"
+    except (OSError, ProtocolError, ValueError, KeyError, UnicodeDecodeError) as error:
+        sample.error = f"{type(error).__name__}: {error}"
+    sample.end = sample.end or time.perf_counter()
+    return sample
+
+
+async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample, seen: Seen) -> None:
+    method, path, body = dialect.ask(job)
+    response = Response()
+    stream: Events | Lines | None = None
+    whole = bytearray()
+    texts: list[str] = []
+
+    def take(said: dict[str, Any]) -> None:
+        part = dialect.read(said)
+        if part.completion_tokens is not None:
+            sample.prompt_tokens, sample.completion_tokens = part.prompt_tokens, part.completion_tokens
+            if part.at_limit:
+                sample.completion_tokens = sample.wanted
+        sample.finish = part.finish or sample.finish
+        sample.error = part.error or sample.error
+        if part.text:
+            texts.append(part.text)
+            tokens = part.completion_tokens if part.tokens is None else part.tokens
+            sample.events.append((now, tokens or 0))
+            seen(tokens or 1)
+
+    async with _connect(url) as (reader, writer, host):
+        writer.write(request(method, host, path, body, key=dialect.key))
+        while not response.done:
+            data = await reader.read(_READ)
+            now = time.perf_counter()
+            if not data:
+                response.eof()
+                break
+            piece = response.feed(data)
+            if stream is None:
+                stream = _stream(response)
+            if stream is None:
+                whole += piece
+                continue
+            for event in stream.feed(piece):
+                if event != "[DONE]":
+                    take(json.loads(event))
+    sample.end, sample.status = now, response.status
+    if response.status != 200:
+        sample.error = f"HTTP {response.status}: {whole.decode('utf-8', 'replace')[:300]}"
+    elif whole:
+        take(json.loads(whole))
+    sample.text = "".join(texts)
+    if len(sample.events) > 1 and not any(tokens for _, tokens in sample.events):
+        sample.events = spread_evenly(sample.events, sample.completion_tokens or 0)
+
+
+def _stream(response: Response) -> Events | Lines | None:
+    """The reader of a streamed answer; None for one in one piece, and for an error."""
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    if response.status != 200:
+        return None
+    return Events() if kind == "text/event-stream" else Lines() if kind == "application/x-ndjson" else None
+
+
+def spread_evenly(events: Sequence[tuple[float, int]], tokens: int) -> list[tuple[float, int]]:
+    """`tokens` shared out among pieces of text whose server does not say how many each has.
+
+    Whole numbers that differ by one at most and add up to `tokens`.
+    """
+    count = len(events)
+    return [(at, (n + 1) * tokens // count - n * tokens // count) for n, (at, _) in enumerate(events)]
+
+
+@contextlib.asynccontextmanager
+async def _connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, str]]:
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, parts.port or (443 if secure else 80), ssl=True if secure else None
+    )
+    try:
+        yield reader, writer, parts.netloc
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def get(
+    url: str, path: str, *, limit: float = 10.0, key: str = "", body: Any = None
+) -> tuple[int, bytes]:
+    """Status and body of a GET, or of a POST of `body`. Raises OSError, TimeoutError or ProtocolError."""
+    response, whole = Response(), bytearray()
+    async with asyncio.timeout(limit), _connect(url) as (reader, writer, host):
+        writer.write(request("GET" if body is None else "POST", host, path, body, key=key))
+        while not response.done:
+            data = await reader.read(_READ)
+            if not data:
+                response.eof()
+                break
+            whole += response.feed(data)
+    return response.status, bytes(whole)
+
+
+@dataclass
+class HealthProbe:
+    """Asks `path` every `interval` seconds, whether or not the last question was answered.
+
+    Waiting for the answer before asking again would hide a blocked server (coordinated omission). At most
+    `most` questions are open, for systems allow few connections: what would be asked beyond is counted from
+    that moment to the next answer. seconds: how long each took; failures: those that gave no 200.
+    """
+
+    url: str
+    path: str = "/health"
+    interval: float = 0.1
+    key: str = ""
+    most: int = 100
+
+    def __post_init__(self) -> None:
+        self.seconds: list[float] = []
+        self.failures = 0
+
+    async def __aenter__(self) -> HealthProbe:
+        self._asked: list[asyncio.Task[None]] = []
+        self._open = 0
+        self._unasked: list[float] = []
+        self._clock = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._clock.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._clock
+        # The load is over: a server that was only busy answers now.
+        await asyncio.gather(*self._asked)
+
+    async def _tick(self) -> None:
+        while True:
+            if self._open < self.most:
+                self._open += 1
+                self._asked.append(asyncio.create_task(self._ask()))
+            else:
+                self._unasked.append(time.perf_counter())
+            await asyncio.sleep(self.interval)
+
+    async def _ask(self) -> None:
+        began = time.perf_counter()
+        try:
+            status, _ = await get(self.url, self.path, limit=3600.0, key=self.key)
+            self.failures += status != 200
+        except (OSError, TimeoutError, ProtocolError):
+            self.failures += 1
+        now = time.perf_counter()
+        self._open -= 1
+        self.seconds += [now - at for at in (began, *self._unasked)]
+        self._unasked.clear()

@@ -1,0 +1,166 @@
+"""Workloads for measuring: seeded, described, from text that stands here.
+
+Prompts of one workload differ from their first words on, so that no server can reuse the beginning of
+another, unless the workload is about just that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from bench.measure.load import Job
+
+_OPENINGS = (
+    "A traveller from the north asked the keeper of the lighthouse",
+    "In the kitchen behind the harbour the cook explained",
+    "The report of the expedition begins with",
+    "小镇边上的书店老板常常说起",
+    "Every morning before school the twins discussed",
+    "An old engineer wrote in her notebook",
+    "海边的渔夫在黄昏时告诉孩子们",
+    "The second chapter of the manual describes",
+)
+_SENTENCES = (
+    "The tide comes in twice a day, and nobody has ever managed to argue with it.",
+    "It takes about twenty minutes to walk from the station to the old bridge.",
+    "Fresh bread should cool for an hour before it is cut.",
+    "A good map shows where the water is, and an excellent one shows where it was.",
+    "The library opens at nine, except on days when the librarian has lost her key.",
+    "Copper turns green with age, iron turns red, and gold does not care.",
+    "They counted forty-one boats in the bay, three of which were sinking.",
+    "The recipe asks for salt twice, which is not a mistake.",
+    "Nobody knew who had planted the pear trees along the northern wall.",
+    "When the wind turns to the west, the windows on the upper floor begin to sing.",
+    "The clock in the square has been seven minutes late for thirty years.",
+    "To repair a net, begin at the largest hole and work outwards.",
+    "雨停了以后，街上的石板像镜子一样亮。",
+    "厨房里的水壶响了三声，谁也没有站起来。",
+    "从山顶往下看，河流好像一条银色的带子。",
+    "The shop sells maps, lamps, and a soup that is famous in two villages.",
+)
+
+
+_QUESTIONS = (
+    "What should one bring to the lighthouse?",
+    "Why does the clock run late?",
+    "Who repairs the nets?",
+    "今天的汤是什么味道？",
+    "海边几点退潮？",
+    "How far is the bridge?",
+)
+# What an assistant said before, in conversations that are told again with each turn.
+_REPLIES = (
+    "The keeper says to ask again after the tide has turned.",
+    "Nobody is certain, but the librarian has a map of it.",
+    "看门人说，等潮水退了再来问。",
+    "Twice a day, as far as anyone has counted.",
+)
+TURNS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A kind of request. make(count, tokens, seed, first): jobs of `count` clients, numbered from `first`.
+
+    reuse, speculate: whether servers that can may reuse prefixes and look ahead by prompt lookup.
+    """
+
+    name: str
+    about: str
+    make: Callable[[int, int, int, int], list[Job]]
+    reuse: bool = False
+    speculate: bool = False
+
+    def jobs(self, count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
+        made = self.make(count, tokens, seed, first)
+        return [replace(job, reuse=self.reuse, speculate=self.speculate) for job in made]
+
+
+def make(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
+    """`count` jobs of some 80 prompt tokens each, which force `tokens` output tokens; numbered from `first`.
+
+    The same seed gives the same jobs. Different numbers begin differently, so that no server can reuse the
+    beginning of another prompt.
+    """
+    jobs = []
+    for index in range(first, first + count):
+        # Seeded by text: random takes no tuples.
+        draw = random.Random(f"{seed}/{index}")
+        opening = f"{draw.randrange(1000, 10000)}. {draw.choice(_OPENINGS)}:"
+        jobs.append(Job(" ".join([opening, *draw.sample(_SENTENCES, 4)]), index, tokens))
+    return jobs
+
+
+def _each(write: Callable[[random.Random, str], str]) -> Callable[[int, int, int, int], list[Job]]:
+    """Jobs of one prompt each: `write` is given the job's own random numbers and a head nobody else has."""
+
+    def jobs(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+        made = []
+        for index in range(first, first + count):
+            draw = random.Random(f"{seed}/{index}")
+            made.append(Job(write(draw, f"{draw.randrange(1000, 10000)}."), index, tokens))
+        return made
+
+    return jobs
+
+
+def _chinese(draw: random.Random, head: str) -> str:
+    own = [text for text in (*_OPENINGS, *_SENTENCES) if not text.isascii()]
+    return head + "".join(draw.choice(own) for _ in range(5))
+
+
+def _long(draw: random.Random, head: str) -> str:
+    return f"{head} " + " ".join(draw.choice(_SENTENCES) for _ in range(60))
+
+
+def _edit(draw: random.Random, head: str) -> str:
+    text = " ".join(draw.sample(_SENTENCES, 6))
+    return f"{head} Write this text again, word for word:\n{text}\n{text}\n"
+
+
+def _shared(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+    system = "You keep the archive of a harbour town. " + " ".join(_SENTENCES * 2)
+    short = _each(lambda draw, head: f"{head} {draw.choice(_QUESTIONS)}")
+    return [replace(job, prompt=f"{system}\n{job.prompt}") for job in short(count, tokens, seed, first)]
+
+
+def _chat(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+    """Each client's conversation, told again with one more turn: all first turns, then all second ones."""
+    jobs = []
+    told = [""] * count
+    for turn in range(TURNS):
+        for client in range(count):
+            index = first + turn * count + client
+            draw = random.Random(f"{seed}/{first + client}/{turn}")
+            head = f"{draw.randrange(1000, 10000)}. " if not turn else ""
+            told[client] += f"{head}User: {draw.choice(_QUESTIONS)}\nAssistant:"
+            jobs.append(Job(told[client], index, tokens))
+            told[client] += f" {draw.choice(_REPLIES)}\n"
+    return jobs
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "mixed",
+            "prompts of some 80 tokens in English and Chinese, each asked once",
+            lambda count, tokens, seed, first: make(count, tokens, seed=seed, first=first),
+        ),
+        Workload(
+            "short", "one short question", _each(lambda draw, head: f"{head} {draw.choice(_QUESTIONS)}")
+        ),
+        Workload("long", "prompts of some 1000 tokens, each asked once", _each(_long)),
+        Workload("chinese", "prompts in Chinese alone", _each(_chinese)),
+        Workload("shared", "one text of some 500 tokens before a question each", _shared, reuse=True),
+        Workload(
+            "chat",
+            f"conversations of {TURNS} turns, each told again from the beginning",
+            _chat,
+            reuse=True,
+        ),
+        Workload("edit", "a text to be written again", _each(_edit), speculate=True),
+    )
+}

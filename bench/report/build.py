@@ -1,0 +1,304 @@
+"""From measured rounds to the report, as plain data.
+
+Every figure and every ratio is computed here, once, from the samples, which the report keeps. A ratio is
+taken round by round between neighbours in time, and withheld where the two sides did different work.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.measure import metrics, roofline, workloads
+from bench.measure.metrics import Sample
+from bench.measure.process_probe import Noise
+from bench.measure.roofline import Bandwidth, Footprint
+from bench.rounds import Case, Measured, Plan, Round
+from bench.servers.target import Target
+from edge.artefact import manifest
+from edge.machine import hardware
+
+SCHEMA = 3
+_IDLE_LIMIT = 0.05
+_PACKAGES = (
+    "edge", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "numpy",
+    "fastapi", "uvicorn",
+)  # fmt: skip
+# Of one round: the figure, and whether more is better.
+_RATIOS: dict[str, tuple[Callable[[Sequence[Sample]], float | None], bool]] = {
+    "tokens_per_s": (metrics.token_rate, True),
+    "ttft_s": (lambda s: metrics.median([t for x in s if (t := metrics.ttft(x)) is not None]), False),
+    "e2e_s": (lambda s: metrics.median([metrics.e2e(x) for x in s]), False),
+}
+
+
+def build(
+    measured: Sequence[Measured],
+    *,
+    plan: Plan,
+    asked_tokens: int,
+    command: str,
+    model: dict[str, Any],
+    noise: tuple[Noise, Noise],
+    card: Bandwidth | None,
+    footprints: Mapping[str, Footprint | None],
+    quality: Mapping[str, dict[str, Any]],
+    sweeps: dict[str, list[dict[str, Any]]],
+    together: bool,
+    seconds: float,
+) -> dict[str, Any]:
+    """The report: plain data, times in seconds, sizes in bytes. The first of `measured` is the reference.
+
+    plan: what was kept of what was asked for; asked_tokens: the answers' length before it was shortened.
+    card: read bandwidth of the card's memory. footprints: by target, for the ceiling of decoding; None or
+    nothing leaves it out. quality, sweeps: of each target, see bench.report.quality and bench.rate_sweep.
+    """
+    made = {
+        "schema": SCHEMA,
+        "kind": "bench",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+        "seconds": round(seconds, 1),
+        "model": model,
+        "settings": asdict(plan) | {"asked_tokens": asked_tokens},
+        "workloads": {name: workloads.WORKLOADS[name].about for name in plan.workloads},
+        "together": together,
+        "machine": hardware.describe(),
+        "versions": manifest.versions(*_PACKAGES),
+        "noise": {"before": asdict(noise[0]), "after": asdict(noise[1])},
+        "memory": {part.target.name: _memory(part, card) for part in measured},
+        "objective": asdict(metrics.OBJECTIVE),
+        "reference": measured[0].target.name,
+        "targets": {
+            part.target.name: _target(part, measured[0]) | {"quality": quality.get(part.target.name, {})}
+            for part in measured
+        },
+        "cases": [
+            _case((name, clients), measured, card, footprints)
+            for name in plan.workloads
+            for clients in plan.clients
+        ],
+        "sweeps": sweeps,
+        "warnings": [],
+    }
+    made["warnings"] = _warnings(made, measured, noise)
+    return made
+
+
+def _target(part: Measured, reference: Measured) -> dict[str, Any]:
+    return {
+        "command": shown(_command(part.target)),
+        "stage": part.target.stage,
+        "unforced": part.unforced,
+        "answers_s": round(part.answers_s, 2),
+        "load_s": round(part.load_s, 2),
+        "memory_peak": part.memory_peak,
+        "memory_steady": part.memory_steady,
+        "card_memory": part.card_memory,
+        "memory_ratio": _quotient(reference.memory_steady, part.memory_steady),
+        "about": shown(part.about),
+    }
+
+
+def _command(target: Target) -> list[str]:
+    first = "python" if target.command[:1] == [sys.executable] else "".join(target.command[:1])
+    return [first, *target.command[1:]] if target.command else [target.url]
+
+
+def shown(value: Any) -> Any:
+    """Plain data with absolute paths cut to their last part: the rest says nothing to another reader."""
+    if isinstance(value, dict):
+        return {key: shown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    is_path = isinstance(value, str) and "\n" not in value and len(value) < 1024 and Path(value).is_absolute()
+    return Path(value).name if is_path else value
+
+
+def _case(
+    case: Case,
+    measured: Sequence[Measured],
+    card: Bandwidth | None,
+    footprints: Mapping[str, Footprint | None],
+) -> dict[str, Any]:
+    reference = measured[0]
+    targets = {}
+    for part in measured:
+        figures = _figures(part.rounds[case])
+        name = part.target.name
+        limit = card if part.on_card else None
+        figures["ceiling"] = _ceiling(part.rounds[case], limit, footprints.get(name))
+        targets[name] = figures
+    return {
+        "workload": case[0],
+        "clients": case[1],
+        "rounds": len(reference.rounds[case]),
+        "targets": targets,
+        "against": {part.target.name: _against(case, reference, part) for part in measured[1:]},
+    }
+
+
+def _against(case: Case, reference: Measured, part: Measured) -> dict[str, Any]:
+    """How many times better `part` is than the reference, round by round; or why that cannot be said."""
+    pairs = list(zip(reference.rounds[case], part.rounds[case], strict=True))
+    why = next((said for a, b in pairs if (said := different_work(reference, a, part, b))), "")
+    ratios: dict[str, Any] = {}
+    for name, (figure, more_is_better) in _RATIOS.items():
+        theirs, own = ([figure(side.samples) for side in sides] for sides in zip(*pairs, strict=True))
+        found = metrics.ratio(*((own, theirs) if more_is_better else (theirs, own)))
+        ratios[name] = None if why or found is None else asdict(found)
+    return {"comparable": not why, "why": why, "ratios": ratios}
+
+
+def _memory(part: Measured, card: Bandwidth | None) -> dict[str, Any] | None:
+    """The best reading of the memory that the target's model lies in; None where there was none."""
+    read = [one.memory for rounds in part.rounds.values() for one in rounds if one.memory]
+    best = card if part.on_card else max(read, key=lambda one: one.best, default=None)
+    return asdict(best) if best else None
+
+
+def _ceiling(
+    rounds: Sequence[Round], card: Bandwidth | None, footprint: Footprint | None
+) -> dict[str, Any] | None:
+    """What the memory allows one stream, and the share of it that decoding reached (one client alone):
+    medians over the rounds, each by what the memory gave just then.
+
+    Of an answer in one piece, or at one blow, only the whole time is known, its prompt included.
+    """
+    if footprint is None:
+        return None
+    found = []
+    for part in rounds:
+        memory, samples = card or part.memory, metrics.complete(part.samples)
+        if memory is None or not samples or len({one.client for one in samples}) > 1:
+            continue
+        paces = [pace for one in samples if (pace := metrics.tpot(one))]
+        wholes = [metrics.e2e(one) / one.wanted for one in samples]
+        each = statistics.median(paces or wholes)
+        read = [sample.prompt_tokens or 0 for sample in samples]
+        per_token = footprint.per_token(roofline.context_of(read, samples[0].wanted))
+        most = roofline.ceiling(memory, per_token)
+        found.append({"bytes_per_token": per_token, "tokens_per_s": most, "share": 1.0 / each / most})
+    return {key: statistics.median(one[key] for one in found) for key in found[0]} if found else None
+
+
+def _figures(rounds: Sequence[Round]) -> dict[str, Any]:
+    """One target's figures over all rounds; rates are the median over the rounds."""
+    samples = [sample for part in rounds for sample in part.samples]
+    pooled = metrics.summary(samples)
+    rates = [metrics.token_rate(part.samples) for part in rounds]
+    pooled["tokens_per_s"] = metrics.median(rates)
+    pooled["total_tokens_per_s"] = metrics.median([metrics.total_rate(part.samples) for part in rounds])
+    pooled["requests_per_s"] = metrics.median([metrics.request_rate(part.samples) for part in rounds])
+    made = sum(sample.completion_tokens or 0 for sample in metrics.complete(samples))
+    return pooled | {
+        "rates": rates,
+        "tokens_per_s_interval": metrics.interval(rates),
+        "goodput": metrics.median([metrics.goodput(part.samples, metrics.OBJECTIVE)[0] for part in rounds]),
+        "goodput_share": metrics.goodput(samples, metrics.OBJECTIVE)[1],
+        "cpu_s_per_token": _quotient(sum(part.cpu for part in rounds), made),
+        "package_j_per_token": _per_token([part.package_j for part in rounds], made),
+        "card_j_per_token": _per_token([part.card_j for part in rounds], made),
+        "card_busy": metrics.median([part.card_busy for part in rounds if part.card_busy is not None]),
+        "health_s": metrics.spread([seconds for part in rounds for seconds in part.health]),
+        "health_failures": sum(part.health_failures for part in rounds),
+        "other_idle_share": [round(part.idle, 4) for part in rounds],
+        "samples": [[sample.record() for sample in part.samples] for part in rounds],
+    }
+
+
+def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
+    known = [one for one in joules if one is not None]
+    return _quotient(sum(known), tokens) if len(known) == len(joules) else None
+
+
+def different_work(slow: Measured, a: Round, fast: Measured, b: Round) -> str:
+    """Why the two sides of a round may not be compared; "" where they did the same work."""
+    for part, side in ((slow, a), (fast, b)):
+        for sample in side.samples:
+            if sample.state != "ok":
+                said = (
+                    sample.error or f"{sample.completion_tokens} of {sample.wanted} tokens ({sample.finish})"
+                )
+                return f"{part.target.name} did not finish prompt {sample.prompt}: {said}"
+    read = [{s.prompt: (s.prompt_tokens, s.completion_tokens) for s in side.samples} for side in (a, b)]
+    for prompt in sorted(read[0].keys() | read[1].keys()):
+        counts = [side.get(prompt) for side in read]
+        if counts[0] != counts[1]:
+            return (
+                f"prompt {prompt}: {slow.target.name} and {fast.target.name} counted "
+                f"{counts[0]} and {counts[1]} (prompt, output) tokens"
+            )
+    return ""
+
+
+def _warnings(made: dict[str, Any], measured: Sequence[Measured], noise: tuple[Noise, Noise]) -> list[str]:
+    said = [
+        f"the machine was not quiet {when}: {part.warning}"
+        for when, part in zip(("before", "after"), noise, strict=True)
+        if part.warning
+    ]
+    tokens, asked = made["settings"]["tokens"], made["settings"]["asked_tokens"]
+    if tokens != asked:
+        said.append(f"answers were shortened from {asked} to {tokens} tokens to stay within the time")
+    if not made["together"]:
+        said.append("memory did not hold all servers: they ran one after the other, not alternately")
+    for target, side in made["targets"].items():
+        if side["unforced"]:
+            said.append(f"{target} cannot be forced to the number of output tokens: {side['unforced']}")
+        if "missing" in side["quality"]:
+            said.append(
+                f"{target}: how near it is to the merged model is not known: {side['quality']['missing']}"
+            )
+    for case in made["cases"]:
+        name = f"{case['workload']}, {case['clients']} client(s)"
+        said += [f"{name}: not compared: {a['why']}" for a in case["against"].values() if a["why"]]
+        if case["rounds"] == 1:
+            said.append(f"{name}: a single round, so the ratio has no spread")
+    busy = max(
+        (part.idle for side in measured for rounds in side.rounds.values() for part in rounds), default=0.0
+    )
+    if busy > _IDLE_LIMIT:
+        said.append(f"the server that should have been idle used {busy:.0%} of a processor")
+    return said
+
+
+def _quotient(a: float, b: float) -> float | None:
+    return a / b if a and b else None
+
+
+def headline(made: dict[str, Any]) -> dict[str, Any]:
+    """What the last line on standard output says."""
+    return {
+        "run": made["model"]["run"],
+        "tokens": made["settings"]["tokens"],
+        "reference": made["reference"],
+        "memory_ratio": {
+            name: _round(side["memory_ratio"])
+            for name, side in made["targets"].items()
+            if name != made["reference"]
+        },
+        "cases": [
+            {
+                "workload": case["workload"],
+                "clients": case["clients"],
+                "tokens_per_s": {n: _round(side["tokens_per_s"]) for n, side in case["targets"].items()},
+                "against": {
+                    name: {n: _round(r["value"]) if r else None for n, r in side["ratios"].items()}
+                    | {"comparable": side["comparable"]}
+                    for name, side in case["against"].items()
+                },
+            }
+            for case in made["cases"]
+        ],
+        "warnings": len(made["warnings"]),
+    }
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)

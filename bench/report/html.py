@@ -1,0 +1,170 @@
+"""report.html: one self-contained page of a report, with charts; no script, nothing fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from bench.measure.metrics import PERCENTILES
+from bench.report import svg_charts, table
+from bench.report.definitions import DEFINITIONS
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+svg { width: 100%; height: auto; color: inherit; margin: 0.5rem 0 1.5rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+tr.section td { font-weight: 600; padding-top: 0.8rem; }
+.warning { border-left: 4px solid #d55e00; padding-left: 0.6rem; }
+code { background: #8882; padding: 0 0.25em; }
+"""
+
+
+def page(made: dict[str, Any]) -> str:
+    """The whole page for a report that `report.build` made."""
+    machine = made["machine"]
+    parts = [
+        f"<h1>{escape(table.heading(made))}</h1>",
+        f"<p>{escape(machine['cpu'])}, {machine['threads']} cores, {escape(made['created'][:10])}; "
+        f"<code>{escape(made['command'])}</code></p>",
+        *(f'<p class="warning">{escape(text)}</p>' for text in made["warnings"]),
+        *pictures(made).values(),
+        "<h2>Figures</h2>",
+        _table(made),
+        "<h2>Percentiles, with 95 % intervals</h2>",
+        _percentiles(made),
+        "<h2>What they mean</h2><ul>",
+        *(f"<li>{escape(f'{name}: {text}').replace('`', '')}</li>" for name, text in DEFINITIONS.items()),
+        *(f"<li>{escape(name)}: {escape(about)}</li>" for name, about in made["workloads"].items()),
+        "</ul>",
+        "<h2>Versions</h2><p>"
+        + escape(", ".join(f"{name} {version}" for name, version in made["versions"].items()))
+        + f", Python {escape(machine['python'])}</p>",
+    ]
+    title = escape(f"{made['model']['run']}: measured")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def pictures(made: dict[str, Any]) -> dict[str, str]:
+    """The report's charts as SVG, by name; those that have nothing to show are left out."""
+    found = {
+        "throughput": svg_charts.bars(
+            "Output tokens of all clients", "tokens/s", _grouped(made, lambda side: side["tokens_per_s"])
+        ),
+        "load": svg_charts.lines(
+            "Whole answer against load",
+            "seconds, median",
+            "clients at once",
+            _by_clients(made),
+            log_x=True,
+            log_y=True,
+        ),
+        "first": svg_charts.lines(
+            "Time to first token", "share of answers", "seconds", _shares(made), log_x=True, dots=False
+        ),
+        "ceiling": _ceilings(made),
+        "trade": svg_charts.scatter(
+            "Size, speed and quality", "tokens/s, 1 client", "MiB of weights", _trade(made), log_x=True
+        ),
+        "sweep": svg_charts.lines(
+            "Within the objective",
+            "share of requests",
+            "requests/s that arrive",
+            {n: [(s["rate"], s["share"]) for s in steps] for n, steps in made["sweeps"].items()},
+        ),
+    }
+    return {name: svg for name, svg in found.items() if svg}
+
+
+def _grouped(made: dict[str, Any], pick: Any) -> dict[str, dict[str, float]]:
+    return {
+        table.case_title(made, case): {name: pick(side) or 0.0 for name, side in case["targets"].items()}
+        for case in made["cases"]
+    }
+
+
+def _by_clients(made: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """The first workload's median answer, by number of clients, where there are several numbers."""
+    first = next(iter(made["workloads"]))
+    cases = [case for case in made["cases"] if case["workload"] == first]
+    if len(cases) < 2:
+        return {}
+    return {
+        name: [
+            (case["clients"], case["targets"][name]["e2e_s"]["p50"])
+            for case in cases
+            if case["targets"][name]["e2e_s"]["p50"]
+        ]
+        for name in made["targets"]
+    }
+
+
+def _shares(made: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Of the case with most clients: which share of answers had begun by when."""
+    case = max(made["cases"], key=lambda c: c["clients"])
+    return {name: _steps(_firsts(side)) for name, side in case["targets"].items()}
+
+
+def _firsts(side: dict[str, Any]) -> list[float]:
+    samples = [sample for part in side["samples"] for sample in part]
+    return sorted(s["events"][0][0] for s in samples if s["state"] == "ok" and s["events"])
+
+
+def _steps(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The empirical distribution, as the corners of its steps."""
+    count = len(values)
+    return [point for i, v in enumerate(values) for point in ((v, i / count), (v, (i + 1) / count))]
+
+
+def _ceilings(made: dict[str, Any]) -> str:
+    groups = {
+        table.case_title(made, case): {
+            name: 100 * side["ceiling"]["share"]
+            for name, side in case["targets"].items()
+            if side.get("ceiling")
+        }
+        for case in made["cases"]
+    }
+    groups = {label: group for label, group in groups.items() if group}
+    title = "Decoding, of what the memory allows"
+    return svg_charts.bars(title, "percent", groups, list(made["targets"])) if groups else ""
+
+
+def _table(made: dict[str, Any]) -> str:
+    columns = table.titles(made)
+    rows = [f"<tr><th></th>{''.join(f'<th>{escape(title)}</th>' for title in columns)}</tr>"]
+    for name, lines in table.sections(made):
+        rows.append(f'<tr class="section"><td colspan="{1 + len(columns)}">{escape(name)}</td></tr>')
+        for title, cells in lines:
+            shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            rows.append(f"<tr><td>{escape(title).replace('`', '')}</td>{shown}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _percentiles(made: dict[str, Any]) -> str:
+    heads = "".join(f"<th>p{q}</th>" for q in PERCENTILES)
+    rows = [f"<tr><th></th>{heads}</tr>"]
+    for case, name, what, cells in table.latencies(made):
+        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><td>{escape(f'{case}, {name}: {what}')}</td>{shown}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _trade(made: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
+    """Each target by the size of its weights' files and its speed alone, with what they lost in words."""
+    case = min(made["cases"], key=lambda c: c["clients"])
+    found = {}
+    for name, side in made["targets"].items():
+        known, speed = made["model"].get(side["stage"]), case["targets"][name]["tokens_per_s"]
+        if case["clients"] == 1 and known and speed:
+            lost = side["quality"]
+            words = "reference" if lost.get("reference") else f"KL {lost['kl']:.2g}" if "kl" in lost else ""
+            found[name] = (known["bytes"] / 2**20, speed, words)
+    return found

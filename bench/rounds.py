@@ -1,0 +1,305 @@
+"""The measured rounds: targets are started, warmed and driven in turn, with the same work; then stopped.
+
+A round is one pass of one target over one case (a workload and a number of clients). Where the memory holds
+all servers, rounds alternate: A B A B. `/health` is asked all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.energy import Cards, Rapl
+from bench.measure import workloads as prompts
+from bench.measure.load import HealthProbe, Job, ask, closed_loop, get
+from bench.measure.metrics import Sample, e2e, token_rate
+from bench.measure.process_probe import tree_cpu
+from bench.measure.progress import View
+from bench.measure.roofline import Bandwidth, better, reading
+from bench.servers.target import Running, Target, started
+from edge.errors import EdgeError
+from edge.machine import hardware
+
+SEED = 1
+WARM_TOKENS = 16
+PAUSE_S = 0.3
+# The last of many clients waits long for a server that answers one after the other.
+ANSWER_LIMIT_S = 3600.0
+Case = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. budget_s: seconds that the measured rounds may take; at most `rounds` of each case.
+
+    Where one round of each does not fit, answers are shortened to no less than `least` tokens. targets:
+    names, or NAME=URL for servers that run already.
+    """
+
+    tokens: int = 64
+    least: int = 16
+    clients: tuple[int, ...] = (1, 8)
+    workloads: tuple[str, ...] = ("mixed",)
+    targets: tuple[str, ...] = ("baseline", "edge")
+    rounds: int = 5
+    budget_s: float = 100.0
+    sweep: bool = False
+
+
+@dataclass
+class Round:
+    """One pass of one target. idle: the share of a processor that the other servers used meanwhile.
+
+    cpu: processor seconds of the target's own tree. package_j, card_j: energy of the whole machine's
+    processors and cards; card_busy: share of time in which a kernel ran. None: the machine does not tell.
+    memory: the better of two readings, right before and right after; None where it says nothing.
+    """
+
+    samples: list[Sample]
+    health: list[float]
+    health_failures: int
+    idle: float
+    cpu: float = 0.0
+    package_j: float | None = None
+    card_j: float | None = None
+    card_busy: float | None = None
+    memory: Bandwidth | None = None
+
+
+@dataclass
+class Measured:
+    """One target's part. rounds: by workload and number of clients, in order.
+
+    answers_s, load_s: seconds until its port answered anything, and until it was ready. Memory in bytes; that
+    of the cards is what they held more, once it was warm, than before it started. unforced: why its answers
+    may not have the tokens that were asked for, "" where they must.
+    """
+
+    target: Target
+    answers_s: float = 0.0
+    load_s: float = 0.0
+    memory_peak: int = 0
+    memory_steady: int = 0
+    card_memory: int | None = None
+    unforced: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    rounds: dict[Case, list[Round]] = field(default_factory=dict)
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the server says that its model lies on a card."""
+        return str(self.about.get("device", "")).startswith("cuda")
+
+
+def measure(
+    targets: Sequence[Target],
+    plan: Plan,
+    logs: Path,
+    *,
+    together: bool,
+    view: View,
+    probed: Mapping[str, int],
+) -> tuple[list[Measured], Plan]:
+    """Start, warm and drive the targets; what was measured, in that order, and the plan as kept.
+
+    together: all run at once and rounds alternate; otherwise one after the other. The speed of the slowest
+    that is known when the first round begins decides what fits into the budget (see `schedule`). probed:
+    bytes of memory to read beside a round of one client, by target. Raises what `started` raises, and
+    EdgeError where two targets count a prompt's tokens differently.
+    """
+    with Cards() as cards:
+        return _Desk(plan, logs, view, cards, probed).run(targets, together)
+
+
+class _Desk:
+    """What the rounds of one measurement share."""
+
+    def __init__(self, plan: Plan, logs: Path, view: View, cards: Cards, probed: Mapping[str, int]) -> None:
+        self.plan, self.logs, self.view, self.cards, self.probed = plan, logs, view, cards, probed
+        self.rapl = Rapl()
+        self.reads: dict[int, int] = {}
+        self.rates: list[float] = []
+        self.rounds: dict[Case, int] = {}
+
+    def run(self, targets: Sequence[Target], together: bool) -> tuple[list[Measured], Plan]:
+        measured = [Measured(target) for target in targets]
+        if together:
+            with contextlib.ExitStack() as stack:
+                running = [self.open(part, stack) for part in measured]
+                self.settle(measured, self.rates)
+                since = time.perf_counter()
+                for case, number in self.cases():
+                    for part, server in zip(measured, running, strict=True):
+                        others = [one for one in running if one is not server]
+                        self.round(part, server, others, case, number)
+                for part, server in zip(measured, running, strict=True):
+                    _memory(part, server, since)
+            return measured, self.plan
+        for part in measured:
+            with contextlib.ExitStack() as stack:
+                server = self.open(part, stack)
+                if not self.rounds:
+                    self.settle(measured, [self.rates[0]] * len(measured))
+                since = time.perf_counter()
+                for case, number in self.cases():
+                    self.round(part, server, [], case, number)
+                _memory(part, server, since)
+        return measured, self.plan
+
+    def open(self, part: Measured, stack: contextlib.ExitStack) -> Running:
+        name = part.target.name
+        self.view.say(f"starting {name}")
+        before = self.cards.memory()
+        server = stack.enter_context(started(part.target, self.logs / f"{name}.log"))
+        if not part.target.url:
+            part.load_s, part.answers_s = server.load_s, server.answers_s
+        part.about = _about(server)
+        self.view.say(f"warming {name}")
+        self.rates.append(warm(part, server, self.reads))
+        after = self.cards.memory()
+        # A server that was there before has its share in both.
+        if before is not None and after is not None and not part.target.url:
+            part.card_memory = max(after - before, 0)
+        return server
+
+    def settle(self, measured: Sequence[Measured], rates: Sequence[float]) -> None:
+        """Decide about the rounds, by tokens/s of each target."""
+        self.plan, self.rounds = schedule(self.plan, rates)
+        names = [part.target.name for part in measured]
+        seconds = {
+            (name, case): 1.2 * case[1] * self.plan.tokens / rate
+            for name, rate in zip(names, rates, strict=True)
+            for case in self.rounds
+        }
+        self.view.expect(names, self.rounds, seconds)
+
+    def cases(self) -> Iterator[tuple[Case, int]]:
+        for case, count in self.rounds.items():
+            for number in range(count):
+                yield case, number
+
+    def round(
+        self, part: Measured, server: Running, others: Sequence[Running], case: Case, number: int
+    ) -> None:
+        jobs = jobs_of(self.plan, case, number)
+        dialect = part.target.dialect
+
+        async def drive() -> tuple[list[Sample], HealthProbe]:
+            async with HealthProbe(server.url, part.target.health, key=dialect.key) as probe:
+                answers = closed_loop(
+                    server.url, dialect, jobs, case[1], limit=ANSWER_LIMIT_S, seen=self.view.seen
+                )
+                return await answers, probe
+
+        def others_cpu() -> float:
+            return sum(tree_cpu(other.pid) for other in others)
+
+        before = self.read(part, case)
+        time.sleep(PAUSE_S)
+        used, own, energy = others_cpu(), tree_cpu(server.pid), self.rapl.read()
+        began = time.perf_counter()
+        self.view.begin(part.target.name, case)
+        samples, probe = asyncio.run(drive())
+        end = time.perf_counter()
+        found = Round(
+            samples,
+            probe.seconds,
+            probe.failures,
+            idle=(others_cpu() - used) / (end - began),
+            cpu=tree_cpu(server.pid) - own,
+            package_j=self.rapl.joules(energy, self.rapl.read()),
+            card_j=self.cards.joules(began, end),
+            card_busy=self.cards.busy(began, end),
+        )
+        after = self.read(part, case)
+        if before and after:
+            found.memory = better(before, after)
+        part.rounds.setdefault(case, []).append(found)
+        self.view.end(token_rate(samples))
+
+    def read(self, part: Measured, case: Case) -> Bandwidth | None:
+        """How fast the processor's memory is now, where a round tells of decoding one stream from it."""
+        size = self.probed.get(part.target.name, 0)
+        if case[1] != 1 or part.on_card or not size:
+            return None
+        return reading(size, hardware.cpu_threads())
+
+
+def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]:
+    """The plan, with shorter answers if need be, and the rounds for each case; at least one.
+
+    rates: tokens/s of each target for one answer; none is taken to be faster with several at once.
+    """
+    per_token = sum(1.0 / rate for rate in rates)
+
+    def seconds(clients: int) -> float:
+        # A fifth more for prompts, and a second for the pauses.
+        return 1.2 * clients * plan.tokens * per_token + 1
+
+    def whole() -> float:
+        return len(plan.workloads) * sum(map(seconds, plan.clients))
+
+    while plan.tokens > plan.least and whole() > plan.budget_s:
+        plan = dataclasses.replace(plan, tokens=max(plan.least, plan.tokens // 2))
+    share = plan.budget_s / (len(plan.clients) * len(plan.workloads))
+    return plan, {
+        (name, n): max(1, min(plan.rounds, int(share / seconds(n))))
+        for name in plan.workloads
+        for n in plan.clients
+    }
+
+
+def jobs_of(plan: Plan, case: Case, number: int) -> list[Job]:
+    """The prompts of one round: the same for every target, never asked before."""
+    name, clients = case
+    workload = prompts.WORKLOADS[name]
+    return workload.jobs(clients, plan.tokens, seed=SEED, first=1000 * clients + 1000 * 300 * number)
+
+
+def warm(part: Measured, server: Running, reads: dict[int, int]) -> float:
+    """Two answers that are thrown away; tokens/s of the second. reads: each prompt's tokens, as the first
+    target counted them.
+
+    A server that somebody else started and that does other work is noted as such in `part`; for any other,
+    EdgeError is raised where an answer is not whole or a prompt has another number of tokens.
+    """
+    target = part.target
+    part.unforced = "" if target.forced else "it cannot be told to go on after an end token"
+    rate = 1.0
+    for job in prompts.make(2, WARM_TOKENS, seed=SEED + 1):
+        sample = asyncio.run(ask(server.url, target.dialect, job))
+        if sample.error or (sample.state != "ok" and not target.url):
+            why = sample.error or f"{sample.completion_tokens} tokens instead of {sample.wanted}"
+            raise EdgeError(
+                f"the server '{target.name}' did not give a whole answer: {why}",
+                f"its last words:\n    {server.log_tail()}",
+            )
+        if sample.state != "ok":
+            part.unforced = f"it gave {sample.completion_tokens} of {sample.wanted} tokens"
+        counted = sample.prompt_tokens or 0
+        if reads.setdefault(job.index, counted) != counted and not target.url:
+            raise EdgeError(
+                f"'{target.name}' reads a prompt as {counted} tokens, the other server as "
+                f"{reads[job.index]}: they would not do the same work",
+                "the tokenizer was changed by the export; export the model again",
+            )
+        rate = (sample.completion_tokens or 1) / e2e(sample)
+    return rate
+
+
+def _about(server: Running) -> dict[str, Any]:
+    _, body = asyncio.run(get(server.url, server.target.about, key=server.target.dialect.key))
+    said = json.loads(body)
+    assert isinstance(said, dict)
+    return said
+
+
+def _memory(part: Measured, server: Running, since: float) -> None:
+    part.memory_peak, part.memory_steady = server.memory.peak, server.memory.steady(since)

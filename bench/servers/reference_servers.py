@@ -1,0 +1,188 @@
+"""Other servers to measure against: llama.cpp's own, built from the same sources with the same flags, and
+two that come as Python packages, in an environment of their own.
+
+python -m bench.servers.reference_servers          builds and installs them (minutes) and says where they lie
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.measure.load import Job, Part
+from bench.servers.target import Target
+from edge.artefact.gguf_shards import read_whole
+from edge.cli import guarded
+from edge.errors import EdgeError
+from edge.machine import build_llamacpp, hardware
+from edge.machine.llamacpp_source import sdist
+
+# What the two Python servers need; nothing of it is used by the project itself.
+_PACKAGES = (
+    "xllamacpp==2026.10.11549",
+    "fastapi==0.165.0",
+    "uvicorn==0.54.0",
+    "pydantic-settings==2.16.3",
+    "sse-starlette==3.7.0",
+    "starlette-context==0.3.6",
+    "PyYAML==6.0.4",
+)
+_ON = ("LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "BUILD_SHARED_LIBS")
+
+
+def llama_server_binary() -> Path:
+    """llama-server, built once with the flags of our own build. Raises EdgeError with the log's end.
+
+    What edge/csrc puts in place of its products and attention is not in it: it is llama.cpp as it comes, but
+    for the header without which it dies on a CPU with AMX.
+    """
+    plan = build_llamacpp.plan()
+    folder = hardware.cache_dir() / "peers" / plan.stock_key
+    binary = folder / "bin" / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
+    if binary.is_file():
+        return binary
+    defines = {**plan.defines, **dict.fromkeys(_ON, "ON"), "CMAKE_BUILD_TYPE": "Release"}
+    if plan.cxx_flags == "include-header":
+        defines["CMAKE_CXX_FLAGS"] = f'-include "{build_llamacpp.HEADER}"'
+    source = sdist() / "vendor" / "llama.cpp"
+    configure = ["cmake", "-G", "Ninja", "-S", str(source), "-B", str(folder)]
+    _run([*configure, *(f"-D{name}={value}" for name, value in sorted(defines.items()))])
+    _run(["cmake", "--build", str(folder), "--target", "llama-server"])
+    return binary
+
+
+def peers_python() -> Path:
+    """The interpreter of an environment with xllamacpp and llama_cpp.server, the latter on our own build."""
+    plan = build_llamacpp.plan()
+    told = "\n".join([plan.key, *_PACKAGES])
+    folder = hardware.cache_dir() / "peers" / f"python-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not (folder / "complete").is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        wheel = build_llamacpp.wheel(plan, Console(stderr=True))
+        _run([str(python), "-m", "pip", "install", "--quiet", *_PACKAGES, str(wheel)])
+        (folder / "complete").touch()
+    return python
+
+
+def _run(command: list[str]) -> None:
+    scripts = str(Path(sys.executable).parent)
+    path = scripts + os.pathsep + os.environ.get("PATH", "")
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        raise EdgeError(f"{command[0]} is not installed", "pip install -c constraints.txt cmake ninja")
+    done = subprocess.run(
+        [program, *command[1:]], capture_output=True, check=False, env={**os.environ, "PATH": path}
+    )
+    if done.returncode != 0:
+        tail = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()[-15:]
+        raise EdgeError(f"{command[0]} failed", "\n  ".join(tail))
+
+
+class LlamaServer:
+    """llama-server's native /completion, streamed, greedy, with prefix reuse as the job has it."""
+
+    key = ""
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        body = {"prompt": job.prompt, "n_predict": job.tokens, "temperature": 0.0}
+        given = {"cache_prompt": job.reuse, "ignore_eos": True, "stream": True}
+        return "POST", "/completion", body | given
+
+    def read(self, said: dict[str, Any]) -> Part:
+        if "error" in said:
+            return Part(error=str(said["error"].get("message", said["error"])))
+        if not said.get("stop"):
+            return Part(text=said.get("content", ""), tokens=len(said.get("tokens", [])) or 1)
+        kind = said.get("stop_type", "limit")
+        return Part(
+            text=said.get("content", ""),
+            prompt_tokens=said.get("tokens_evaluated"),
+            completion_tokens=said.get("tokens_predicted"),
+            finish="length" if kind == "limit" else kind,
+        )
+
+
+def llama_server(path: Path, *, slots: int, context: int, threads: int, flash_attention: bool) -> Target:
+    """llama.cpp's server over the same file, with as many slots of `context` tokens."""
+    command = [
+        str(llama_server_binary()),
+        *("--model", str(path), "--host", "127.0.0.1", "--port", "{port}"),
+        *("--parallel", str(slots), "--ctx-size", str(slots * context)),
+        *("--threads", str(threads), "--threads-batch", str(threads)),
+        *("--flash-attn", "on" if flash_attention else "off"),
+        *("--no-webui", "--cache-ram", "0", "--log-disable"),
+    ]
+    return Target("llama-server", command, LlamaServer(), "/health", "/props")
+
+
+def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
+    """xllamacpp's server from its wheel, as it sets itself but for slots, context and threads."""
+    script = Path(__file__).with_name("xllamacpp_child.py")
+    numbers = ["{port}", str(slots), str(context), str(threads)]
+    command = [str(peers_python()), str(script), str(path), *numbers]
+    return Target("xllamacpp", command, LlamaServer(), "/health", "/props")
+
+
+class LlamaCppServer:
+    """llama_cpp.server's /v1/completions, greedy, whole answers: it counts tokens in those alone.
+
+    It counts those of the answer's text, read again, which may be more or fewer than were made. ends: ids
+    that end an answer; it cannot be told to ignore them, but to never take them.
+    """
+
+    key = ""
+
+    def __init__(self, ends: frozenset[int]) -> None:
+        self._never = {str(token): -100.0 for token in sorted(ends)}
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
+        return "POST", "/v1/completions", body | {"logit_bias": self._never}
+
+    def read(self, said: dict[str, Any]) -> Part:
+        choice, usage = said["choices"][0], said["usage"]
+        return Part(
+            text=choice["text"],
+            tokens=None,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            finish=choice["finish_reason"],
+            at_limit=choice["finish_reason"] == "length",
+        )
+
+
+def llama_cpp_server(path: Path, *, context: int, threads: int) -> Target:
+    """`python -m llama_cpp.server`, which answers one request after the other."""
+    command = [
+        *(str(peers_python()), "-m", "llama_cpp.server", "--model", str(path)),
+        *("--host", "127.0.0.1", "--port", "{port}", "--n_ctx", str(context)),
+        *("--n_threads", str(threads), "--n_threads_batch", str(threads)),
+        # Its default ends a running answer when the next request comes.
+        *("--interrupt_requests", "false", "--verbose", "false"),
+    ]
+    told = read_whole(path).metadata
+    known = (told.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    dialect = LlamaCppServer(frozenset(token for token in known if isinstance(token, int)))
+    return Target("llama_cpp.server", command, dialect, "/v1/models", "/v1/models", health="/v1/models")
+
+
+def main(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="python -m bench.servers.reference_servers", description=__doc__).parse_args(
+        argv
+    )
+    sys.stdout.write(f"{llama_server_binary()}\n{peers_python()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
