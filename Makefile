@@ -131,7 +131,7 @@ onnx-optimum: install
 	$(BIN)/python -m convert.export.check_with_optimum "$(RUN)"
 
 onnx-alone: install
-	$(BIN)/python -m tests.onnx_alone "$(RUN)"
+	$(BIN)/python -m tests.support.onnx_alone "$(RUN)"
 
 serve: install
 	$(BIN)/edge serve "$(RUN)" --port $(PORT)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from tests.backends import Maker
+    from tests.support.backends import Maker
 
 # Before numpy and torch are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,33 +21,15 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
-# Modules whose tests take no times, and so may run side by side.
-BESIDE = {
-    "test_bench_train",
-    "test_eval",
-    "test_examples",
-    "test_families",
-    "test_gguf",
-    "test_gptq",
-    "test_ladder",
-    "test_layers",
-    "test_memory",
-    "test_merge",
-    "test_methods",
-    "test_onnx_export",
-    "test_packed",
-    "test_pull",
-    "test_qlora",
-    "test_resume",
-    "test_smooth",
-    "test_verify",
-    "test_verify_onnx",
-}
+# Folders whose tests take no times, and so may run side by side.
+BESIDE = ("convert", "bench/training")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
     for item in items:
-        if item.path.stem in BESIDE:
+        place = item.path.relative_to(tests).as_posix()
+        if place.startswith(BESIDE) or place in ("test_layout.py", "test_examples.py"):
             item.add_marker(pytest.mark.beside)
 
 
@@ -54,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     """Makes backends; a test that takes it runs over every kind."""
     # Late: the conformance suites run in environments that have nothing of edge.
-    from tests.backends import Maker
+    from tests.support.backends import Maker
 
     maker = Maker(request.param, tmp_path_factory.mktemp("模型 目录"))
     yield maker

@@ -404,7 +404,7 @@ def _tail(log: str, lines: int = 12) -> str:
 
 
 def _native(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """Run gguf_native.py; its answer and log. Raises EdgeError where it dies or refuses."""
+    """Run llamacpp_child.py; its answer and log. Raises EdgeError where it dies or refuses."""
     script = str(Path(__file__).with_name("llamacpp_child.py"))
     job = job | {"threads": hardware.cpu_threads()}
     done = subprocess.run(

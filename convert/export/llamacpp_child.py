@@ -1,4 +1,4 @@
-"""What needs llama.cpp itself, as a process of its own: `python gguf_native.py quantize|inspect < JSON`.
+"""What needs llama.cpp itself, as a process of its own: `python llamacpp_child.py quantize|inspect < JSON`.
 
 Native code may abort, so convert.export.gguf never loads it. Reads one JSON object from standard input and writes
 one to standard output; llama.cpp's log goes to standard error.

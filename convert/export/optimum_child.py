@@ -1,4 +1,4 @@
-"""optimum's side of the check, in its own environment: `python -P onnx_optimum_native.py < JSON`.
+"""optimum's side of the check, in its own environment: `python -P optimum_child.py < JSON`.
 
 Exports a transformers folder and answers prompts greedily with what it exported. Reads `source`, `prompts`
 (token ids) and `tokens` (how many to make of each); the last line of standard output is JSON.

@@ -1,4 +1,4 @@
-"""llama.cpp's side of a comparison, as a process of its own: `python verify_native.py < requests`.
+"""llama.cpp's side of a comparison, as a process of its own: `python -m convert.verify.gguf_child < requests`.
 
 Native code may abort, so convert.verify.compare never loads it. The first line of standard input says what to load,
 each further line asks one thing; the answer is a line of JSON, after `logits` followed by the float32 bytes.

@@ -1,4 +1,4 @@
-"""Decodes of a tiny model, run as a process of its own: `python native_check.py plain|extra|gpu`.
+"""Decodes of a tiny model, run as a process of its own: `python build_check.py plain|extra|gpu`.
 
 A wrong build dies in native code at its first matrix product, so the check must not share a process with
 anything. `plain` uses ordinary buffers, `extra` lets the CPU backend repack weights (AMX and the like), `gpu`

@@ -57,7 +57,7 @@ def url() -> Iterator[str]:
         "thinker": {**common, "reply": "Let me see.\n</think>\n\nForty-two.", "chat_template": THINKS},
     }
     process = subprocess.Popen(
-        [PYTHON, "-m", "tests.fake_server", json.dumps({"models": models, "admin_keys": [ADMIN]})],
+        [PYTHON, "-m", "tests.support.fake_server", json.dumps({"models": models, "admin_keys": [ADMIN]})],
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",

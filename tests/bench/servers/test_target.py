@@ -1,0 +1,418 @@
+"""Servers that run already, the bench's own small server, quality, energy, and the view of what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench import cli, energy, rounds, run_from_gguf
+from bench.energy import Cards, Rapl, Reading
+from bench.measure import progress
+from bench.measure.http1 import Lines, request
+from bench.measure.load import Job, ask, spread_evenly
+from bench.report import quality
+from bench.report.definitions import DEFINITIONS
+from bench.report.quality import of_stage, of_target
+from bench.servers import external, library_server
+from bench.servers.library_server import Asked, next_batch
+from bench.servers.target import Target, baseline, genai, ours, started
+from edge.artefact import manifest
+from edge.errors import EdgeError, ExistsError, InputError, UsageError
+
+KEY = "k-1"
+
+
+class Other(BaseHTTPRequestHandler):
+    """OpenAI's and Ollama's interface, as far as they are asked. `strict`: unknown fields are refused."""
+
+    strict = False
+    models: tuple[str, ...] = ("m",)
+    bodies: list[dict[str, Any]]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _send(self, status: int, kind: str, text: str) -> None:
+        data = text.encode()
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        if self.headers.get("authorization") not in (None, f"Bearer {KEY}"):
+            return self._send(401, "application/json", "{}")
+        field, key = ("models", "name") if self.path.endswith("tags") else ("data", "id")
+        said = {field: [{key: name} for name in self.models]}
+        return self._send(200, "application/json", json.dumps(said))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.bodies.append(body)
+        if self.path.endswith("/generate"):
+            rows: list[dict[str, Any]] = [{"response": "la ", "done": False}] * 2
+            rows.append({"response": "", "done": True, "done_reason": "stop"})
+            rows[-1] |= {"prompt_eval_count": 7, "eval_count": 3}
+            return self._send(200, "application/x-ndjson", "".join(json.dumps(row) + "\n" for row in rows))
+        if self.strict and "ignore_eos" in body:
+            return self._send(400, "application/json", '{"error": "unknown field"}')
+        usage = {"prompt_tokens": 7, "completion_tokens": body["max_tokens"]}
+        events: list[dict[str, Any]] = [{"choices": [{"text": "la "}]} for _ in range(3)]
+        events += [{"choices": [{"text": "", "finish_reason": "length"}]}, {"choices": [], "usage": usage}]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        return self._send(200, "text/event-stream", text)
+
+
+@contextlib.contextmanager
+def other(**more: Any) -> Iterator[tuple[str, Any]]:
+    handler = type("Handler", (Other,), {"bodies": [], **more})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(external.KEY, KEY)
+    with other() as (url, handler):
+        target = external.outside("vllm", url)
+        assert target.forced and target.stage == "" and target.dialect.key == KEY
+        sample = asyncio.run(ask(target.url, target.dialect, Job("Hello", 0, 10)))
+    asked = handler.bodies[-1]
+    assert (asked["prompt"], asked["model"], asked["temperature"]) == ("Hello", "m", 0.0)
+    assert (asked["max_tokens"], asked["min_tokens"], asked["ignore_eos"]) == (10, 10, True)
+    assert (sample.state, sample.prompt_tokens, sample.text) == ("ok", 7, "la la la ")
+    # Ten tokens in three pieces of unknown size.
+    assert [tokens for _, tokens in sample.events] == [3, 3, 4]
+
+
+def test_a_server_that_refuses_the_forcing_fields_is_marked() -> None:
+    with other(strict=True) as (url, handler):
+        target = external.outside("strict", f"{url}/v1/")
+        assert not target.forced
+        assert asyncio.run(ask(target.url, target.dialect, Job("x", 0, 4))).state == "ok"
+        assert "ignore_eos" not in handler.bodies[-1]
+
+
+def test_ollama_is_asked_raw_and_its_short_answers_are_incomplete(tmp_path: Path) -> None:
+    with other() as (url, handler):
+        target = external.outside("ollama", f"{url}/api#other")
+        with started(target, tmp_path / "log") as server:
+            assert server.pid is None and server.load_s == 0.0
+            part = rounds.Measured(target)
+            reads = {0: 99}
+            rate = rounds.warm(part, server, reads)
+        assert rate > 0 and part.unforced == "it gave 3 of 16 tokens"
+        body = handler.bodies[-1]
+        assert (body["model"], body["raw"], body["options"]["num_predict"]) == ("other", True, 16)
+        sample = asyncio.run(ask(target.url, target.dialect, Job("x", 0, 16)))
+        assert (sample.state, sample.completion_tokens, sample.finish) == ("incomplete", 3, "stop")
+        assert [tokens for _, tokens in sample.events] == [1, 2]
+
+
+def test_models_of_an_outside_server() -> None:
+    with other(models=("a", "b")) as (url, _):
+        with pytest.raises(InputError, match="several models: a, b"):
+            external.outside("x", url)
+        assert external.outside("x", f"{url}#b").dialect.model == "b"  # type: ignore[attr-defined]
+    with other(models=()) as (url, _), pytest.raises(InputError, match="lists no model"):
+        external.outside("x", url)
+    with pytest.raises(EdgeError, match="does not answer"):
+        external.outside("x", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["x=ftp://h", "=http://h", "a b=http://h", "../x=http://h", "x=http://", "x=http://h:99999", "x="],
+)
+def test_names_and_urls_are_checked(given: str) -> None:
+    with pytest.raises(UsageError, match="NAME=URL"):
+        external.check(given)
+
+
+def test_target_names() -> None:
+    assert cli.target_names("edge, genai,edge,x=http://h:1/v1") == ("edge", "genai", "x=http://h:1/v1")
+    for given in ("nothing", "edge,edge=http://h", "a=http://h:1,a=http://h:2", ""):
+        with pytest.raises(UsageError):
+            cli.target_names(given)
+    with pytest.raises(UsageError, match="same server"):
+        cli.target_names("a=http://h:1/v1,b=http://h:1/api")
+
+
+def test_tokens_of_unknown_pieces_are_spread_evenly() -> None:
+    assert [n for _, n in spread_evenly([(0.0, 0), (1.0, 0), (2.0, 0)], 7)] == [2, 2, 3]
+    assert spread_evenly([(0.0, 0), (1.0, 0)], 0) == [(0.0, 0), (1.0, 0)]
+
+
+def test_lines_come_whole_however_they_are_cut() -> None:
+    lines = Lines()
+    text = '{"a": "你"}\n\n{"b": 1}\n'.encode()
+    found = [one for at in range(len(text)) for one in lines.feed(text[at : at + 1])]
+    assert found == ['{"a": "你"}', '{"b": 1}']
+    assert b"authorization: Bearer s3\r\n" in request("GET", "h", "/", key="s3")
+    assert b"authorization" not in request("GET", "h", "/")
+
+
+class Toy:
+    """A library that takes two requests of equal shape at once, and says what it was given."""
+
+    rows = 2
+
+    def __init__(self) -> None:
+        self.info: dict[str, Any] = {"library": "toy"}
+
+    def encode(self, prompt: str) -> list[int]:
+        return [ord(letter) for letter in prompt]
+
+    def run(self, batch: Sequence[Asked], emit: Any) -> None:
+        if batch[0].ids == [ord("!")]:
+            raise RuntimeError("broken")
+        for number in range(batch[0].tokens):
+            for row in range(len(batch)):
+                # Every second token is half a character.
+                emit(row, "" if number % 2 == 0 and number + 1 < batch[0].tokens else "你")
+
+
+def test_only_prompts_of_one_shape_share_a_batch() -> None:
+    def asked(length: int, tokens: int = 4) -> Asked:
+        return Asked([0] * length, tokens, lambda _: None)
+
+    waiting = [asked(3), asked(5), asked(3), asked(3, 8), asked(3)]
+    assert next_batch(waiting, 32) == [waiting[0], waiting[2], waiting[4]]
+    assert next_batch(waiting, 2) == [waiting[0], waiting[2]]
+    assert next_batch(waiting, 1) == [waiting[0]]
+
+
+def test_the_small_server_answers_each_and_outlives_an_error() -> None:
+    starlette = pytest.importorskip("starlette.testclient")
+    with starlette.TestClient(library_server.create_app(Toy())) as client:
+        assert client.get("/health").json() == {"library": "toy"}
+        answers = [client.post("/generate", json={"prompt": p, "max_tokens": 3}).text for p in ("!", "ab")]
+    assert "RuntimeError: broken" in answers[0] and "done" not in answers[0]
+    events = [json.loads(line[6:]) for line in answers[1].splitlines() if line.startswith("data: {")]
+    assert [(e["text"], e["tokens"]) for e in events[:-1]] == [("你", 2), ("你", 1)]
+    assert events[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3}
+    assert answers[1].endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.slow
+def test_a_static_cache_gives_the_tokens_of_plain_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tests.support.toy import make_model
+
+    monkeypatch.setattr(library_server, "CONTEXT", 96)
+    threads = torch.get_num_threads()
+    library = library_server.Static(make_model(tmp_path / "m"), "float32", compiled=False)
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for prompt in ("Hello, world", "A longer question: who are you?"):
+        ids = library.encode(prompt)
+        texts: list[str] = []
+        library.run([Asked(ids, 20, lambda _: None)], lambda _, text, add=texts.append: add(text))
+        plain = model.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        wanted = library._tokenizer.decode(plain[0, len(ids) :])
+        assert len(texts) == 20
+        # Bytes of a character that is not complete are held back.
+        assert wanted.rstrip("\ufffd").startswith("".join(texts)[:-1]) and len("".join(texts)) > 5
+
+
+def test_the_small_server_names_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        library_server.main(["static", str(tmp_path / "missing")])
+
+
+def stage(run_folder: Path, name: str, **verify: Any) -> None:
+    folder = run_folder / name
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(name)
+    manifest.write(folder, manifest.Manifest(name, "x", verify=verify))
+
+
+def test_quality_comes_from_what_verify_wrote(tmp_path: Path) -> None:
+    logits = {"positions": 690, "kl_mean": 0.034, "kl_p99": 0.4, "top1": 0.956}
+    logits |= {"perplexity": [1.598, 1.626], "rows": "24 training rows"}
+    stage(tmp_path, "merged")
+    stage(tmp_path, "gguf", logits=logits)
+    stage(tmp_path, "onnx", quality={"positions": 188, "kl": 0.0012, "top1": 1.0, "poor": False})
+    found = of_stage(tmp_path, "gguf")
+    assert (found["kl"], found["top1"], found["perplexity"]) == (0.034, 0.956, 1.626)
+    assert of_stage(tmp_path, "onnx") == {"kl": 0.0012, "top1": 1.0, "positions": 188}
+    slow = of_target(tmp_path, baseline(tmp_path / "merged", "float32"))
+    assert slow == {"reference": True, "perplexity": 1.598, "rows": "24 training rows"}
+    assert "bfloat16" in of_target(tmp_path, baseline(tmp_path / "merged", "bfloat16"))["unmeasured"]
+    assert of_target(tmp_path, genai(tmp_path / "onnx"))["kl"] == 0.0012
+    assert of_target(tmp_path, Target("x", [], ours(tmp_path).dialect, "/", "/", stage="")) == {}
+
+
+def test_quality_that_is_missing_names_its_command(tmp_path: Path) -> None:
+    stage(tmp_path, "merged")
+    stage(tmp_path, "gguf", chat_template="equal")
+    found = of_stage(tmp_path, "gguf")
+    assert found == {"missing": f"edge verify {tmp_path / 'merged'} {tmp_path / 'gguf'}"}
+    assert "edge export onnx" in of_stage(tmp_path, "onnx")["missing"]
+    assert quality.of_stage(tmp_path, "merged") == {"reference": True}
+
+
+def counter(root: Path, name: str, energy_uj: int, most: int = 1000, label: str = "package-0") -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    for file, text in (("name", label), ("energy_uj", energy_uj), ("max_energy_range_uj", most)):
+        (folder / file).write_text(f"{text}\n")
+    return folder / "energy_uj"
+
+
+def test_energy_counters_turn_over_and_parts_are_not_counted_twice(tmp_path: Path) -> None:
+    first = counter(tmp_path, "intel-rapl:0", 900)
+    counter(tmp_path, "intel-rapl:0:0", 500, label="core")
+    counter(tmp_path, "intel-rapl:1", 10, label="package-1")
+    counter(tmp_path, "intel-rapl:2", 10, label="psys")
+    rapl = Rapl(tmp_path)
+    before = rapl.read()
+    assert before == [900, 10]
+    first.write_text("99\n")
+    # 900 -> 1000 -> 0 -> 99 are 200 microjoules; the other package took none.
+    assert rapl.joules(before, rapl.read()) == pytest.approx(200e-6)
+    nothing = Rapl(tmp_path / "missing")
+    assert nothing.read() == [] and nothing.joules([], []) is None
+
+
+def test_the_power_of_cards_is_integrated() -> None:
+    cards = Cards()
+    cards._readings = [
+        Reading(1.0, 100.0, 0.5, 10),
+        Reading(2.0, 200.0, 1.0, 20),
+        Reading(3.0, 200.0, 0.0, 30),
+    ]
+    # 150 J and 200 J in two seconds; half a second on each side as the mean between.
+    assert cards.joules(0.5, 3.5) == pytest.approx(350 * 3 / 2)
+    assert cards.busy(0.5, 3.5) == pytest.approx(0.5) and cards.memory() == 30
+    assert cards.joules(2.5, 9.0) is None and cards.busy(5.0, 9.0) is None
+    assert Cards().memory() is None
+
+
+def test_lines_of_nvidia_smi() -> None:
+    lines = [
+        "0, 80.5, 40, 1000",
+        "1, [N/A], 90, 500",
+        "0, 82.0, 50, 1000",
+        "No devices",
+        "1, 1, 2, 3",
+        "0, x",
+    ]
+    [one] = energy.parse(iter(lines))
+    assert (one.watts, one.busy, one.memory) == (80.5, 0.9, 1500 * 2**20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script stands in for nvidia-smi")
+def test_nvidia_smi_is_watched_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nwhile :; do echo '0, 50, 100, 2'; sleep 0.02; done\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(energy, "_nvml", lambda: None)
+    with Cards() as cards:
+        until = time.perf_counter() + 20
+        while len(cards._readings) < 3 and time.perf_counter() < until:
+            time.sleep(0.02)
+    assert cards._process is not None and cards._process.returncode is not None
+    assert cards.memory() == 2 * 2**20
+    assert cards.joules(cards._readings[0].at, cards._readings[2].at) == pytest.approx(
+        50 * (cards._readings[2].at - cards._readings[0].at)
+    )
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    text = io.StringIO()
+    case = ("mixed", 8)
+    with progress.View(Console(file=text, width=60)) as view:
+        view.say("starting edge")
+        view.expect(["baseline", "edge"], {case: 2}, {("baseline", case): 100.0, ("edge", case): 10.0})
+        assert view.left() == pytest.approx(220.0)
+        view.begin("edge", case)
+        view.seen(3)
+        view.end(93.4)
+    first, second = text.getvalue().splitlines()
+    assert first == "starting edge"
+    # The round took no time, so the next of this target will take none; the other's are still guessed.
+    assert second == "edge: mixed, 8 clients, round 1 of 2: 93.4 tokens/s; about 3:20 min left"
+
+
+def test_on_a_terminal_the_view_shows_round_rate_and_results() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    case = ("mixed", 1)
+    with progress.View(console) as view:
+        view.expect(["edge"], {case: 3}, {("edge", case): 10.0})
+        view.begin("edge", case)
+        view.end(50.0)
+        view.begin("edge", case)
+        with console.capture() as shown:
+            console.print(view)
+        assert "no token yet" in shown.get()
+        view.seen(5)
+        with console.capture() as shown:
+            console.print(view)
+    assert re.search(r"edge: mixed, 1 client, round 2 of 3, [\d.]+ tokens/s; about \d+ s left", shown.get())
+    assert "50.0 (1)" in shown.get()
+
+
+def test_the_docs_define_every_figure_in_the_same_words() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "bench.md").read_text(encoding="utf-8")
+    for name, meaning in DEFINITIONS.items():
+        assert f"| {name} | {meaning} |" in text
+
+
+def test_a_run_from_a_gguf_needs_one(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no such thing")
+    with pytest.raises(InputError, match=r"x\.gguf"):
+        run_from_gguf.make(tmp_path / "x.gguf", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_becomes_a_merged_folder_with_its_weights(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from convert.export import gguf
+    from tests.convert.export.test_gguf import write_model
+
+    first = tmp_path / "first"
+    write_model(first / "merged", tied=False)
+    file = gguf.run(first, quant="F16", console=Console(quiet=True))
+    folder = run_from_gguf.make(file, tmp_path / "模型")
+    known = manifest.read(folder)
+    assert (known.stage, known.name, known.settings["dtype"]) == ("merged", "模型", "float16")
+    made = safetensors.load_file(folder / "model.safetensors")
+    model = transformers_of(first / "merged")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert abs(made[name].astype("float32") - model.state_dict()[name].float().numpy()).max() < 1e-4
+    with pytest.raises(ExistsError):
+        run_from_gguf.make(file, tmp_path / "模型")
+
+
+def transformers_of(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)

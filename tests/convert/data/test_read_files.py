@@ -1,0 +1,249 @@
+"""Files of every kind row by row, dataset_info.json in full, and what `edge data` shows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from convert.config import parse
+from convert.data import cli, dataset, encode, read_files
+from convert.data.dataset_info import read_info
+from convert.model import chat_format
+from edge.errors import InputError, UsageError
+from tests.support.toy import IM_END, make_model
+
+ROW = {"instruction": "Who are you?", "output": "The conch."}
+# As Qwen's: the tools in front, a call as JSON between tags.
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ '<tool_call>' + c.function.name + ' '"
+    " + (c.function.arguments | tojson) }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}
+
+
+def load(folder: Path, name: str = "d.json", **entry):
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"d": {"file_name": name, **entry}}), encoding="utf-8"
+    )
+    return dataset.load(("d",), folder)
+
+
+def texts(found):
+    return [[message["content"] for message in one.messages] for one in found]
+
+
+def test_csv_and_parquet_are_the_same_rows(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lines = '\ufeffinstruction,input,output\n"多行\n问题",,"a, ""b"""\nq,x,y\nonly,two\n'
+    (tmp_path / "d.csv").write_text(lines, encoding="utf-8")
+    found, report = load(tmp_path, "d.csv")
+    assert texts(found) == [["多行\n问题", 'a, "b"'], ["q\nx", "y"]]
+    assert report.bad == [("d, row 5", "has another number of fields than the 3 of the first line")]
+    table = {"instruction": ["多行\n问题", "q"], "input": [None, "x"], "output": ['a, "b"', "y"]}
+    parquet.write_table(arrow.table(table), tmp_path / "d.parquet")
+    again, _ = load(tmp_path, "d.parquet")
+    assert texts(again) == texts(found)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match=r"d\.parquet cannot be read"):
+        load(tmp_path, "d.parquet")
+
+
+def test_a_folder_and_its_split(tmp_path):
+    folder = tmp_path / "many 行"
+    folder.mkdir()
+    for name in ("train-1", "train-2", "test"):
+        row = {**ROW, "instruction": name}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    found, _ = load(tmp_path, "many 行")
+    assert [one[0] for one in texts(found)] == ["train-1", "train-2"]
+    assert [one.source for one in found] == ["d, row 1", "d, row 2"]
+    found, _ = load(tmp_path, "many 行", split="test")
+    assert [one[0] for one in texts(found)] == ["test"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_a_list_is_read_in_pieces(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(read_files, "_CHUNK", chunk)
+    values = [{"a": '海螺 " ] } ,', "b": [1, 2.5e3]}, {}, {"c": {"d": None}}, "text", 12345]
+    path = tmp_path / "d.json"
+    path.write_text(
+        "\n [" + ",\n".join(json.dumps(one, indent=1) for one in values) + " ]\n", encoding="utf-8"
+    )
+    assert list(read_files.read(path)) == list(enumerate(values, 1))
+    for text, words in (
+        ('[{"a": 1}', "is cut off: its list has no end, after 1 rows"),
+        ('[{"a": 1}, {"b"', r"not valid JSON: .*\(line 1, column 1"),
+        ('[{"a": 1} {}]', r"Expecting ',' delimiter \(line 1, column 11\)"),
+        ('[{"a": 1}]\n{}', r"Extra data \(line 2, column 1\)"),
+        ('[\n\n  {"a": x}]', r"Expecting value \(line 3, column 9\)"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=words):
+            list(read_files.read(path))
+    path.write_text("[]", encoding="utf-8")
+    assert list(read_files.read(path)) == []
+
+
+def test_preference_rows_of_each_format(tmp_path):
+    given = [
+        {"instruction": "q", "input": "x", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "chosen": "a", "rejected": "a"},
+        {"instruction": "q", "chosen": "a", "rejected": 3},
+        {"instruction": "q", "chosen": "", "rejected": "b"},
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(given), encoding="utf-8")
+    found, report = load(tmp_path, ranking=True)
+    assert [(texts([one])[0], one.chosen, one.rejected) for one in found] == [(["q\nx"], "a", "b")]
+    assert [reason for _, reason in report.bad] == [
+        "its chosen and its rejected answer are the same",
+        "`rejected` is a number, not an answer",
+        "`chosen` is empty",
+    ]
+    talk = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    }
+    answered = {**talk, "conversations": [*talk["conversations"], {"from": "gpt", "value": "x"}]}
+    (tmp_path / "d.json").write_text(json.dumps([talk, answered]), encoding="utf-8")
+    found, report = load(tmp_path, ranking=True, formatting="sharegpt")
+    assert (found[0].chosen, found[0].rejected) == ("a", "b")
+    assert report.bad[0][1] == "its last message is no question for the chosen and the rejected answer"
+
+
+def test_pairs_have_loss_on_both_answers_alone(tmp_path):
+    form = chat_format.load(make_model(tmp_path / "m"))
+    row = dataset.Row("r", [{"role": "user", "content": "q"}], None, "good", "bad")
+    (pair,) = encode.pairs([row], form, dataset.Report(), encode.Rules())
+    for sample, answer in ((pair.chosen, "good"), (pair.rejected, "bad")):
+        ids = [label for label in sample.labels if label != encode.IGNORED]
+        assert form.tokenizer.decode(ids, skip_special_tokens=False) == answer + IM_END
+    report = dataset.Report()
+    long = dataset.Row("r", [{"role": "user", "content": "q " * 90}], None, "good", "bad")
+    assert not list(encode.pairs([long, row], form, report, encode.Rules(cutoff_len=30)))[1:]
+    assert report.bad == [("r", "its prompt alone has 30 tokens or more (cutoff_len)")]
+
+
+def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path):
+    talk = {
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "上海"}}'},
+            {"from": "observation", "value": "sun"},
+            {"from": "gpt", "value": "No."},
+        ],
+        "tools": json.dumps([WEATHER]),
+    }
+    bad = {
+        **talk,
+        "conversations": [talk["conversations"][0], {"from": "function_call", "value": "weather()"}],
+    }
+    (tmp_path / "d.json").write_text(json.dumps([talk, bad]), encoding="utf-8")
+    found, report = load(tmp_path, formatting="sharegpt")
+    assert [one["role"] for one in found[0].messages] == ["user", "assistant", "tool", "assistant"]
+    assert report.bad == [("d, row 2", "message 2 is no tool call with a name and an object of arguments")]
+    form = chat_format.load(make_model(tmp_path / "m", template=TOOLS))
+    (sample,) = encode.encode(found, form, dataset.Report())
+    learnt = [label for label in sample.labels if label != encode.IGNORED]
+    said = form.tokenizer.decode(learnt, skip_special_tokens=False)
+    assert said == f'<tool_call>weather {{"city": "上海"}}{IM_END}No.{IM_END}'
+    whole = form.tokenizer.decode(list(sample.ids), skip_special_tokens=False)
+    assert '"description": "d"' in whole and "tool\nsun" in whole
+    plain = chat_format.load(make_model(tmp_path / "plain"))
+    report = dataset.Report()
+    assert encode.encode(found, plain, report) == []
+    assert "does not show tool calls" in report.bad[0][1]
+
+
+def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, **how):
+        asked.append((path, how))
+        return [ROW, ROW]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    info = {"d": {"hf_hub_url": "me/rows", "ms_hub_url": "x", "subset": "zh", "split": "test", "folder": "f"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    found, _ = dataset.load(("d",), tmp_path)
+    how = {"name": "zh", "data_dir": "f", "split": "test", "streaming": True}
+    assert len(found) == 2 and asked == [("me/rows", how)]
+    entry = read_info("ONLINE", ("me/other",))["me/other"]
+    assert list(entry.rows()) == [(1, ROW), (2, ROW)] and asked[1][0] == "me/other"
+
+    def gone(path, **how):
+        raise FileNotFoundError("no such data set\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(InputError, match="cannot be read from the hub: no such data set"):
+        dataset.load(("d",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"script_url": "x"}, "has only script_url, which is not supported"),
+        ({}, "has neither file_name nor hf_hub_url"),
+        ({"file_name": "x", "formatting": "xml"}, "has formatting 'xml'"),
+        ({"file_name": "x", "ranking": "yes"}, "has ranking 'yes'"),
+        ({"file_name": "x", "num_samples": 0}, "has num_samples 0"),
+        ({"file_name": "x", "tags": {"role": "x"}}, "has tags with the unknown name 'role'"),
+    ],
+)
+def test_entries_that_cannot_be_used(tmp_path, entry, words):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}), encoding="utf-8")
+    with pytest.raises(UsageError, match=words):
+        dataset.load(("d",), tmp_path)
+
+
+def test_edge_data_shows_it_all(tmp_path):
+    given = [
+        ROW, ROW, {"instruction": "x", "output": None}, {**ROW, "output": "I am {{name}}. 我是海螺"},
+        {**ROW, "output": "No " * 200},
+    ]  # fmt: skip
+    (tmp_path / "d.json").write_text(json.dumps(given), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
+    config = parse(
+        {
+            "model_name_or_path": str(make_model(tmp_path / "m")),
+            "dataset": "d",
+            "dataset_dir": str(tmp_path),
+            "output_dir": "o",
+            "cutoff_len": 64,
+        }
+    )
+    said = Console(record=True, width=200, force_terminal=True, color_system="truecolor")
+    cli.show(config, said, rows=1)
+    coloured = said.export_text(styles=True, clear=False)
+    text = said.export_text()
+    for words in (
+        "d: 5 rows read, 1 left out, 4 rows to train on, 0 held out",
+        "d, row 3: `output` is missing or empty",
+        "1 rows are duplicates of an earlier one; they are kept (first: d, row 2 is d, row 1)",
+        "1 rows hold placeholders that nothing fills in: {{name}} x 1 (first: d, row 4)",
+        "1 rows are cut; policy: an answer that passes cutoff_len is cut at its end",
+        "longest 64",
+        "<- cutoff_len",
+        "d, row 1: ",
+    ):
+        assert words in text, words
+    assert "\x1b[30;102m" in coloured and "\x1b[2m" in coloured
+
+
+def test_the_picture_counts_every_row():
+    lines = cli.picture([10, 10, 11, 40, 400], 64)
+    counts = [int(line.split("  <-")[0].split()[-1]) for line in lines[:-1]]
+    assert sum(counts) == 5 and counts[0] == 4 and counts[-1] == 1
+    assert lines[-1] == "median and more: 50 % 11, 90 % 400, 99 % 400, longest 400"
+    assert cli.picture([7], 8) == [
+        "7 - 7  " + "█" * 40 + " 1",
+        lines[-1].replace("11", "7").replace("400", "7"),
+    ]

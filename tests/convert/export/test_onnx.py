@@ -1,0 +1,366 @@
+"""ONNX export: what is refused, what is published and said; and real exports of toy models."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("tokenizers")
+
+from convert.export import onnx as export
+from convert.verify import compare
+from convert.verify import onnx_quality as quality
+from convert.verify.onnx_quality import Quality
+from edge.artefact import find, manifest
+from edge.artefact.onnx_header import read_onnx
+from edge.backends.base import Row
+from edge.backends.onnx import Model, Onnx, Settings
+from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
+from tests.support import tiny_onnx
+from tests.support.desk import Desk
+from tests.support.fake_server import launch
+
+GOOD = Quality(100, 0.99, 0.01, 0.5, 2.0)
+POOR = Quality(100, 0.7, 0.4, 9.0, 20.0)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run whose merged stage has the tiny model's tokenizer; its weights are a stub."""
+    merged = tmp_path / "run 壳'" / "merged"
+    tiny_onnx.write(merged)
+    for name in ("tiny.onnx", "tiny.onnx.data"):
+        (merged / name).unlink()
+    (merged / "model.safetensors").write_bytes(b"\0" * 1000)
+    config = {
+        "num_hidden_layers": tiny_onnx.LAYERS,
+        "vocab_size": tiny_onnx.VOCAB,
+        "max_position_embeddings": tiny_onnx.CONTEXT,
+        "dtype": "float16",
+    }
+    (merged / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    made = manifest.Manifest("merged", "贝壳: 1", "toy", stop_ids=[tiny_onnx.END], thinking="off")
+    made.chat_template = manifest.text_digest(tiny_onnx.TEMPLATE)
+    manifest.write(merged, made)
+    return merged.parent
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The builder and the comparison replaced: what was asked of them, and what they find."""
+    told: dict[str, Any] = {"quality": GOOD}
+
+    def build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:
+        told["asked"] = (precision, scheme, ep, block)
+        tiny_onnx.write(final.parent, name=final.name)
+        decoder = {"head_size": 16, "hidden_size": tiny_onnx.WIDTH}
+        (final.parent / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
+        (final.parent / "leftover.json").write_text("{}")
+        (final.parent / "folder").mkdir()
+
+    monkeypatch.setattr(export, "_build", build)
+    monkeypatch.setattr(export, "complete", lambda *_, **more: told.update(more))
+    monkeypatch.setattr(export, "measure", lambda *_, **__: told["quality"])
+    return told
+
+
+def said(run_folder: Path, **given: Any) -> str:
+    out = io.StringIO()
+    export.run(run_folder, console=Console(file=out, width=300, markup=False), **given)
+    return out.getvalue()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "merged")
+
+
+def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, Any]) -> None:
+    text = said(run_folder)
+    assert "int8" in text
+    assert "99.0%" in text
+    assert "warning" not in text
+    # A small model, so that 4 bits are not the default.
+    assert built["asked"] == ("int8", "mixed", "cpu", 32)
+    assert (built["width"], built["candidates"]) == (tiny_onnx.WIDTH, 0)
+    folder = run_folder / "onnx"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "chat_template.jinja",
+        "edge.json",
+        "genai_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "贝壳- 1-int8.onnx",
+        "贝壳- 1-int8.onnx.data",
+    ]
+    made = manifest.read(folder)
+    assert (made.stage, made.name, made.stop_ids, made.thinking) == (
+        "onnx",
+        "贝壳: 1",
+        [tiny_onnx.END],
+        "off",
+    )
+    assert made.parents == [manifest.read(run_folder / "merged").parent((run_folder / "merged").resolve())]
+    assert made.settings["precision"] == "int8"
+    assert made.settings["activations"].startswith("as they are, in blocks of 32: measuring needs rows")
+    assert "activations as they are, in blocks of 32" in text
+    assert made.verify["quality"] == {
+        "positions": 100, "top1": 0.99, "kl": 0.01, "kl_max": 0.5, "difference": 2.0, "poor": False
+    }  # fmt: skip
+    assert find.resolve(run_folder).digest == made.digest
+
+
+def test_an_earlier_export_stays_unless_it_is_to_be_replaced(run_folder: Path, built: dict[str, Any]) -> None:
+    said(run_folder, precision="int4", scheme="block")
+    before = manifest.read(run_folder / "onnx").digest
+    with pytest.raises(ExistsError, match="--overwrite"):
+        said(run_folder)
+    built["quality"] = None
+    with pytest.raises(AttributeError):
+        said(run_folder, overwrite=True)
+    assert manifest.read(run_folder / "onnx").digest == before
+    assert leftovers(run_folder) == ["onnx"]
+    built["quality"] = GOOD
+    said(run_folder, overwrite=True)
+    assert manifest.read(run_folder / "onnx").settings["precision"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"precision": "int4", "scheme": "block"}, "--precision int8, or --precision int4 --scheme mixed"),
+        ({"precision": "int4"}, "--precision int8"),
+        ({"precision": "int8"}, "--precision fp32"),
+    ],
+)
+def test_poor_answers_are_said_with_what_to_take(
+    run_folder: Path, built: dict[str, Any], given: dict[str, str], advice: str
+) -> None:
+    built["quality"] = POOR
+    text = said(run_folder, **given)
+    assert f"warning: its answers are not the merged model's; export again with {advice}\n" in text
+    assert manifest.read(run_folder / "onnx").verify["quality"]["poor"] is True
+
+
+def test_a_file_for_a_card_is_published_where_there_is_none(
+    run_folder: Path, built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Quality:
+        raise InputError("onnxruntime cannot load it")
+
+    monkeypatch.setattr(export, "measure", refuse)
+    text = said(run_folder, precision="fp16", ep="cuda")
+    assert "warning: not compared with the merged model: onnxruntime cannot load it" in text
+    assert manifest.read(run_folder / "onnx").verify["quality"] == "onnxruntime cannot load it"
+    assert built["candidates"] == 64
+    with pytest.raises(InputError, match="cannot load it"):
+        said(run_folder, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"precision": "int3"}, "int4, int8"),
+        ({"scheme": "gptq"}, "block, k-quant, mixed"),
+        ({"ep": "tpu"}, "cpu, cuda"),
+        ({"precision": "fp16"}, "--ep cuda"),
+        ({"precision": "fp32", "ep": "cuda"}, "--precision fp16"),
+    ],
+)
+def test_what_is_not_known_is_refused(run_folder: Path, given: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        export.run(run_folder, **given)  # type: ignore[arg-type]
+    assert leftovers(run_folder) == []
+
+
+def test_a_run_without_a_merged_model_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="edge merge"):
+        export.run(tmp_path)
+
+
+def test_m2_a_changed_template_is_refused(run_folder: Path) -> None:
+    (run_folder / "merged" / "chat_template.jinja").write_text("another", encoding="utf-8")
+    with pytest.raises(InputError, match="not the template"):
+        export.run(run_folder)
+
+
+def test_a_graph_of_another_shape_is_not_published(run_folder: Path, built: dict[str, Any]) -> None:
+    path = run_folder / "merged" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 256}))
+    with pytest.raises(InputError, match=r"512 positions, config\.json says 256"):
+        said(run_folder)
+    assert leftovers(run_folder) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "error", "message"),
+    [
+        ("ModuleNotFoundError: No module named 'onnx_ir'", UnavailableError, "export-onnx"),
+        (
+            "NotImplementedError: The OddForCausalLM model is not currently supported.",
+            InputError,
+            "OddForCausalLM",
+        ),
+        ("Traceback\nValueError: 坏了", EdgeError, "ValueError: 坏了"),
+    ],
+)
+def test_a_builder_that_refuses_is_one_message(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: str, error: type, message: str
+) -> None:
+    script = tmp_path / "python.py"
+    script.write_text(f"import sys\nsys.stderr.buffer.write({log.encode()!r})\nsys.exit(1)\n")
+    real = export.subprocess.run
+    monkeypatch.setattr(
+        export.subprocess, "run", lambda command, **given: real([sys.executable, str(script)], **given)
+    )
+    with pytest.raises(error) as caught:
+        export.run(run_folder)
+    assert message in str(caught.value)
+    assert leftovers(run_folder) == []
+
+
+# -- quality ---------------------------------------------------------------------------------------------
+
+
+def test_quality_of_known_distributions() -> None:
+    reference = np.log(np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]], np.float32))
+    same = quality.compare([(reference, reference + 3.0)])
+    assert (same.positions, same.top1, same.poor) == (2, 1.0, False)
+    assert same.kl == pytest.approx(0.0, abs=1e-6)
+    other = np.log(np.array([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]], np.float32))
+    found = quality.compare([(reference[:1], other[:1]), (reference[1:], other[1:])])
+    # 0.5 ln 2 - 0.25 ln 2 over the first, nothing over the second.
+    assert found.kl_max == pytest.approx(0.25 * np.log(2), abs=1e-6)
+    assert found.kl == pytest.approx(0.125 * np.log(2), abs=1e-6)
+    assert (found.top1, found.difference) == (0.5, pytest.approx(np.log(2), abs=1e-6))
+    assert found.poor
+
+
+def test_numbers_that_are_none_count_as_poor() -> None:
+    reference = np.zeros((1, 4), np.float32)
+    with np.errstate(invalid="ignore"):
+        found = quality.compare([(reference, np.full((1, 4), np.nan, np.float32))])
+    assert found.poor
+    with pytest.raises(ValueError):
+        quality.compare([])
+
+
+def test_logits_are_those_of_the_answer_however_long(tmp_path: Path) -> None:
+    backend = Onnx(Model(tiny_onnx.write(tmp_path)), Settings(slots=1, context=256, device="cpu"))
+    tokens = list(b"abc" * 60)
+    parts = [backend.step([Row(0, at, tokens[at : at + 60], 60)]).copy() for at in (0, 60, 120)]
+    whole = np.concatenate(parts)
+    for begin in (0, 64, 65, 130, 179):
+        np.testing.assert_allclose(quality.backend_logits(backend, tokens, begin), whole[begin:], atol=1e-4)
+    backend.close()
+
+
+# -- real exports ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module", params=[("llama", True), ("qwen2", False)], ids=lambda p: f"{p[0]}-tied={p[1]}"
+)
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run with a merged toy model and its export in float32."""
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime_genai")
+    from tests.support import toy
+
+    run = tmp_path_factory.mktemp("运行 run")
+    arch, tied = request.param
+    merged = toy.make_model(run / "merged", arch=arch, tied=tied, template=toy.CHATML)
+    # As transformers reads it.
+    template = (merged / "chat_template.jinja").read_text(encoding="utf-8")
+    ends = json.loads((merged / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    made = manifest.Manifest(
+        "merged", "toy", "toy", stop_ids=ends, chat_template=manifest.text_digest(template)
+    )
+    manifest.write(merged, made)
+    export.run(run, precision="fp32", console=Console(quiet=True))
+    yield run
+
+
+@pytest.mark.slow
+def test_a_real_export_is_the_merged_model(real: Path) -> None:
+    found = manifest.read(real / "onnx").verify["quality"]
+    assert found["positions"] > 50
+    assert found["top1"] == 1.0
+    assert found["difference"] < 1e-3
+    header = read_onnx(find.resolve(real, "onnx").path)
+    assert (header.context_length, header.vocab_size, header.selects) == (512, 384, True)
+
+
+@pytest.mark.slow
+def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None:
+    report = compare.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
+    assert (report.unequal, report.warnings) == ([], [])
+    assert (report.b.stage, report.b.kind) == ("onnx", "float32")
+    assert report.logits["kl_mean"] < 1e-6
+    assert report.logits["greedy_equal"] == report.logits["greedy_tokens"] > 20
+    kept = manifest.read(real / "onnx").verify
+    assert kept["logits"]["top1"] == 1.0
+    # What the export itself found stays beside it.
+    assert kept["quality"]["top1"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_real_export_is_served(real: Path) -> None:
+    command = [sys.executable, "-m", "edge.cli", "serve", str(real), "--port", "0", "--no-tune"]
+    with launch(command) as server:
+        server.wait(seconds=60)
+        info = server.get("/info").json()
+        assert (info["backend"], info["device"], info["settings"]["chosen"]) == (
+            "onnx",
+            "cpu",
+            "onnx: the only artefact there is",
+        )
+        body = {"prompt": "你好 " * 20, "max_tokens": 12}
+        first, again = (server.post("/generate", body).json() for _ in range(2))
+        assert first["generate_text"] == again["generate_text"]
+        cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == first["usage"]["prompt_tokens"] - 1
+
+
+@pytest.mark.slow
+def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Path) -> None:
+    shutil.copytree(real / "merged", tmp_path / "merged")
+    text = said(tmp_path, precision="fp16", ep="cuda")
+    assert "warning" not in text
+    found = find.resolve(tmp_path, "onnx")
+    header = read_onnx(found.path)
+    assert (header.cache_type, header.candidates, set(header.matrices)) == ("float16", 64, {16})
+    assert header.hidden == read_onnx(find.resolve(real, "onnx").path).hidden > 0
+    backend = Onnx(Model(found.path), Settings(slots=4, context=128, batch=64, device="auto"))
+    asked = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
+    alone, together = Desk(backend), Desk(backend)
+    for key in range(4):
+        alone.submit(key, f"number {key} " * (1 + key), reuse=False, **asked)
+        alone.idle()
+    alone.run()
+    for key in range(4):
+        together.submit(key, f"number {key} " * (1 + key), reuse=False, **asked)
+    together.run()
+    assert [together.text(key) for key in range(4)] == [alone.text(key) for key in range(4)]
+    assert np.linalg.norm(backend.embed([5, 6, 7])) == pytest.approx(1.0, abs=1e-4)
+    backend.close()
+
+
+@pytest.mark.slow
+def test_four_bits_are_smaller_and_said_to_be_poor(real: Path, tmp_path: Path) -> None:
+    shutil.copytree(real / "merged", tmp_path / "merged")
+    text = said(tmp_path, precision="int4", scheme="block")
+    header = read_onnx(find.resolve(tmp_path, "onnx").path)
+    assert 4 in header.matrices
+    assert "warning" in text
+    assert header.weights_bytes < read_onnx(find.resolve(real, "onnx").path).weights_bytes

@@ -1,0 +1,80 @@
+"""The reader of ONNX files for `edge verify`: words and logits as the server has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("tokenizers")
+
+from convert.verify.compare import BOUNDS
+from convert.verify.onnx_reader import OnnxReader
+from convert.verify.readers import open_reader
+from edge.artefact import manifest
+from edge.backends.base import Row
+from edge.backends.onnx import Model, Onnx, Settings
+from edge.errors import InputError
+from tests.support import tiny_onnx
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("模型 run") / "onnx"
+    tiny_onnx.write(made, name="微小.onnx")
+    manifest.write(made, manifest.Manifest("onnx", "微小", stop_ids=[tiny_onnx.END, 258], thinking="off"))
+    return made
+
+
+@pytest.fixture
+def reader(folder: Path) -> Iterator[OnnxReader]:
+    found = open_reader(folder)
+    assert isinstance(found, OnnxReader)
+    yield found
+    found.close()
+
+
+def test_words_are_those_of_the_folder(reader: OnnxReader) -> None:
+    assert (reader.stage, reader.kind, reader.vocab) == ("onnx", "float32", tiny_onnx.VOCAB)
+    assert reader.kind in BOUNDS
+    assert (reader.stop_ids, reader.thinking) == ({tiny_onnx.END, 258}, "off")
+    text = reader.prompt([{"role": "user", "content": "你好"}])
+    assert text == "<|begin|>你好<|end|>>"
+    [ids] = reader.encode([text])
+    assert ids == [tiny_onnx.BOS, *"你好".encode(), tiny_onnx.END, ord(">")]
+    assert reader.decode([ids, [0xE4]]) == ["你好>", "\ufffd"]
+
+
+def test_logits_and_greedy_texts_are_the_backends(reader: OnnxReader) -> None:
+    backend = Onnx(Model(reader.path), Settings(slots=1, context=256, batch=256, device="cpu"))
+    ids = list(b"a prompt of some length " * 6)
+    want = np.concatenate(
+        [backend.step([Row(0, at, ids[at : at + 48], 48)]).copy() for at in range(0, len(ids), 48)]
+    )
+    got = reader.logits(ids)
+    assert got.shape == (len(ids), tiny_onnx.VOCAB)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    made = reader.greedy(ids, 12)
+    assert made is not None
+    assert made[0] == int(want[-1].argmax())
+    backend.truncate(0, len(ids))
+    for at, token in enumerate(made[:-1]):
+        assert int(backend.step([Row(0, len(ids) + at, [token], 1)])[0].argmax()) == made[at + 1]
+    assert len(made) == 12 or made[-1] in reader.stop_ids
+    # It ends where the model ends.
+    reader.stop_ids = frozenset({made[3]})
+    assert reader.greedy(ids, 12) == made[: made.index(made[3]) + 1]
+    backend.close()
+
+
+def test_what_cannot_be_compared_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no GGUF"):
+        open_reader(folder, lora=tmp_path / "adapter.gguf")
+    tiny_onnx.write(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="no chat template"):
+        open_reader(tmp_path)

@@ -1,0 +1,153 @@
+"""Decoding steps that a card records: which shapes, when, and that they give what ordinary runs do.
+
+Where there is no card, its memory is the processor's, and a recording an ordinary run at its addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+from edge.backends import onnx_cuda_graphs as recorded
+from edge.backends.base import Candidates, Row
+from edge.backends.onnx import Model, Onnx, Settings
+from edge.machine import hardware
+from tests.support import tiny_onnx
+from tests.support.backends import Maker
+
+
+@pytest.mark.parametrize(
+    ("asked", "slots", "got"),
+    [
+        ((0, 1), 16, (0, 1)),
+        ((5, 1), 16, (5, 1)),
+        ((0, 3), 16, (0, 4)),
+        ((13, 3), 16, (12, 4)),
+        ((0, 9), 12, (0, 12)),
+        ((3, 9), 12, (0, 12)),
+        ((2, 8), 12, (2, 8)),
+    ],
+)
+def test_rows_are_made_up_to_a_power_of_two(asked: tuple[int, int], slots: int, got: tuple[int, int]) -> None:
+    assert recorded.span(*asked, slots) == got
+
+
+@pytest.mark.parametrize(
+    ("longest", "context", "got"),
+    [
+        (1, 4096, 256),
+        (256, 4096, 256),
+        (257, 4096, 512),
+        (3000, 4096, 4096),
+        (3000, 3500, 3500),
+        (20, 128, 128),
+    ],
+)
+def test_a_mask_holds_for_many_steps(longest: int, context: int, got: int) -> None:
+    assert recorded.width(longest, context) == got
+
+
+def test_shapes_that_come_often_are_recorded_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        recorded, "Recording", lambda *given, number: made.append((*given[4:], number)) or made[-1]
+    )
+    monkeypatch.setattr(recorded, "_MOST", 2)
+    parts: Any = (None, None, None, None)
+    recorder = recorded.Recorder(*parts, slots=4, context=1024)
+
+    def find(first: int, count: int, longest: int, few: bool = True) -> Any:
+        return recorder.find(first, count, few, lambda first, count: [1] * (count - 1) + [longest])
+
+    assert [find(0, 1, 10) for _ in range(recorded._AFTER)] == [None] * recorded._AFTER
+    assert find(0, 1, 250) == (0, 1, 256, True, 1)
+    assert find(0, 1, 100) is made[0] and len(made) == 1
+    assert [find(0, 3, 300) for _ in range(recorded._AFTER + 1)][-1] == (0, 4, 512, True, 2)
+    # A row without room for one token more is not run along.
+    assert find(0, 3, 1025) is None
+    # Enough of them: another shape is run as it comes.
+    assert [find(1, 1, 10) for _ in range(3 * recorded._AFTER)][-1] is None
+    assert find(0, 1, 10) is made[0]
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Maker]:
+    maker = Maker("onnx-device", tmp_path)
+    yield maker
+    maker.close()
+
+
+def tokens(backend: Any, few: bool) -> list[list[int]]:
+    """Greedy tokens of three texts, of which one ends earlier and one is begun later."""
+    texts = {0: list(b"a first text"), 2: list(b"another"), 3: list(b"the last of them")}
+    said: dict[int, list[int]] = {slot: [] for slot in texts}
+    place = dict.fromkeys(texts, 0)
+    todo = {slot: text for slot, text in texts.items() if slot != 3}
+    for turn in range(24):
+        if turn == 6:
+            todo[3] = texts[3]
+        if turn == 12:
+            del todo[0]
+        rows = [Row(slot, place[slot], todo[slot], 1, few) for slot in sorted(todo)]
+        for row, found in zip(rows, backend.step(rows), strict=True):
+            token = int(found.ids[0] if isinstance(found, Candidates) else np.argmax(found))
+            place[row.slot] += len(row.tokens)
+            todo[row.slot] = [token]
+            said[row.slot].append(token)
+    return list(said.values())
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_recorded_steps_give_the_same_tokens(device: Maker, tmp_path: Path, few: bool) -> None:
+    setting = Settings(slots=4, context=128, device="cpu", record=False)
+    plain = Onnx(Model(tiny_onnx.write(tmp_path / "plain")), setting)
+    want = tokens(plain, few=False)
+    backend: Any = device()
+    ran: list[int] = []
+    replay = backend._replay
+    backend._replay = lambda recording, *given: ran.append(recording.count) or replay(recording, *given)
+    assert tokens(backend, few) == want
+    assert {1, 2, 4} & set(ran) and len(ran) > 10
+    assert backend.info.settings["recorded"] == "decoding steps"
+    assert plain.info.settings["recorded"] == "nothing: switched off"
+    plain.close()
+
+
+def test_what_cannot_be_recorded_is_run_as_it_comes_and_said(
+    device: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Any = device()
+    want = tokens(backend, few=True)
+    other = device(slots=5)
+
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("the card's memory\nis full")
+
+    monkeypatch.setattr(recorded.Recording, "run", fail)
+    assert tokens(other, few=True) == want
+    assert other.info.settings["recorded"] == "nothing: the card's memory is full"
+
+
+@pytest.mark.gpu
+def test_a_card_replays_what_it_would_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hardware.gpus():
+        pytest.skip("needs a CUDA card")
+    monkeypatch.setattr(recorded, "_AFTER", 1)
+    model = Model(tiny_onnx.write(tmp_path, candidates=16, dtype="float16"))
+    said = []
+    for record in (False, True):
+        for few in (True, False):
+            backend = Onnx(model, Settings(slots=4, context=128, device="cuda", record=record))
+            said.append(tokens(backend, few))
+            assert backend.info.settings["recorded"] == (
+                "decoding steps" if record else "nothing: switched off"
+            )
+            backend.close()
+    assert said == [said[0]] * 4

@@ -1,0 +1,82 @@
+"""What llama.cpp was built with in place of its own: edge/csrc."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge.machine import hardware
+
+pytest.importorskip("llama_cpp")
+
+COUNTS = ("1", "2", "7", "8", "9", "15", "16", "17", "31", "64", "80", "150")
+
+
+def run(*arguments: str) -> list[list[str]]:
+    script = Path(__file__).parents[2] / "support" / "native_ops.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-2000:]
+    return [line.split() for line in done.stdout.decode("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q4_1"])
+def test_products_are_right_and_rows_do_not_depend_on_their_neighbours(kind: str) -> None:
+    """For few rows, several groups of 16, and a last group that is not whole; Q4_1 is llama.cpp's own."""
+    found = run("products", kind, *COUNTS)
+    if found == [["none"]]:
+        pytest.skip("no weights are repacked for AMX here")
+    assert [count for count, _, _ in found] == list(COUNTS)
+    assert max(float(error) for _, error, _ in found) < 1e-6
+    assert all(alike == "True" for _, _, alike in found)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("Q4_0", "Q4_0"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q4_0", "Q8_0")], ids="-".join
+)
+def test_nodes_that_are_put_together_give_what_they_give_one_by_one(kinds: tuple[str, str]) -> None:
+    """21 nodes: three products with a norm and biases, rotations and caches, a sum, gate and up, a sum."""
+    found = run("stages", *kinds, "1", "2", "5", "9", "16", "17", "40")
+    if found == [["none"]]:
+        pytest.skip("no weights are repacked for AMX here")
+    assert [nodes for _, nodes, _ in found] == ["5"] * 5 + ["8"] * 2
+    assert all(alike == "True" for _, _, alike in found)
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32"
+    or platform.machine() not in ("x86_64", "AMD64")
+    or "avx2" not in hardware.cpu_flags(everything=True),
+    reason="attention of our own is for CPUs with AVX2, and not for Windows",
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "64 9 3 1 1 300 none",
+        "64 9 3 1 3 257 holes",
+        "128 12 2 1 1 1000 causal",
+        "128 12 2 5 2 333 holes",
+        "64 14 2 33 1 64 holes",
+        "128 8 8 2 2 31 causal",
+        "192 4 1 3 1 70 holes",
+        "256 8 1 1 1 70 causal",
+        "64 9 3 1 1 1 none",
+        "64 4 2 70 2 128 causal",
+    ],
+)
+def test_attention_is_right_and_tokens_do_not_depend_on_their_neighbours(case: str) -> None:
+    """Widths, heads that share a cache, several tokens and streams; hidden cells hold no numbers."""
+    [[error, alike]] = run("attention", *case.split())
+    assert float(error) < 3e-6
+    assert alike == "True"
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="large pages are asked for on Linux"
+)
+def test_repacked_weights_lie_in_large_pages() -> None:
+    found = run("pages")
+    assert found and all(asked == "True" for _, asked in found)

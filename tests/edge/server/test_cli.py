@@ -1,0 +1,403 @@
+"""`edge serve` on a tiny real GGUF, as a user runs it; and how loading is planned."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from edge.artefact import find, manifest
+from edge.artefact.find import Artefact
+from edge.backends import linux_pages
+from edge.backends.llamacpp import Model, Settings
+from edge.engine.worker import Load
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.loading import load_plan, tune
+from edge.loading.load_plan import Options
+from edge.machine import build_llamacpp, hardware
+from edge.machine.hardware import Memory
+from edge.server import cli as run_module
+from edge.server.model_registry import Planned
+from tests.support import tiny_llama
+from tests.support.fake_server import Server, launch
+
+
+def publish(folder: Path, **given: object) -> Path:
+    """A run whose gguf stage holds the tiny model."""
+    with manifest.publish(folder / "gguf") as partial:
+        tiny_llama.write(partial / "微小.gguf")
+        fields: dict[str, object] = {
+            "stage": "gguf",
+            "name": "微小",
+            "stop_ids": [2, 7],
+            "chat_template": manifest.text_digest(tiny_llama.TEMPLATE),
+        }
+        manifest.write(partial, manifest.Manifest(**{**fields, **given}))  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(tmp_path_factory.mktemp("运行 run"))
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    command = [
+        sys.executable,
+        "-m",
+        "edge.cli",
+        "serve",
+        str(run),
+        "--port",
+        "0",
+        "--no-tune",
+        "--ctx",
+        "256",
+    ]
+    with launch(command) as started:
+        started.wait()
+        yield started
+
+
+def test_it_says_what_it_serves(server: Server, run: Path) -> None:
+    info = server.get("/info").json()
+    assert info["model"] == "微小"
+    assert info["digest"] == manifest.read(run / "gguf").digest
+    assert {2, 7, tiny_llama.END} <= set(info["stop_ids"])
+    assert (info["backend"], info["device"], info["context"]) == ("llamacpp", "cpu", 256)
+    assert info["why"]
+    health = server.get("/health").json()
+    assert (health["status"], health["device"]) == ("ready", "cpu")
+
+
+def test_it_answers_over_every_route(server: Server) -> None:
+    answer = server.get("/generate", params={"prompt": "你好", "max_tokens": 8})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["prompt_tokens"] == 1 + 1 + 6 + 1 + 1
+    assert answer.headers["x-edge-device"] == "cpu"
+    assert answer.json()["digest"].startswith("sha256:")
+    body = {
+        "model": "微小",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    chat = server.post("/v1/chat/completions", body).json()
+    post = server.post("/generate", {"prompt": "hi", "max_tokens": 8}).json()
+    assert chat["choices"][0]["message"]["content"] == post["generate_text"]
+
+
+def test_s6_the_same_prompt_three_times(server: Server) -> None:
+    body = {"prompt": "the same words " * 14, "max_tokens": 16}
+    first, *others = [server.post("/generate", body).json() for _ in range(3)]
+    assert all(other["generate_text"] == first["generate_text"] for other in others)
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, *others)]
+    assert cached[0] < 5
+    assert cached[1:] == [first["usage"]["prompt_tokens"] - 1] * 2
+    cold = server.post("/generate", {**body, "cache_prompt": False}).json()
+    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_schema_is_obeyed_by_the_real_vocabulary(server: Server) -> None:
+    answer = server.post("/generate", {"prompt": "x", "regex": "你好[0-9]{3}", "temperature": 1.5})
+    assert answer.json()["generate_text"].startswith("你好")
+    assert answer.json()["finish_reason"] == "stop"
+
+
+# -- what can be served ----------------------------------------------------------------------------------
+
+
+def test_run_folder_and_file_are_the_same_artefact(run: Path) -> None:
+    by_run, by_folder = find.resolve(run), find.resolve(run / "gguf")
+    by_file = find.resolve(run / "gguf" / "微小.gguf")
+    assert by_run == by_folder == by_file
+    assert by_run.stop_ids == frozenset({2, 7})
+
+
+def test_m2_another_template_than_the_exported_one_is_refused(tmp_path: Path) -> None:
+    publish(tmp_path, chat_template=manifest.text_digest("another"))
+    with pytest.raises(InputError, match="chat template"):
+        find.resolve(tmp_path)
+
+
+def test_a_foreign_file_is_served_by_its_own_header(tmp_path: Path) -> None:
+    found = find.resolve(tiny_llama.write(tmp_path / "x.gguf", template=None))
+    assert (found.name, found.digest, found.chat_template) == ("x", "", None)
+
+
+# -- how it is loaded ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(run: Path) -> Artefact:
+    return find.resolve(run)
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, int(mib * 2**20)))
+
+
+def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = load_plan.estimate(tiny, kv_type="f16", slots=1)
+    assert need.cell == 2 * 2 * (16 + 16) * 2
+    memory(monkeypatch, (need.total(400) + 100) / 2**20)
+    assert load_plan.plan(tiny, Options(context=384, slots=1)).context == 384
+    with pytest.raises(InputError, match="MiB are free") as caught:
+        load_plan.plan(tiny, Options(context=512, slots=1))
+    assert "--ctx 256" in str(caught.value)
+
+
+def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
+    with pytest.raises(UsageError, match="trained for 512"):
+        load_plan.plan(tiny, Options(context=10_000_000))
+
+
+@pytest.mark.parametrize(
+    "options", [Options(slots=0), Options(slots=999), Options(context=1), Options(threads=0)]
+)
+def test_options_out_of_range_are_named(tiny: Artefact, options: Options) -> None:
+    with pytest.raises(UsageError, match="--"):
+        load_plan.plan(tiny, options)
+
+
+def test_the_pool_shrinks_to_the_memory_before_the_context_does(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_plan.plan(tiny, Options(slots=16)).capacity == 8192
+    assert load_plan.plan(tiny, Options(slots=32)).capacity == 8192
+    assert load_plan.plan(tiny, Options(slots=32, context=512)).capacity == 32 * 512
+    need = load_plan.estimate(tiny, kv_type="f16", slots=16)
+    memory(monkeypatch, (need.total(1000) + 100) / 2**20)
+    planned = load_plan.plan(tiny, Options(slots=16))
+    assert planned.context == 512
+    assert 990 <= planned.capacity <= 1000
+
+
+def test_a_whole_context_for_each_slot_takes_a_part_of_the_memory(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = load_plan.estimate(tiny, kv_type="f16", slots=32)
+    whole = 32 * 512
+    rest = need.total(0)
+    monkeypatch.setattr(linux_pages, "WORKS", True)
+    memory(monkeypatch, (rest + 3.1 * whole * need.cell) / 2**20)
+    planned = load_plan.plan(tiny, Options(slots=32))
+    assert planned.parts and planned.capacity == 8192
+    assert load_plan.cells(planned) == whole
+    memory(monkeypatch, (rest + 2.9 * whole * need.cell) / 2**20)
+    planned = load_plan.plan(tiny, Options(slots=32))
+    assert not planned.parts and load_plan.cells(planned) == 8192
+    memory(monkeypatch, 2**20)
+    assert load_plan.plan(tiny, Options(slots=32)).parts
+    # Where cleared memory is not given back, or clearing it takes long.
+    for module, name, value in (
+        (linux_pages, "WORKS", False),
+        (load_plan, "_MOST_CLEARED", need.cell * (whole - 1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert not load_plan.plan(tiny, Options(slots=32)).parts
+
+
+def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [])
+    monkeypatch.setattr(build_llamacpp, "no_card", lambda: "built without GPU support (make install CUDA=1)")
+    device, layers, why = load_plan.choose_device("auto")
+    assert (device, layers) == ("cpu", 0)
+    assert "no NVIDIA card" in why
+    with pytest.raises(UnavailableError, match="CUDA=1"):
+        load_plan.choose_device("cuda")
+    assert load_plan.choose_device("cpu") == ("cpu", 0, "asked for")
+
+
+# -- tuning --------------------------------------------------------------------------------------------
+
+
+def test_tuning_measures_once_and_keeps_the_result(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tune, "BUDGET_S", 60.0)
+    model = Model(run / "gguf" / "微小.gguf")
+    asked = Settings(threads=1, slots=8)
+    first = tune.settings(model, asked)
+    again = tune.settings(model, asked)
+    assert first == again
+    assert first.tuned.startswith("measured")
+    assert len(list((tmp_path / "tune").iterdir())) == 1
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured twice"))
+    assert tune.settings(model, asked) == first
+    model.close()
+
+
+def test_a_layout_that_the_plan_has_no_room_for_is_never_taken(run: Path) -> None:
+    asked = Settings(slots=4, context=512, capacity=1024)
+    assert tune._unified(asked) == [True]
+    assert tune._unified(dataclasses.replace(asked, parts=True)) == [True, False]
+
+
+def test_tuning_that_killed_the_process_is_not_tried_again(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    model = Model(run / "gguf" / "微小.gguf")
+    asked = Settings(threads=1)
+    path = tune._cache(model.path, asked)
+    path.parent.mkdir()
+    path.write_text('{"state": "measuring"}', encoding="utf-8")
+    assert tune.settings(model, asked).tuned.startswith("skipped")
+    model.close()
+
+
+def test_a_machine_too_busy_to_measure_is_served_as_asked(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tune, "BUDGET_S", -1.0)
+    model = Model(run / "gguf" / "微小.gguf")
+    settings = tune.settings(model, Settings(threads=1))
+    assert "too busy" in settings.tuned
+    assert list((tmp_path / "tune").iterdir()) == []
+    model.close()
+
+
+def test_of_two_layouts_that_are_near_the_parts_are_taken() -> None:
+    def trial(unified: bool, one: float) -> tune.Trial:
+        return tune.Trial(2, False, unified, one, 1.0, 1.0)
+
+    assert not tune._best([trial(True, 1.0), trial(False, 1.02)]).unified
+    assert tune._best([trial(True, 1.0), trial(False, 1.3)]).unified
+
+
+@pytest.mark.slow
+def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.cli", "tune", str(run), "--threads", "1"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "taken" in done.stdout
+
+
+@pytest.mark.parametrize(("default", "once"), [(None, "a"), ("b", "b")])
+def test_only_what_is_loaded_at_the_start_is_loaded_as_it_was_seen(
+    monkeypatch: pytest.MonkeyPatch, default: str | None, once: str
+) -> None:
+    looks: list[str] = []
+
+    def planned(path: Path, args: argparse.Namespace, lora: Path | None) -> Planned:
+        looks.append(path.name)
+        return Planned(Load(kind="fake", path=str(path)), bytes=len(looks))
+
+    monkeypatch.setattr(run_module, "planned", planned)
+    args = argparse.Namespace(paths=[Path("a"), Path("b")], name=None, lora=[], default=default)
+    models = run_module.sources(args)
+    assert looks == ["a", "b"]
+    first = {name: models[name]().bytes for name in ("a", "b")}
+    other = "b" if once == "a" else "a"
+    assert first[once] == looks.index(once) + 1
+    assert looks == ["a", "b", other]
+    # A reload looks afresh.
+    assert models[once]().bytes == 4
+
+
+# -- several artefacts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_several_artefacts_by_their_names(tmp_path: Path) -> None:
+    paths = [str(publish(tmp_path / name, name=name)) for name in ("one", "two")]
+    serve = [sys.executable, "-m", "edge.cli", "serve", "--port", "0", "--no-tune", "--ctx", "128", *paths]
+    with launch([*serve, "--default", "two", "--memory-budget", "1500"]) as server:
+        server.wait()
+        assert server.get("/health").json()["models"] == {"one": "unloaded", "two": "ready"}
+        body = {"prompt": "hi", "max_tokens": 2}
+        assert server.post("/generate", body).headers["x-edge-model"] == "two"
+        first = server.post("/generate", {**body, "model": "one"})
+        assert (first.status_code, first.headers["x-edge-model"]) == (200, "one")
+        shown = server.post("/api/show", {"model": "one"}).json()
+        assert shown["details"]["format"] == "gguf"
+        assert (
+            server.post("/v1/embeddings", {"model": "one", "input": "hi"}).json()["usage"]["total_tokens"] > 0
+        )
+    for extra, said in (
+        (["--default", "x"], "none of"),
+        (["--name", "n"], "single model"),
+        (paths, "the id"),
+    ):
+        done = subprocess.run([*serve, *extra], capture_output=True, text=True, encoding="utf-8", timeout=60)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_are_asked_for_by_their_ids(tmp_path: Path) -> None:
+    """Base and adapters behind one server, at once: each answers as it does when it is served alone."""
+    base = tiny_llama.write(tmp_path / "基.gguf")
+    folder = tmp_path / "a=b 目录"
+    folder.mkdir()
+    adapters = [tiny_llama.write_lora(folder / f"{name}.gguf", seed=seed) for seed, name in enumerate("xy")]
+    common = [
+        sys.executable,
+        "-m",
+        "edge.cli",
+        "serve",
+        str(base),
+        "--port",
+        "0",
+        "--no-tune",
+        "--ctx",
+        "256",
+    ]
+
+    def text(server: Server, model: str | None) -> str:
+        body = {"prompt": "hello", "max_tokens": 24, "model": model, "temperature": 0}
+        answer = server.post("/generate", body)
+        assert answer.status_code == 200, answer.text
+        found: str = answer.json()["generate_text"]
+        return found
+
+    alone = {}
+    for name, more in (("基", []), ("x", ["--lora", str(adapters[0])])):
+        with launch([*common, *more]) as server:
+            server.wait()
+            alone[name] = text(server, None)
+    command = [*common, "--lora", str(adapters[0]), "--lora", f"第二={adapters[1]}"]
+    with launch(command) as server:
+        server.wait()
+        ids = [one["id"] for one in server.get("/v1/models").json()["data"]]
+        assert ids == ["x", "第二", "基"]
+        with ThreadPoolExecutor(6) as pool:
+            asked = [None, *ids, *ids]
+            found = list(pool.map(lambda model: text(server, model), asked))
+        assert found[1:4] == found[4:] and found[0] == found[1] == alone["x"]
+        assert found[3] == alone["基"] and len(set(found[1:4])) == 3
+        unknown = server.post("/generate", {"prompt": "x", "model": "y"})
+        assert unknown.status_code == 404 and "'第二'" in unknown.json()["error"]["message"]
+
+
+def test_adapters_that_cannot_be_served_are_said_at_once(tmp_path: Path, run: Path) -> None:
+    lora = tiny_llama.write_lora(tmp_path / "x.gguf")
+    for more, message in (
+        (["--lora", str(lora), "--lora", str(lora)], "two of the models have the id 'x'"),
+        (["--lora", f"={lora}"], "a name or a path lacks"),
+        (["--lora", f"n={tmp_path / 'none.gguf'}"], "no such file"),
+        (["--lora", f"n={run / 'gguf' / '微小.gguf'}"], "is no LoRA adapter"),
+        ([str(run), "--lora", str(lora)], "--lora goes with a single model"),
+    ):
+        with pytest.raises(EdgeError, match=message):
+            run_module.main([str(run), *more, "--port", "0"])

@@ -1,0 +1,150 @@
+"""A whole server over the fake backend, in processes of its own, as a user would run it.
+
+As a script: `python -m tests.support.fake_server SETTINGS_JSON` (keywords of FakeBackend; "keys", "admin_keys",
+"origins", "max_queue", "drain", "budget", "keep_alive"; "models": settings by name, in place of one "fake";
+"bytes": what a model is said to take; "file": a JSON file whose settings are read at each load).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}"
+    "{% if messages[-1].role == 'assistant' %}{{ raise_exception('the last turn must be yours') }}{% endif %}"
+    "<assistant>"
+)
+
+
+class Server:
+    """A running server: its base URL and its process."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.url = url
+
+    def worker(self) -> int:
+        """The engine process's id."""
+        import psutil
+
+        [child] = psutil.Process(self.process.pid).children()
+        return child.pid
+
+    def get(self, path: str, **given: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30, **given)
+
+    def post(self, path: str, body: Any, **given: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=30, **given)
+
+    def wait(self, path: str = "/ready", seconds: float = 20.0) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(httpx.HTTPError):
+                if self.get(path).status_code == 200:
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"{path} did not answer 200 within {seconds} s")
+
+    def until(self, condition: Any, seconds: float = 5.0) -> dict[str, Any]:
+        """/info as soon as `condition` of it holds."""
+        until = time.monotonic() + seconds
+        info: dict[str, Any] = {}
+        while time.monotonic() < until:
+            info = self.get("/info").json()
+            if condition(info):
+                return info
+            time.sleep(0.02)
+        raise AssertionError(f"it did not come to pass: {info}")
+
+
+@contextlib.contextmanager
+def launch(command: list[str], **environment: str) -> Iterator[Server]:
+    """Run a server command that prints its URL first; ended and reaped at the end."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = next((word for word in line.split() if word.startswith("http://")), "")
+        assert url, f"no URL in {line!r}"
+        yield Server(process, url)
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def fake_server(**settings: Any) -> Iterator[Server]:
+    """A ready server over FakeBackend(**settings)."""
+    with launch([sys.executable, "-m", "tests.support.fake_server", json.dumps(settings)]) as server:
+        server.wait()
+        yield server
+
+
+def main() -> int:
+    from edge.cli import guarded
+    from edge.engine.worker import Load
+    from edge.server.auth import Access
+    from edge.server.cli import bind, serve
+    from edge.server.model_registry import Planned
+
+    settings = json.loads(sys.argv[1])
+    access = Access(*(tuple(settings.pop(name, [])) for name in ("keys", "admin_keys", "origins")))
+    serving = {name: settings.pop(name) for name in ("budget", "keep_alive", "drain") if name in settings}
+    max_queue = settings.pop("max_queue", 64)
+
+    def planned(given: dict[str, Any]) -> Planned:
+        given = dict(given)
+        if (file := given.pop("file", None)) is not None:
+            given |= json.loads(Path(file).read_text(encoding="utf-8"))
+        size, digest = given.pop("bytes", 0), given.pop("digest", "")
+        given.setdefault("chat_template", TEMPLATE)
+        load = Load(kind="fake", settings=given, max_queue=max_queue)
+        return Planned(load, FakeArtefact(digest) if digest else None, size)  # type: ignore[arg-type]
+
+    models = settings.pop("models", {"fake": settings})
+    plans = {name: functools.partial(planned, given) for name, given in models.items()}
+    return guarded(
+        lambda _: serve(bind("127.0.0.1", 0), plans, access=access, **{"drain": 2.0, **serving}), []
+    )
+
+
+@dataclasses.dataclass
+class FakeArtefact:
+    """What the server reads of an artefact."""
+
+    digest: str
+    thinking: str | None = None
+    header: None = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
