@@ -27,8 +27,7 @@ from bench.report import build
 from bench.rounds import Plan
 from bench.servers.target import ours, started
 from edge.artefact import find, manifest
-from edge.cli import guarded
-from edge.errors import EdgeError, InputError
+from edge.errors import EdgeError, InputError, guarded
 
 MAX_TOKENS = 64
 # The baseline of the demo answers eight clients one after the other: this much fits into two minutes.

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
-from edge.cli import guarded
-from edge.errors import InputError
+from edge.errors import InputError, guarded
 
 TEMPLATE = "chat_template.jinja"
 

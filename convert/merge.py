@@ -39,7 +39,7 @@ from convert.model.lora_adapter import (
 )
 from convert.model.safetensors_io import Part
 from convert.verify import compare
-from convert.verify.readers import TorchReader
+from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
 

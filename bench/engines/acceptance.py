@@ -34,8 +34,7 @@ from bench.servers.reference_servers import llama_cpp_server, llama_server, xlla
 from bench.servers.target import Running, ours, started
 from edge.artefact import find
 from edge.artefact.gguf_shards import read_whole
-from edge.cli import guarded
-from edge.errors import EdgeError
+from edge.errors import EdgeError, guarded
 from edge.machine import hardware
 
 TOKENS = 64

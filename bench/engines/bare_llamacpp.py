@@ -29,8 +29,7 @@ from bench.measure import roofline
 from bench.measure.metrics import median
 from edge.artefact.gguf_shards import read_whole
 from edge.backends.llamacpp import library, native_errors
-from edge.cli import guarded
-from edge.errors import InputError, UsageError
+from edge.errors import InputError, UsageError, guarded
 from edge.machine import hardware
 
 

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.report import html, table
-from edge.cli import guarded
-from edge.errors import InputError
+from edge.errors import InputError, guarded
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 

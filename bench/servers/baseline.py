@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge.cli import guarded
-from edge.errors import InputError
+from edge.errors import InputError, guarded
 
 DTYPES = ("float32", "bfloat16")
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench.servers import genai_loop
-from edge.cli import guarded
-from edge.errors import InputError
+from edge.errors import InputError, guarded
 from edge.machine import hardware
 
 MOST_ROWS = 32

@@ -28,8 +28,7 @@ from typing import Any
 
 from convert.config import TrainConfig, parse
 from edge.artefact import manifest
-from edge.cli import guarded
-from edge.errors import EdgeError
+from edge.errors import EdgeError, guarded
 
 # Of Qwen2: width, width between, layers, heads, heads of keys and values.
 SHAPES = {

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from convert.config import TrainConfig, load_train_config
-from edge.cli import guarded
+from edge.errors import guarded
 
 
 class Course:

@@ -30,8 +30,7 @@ from bench.measure.process_probe import noise
 from bench.report.table import write_files
 from convert.config import load_train_config
 from edge.artefact import manifest
-from edge.cli import guarded
-from edge.errors import EdgeError, UsageError
+from edge.errors import EdgeError, UsageError, guarded
 from edge.machine import hardware
 
 SCHEMA = 1
@@ -150,9 +149,10 @@ def memory(path: Path, overrides: list[str], steps: int, console: Console) -> li
 def heldout(run: Path, questions: Path, console: Console) -> dict[str, Any]:
     """How many held-out questions the trained adapter of `run` answers with one of their words."""
     from convert.config import FIELDS, parse
-    from convert.model import chat_format, choose_place
+    from convert.model import chat_format
     from convert.train import sample_answers
     from convert.train.evaluate import load_tuned
+    from convert.train.load_model import choose_place
     from edge.artefact import manifest
 
     known = manifest.read(run / "adapter")

@@ -74,7 +74,7 @@ def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     began = time.monotonic()
     folder = Path(config.model_name_or_path)
     if not folder.is_dir():
-        from convert.pull import resolve
+        from convert.model.hub import resolve
 
         folder = resolve(config.model_name_or_path, config.model_revision)
     form = chat_format.load(check_folder(folder, shown=config.model_name_or_path).path)

@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from convert.export.gguf import _json, _tail
+from convert.export.llamacpp_tools import tail
 from convert.export.onnx import export
+from convert.export.source import read_json
 from convert.verify.onnx_quality import QUESTIONS, backend_logits
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.chat_template import ChatTemplate
-from edge.cli import guarded
-from edge.errors import EdgeError, InputError
+from edge.errors import EdgeError, InputError, guarded
 from edge.machine import hardware
 
 # Nothing of it is used by the project itself. transformers and what it pins come before this environment's.
@@ -78,7 +78,7 @@ def _run(command: list[str], told: str = "") -> str:
     env.pop("PYTHONPATH", None)
     done = subprocess.run(command, input=told.encode("utf-8"), capture_output=True, env=env, check=False)
     if done.returncode != 0:
-        raise EdgeError(f"{command[0]} failed:\n{_tail(done.stderr.decode('utf-8', 'replace'))}")
+        raise EdgeError(f"{command[0]} failed:\n{tail(done.stderr.decode('utf-8', 'replace'))}")
     return done.stdout.decode("utf-8", "replace").strip()
 
 
@@ -92,7 +92,7 @@ def older_reader(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.name != "config.json":
             (target / path.name).symlink_to(path.resolve())
-    config = _json(source / "config.json")
+    config = read_json(source / "config.json")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and rope.get("rope_type", "default") == "default":
         config["rope_theta"] = rope["rope_theta"]

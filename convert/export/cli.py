@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convert.export import gguf, gguf_lora, gguf_split, modelfile, onnx, quant_search
+from convert.export import gguf, gguf_lora, gguf_split, llamacpp_tools, modelfile, onnx, quant_search
 from convert.model.hf_folder import shell
 from edge.errors import UsageError
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     to_gguf = formats.add_parser("gguf", help="RUN/merged -> RUN/gguf, for llama.cpp")
     to_gguf.add_argument("run", type=Path, metavar="RUN", help="the run folder, with merged/ in it")
     default = f"{gguf.DEFAULT}, {gguf.DEFAULT_SMALL} below a billion parameters"
-    to_gguf.add_argument("--quant", help=f"one of {', '.join(gguf.QUANTS)} (default: {default})")
+    to_gguf.add_argument("--quant", help=f"one of {', '.join(llamacpp_tools.QUANTS)} (default: {default})")
     to_gguf.add_argument(
         "--ladder", action="store_true", help="measure several types here, export the one that fits best"
     )

@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,67 +20,23 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from convert.export import gguf_split
-from convert.model import chat_format
-from convert.model.hf_folder import SMALL, check_folder, parameters
+from convert.export.llamacpp_tools import GPTQ, NEED_MATRIX, QUANTS, WHOLE, quantize, run_child, run_converter
+from convert.export.source import TEMPLATE, Source, folders, open_source
+from convert.model.hf_folder import SMALL, parameters
 from convert.verify import compare as verify
 from convert.verify import probes
+from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
 from convert.verify.probes import TEXTS as PROBES
-from convert.verify.readers import GgufReader, TorchReader
+from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
-from edge.artefact.gguf_header import FILE_TYPES, GGUFHeader, read_header
-from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.machine import hardware
-from edge.machine.llamacpp_source import sdist
+from edge.artefact.gguf_header import GGUFHeader, read_header
+from edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from convert.export.imatrix import Matrix
 
 DEFAULT, DEFAULT_SMALL = "Q4_K_M", "Q8_0"
-# All that the quantiser knows, best quality first within a size (MXFP4 is for mixtures of experts).
-QUANTS = (
-    "F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
-    "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_1", "Q4_0", "MXFP4_MOE",
-    "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS",
-    "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "Q2_0", "TQ2_0", "TQ1_0",
-    "IQ1_M", "IQ1_S", "Q1_0",
-)  # fmt: skip
-# Below three bits rounding is blind without one: the quantiser refuses.
-NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
-# Those whose tensors are mostly of types that convert.export.gptq knows.
-GPTQ = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
-WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
-TEMPLATE = "chat_template.jinja"
-_PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The transformers folder that is exported, and what is known of it."""
-
-    path: Path
-    known: manifest.Manifest
-    config: dict[str, Any]
-    template: str
-    weights: int
-
-    @property
-    def file_name(self) -> str:
-        """The model's name as far as a file may be called so."""
-        return re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", self.known.name).strip(" .-") or "model"
-
-    @property
-    def whole(self) -> str:
-        """The GGUF type that keeps the precision of the weights."""
-        dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
-        return {"bfloat16": "BF16", "float32": "F32"}.get(dtype, "F16")
-
-    def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
-        """The manifest of `file` in the type `quant`, without its verification."""
-        settings = {"quant": quant, "file": file.name, **settings}
-        made = self.known.child("gguf", self.path, settings=settings, packages=_PACKAGES)
-        made.chat_template = manifest.text_digest(self.template)
-        return made
 
 
 def run(
@@ -116,15 +66,6 @@ def run(
         overwrite=overwrite,
         console=console,
     )
-
-
-def folders(given: Path) -> tuple[Path, Path]:
-    """(what to export, where to) for a run or a transformers folder."""
-    if (given / "config.json").is_file():
-        return given, given / "gguf"
-    if given.is_dir() and not (given / "merged").is_dir():
-        raise InputError(f"{given} has no merged model", f"make it: edge merge {given}")
-    return given / "merged", given / "gguf"
 
 
 def export(
@@ -221,28 +162,6 @@ def check_quant(quant: str) -> str:
     return quant.upper()
 
 
-def open_source(path: Path) -> Source:
-    """The folder to export, checked. Raises InputError where something is missing or was changed.
-
-    A folder without edge.json was made elsewhere: its own files say where a turn ends.
-    """
-    if (path / manifest.FILE).is_file() or not (path / "config.json").is_file():
-        known, kept = manifest.read(path), ""
-    else:
-        form = chat_format.load(check_folder(path).path)
-        kept = form.source
-        digest = manifest.text_digest(form.source)
-        known = manifest.Manifest("model", path.resolve().name, chat_template=digest, stop_ids=form.stop_ids)
-    path = path.resolve()
-    # transformers 4 keeps the template in tokenizer_config.json.
-    text = kept if kept and not (path / TEMPLATE).is_file() else _template(path, known)
-    config = _json(path / "config.json")
-    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{path} has no *.safetensors file", "merge again: edge merge RUN")
-    return Source(path, known, config, text, weights)
-
-
 def check_space(origin: Source, target: Path, quant: str) -> None:
     """Raise InputError unless the disk holds the first file and what is quantised from it."""
     wide = 2 if quant == "F32" and origin.whole != "F32" else 1
@@ -311,35 +230,6 @@ def compare(origin: Source, final: Path, console: Console) -> verify.Report:
     return report
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "merge again: edge merge RUN") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object", "merge again: edge merge RUN")
-    return data
-
-
-def _template(source: Path, origin: manifest.Manifest) -> str:
-    """The chat template, exactly. A model without one would be served as gibberish: refused."""
-    path = source / TEMPLATE
-    if not path.is_file():
-        raise InputError(
-            f"{source} has no {TEMPLATE}: the exported model would not know how a turn begins and ends",
-            f"copy {TEMPLATE} from the base model into it, or merge again: edge merge RUN --overwrite",
-        )
-    text = path.read_text(encoding="utf-8")
-    # As transformers reads it: line ends of Windows count as plain ones. The digest may be of either form.
-    digests = {manifest.text_digest(text), manifest.file_digest(path)}
-    if origin.chat_template is not None and origin.chat_template not in digests:
-        raise InputError(
-            f"{path} is not the template that edge.json names: it was changed after the merge",
-            "merge again: edge merge RUN --overwrite",
-        )
-    return text
-
-
 def convert(origin: Source, target: Path, quant: str) -> None:
     """Write the source as the unquantised GGUF `target` of the type `quant`, one of WHOLE."""
     options = ["--outtype", WHOLE[quant], "--model-name", origin.known.name]
@@ -372,69 +262,6 @@ def _kept(target: Path) -> Path:
     return target.with_name(f".{target.name}-first")
 
 
-def run_converter(script_name: str, source: Path, target: Path, options: list[str]) -> None:
-    """Run one of llama.cpp's converters. Raises EdgeError that says what it could not do."""
-    script = sdist() / "vendor" / "llama.cpp" / script_name
-    command = [sys.executable, str(script), str(source), "--outfile", str(target), *options]
-    env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-    env.pop("NO_LOCAL_GGUF", None)
-    done = subprocess.run(command, capture_output=True, env=env, cwd=target.parent, check=False)
-    log = done.stderr.decode("utf-8", "replace")
-    if done.returncode == 0 and target.is_file():
-        return
-    if "BPE pre-tokenizer was not recognized" in log:
-        raise InputError(
-            f"llama.cpp does not know the pre-tokenizer of {source / 'tokenizer.json'}",
-            "use the base model's own tokenizer files, unchanged: with a guess the tokens would be wrong",
-        )
-    if unknown := re.search(r"Model (\S+) is not supported", log):
-        raise InputError(
-            f"llama.cpp's converter does not know the architecture {unknown[1]}", "use another base"
-        )
-    if missing := re.search(r"No module named '([\w.]+)'", log):
-        raise UnavailableError(
-            f"llama.cpp's converter needs the package '{missing[1]}', which is not installed",
-            "pip install -c constraints.txt -e '.[train]'",
-        )
-    raise EdgeError(f"llama.cpp's converter failed on {source}:\n{_tail(log)}", "its last lines are above")
-
-
-def _tail(log: str, lines: int = 12) -> str:
-    return "\n".join(line[:200] for line in log.replace("\r", "\n").strip().splitlines()[-lines:])
-
-
-def _native(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """Run llamacpp_child.py; its answer and log. Raises EdgeError where it dies or refuses."""
-    script = str(Path(__file__).with_name("llamacpp_child.py"))
-    job = job | {"threads": hardware.cpu_threads()}
-    done = subprocess.run(
-        [sys.executable, "-P", script, mode],
-        input=json.dumps(job).encode("utf-8"),
-        capture_output=True,
-        env=os.environ | {"PYTHONUTF8": "1"},
-        check=False,
-    )
-    log = done.stderr.decode("utf-8", "replace")
-    if done.returncode != 0:
-        raise EdgeError(
-            f"llama.cpp could not {mode} {path.name} (exit code {done.returncode}):\n{_tail(log)}",
-            "if it is not installed or does not load: python -m edge.machine.build_llamacpp",
-        )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer, log
-
-
-def quantize(source: Path, target: Path, quant: str, matrix: Path | None = None) -> list[str]:
-    """Quantise; returns a line for each tensor that took another type than the recipe's."""
-    ftype = next(number for number, name in FILE_TYPES.items() if name == quant)
-    job = {"source": str(source), "target": str(target), "ftype": ftype, "imatrix": str(matrix or "")}
-    answer, log = _native("quantize", job, target)
-    if answer["code"] != 0:
-        raise EdgeError(f"llama.cpp could not quantise to {quant}:\n{_tail(log)}", "try another --quant")
-    found = re.findall(r"ncols\s+(\d+) not divisible by\s+(\d+).*?-> falling back to\s+(\S+)", log)
-    return [f"rows of {columns} are no multiple of {block}, so {kind}" for columns, block, kind in found]
-
-
 def check(header: GGUFHeader, origin: Source) -> dict[str, Any]:
     """What of a file must be as in the folder it was made from. Raises InputError that names the difference.
 
@@ -454,7 +281,7 @@ def check(header: GGUFHeader, origin: Source) -> dict[str, Any]:
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     added = [str(token) for token in tokenizer.get_added_tokens_decoder().values()]
     prompts = [*PROBES, *probes.special_texts(added), origin.template]
-    answer, _ = _native("inspect", {"path": str(path), "prompts": prompts}, path)
+    answer, _ = run_child("inspect", {"path": str(path), "prompts": prompts}, path)
     vocab = int(text_config.get("vocab_size", 0))
     if not answer["vocab_size"] == header.vocab_size == vocab:
         raise InputError(f"{path.name} has {answer['vocab_size']} tokens, config.json says {vocab}", again)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from convert.export import gguf
+from convert.export.llamacpp_tools import run_converter
 from convert.model.hf_folder import check_folder
 from convert.model.lora_adapter import find_base, known_adapter, read_adapter, words
 from edge.artefact import find, manifest
@@ -59,7 +59,7 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
         final = partial / f"{name}-lora.gguf"
         # Llama's queries and keys are reordered in a GGUF; the converter does the same to their updates.
         options = ["--base", str(base.path.resolve()), "--outtype", "f16"]
-        gguf.run_converter("convert_lora_to_gguf.py", scaled, final, options)
+        run_converter("convert_lora_to_gguf.py", scaled, final, options)
         shutil.rmtree(scaled)
         find.check_lora(final)
         form = words(folder, base.path)

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from convert.export import imatrix
+from convert.export import calibration
 from convert.model.layerwise import Batch, LayeredModel
 from edge.artefact import manifest
 from edge.artefact.gguf_header import GGUFTensor, read_header
@@ -99,7 +99,7 @@ def run(
     Raises InputError where no data set is known, for an architecture that the names are not known of, or a
     model whose activations are no numbers.
     """
-    rows, source = imatrix.rows(folder, known)
+    rows, source = calibration.rows(folder, known)
     model = LayeredModel(folder)
     try:
         _check_memory(model, sum(map(len, rows)))
@@ -134,7 +134,7 @@ class _Tensors:
 
     def __init__(self, whole: Path, file: Path) -> None:
         header = read_header(file)
-        self._name = imatrix.tensor_names(header)
+        self._name = calibration.tensor_names(header)
         self._tensors, self._sources = header.tensors, read_header(whole).tensors
         self._data = np.memmap(file, np.uint8, "r+")
         self._source = np.memmap(whole, np.uint8, "r")

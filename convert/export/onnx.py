@@ -20,10 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
-from convert.export.gguf import PROBES, TEMPLATE, _json, _tail, _template
+from convert.export.llamacpp_tools import tail
 from convert.export.onnx_graph import complete
+from convert.export.source import TEMPLATE, read_json, read_template
 from convert.model.hf_folder import SMALL, parameters
 from convert.verify.onnx_quality import QUESTIONS, Quality, measure
+from convert.verify.probes import TEXTS as PROBES
 from edge.artefact import manifest
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
 from edge.backends.onnx_tokenizer import Vocabulary
@@ -90,8 +92,8 @@ def export(
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
     origin = manifest.read(source)
     source, target = source.resolve(), target.absolute()
-    template = _template(source, origin)
-    config = _json(source / "config.json")
+    template = read_template(source, origin)
+    config = read_json(source / "config.json")
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{source} has no *.safetensors file", "merge again: edge merge RUN")
@@ -112,7 +114,7 @@ def export(
                 even, block, activations = _evened(source, origin, partial / "even")
         with console.status(f"building {final.name} from {source}"):
             _build(even, final, precision, scheme, ep, block)
-            decoder = _json(partial / "genai_config.json")["model"]["decoder"]
+            decoder = read_json(partial / "genai_config.json")["model"]["decoder"]
             complete(
                 final,
                 OUTPUT_POSITIONS,
@@ -241,7 +243,7 @@ def _build(source: Path, final: Path, precision: str, scheme: str, ep: str, bloc
             "export GGUF: edge export gguf RUN",
         )
     raise EdgeError(
-        f"onnxruntime-genai's builder failed on {source}:\n{_tail(log)}", "its last lines are above"
+        f"onnxruntime-genai's builder failed on {source}:\n{tail(log)}", "its last lines are above"
     )
 
 

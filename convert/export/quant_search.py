@@ -18,10 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from convert.export import gguf
+from convert.export import gguf, llamacpp_tools
+from convert.export.source import Source, folders, open_source
 from convert.verify import compare
+from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
-from convert.verify.readers import GgufReader, TorchReader
+from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
@@ -68,8 +70,8 @@ def run(run_folder: Path, *, overwrite: bool = False, console: Console | None = 
     Raises as gguf.run.
     """
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
-    source, target = gguf.folders(run_folder)
-    origin = gguf.open_source(source)
+    source, target = folders(run_folder)
+    origin = open_source(source)
     target = target.absolute()
     manifest.check_target(target, overwrite)
     # The first file, the best so far and the one that is measured.
@@ -86,7 +88,7 @@ def run(run_folder: Path, *, overwrite: bool = False, console: Console | None = 
         if chosen.rounding == "gptq":
             (partial / _GPTQ_FILE).replace(final)
         else:
-            gguf.quantize(first, final, chosen.quant, archive if chosen.rounding else None)
+            llamacpp_tools.quantize(first, final, chosen.quant, archive if chosen.rounding else None)
         for name in (first.name, "imatrix.npz", _GPTQ_FILE):
             (partial / name).unlink(missing_ok=True)
         record = {"machine": hardware.cpu_model(), "chosen": chosen.name, "reason": reason}
@@ -106,7 +108,7 @@ def run(run_folder: Path, *, overwrite: bool = False, console: Console | None = 
     return target / final.name
 
 
-def _matrix(origin: gguf.Source, first: Path, archive: Path, console: Console) -> Path | None:
+def _matrix(origin: Source, first: Path, archive: Path, console: Console) -> Path | None:
     try:
         with console.status("gathering the importance matrix"):
             gguf.gather(origin, first, archive)
@@ -116,9 +118,7 @@ def _matrix(origin: gguf.Source, first: Path, archive: Path, console: Console) -
     return archive
 
 
-def _climb(
-    origin: gguf.Source, first: Path, archive: Path | None, folder: Path, console: Console
-) -> list[Rung]:
+def _climb(origin: Source, first: Path, archive: Path | None, folder: Path, console: Console) -> list[Rung]:
     """Each type in turn: quantised, compared, timed, removed; but for _GPTQ_FILE, which took long."""
     plan = [(quant, "") for quant in TYPES]
     if archive is not None:
@@ -135,7 +135,7 @@ def _climb(
             path = folder / "rung.gguf"
             with console.status(f"{number} of {len(plan)}: {quant}{' + matrix' if rounding else ''}"):
                 try:
-                    gguf.quantize(first, path, quant, archive if rounding else None)
+                    llamacpp_tools.quantize(first, path, quant, archive if rounding else None)
                 except EdgeError as error:
                     console.print(f"note: {quant} is left out: {error.message.splitlines()[0]}")
                     continue
@@ -145,7 +145,7 @@ def _climb(
         if archive is not None and candidates:
             quant = min(candidates, key=lambda rung: rung.seconds).quant
             path = folder / _GPTQ_FILE
-            gguf.quantize(first, path, quant)
+            llamacpp_tools.quantize(first, path, quant)
             try:
                 gguf.choose_codes(origin, first, path, console)
             except InputError as error:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from convert.export import imatrix
+from convert.export import calibration
 from convert.model import safetensors_io
 from convert.model.hf_folder import INDEX, check_folder
 from convert.model.layerwise import Batch, LayeredModel
@@ -41,7 +41,7 @@ def run(source: Path, known: manifest.Manifest | None, target: Path) -> tuple[in
     Returns how many layers were, and what their activations were seen on. known: source's edge.json.
     Raises InputError where no data set is known, or no layer is built as is needed.
     """
-    rows, what = imatrix.rows(source, known)
+    rows, what = calibration.rows(source, known)
     rows = rows[:: max(1, sum(map(len, rows)) // TOKENS)]
     target.mkdir()
     where: dict[str, str] = {}

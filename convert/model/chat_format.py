@@ -6,7 +6,6 @@ tokens; answers end with the token that the template ends an assistant's turn wi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from convert.model.hf_folder import read_json
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.reasoning import THINK, THINK_END, opens_thought
@@ -123,7 +123,7 @@ def load(folder: Path) -> ChatFormat:
         raise InputError(f"{path} cannot be read: {error}", "get the model again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = _json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     source = _template_source(folder, config)
     bos, eos = _token(config.get("bos_token")), _token(config.get("eos_token"))
     special = {
@@ -231,7 +231,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _generation_ends(folder: Path) -> list[int]:
-    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     return [end for end in ends if isinstance(end, int)]
 
@@ -239,13 +239,3 @@ def _generation_ends(folder: Path) -> list[int]:
 def _token(value: Any) -> str:
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}", "get the model again") from error
-    return data if isinstance(data, dict) else {}

@@ -68,7 +68,7 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
         elif (folder / "adapter_config.json").is_file():
             hint = "it is an adapter: give the model that it belongs to"
         raise InputError(f"{shown} has no config.json: it is no transformers folder", hint)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{folder / 'config.json'} names no model_type", "get the model again")
     if config.get("quantization_config"):
@@ -90,7 +90,7 @@ def _weights(folder: Path, shown: str) -> tuple[Path, ...]:
     if single.is_file():
         return (single,)
     if index.is_file():
-        names = _json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError(f"{index} has no weight_map", "get the model again")
         paths = tuple(folder / str(name) for name in sorted(set(names.values())))
@@ -163,7 +163,8 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     return offsets[0], offsets[1], name
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; {} where there is none. Raises InputError for anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     except ValueError as error:

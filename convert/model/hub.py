@@ -24,12 +24,39 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from convert.model.hf_folder import PATTERNS, converts
+from convert.model.hf_folder import PATTERNS, check_folder, converts
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UnavailableError
 
+DEFAULT = "smollm2-135m-instruct"  # the embedded model
 LARGE = 16 * 2**20  # bytes from which a file is worth resuming
 _TRIES = 5  # connections in a row that bring nothing
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a model's id on the hub, ORG/NAME."""
+    # models/x and runs/x are our own folders, there or not: never asked of the hub.
+    return bool(_HUB_ID.fullmatch(name)) and name.split("/")[0] not in ("models", "runs")
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The transformers folder behind `name`: an existing folder, or a hub id, downloaded or from the cache.
+
+    Raises InputError where it is no transformers folder with safetensors; as `snapshot` for the hub.
+    """
+    path = Path(name)
+    if not path.exists() and is_hub_id(name):
+        return check_folder(snapshot(name, revision), shown=name).path
+    if path.is_dir():
+        return check_folder(path).path
+    if path.is_file():
+        raise InputError(
+            f"{name} is a file; training needs a transformers folder with safetensors",
+            "a GGUF file can be served: edge serve FILE",
+        )
+    command = "edge pull" if path.name == DEFAULT else "edge pull ORG/NAME"
+    raise InputError(f"no such model folder: {name}", f"get it: {command}")
 
 
 def snapshot(name: str, revision: str | None = None, *, console: Console | None = None) -> Path:

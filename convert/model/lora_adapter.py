@@ -257,7 +257,7 @@ def find_base(known: manifest.Manifest, adapter: Path) -> Path:
     name = str(known.settings.get("model_name_or_path", ""))
     folder = next((Path(one) for one in (parent["path"], name) if one and Path(one).is_dir()), None)
     if folder is None and name:
-        from convert.pull import resolve
+        from convert.model.hub import resolve
 
         folder = resolve(name, known.settings.get("model_revision"))
     if folder is None:

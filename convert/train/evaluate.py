@@ -24,8 +24,8 @@ from convert.config import FIELDS, TrainConfig, parse
 from convert.data import prepare
 from convert.data.dataset_info import Row
 from convert.data.encode import Pair, Sample
-from convert.merge import find_base
 from convert.model import chat_format
+from convert.model.lora_adapter import find_base
 from convert.train import bleu_rouge, sample_answers, trainer
 from convert.train.load_model import Place, choose_place, load_model
 from convert.train.losses import LossHead, by_length

@@ -68,7 +68,7 @@ def base_folder(name: str, revision: str | None) -> Path:
     """The folder of the base model, checked: `name` itself, or what the hub has under it."""
     folder = Path(name)
     if not folder.is_dir():
-        from convert.pull import resolve
+        from convert.model.hub import resolve
 
         folder = resolve(name, revision)
     return check_folder(folder, shown=name).path

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from convert.verify import probes
 from convert.verify.logits import Reference
-from convert.verify.readers import Reader, open_reader
+from convert.verify.open_reader import open_reader
+from convert.verify.reader import Reader
 from edge.artefact import manifest
 from edge.errors import InputError
 

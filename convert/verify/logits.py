@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.verify import probes
 from convert.verify.divergence import Divergence, Logits
-from convert.verify.readers import Reader
+from convert.verify.reader import Reader
 from edge.artefact import manifest
 
 GREEDY = 24  # tokens of a model's own answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from convert.verify.onnx_quality import backend_logits
-from convert.verify.readers import Logits, Reader
+from convert.verify.reader import Logits, Reader
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings

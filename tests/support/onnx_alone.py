@@ -22,8 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edge.cli import guarded
-from edge.errors import EdgeError, InputError
+from edge.errors import EdgeError, InputError, guarded
 
 ROOT = Path(__file__).parents[2]
 # Serving must not need them.

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from convert.export import gguf
 from convert.verify.compare import Report
-from convert.verify.readers import TorchReader
+from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError

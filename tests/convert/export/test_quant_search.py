@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from convert.export import gguf, imatrix, quant_search
+from convert.export import calibration, gguf, imatrix, quant_search
 from convert.export.quant_search import Rung
+from convert.export.source import open_source
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
@@ -84,7 +85,7 @@ def test_a_ladder_is_climbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = make_run(tmp_path, "llama")
-    origin = gguf.open_source(run / "merged")
+    origin = open_source(run / "merged")
     first = tmp_path / "first.gguf"
     gguf.convert(origin, first, "F16")
     found = gguf.gather(origin, first, tmp_path / "m.npz")
@@ -118,4 +119,4 @@ def test_a_ladder_is_climbed(
 def test_a_matrix_needs_a_data_set(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(InputError, match="measuring needs rows of the data set: no adapter with a data set"):
-        imatrix.rows(base, None)
+        calibration.rows(base, None)

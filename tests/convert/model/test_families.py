@@ -12,7 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from convert import merge
-from convert.export import gguf, gguf_lora
+from convert.export import gguf, gguf_lora, llamacpp_tools
+from convert.export.source import open_source
 from convert.verify import compare
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import read_header
@@ -126,7 +127,7 @@ def test_m8_an_adapter_on_top_of_a_base_in_gguf(
 def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None) -> None:
     folder = make_family(tmp_path / "base", "llama")
     first = tmp_path / "first.gguf"
-    origin = gguf.open_source(folder)
+    origin = open_source(folder)
     gguf.convert(origin, first, "F32")
     header = read_header(first)
     import numpy as np
@@ -140,12 +141,14 @@ def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None) -> Non
 
     def size(quant: str) -> int:
         path = tmp_path / f"{quant}.gguf"
-        gguf.quantize(first, path, quant, tmp_path / "m.npz" if quant in gguf.NEED_MATRIX else None)
+        llamacpp_tools.quantize(
+            first, path, quant, tmp_path / "m.npz" if quant in llamacpp_tools.NEED_MATRIX else None
+        )
         made = read_header(path)
         assert made.file_type == quant and made.tensors.keys() == header.tensors.keys()
         return made.weights_bytes
 
-    quants = [one for one in gguf.QUANTS if one not in gguf.WHOLE and one != "MXFP4_MOE"]
+    quants = [one for one in llamacpp_tools.QUANTS if one not in llamacpp_tools.WHOLE and one != "MXFP4_MOE"]
     # Each is a process of its own; what takes time is their starting.
     with ThreadPoolExecutor(2) as pool:
         sizes = dict(zip(quants, pool.map(size, quants), strict=True))

@@ -16,7 +16,10 @@ from rich.console import Console
 
 from convert.verify import compare, probes
 from convert.verify.divergence import Divergence, log_softmax
-from convert.verify.readers import GgufReader, Reader, TorchReader, open_reader
+from convert.verify.gguf_reader import GgufReader
+from convert.verify.open_reader import open_reader
+from convert.verify.reader import Reader
+from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.errors import InputError
 from tests.support import tiny_llama

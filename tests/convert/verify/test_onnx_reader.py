@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 
 from convert.verify.compare import BOUNDS
 from convert.verify.onnx_reader import OnnxReader
-from convert.verify.readers import open_reader
+from convert.verify.open_reader import open_reader
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
