@@ -22,7 +22,7 @@ STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
 REPLACE := $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check conformance pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: help install demo test test-all check conformance pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "make tune          what was measured for RUN on this machine"
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
+	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make conformance   other projects' clients and suites against a running server"
 	@echo "make clean         remove caches (models, runs and .venv stay)"
 	@echo
@@ -79,16 +80,23 @@ demo: install
 	$(BIN)/edge export gguf "$(RUN)" --quant $(or $(QUANT),Q4_0 --gptq) --overwrite
 	$(BIN)/python -m bench.demo "$(RUN)"
 
-# Two at once where no times are taken: that halves what takes longest.
+# Tests that measure time run alone, all others two at once.
+ALONE := $(BIN)/python -m pytest -q
+BESIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest -m "not beside"
-	$(BIN)/python -m pytest -m beside -n 2
+	$(ALONE) -m "timing and not matrix"
+	$(BESIDE) -m "not timing and not matrix"
+
+test-all: install
+	$(ALONE) -m timing
+	$(BESIDE) -m "not timing"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BESIDE) -m "not slow and not gpu and not timing and not matrix"
 
 # Each client's own environment, made anew when its pins change; the server runs in .venv.
 .venv-conformance/installed .venv-conformance-openai1/installed: .venv-conformance%/installed: \

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,17 +19,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
-# Folders whose tests take no times, and so may run side by side.
-BESIDE = ("convert", "bench/training")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    tests = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(tests).as_posix()
-        if place.startswith(BESIDE) or place in ("test_layout.py", "test_examples.py"):
-            item.add_marker(pytest.mark.beside)
 
 
 @pytest.fixture(scope="module", params=["fake", "fake-card", "llamacpp", "onnx", "onnx-device"])

@@ -21,6 +21,7 @@ from edge.errors import InputError
 from edge.machine import llamacpp_source
 from tests.support import tiny_llama
 from tests.support.families import FAMILIES, as_transformers_4, make_adapter, make_family
+from tests.support.matrix import few
 from tests.support.toy import CHATML
 
 # The toy's vocabulary has no pre-tokenizer that the converter would know by its hash: it is GPT-2's.
@@ -59,7 +60,7 @@ def quiet() -> Console:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, ("llama", "gemma3")))
 def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: None, family: str) -> None:
     base = make_family(tmp_path / "base", family)
     run = tmp_path / "run"
@@ -75,7 +76,7 @@ def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", few(["llama", "qwen2"], ["qwen2"]))
 def test_a_folder_of_transformers_4(tmp_path: Path, toy_converter: None, family: str) -> None:
     """rope_theta at the top level, the template in tokenizer_config.json, several shards."""
     base = make_family(tmp_path / "base", family)
@@ -101,7 +102,7 @@ def test_a_folder_of_transformers_4(tmp_path: Path, toy_converter: None, family:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "more"), [("llama", {"use_rslora": True}), ("qwen2", {})])
+@pytest.mark.parametrize(("family", "more"), few([("llama", {"use_rslora": True}), ("qwen2", {})], ["llama"]))
 def test_m8_an_adapter_on_top_of_a_base_in_gguf(
     tmp_path: Path, toy_converter: None, family: str, more: dict[str, bool]
 ) -> None:
@@ -123,8 +124,18 @@ def test_m8_an_adapter_on_top_of_a_base_in_gguf(
         find.check_lora(other)
 
 
+TYPES = [one for one in llamacpp_tools.QUANTS if one not in llamacpp_tools.WHOLE and one != "MXFP4_MOE"]
+
+
 @pytest.mark.slow
-def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None) -> None:
+@pytest.mark.parametrize(
+    "quants",
+    [
+        pytest.param(("Q8_0", "Q6_K", "Q4_K_M", "Q2_K", "IQ1_S"), id="five"),
+        pytest.param(TYPES, id="all", marks=pytest.mark.matrix),
+    ],
+)
+def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None, quants: list[str]) -> None:
     folder = make_family(tmp_path / "base", "llama")
     first = tmp_path / "first.gguf"
     origin = open_source(folder)
@@ -148,7 +159,6 @@ def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None) -> Non
         assert made.file_type == quant and made.tensors.keys() == header.tensors.keys()
         return made.weights_bytes
 
-    quants = [one for one in llamacpp_tools.QUANTS if one not in llamacpp_tools.WHOLE and one != "MXFP4_MOE"]
     # Each is a process of its own; what takes time is their starting.
     with ThreadPoolExecutor(2) as pool:
         sizes = dict(zip(quants, pool.map(size, quants), strict=True))

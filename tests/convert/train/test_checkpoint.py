@@ -73,7 +73,7 @@ def lines(folder):
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
+    "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.matrix)]
 )
 def test_t13_the_same_way_as_a_run_that_was_never_stopped(made, tmp_path, monkeypatch, quiet, step):
     whole = finetune.run(made("whole"), console=quiet)

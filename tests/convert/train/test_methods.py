@@ -27,6 +27,7 @@ from convert.train.distributed import World
 from convert.train.losses import LossHead, Preference
 from edge.errors import EdgeError, InputError, UsageError
 from tests.convert.test_config import DPO, QLORA
+from tests.support.matrix import few
 from tests.support.runs import PAIRS, ROWS, configure
 from tests.support.toy import make_model
 
@@ -362,7 +363,7 @@ def two_processes(*what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [None, "full_shard"])
+@pytest.mark.parametrize("fsdp", few([None, "full_shard"], ["full_shard"]))
 def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
     """The same gradients, the same weights; also where the processes hold the frozen weights together."""
     # Three batches an epoch: in each second step one process has none.
