@@ -27,7 +27,8 @@ from bench.report import build
 from bench.rounds import Plan
 from bench.servers.target import ours, started
 from edge.artefact import find, manifest
-from edge.errors import EdgeError, InputError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError, InputError
 
 MAX_TOKENS = 64
 # The baseline of the demo answers eight clients one after the other: this much fits into two minutes.

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
-from edge.errors import InputError, guarded
+from edge.console import guarded
+from edge.errors import InputError
 
 TEMPLATE = "chat_template.jinja"
 

@@ -22,7 +22,7 @@ from bench.measure import workloads
 from bench.measure.http1 import request
 from bench.measure.load import Job, Ours, ask, get
 from bench.servers.target import ours, started
-from edge.errors import guarded
+from edge.console import guarded
 
 PATIENCE_S = 120.0
 

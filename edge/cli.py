@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable
 
 from edge import __version__
-from edge.errors import EdgeError, UsageError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError, UsageError
 
 VERBS: dict[str, tuple[str, str]] = {
     "pull": ("convert.pull", "get a model: the embedded default, a folder, a GGUF file or a hub id"),

@@ -12,11 +12,6 @@ The message says what is wrong and names the file, row, field or value; the hint
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from collections.abc import Callable
-
 
 class EdgeError(Exception):
     """Something a user can mend. `message` says what, `hint` what to do about it."""
@@ -75,43 +70,3 @@ class RequestError(EdgeError):
         if self.status == 429:
             kind = "rate_limit_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def utf8_console() -> None:
-    """Console text never raises, whatever the locale: what it cannot show is escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
-    """`run(argv)` with every error a user can meet turned into a message and an exit code."""
-    utf8_console()
-    try:
-        return run(argv)
-    except EdgeError as error:
-        _complain(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _complain("stopped by Ctrl-C; nothing was left half-written under a final name")
-        return 130
-    except BrokenPipeError:
-        # The reader has gone (`edge ... | head`); the interpreter must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            _complain(
-                f"the disk is full: {error.filename or 'while writing'}", "free some space and run it again"
-            )
-        elif error.filename is not None:
-            _complain(f"{error.filename}: {error.strerror}")
-        else:
-            raise
-        return 1
-
-
-def _complain(message: str, hint: str = "") -> None:
-    text = f"error: {message}" + (f"\n  {hint}" if hint else "")
-    sys.stderr.write(text + "\n")

@@ -34,7 +34,8 @@ from bench.servers.reference_servers import llama_cpp_server, llama_server, xlla
 from bench.servers.target import Running, ours, started
 from edge.artefact import find
 from edge.artefact.gguf_shards import read_whole
-from edge.errors import EdgeError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError
 from edge.machine import hardware
 
 TOKENS = 64

@@ -29,7 +29,8 @@ from bench.measure import roofline
 from bench.measure.metrics import median
 from edge.artefact.gguf_shards import read_whole
 from edge.backends.llamacpp import library, native_errors
-from edge.errors import InputError, UsageError, guarded
+from edge.console import guarded
+from edge.errors import InputError, UsageError
 from edge.machine import hardware
 
 

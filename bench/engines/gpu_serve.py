@@ -23,8 +23,9 @@ from bench.engines import race
 from edge.artefact import find, manifest
 from edge.backends import onnx
 from edge.backends.base import Backend
+from edge.console import guarded
 from edge.engine.worker import Load, open_backend
-from edge.errors import UnavailableError, guarded
+from edge.errors import UnavailableError
 from edge.loading import load_plan
 from edge.machine import hardware
 

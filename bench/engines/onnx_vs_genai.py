@@ -22,7 +22,7 @@ from bench.engines import race
 from bench.measure.process_probe import noise
 from edge.artefact import find
 from edge.backends.onnx import Model, Onnx, Settings
-from edge.errors import guarded
+from edge.console import guarded
 from edge.loading import load_plan, tune_onnx
 from edge.machine import hardware
 

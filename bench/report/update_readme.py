@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from bench.report import html, table
-from edge.errors import InputError, guarded
+from edge.console import guarded
+from edge.errors import InputError
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 

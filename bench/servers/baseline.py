@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge.errors import InputError, guarded
+from edge.console import guarded
+from edge.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
 

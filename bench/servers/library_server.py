@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench.servers import genai_loop
-from edge.errors import InputError, guarded
+from edge.console import guarded
+from edge.errors import InputError
 from edge.machine import hardware
 
 MOST_ROWS = 32

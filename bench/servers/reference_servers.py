@@ -21,7 +21,8 @@ from rich.console import Console
 from bench.measure.load import Job, Part
 from bench.servers.target import Target
 from edge.artefact.gguf_shards import read_whole
-from edge.errors import EdgeError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError
 from edge.machine import build_llamacpp, hardware
 from edge.machine.llamacpp_source import sdist
 

@@ -28,7 +28,8 @@ from typing import Any
 
 from convert.config import TrainConfig, parse
 from edge.artefact import manifest
-from edge.errors import EdgeError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError
 
 # Of Qwen2: width, width between, layers, heads, heads of keys and values.
 SHAPES = {

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from convert.config import TrainConfig, load_train_config
-from edge.errors import guarded
+from edge.console import guarded
 
 
 class Course:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from convert.config import TrainConfig, load_train_config
-from edge.errors import guarded
+from edge.console import guarded
 
 
 def peak(config: TrainConfig, console: Console) -> None:

@@ -30,7 +30,8 @@ from bench.measure.process_probe import noise
 from bench.report.table import write_files
 from convert.config import load_train_config
 from edge.artefact import manifest
-from edge.errors import EdgeError, UsageError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError, UsageError
 from edge.machine import hardware
 
 SCHEMA = 1

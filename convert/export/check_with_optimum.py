@@ -32,7 +32,8 @@ from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.chat_template import ChatTemplate
-from edge.errors import EdgeError, InputError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError, InputError
 from edge.machine import hardware
 
 # Nothing of it is used by the project itself. transformers and what it pins come before this environment's.

@@ -397,6 +397,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from edge.errors import guarded
+    from edge.console import guarded
 
     sys.exit(guarded(main, sys.argv[1:]))

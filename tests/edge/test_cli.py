@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge import errors
+from edge import console
 from edge.errors import EdgeError, UsageError
 
 
@@ -59,7 +59,7 @@ def test_an_unknown_verb_is_named() -> None:
 def test_errors_become_messages(
     error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert errors.guarded(raising(error), []) == code
+    assert console.guarded(raising(error), []) == code
     assert said in capsys.readouterr().err
 
 

@@ -110,8 +110,8 @@ def fake_server(**settings: Any) -> Iterator[Server]:
 
 
 def main() -> int:
+    from edge.console import guarded
     from edge.engine.worker import Load
-    from edge.errors import guarded
     from edge.server.auth import Access
     from edge.server.cli import bind, serve
     from edge.server.model_registry import Planned

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edge.errors import EdgeError, InputError, guarded
+from edge.console import guarded
+from edge.errors import EdgeError, InputError
 
 ROOT = Path(__file__).parents[2]
 # Serving must not need them.
