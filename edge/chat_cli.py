@@ -18,7 +18,7 @@ from edge.engine.sampling import Params
 from edge.engine.worker import Load
 from edge.errors import InputError, RequestError, UsageError
 from edge.loading import load_plan
-from edge.reasoning import ThoughtSplit, opens_thought
+from edge.reasoning import ReasoningSplitter, opens_reasoning
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system prompt, /exit (or Ctrl-D) ends"
 
@@ -107,7 +107,7 @@ class _Conversation:
 
     async def _answer(self) -> None:
         prompt = self._template.render(self._messages, thinking=self._thinking)
-        split = ThoughtSplit(inside=opens_thought(prompt))
+        split = ReasoningSplitter(inside=opens_reasoning(prompt))
         said = ""
         async for item in self._engine.submit(prompt, self._params):
             thought, answer = split.push(item.text)

@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge.errors import InputError, RequestError
-from edge.reasoning import THINK_END, opens_thought
+from edge.reasoning import THINK_END, opens_reasoning
 
 _LONGEST_PROMPT = 8 * 2**20
 _LARGEST_EXPONENT = 64
@@ -115,7 +115,7 @@ class ChatTemplate:
             RecursionError,
         ) as error:
             raise _refused(f"cannot be applied to these messages: {error}") from error
-        if thinking == "off" and opens_thought(prompt):
+        if thinking == "off" and opens_reasoning(prompt):
             # The template opens a thought whatever it is told; the model was trained with an empty one.
             prompt = prompt.rstrip() + f"\n\n{THINK_END}\n\n"
         return prompt

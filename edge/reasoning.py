@@ -7,12 +7,12 @@ import codecs
 THINK, THINK_END = "<think>", "</think>"
 
 
-def opens_thought(prompt: str) -> bool:
+def opens_reasoning(prompt: str) -> bool:
     """Whether the prompt ends inside a thought that the model is to finish."""
     return prompt.rstrip().endswith(THINK)
 
 
-class ThoughtMeter:
+class ReasoningCounter:
     """Counts the tokens of an answer's thought, from the one that completes its opening tag to the one that
     completes the closing tag.
 
@@ -42,7 +42,7 @@ class ThoughtMeter:
             self._text = self._text[-len(THINK_END) :]
 
 
-class ThoughtSplit:
+class ReasoningSplitter:
     """Parts a stream of text into (thought, answer), whoever opened the thought.
 
     inside: the template has opened it already. Joined over all pushes and `finish`, `a</think>b` gives

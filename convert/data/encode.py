@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from convert.data.dataset import Message, Report, Row
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
 from edge.errors import InputError, UsageError
-from edge.reasoning import opens_thought
+from edge.reasoning import opens_reasoning
 
 IGNORED = -100
 _BATCH = 512
@@ -281,7 +281,7 @@ def _thoughtful(content: str, prompt: str, mode: str | None, report: Report) -> 
     if mode == "on":
         report.thoughts_added += 1
         return with_thought(prompt, "", rest)
-    if opens_thought(prompt):
+    if opens_reasoning(prompt):
         raise UsageError(
             "enable_thinking: null leaves answers without a thought alone, but this model's chat template "
             "opens a thought in every prompt",

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from convert.model.hf_folder import read_json
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
-from edge.reasoning import THINK, THINK_END, opens_thought
+from edge.reasoning import THINK, THINK_END, opens_reasoning
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -177,7 +177,7 @@ def split_thought(answer: str) -> tuple[str | None, str]:
 def with_thought(prompt: str, thought: str, rest: str) -> str:
     """`rest` behind its thought, as it goes on from `prompt`, which may have opened the thought."""
     body = f"{thought}\n{THINK_END}\n\n{rest}"
-    if not opens_thought(prompt):
+    if not opens_reasoning(prompt):
         return f"{THINK}\n{body}"
     return body if prompt.endswith("\n") else "\n" + body
 

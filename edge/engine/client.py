@@ -22,7 +22,7 @@ from typing import Any
 from edge.engine import protocol as msg
 from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
-from edge.engine.thinking_budget import Guidance
+from edge.engine.thinking_budget import ReasoningOptions
 from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
 
@@ -144,14 +144,14 @@ class EngineProcess:
         timeout_s: float | None = None,
         constraint: Constraint | None = None,
         speculate: bool = True,
-        guidance: Guidance | None = None,
+        reasoning: ReasoningOptions | None = None,
     ) -> Stream:
         """Start a request. Raises RequestError (503) while no model is loaded."""
         self._check_ready()
         key = next(self._keys)
         # Packed first: a text that is no text (half a surrogate pair) must leave nothing behind.
         frame = msg.pack(
-            msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate, guidance)
+            msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate, reasoning)
         )
         stream = self._streams[key] = Stream(self, key)
         assert self._writer is not None

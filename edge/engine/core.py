@@ -22,7 +22,7 @@ from edge.backends.base import Backend, Candidates, Embeds, Logits, Row, StepInt
 from edge.engine import protocol as msg
 from edge.engine.grammar import Grammars
 from edge.engine.kv_cache import KVCache
-from edge.engine.prefill_budget import Pace, StepTimes
+from edge.engine.prefill_budget import PrefillBudget, StepTimes
 from edge.engine.prefix_store import PrefixStore
 from edge.engine.request import Job, admit, prompt_tokens
 from edge.engine.sampling import Choice, Sampler
@@ -94,7 +94,7 @@ class Engine:
         self._clock = clock
         self.cache = KVCache(backend, store)
         self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
-        self._pace = Pace(info.batch)
+        self._prefill_budget = PrefillBudget(info.batch)
         # What drafts cost; apart from the pace, which must not forget how long a crowd's steps are.
         self._costs = StepTimes(fade=0.998)
         self._grammars = Grammars(backend)
@@ -184,7 +184,7 @@ class Engine:
         if self._embeds:
             self._embed_one(self._embeds.popleft())
         decoding, newcomers = self._scheduler.load()
-        chunk = self._pace.chunk(decoding, newcomers)
+        chunk = self._prefill_budget.chunk(decoding, newcomers)
         drafts = self._speculate and decoding <= self._backend.info.draft_streams
         plan = self._scheduler.plan(chunk, self._draft if drafts else None)
         if plan:
@@ -283,7 +283,7 @@ class Engine:
         self._step_s += self._took
         drafted = sum(len(work.draft) for work in plan)
         if not drafted:
-            self._pace.learn(decoding, sum(work.n for work in prefill), self._took)
+            self._prefill_budget.learn(decoding, sum(work.n for work in prefill), self._took)
         if self._speculate and not prefill:
             self._costs.learn(decoding + drafted, self._took)
         if prefill:
@@ -388,8 +388,8 @@ class Engine:
             except RequestError as error:
                 self._fail(job, error)
                 return True
-        elif job.guide is not None:
-            mask = job.guide.mask()
+        elif job.thinking_budget is not None:
+            mask = job.thinking_budget.mask()
         urgent = False
         right = 0
         reason: str | None = None

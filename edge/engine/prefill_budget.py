@@ -143,7 +143,7 @@ class AddedTimes:
             self._left[min(above)] *= FADE
 
 
-class Pace:
+class PrefillBudget:
     """How much of a step prompts may take, learnt from the steps themselves (seconds, exponential means)."""
 
     def __init__(self, batch: int) -> None:

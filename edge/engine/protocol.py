@@ -12,7 +12,7 @@ import msgspec
 
 from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
-from edge.engine.thinking_budget import Guidance
+from edge.engine.thinking_budget import ReasoningOptions
 
 MAX_FRAME = 64 * 2**20
 _LENGTH = struct.Struct("<I")
@@ -23,7 +23,7 @@ class Submit(msgspec.Struct, tag="submit"):
 
     timeout_s: the whole request, queue included. reuse: take over KV cells of requests before.
     constraint: what the answer must match. speculate: whether prompt lookup may draft for it.
-    guidance: a budget for its thought, and from where on the constraint rules.
+    reasoning: a budget for its thought, and from where on the constraint rules.
     """
 
     key: int
@@ -34,7 +34,7 @@ class Submit(msgspec.Struct, tag="submit"):
     timeout_s: float | None = None
     constraint: Constraint | None = None
     speculate: bool = True
-    guidance: Guidance | None = None
+    reasoning: ReasoningOptions | None = None
 
 
 class Cancel(msgspec.Struct, tag="cancel"):
@@ -94,8 +94,8 @@ class Done(msgspec.Struct, tag="done"):
     """The last event of a request. reason: stop, length, timeout or cancelled.
 
     queue_s, prefill_s, decode_s: seconds until it had a slot, until its first token, and after that.
-    drafted, accepted: tokens proposed by speculation, and those that were right. thought_tokens: how many of
-    the completion's tokens are the thought of a reasoning model (counted with a Guidance).
+    drafted, accepted: tokens proposed by speculation, and those that were right. reasoning_tokens: how many
+    of the completion's tokens are reasoning; 0 for a request without ReasoningOptions.
     """
 
     key: int
@@ -111,7 +111,7 @@ class Done(msgspec.Struct, tag="done"):
     stop: str | None = None
     drafted: int = 0
     accepted: int = 0
-    thought_tokens: int = 0
+    reasoning_tokens: int = 0
     logprobs: list[Logprob] | None = None
 
 

@@ -11,9 +11,9 @@ from edge.engine.grammar import Grammars, Matcher
 from edge.engine.prompt_lookup import Lookup
 from edge.engine.sampling import Choice, Sampler
 from edge.engine.scheduler import Sequence
-from edge.engine.thinking_budget import Guide
+from edge.engine.thinking_budget import ThinkingBudget
 from edge.errors import RequestError
-from edge.reasoning import ThoughtMeter
+from edge.reasoning import ReasoningCounter
 
 
 @dataclass(slots=True, eq=False)
@@ -31,8 +31,8 @@ class Job:
     stop_ids: frozenset[int]
     lookup: Lookup | None
     matcher: Matcher | None
-    guide: Guide | None
-    thought: ThoughtMeter | None
+    thinking_budget: ThinkingBudget | None
+    thought: ReasoningCounter | None
     arrived: float
     started: float = 0.0
     first: float = 0.0
@@ -46,7 +46,7 @@ class Job:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.free = self.matcher is None and self.guide is None
+        self.free = self.matcher is None and self.thinking_budget is None
         self.plain = self.free and self.thought is None and params.logprobs is None and not params.stop
 
     def count(self, token: int) -> str | None:
@@ -78,8 +78,8 @@ class Job:
         complete = self.matcher is not None and self.matcher.accept(token)
         if self.thought is not None:
             self.thought.take(data)
-        if self.guide is not None:
-            self.matcher = self.guide.take(token, data) or self.matcher
+        if self.thinking_budget is not None:
+            self.matcher = self.thinking_budget.take(token, data) or self.matcher
         if complete or self.text.stopped is not None:
             return "stop"
         return reason
@@ -104,7 +104,7 @@ class Job:
             stop=self.text.stopped,
             drafted=self.drafted,
             accepted=self.accepted,
-            thought_tokens=self.thought.tokens if self.thought is not None else 0,
+            reasoning_tokens=self.thought.tokens if self.thought is not None else 0,
             logprobs=self.logprobs or None,
         )
 
@@ -147,15 +147,15 @@ def admit(
     limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
     stop_ids = info.stop_ids | frozenset(params.stop_ids)
     matcher = grammars.compile(request.constraint) if request.constraint is not None else None
-    guide = thought = None
-    if (asked := request.guidance) is not None:
-        thought = ThoughtMeter(inside=asked.inside)
-        if asked.budget is not None or asked.after:
-            guide = Guide(asked, thought, backend, stop_ids, matcher)
-        if asked.after:
+    thinking_budget = thought = None
+    if (asked := request.reasoning) is not None:
+        thought = ReasoningCounter(inside=asked.inside)
+        if asked.budget is not None or asked.constraint_after:
+            thinking_budget = ThinkingBudget(asked, thought, backend, stop_ids, matcher)
+        if asked.constraint_after:
             matcher = None
     # A draft of a guided answer would need a mask for each of its tokens.
-    drafts = speculate and request.speculate and matcher is None and guide is None
+    drafts = speculate and request.speculate and matcher is None and thinking_budget is None
     return Job(
         request=request,
         sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
@@ -164,7 +164,7 @@ def admit(
         stop_ids=stop_ids,
         lookup=Lookup(tokens) if drafts else None,
         matcher=matcher,
-        guide=guide,
+        thinking_budget=thinking_budget,
         thought=thought,
         arrived=arrived,
     )

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from edge.backends.base import Backend
 from edge.engine.grammar import Matcher
 from edge.errors import RequestError
-from edge.reasoning import THINK_END, ThoughtMeter
+from edge.reasoning import THINK_END, ReasoningCounter
 
 _CLOSING = f"\n{THINK_END}\n\n"
 
 
-class Guidance(msgspec.Struct, frozen=True):
+class ReasoningOptions(msgspec.Struct, frozen=True):
     """inside: the prompt has opened a thought. budget: tokens that a thought may have (None: no bound).
 
     after: the text after which the request's constraint begins ("": at once). With neither of the two the
@@ -30,21 +30,21 @@ class Guidance(msgspec.Struct, frozen=True):
 
     inside: bool = False
     budget: int | None = None
-    after: str = ""
+    constraint_after: str = ""
 
 
-class Guide:
+class ThinkingBudget:
     """Follows one answer token by token. `mask` says what the next token may be, None: anything."""
 
     def __init__(
         self,
-        asked: Guidance,
-        meter: ThoughtMeter,
+        asked: ReasoningOptions,
+        meter: ReasoningCounter,
         backend: Backend,
         stop_ids: frozenset[int],
         matcher: Matcher | None,
     ) -> None:
-        self._after = asked.after if matcher is not None else ""
+        self._after = asked.constraint_after if matcher is not None else ""
         self._budget = asked.budget
         self._waiting = matcher
         self._backend = backend
@@ -55,7 +55,7 @@ class Guide:
         if asked.inside and asked.budget == 0:
             self._close()
         self._no_stop: NDArray[np.bool_] | None = None
-        if matcher is not None and asked.after == THINK_END:
+        if matcher is not None and asked.constraint_after == THINK_END:
             # The answer would be missing if the model ended in its thought.
             self._no_stop = np.ones(backend.info.vocab, bool)
             self._no_stop[list(stop_ids)] = False

@@ -20,9 +20,9 @@ from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
-from edge.engine.thinking_budget import Guidance
+from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
-from edge.reasoning import THINK, THINK_END, ThoughtSplit, opens_thought
+from edge.reasoning import THINK, THINK_END, ReasoningSplitter, opens_reasoning
 from edge.server.served_model import Serving
 from edge.server.tool_dialects import LLAMA3, MAX_TOOLS, PROSE, Call, Tool, described, dialect_of, json_rule
 from edge.server.tool_parser import CallReader
@@ -65,7 +65,7 @@ class Turn:
         self._dialect = dialect_of(template.source)
         self._tools = self._offered()
         self.prompt = self._render()
-        self._inside = opens_thought(self.prompt)
+        self._inside = opens_reasoning(self.prompt)
         thinks = THINK in template.source or THINK_END in template.source
         self._thinks = thinks or serving.thinking in ("on", "mixed")
         self._stops: list[str] = []
@@ -74,17 +74,17 @@ class Turn:
     def start(self, params: Params, n: int = 1, **run: Any) -> list[Stream]:
         """`n` answers to the same prompt, each with a seed of its own where one is given."""
         asked = self._asked
-        guidance = None
+        reasoning = None
         if self._after or self._thinks:
             budget = asked.budget if self._thinks else None
-            guidance = Guidance(self._inside, budget, self._after)
+            reasoning = ReasoningOptions(self._inside, budget, self._after)
         if self._stops:
             params = msgspec.structs.replace(params, stop=[*params.stop, *self._stops])
         streams = []
         for i in range(n):
             streams.append(
                 self.serving.engine.submit(
-                    self.prompt, params.with_seed(i), constraint=self._constraint, guidance=guidance, **run
+                    self.prompt, params.with_seed(i), constraint=self._constraint, reasoning=reasoning, **run
                 )
             )
         return streams
@@ -96,7 +96,7 @@ class Turn:
 
     def reader(self) -> Reader | None:
         """A new reader; None where the text is the answer as it stands."""
-        split = ThoughtSplit(inside=self._inside) if self.splits else None
+        split = ReasoningSplitter(inside=self._inside) if self.splits else None
         calls = None
         if self._tools:
             assert self._dialect is not None
@@ -144,7 +144,7 @@ class Turn:
         if asked.thinking is not None:
             mode = "on" if asked.thinking else "off"
         prompt = template.render(messages, thinking=mode, **extra)
-        if asked.thinking and not (opens_thought(prompt) or "enable_thinking" in template.variables):
+        if asked.thinking and not (opens_reasoning(prompt) or "enable_thinking" in template.variables):
             raise RequestError(
                 f"{self.serving.name} cannot be told to think: its chat template has no switch for it",
                 code="unsupported",
@@ -224,7 +224,7 @@ class Turn:
 class Reader:
     """Parts an answer's text into (thought, answer, calls)."""
 
-    def __init__(self, split: ThoughtSplit | None, calls: CallReader | None) -> None:
+    def __init__(self, split: ReasoningSplitter | None, calls: CallReader | None) -> None:
         self._split = split
         self._calls = calls
 

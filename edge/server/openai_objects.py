@@ -67,7 +67,7 @@ def usage(dones: list[msg.Done]) -> dict[str, Any]:
         "completion_tokens": made,
         "total_tokens": prompt + made,
         "prompt_tokens_details": {"cached_tokens": dones[0].cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": sum(done.thought_tokens for done in dones)},
+        "completion_tokens_details": {"reasoning_tokens": sum(done.reasoning_tokens for done in dones)},
     }
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from edge import chat_template
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
-from edge.reasoning import ThoughtSplit, opens_thought
+from edge.reasoning import ReasoningSplitter, opens_reasoning
 
 CHATML = (
     "{% for message in messages %}"
@@ -70,11 +70,11 @@ def test_an_invalid_template_is_said_to_be() -> None:
 def test_the_thinking_mode_is_applied() -> None:
     template = ChatTemplate(OPENS, bos="<｜begin▁of▁sentence｜>")
     opened = template.render(user("hi"))
-    assert opens_thought(opened)
+    assert opens_reasoning(opened)
     assert opened.count("<｜begin▁of▁sentence｜>") == 1
     closed = template.render(user("hi"), thinking="off")
     assert closed.endswith("<think>\n\n</think>\n\n")
-    assert not opens_thought(closed)
+    assert not opens_reasoning(closed)
     switch = ChatTemplate("{{ enable_thinking }}")
     assert [switch.render(user("x"), thinking=mode) for mode in ("on", "off")] == ["True", "False"]
     assert switch.render(user("x"), thinking="off", enable_thinking=True) == "True"
@@ -98,7 +98,7 @@ def test_the_thinking_mode_is_applied() -> None:
 )
 def test_s9_the_split_streamed_or_not(text: str, inside: bool, want: tuple[str, str]) -> None:
     for size in (1, 2, 3, 7, 100):
-        split = ThoughtSplit(inside=inside)
+        split = ReasoningSplitter(inside=inside)
         parts = [split.push(text[i : i + size]) for i in range(0, len(text), size)] + [split.finish()]
         assert ("".join(p[0] for p in parts), "".join(p[1] for p in parts)) == want, size
 
@@ -106,7 +106,7 @@ def test_s9_the_split_streamed_or_not(text: str, inside: bool, want: tuple[str, 
 @given(st.text("<think>/ \nab", max_size=30), st.booleans(), st.integers(1, 6))
 def test_any_chunking_gives_the_same_split(text: str, inside: bool, size: int) -> None:
     def joined(step: int) -> tuple[str, str]:
-        split = ThoughtSplit(inside=inside)
+        split = ReasoningSplitter(inside=inside)
         parts = [split.push(text[i : i + step]) for i in range(0, len(text), step)] + [split.finish()]
         return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
 

@@ -8,7 +8,7 @@ from edge.engine.core import Engine
 from edge.engine.sampling import Params
 
 # Fields of a request that are not parameters of sampling.
-_FIELDS = ("reuse", "timeout_s", "constraint", "speculate", "guidance")
+_FIELDS = ("reuse", "timeout_s", "constraint", "speculate", "reasoning")
 
 
 class Desk:

@@ -211,7 +211,7 @@ class _Shape:
             "input_tokens": done.prompt_tokens,
             "input_tokens_details": {"cached_tokens": done.cached_tokens},
             "output_tokens": done.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": done.thought_tokens},
+            "output_tokens_details": {"reasoning_tokens": done.reasoning_tokens},
             "total_tokens": done.prompt_tokens + done.completion_tokens,
         }
         return {

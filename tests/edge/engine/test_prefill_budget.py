@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge.engine.prefill_budget import Newcomers, Pace, StepTimes
+from edge.engine.prefill_budget import Newcomers, PrefillBudget, StepTimes
 
 
 def one(key: int = 1) -> Newcomers:
@@ -12,7 +12,7 @@ def one(key: int = 1) -> Newcomers:
 
 
 def test_pace_bounds_what_a_prompt_adds_to_a_step() -> None:
-    pace = Pace(512)
+    pace = PrefillBudget(512)
     pace.learn(4, 0, 0.080)
     pace.learn(0, 400, 2.0)
     assert pace.chunk(4, one()) == int(0.7 * 0.080 / 0.005)
@@ -32,7 +32,7 @@ def test_pace_takes_what_a_pass_of_its_own_costs_anyway() -> None:
         return 0.085 + 0.001 * n + 0.006 * max(0, n - 16)
 
     for first in (None, 0.006, 0.03):
-        pace = Pace(512)
+        pace = PrefillBudget(512)
         pace.learn(8, 0, 0.120)
         if first is not None:
             pace.learn(0, 100, 100 * first)
@@ -47,7 +47,7 @@ def test_pace_takes_what_a_pass_of_its_own_costs_anyway() -> None:
 
 
 def test_pace_goes_back_where_a_longer_chunk_was_slow_by_chance() -> None:
-    pace = Pace(512)
+    pace = PrefillBudget(512)
     pace.learn(4, 0, 0.100)
     chunks = []
     for n in range(200):
@@ -59,7 +59,7 @@ def test_pace_goes_back_where_a_longer_chunk_was_slow_by_chance() -> None:
 
 
 def test_pace_lets_a_burst_go_first_to_its_last_prompt() -> None:
-    pace = Pace(512)
+    pace = PrefillBudget(512)
     pace.learn(4, 0, 0.050)
     pace.learn(0, 400, 0.400)
     polite = int(0.7 * 0.050 / 0.001)
@@ -73,7 +73,7 @@ def test_pace_lets_a_burst_go_first_to_its_last_prompt() -> None:
 
 
 def test_pace_reads_a_large_burst_in_larger_steps_within_a_bound() -> None:
-    pace = Pace(4096)
+    pace = PrefillBudget(4096)
     pace.learn(0, 400, 0.400)
     assert pace.chunk(0, Newcomers(8, 800, 1, 8)) == 400
     assert pace.chunk(0, Newcomers(8, 2000, 1, 8)) == 1000
@@ -81,7 +81,7 @@ def test_pace_reads_a_large_burst_in_larger_steps_within_a_bound() -> None:
 
 
 def test_pace_knows_steps_of_each_width() -> None:
-    pace = Pace(512)
+    pace = PrefillBudget(512)
     for rows, seconds in ((1, 0.010), (9, 0.050), (16, 0.070)):
         pace.learn(rows, 0, seconds)
     assert pace.times.at(5) == pytest.approx(0.030)

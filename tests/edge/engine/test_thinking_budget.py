@@ -12,19 +12,19 @@ from edge.engine import protocol as msg
 from edge.engine.core import Engine
 from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
-from edge.engine.thinking_budget import Guidance
+from edge.engine.thinking_budget import ReasoningOptions
 from edge.reasoning import THINK_END
 
 
 def answer(
-    reply: str, guidance: Guidance, constraint: Constraint | None = None, **given: Any
+    reply: str, reasoning: ReasoningOptions, constraint: Constraint | None = None, **given: Any
 ) -> tuple[str, msg.Done]:
     """The text that comes of a model that wants to say `reply`."""
     backend = FakeBackend(reply=reply, context=1024, batch=256)
     events: list[msg.Event] = []
     engine = Engine(backend, events.extend)
     params = Params(temperature=0.0, **given)
-    engine.submit(msg.Submit(1, "?", params, guidance=guidance, constraint=constraint))
+    engine.submit(msg.Submit(1, "?", params, reasoning=reasoning, constraint=constraint))
     while not any(isinstance(event, (msg.Done, msg.Refused)) for event in events):
         engine.turn()
     done = (
@@ -47,33 +47,33 @@ def answer(
 def test_the_tokens_of_a_thought_are_counted_and_nothing_else_is_done(
     reply: str, inside: bool, want: int
 ) -> None:
-    text, done = answer(reply, Guidance(inside=inside))
-    assert (text, done.thought_tokens, done.completion_tokens) == (reply, want, len(reply) + 1)
+    text, done = answer(reply, ReasoningOptions(inside=inside))
+    assert (text, done.reasoning_tokens, done.completion_tokens) == (reply, want, len(reply) + 1)
 
 
 def test_a_thought_that_was_closed_by_force_is_counted_as_it_came() -> None:
-    _, done = answer("m" * 200, Guidance(inside=True, budget=5), max_tokens=40)
+    _, done = answer("m" * 200, ReasoningOptions(inside=True, budget=5), max_tokens=40)
     # Five, and the bytes of "\n</think>" that closed it.
-    assert done.thought_tokens == 5 + 9
+    assert done.reasoning_tokens == 5 + 9
 
 
 SEVEN = Constraint("json_schema", json.dumps({"enum": [7]}))
 
 
 def test_a_thought_within_its_budget_is_left_alone() -> None:
-    text, done = answer("mm</think>yes", Guidance(inside=True, budget=50))
+    text, done = answer("mm</think>yes", ReasoningOptions(inside=True, budget=50))
     assert (text, done.reason) == ("mm</think>yes", "stop")
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
 def test_a_thought_over_its_budget_is_closed(budget: int) -> None:
     # Closed by force, the fake has lost its thread: what it says then does not matter here.
-    text, _ = answer("m" * 200, Guidance(inside=True, budget=budget), max_tokens=40)
+    text, _ = answer("m" * 200, ReasoningOptions(inside=True, budget=budget), max_tokens=40)
     assert text.startswith("m" * budget + f"\n{THINK_END}\n\n")
 
 
 def test_a_thought_that_the_model_opens_has_a_budget_too() -> None:
-    text, _ = answer("<think>" + "m" * 200, Guidance(budget=10), max_tokens=40)
+    text, _ = answer("<think>" + "m" * 200, ReasoningOptions(budget=10), max_tokens=40)
     thought, mark, _ = text.partition(f"\n{THINK_END}\n\n")
     assert mark
     # The token that completes the tag is counted: 7 bytes of it, then 9 more tokens.
@@ -81,35 +81,39 @@ def test_a_thought_that_the_model_opens_has_a_budget_too() -> None:
 
 
 def test_an_answer_without_a_thought_has_no_budget() -> None:
-    text, _ = answer("just an answer that is long", Guidance(budget=3))
+    text, _ = answer("just an answer that is long", ReasoningOptions(budget=3))
     assert text == "just an answer that is long"
 
 
 def test_a_schema_is_for_the_answer_not_for_the_thought() -> None:
-    text, done = answer("free thought</think>\n\n7", Guidance(inside=True, after=THINK_END), SEVEN)
+    text, done = answer(
+        "free thought</think>\n\n7", ReasoningOptions(inside=True, constraint_after=THINK_END), SEVEN
+    )
     assert text == "free thought</think>\n\n7" or text == "free thought</think>7"
     assert done.reason == "stop"
 
 
 def test_a_model_that_would_end_in_its_thought_must_answer() -> None:
     # It wants to stop after "hm"; the end token is masked until the answer is there.
-    text, done = answer("hm", Guidance(inside=True, budget=8, after=THINK_END), SEVEN, max_tokens=60)
+    text, done = answer(
+        "hm", ReasoningOptions(inside=True, budget=8, constraint_after=THINK_END), SEVEN, max_tokens=60
+    )
     assert text.endswith("7")
     assert THINK_END in text
     assert done.reason == "stop"
 
 
 def test_a_budget_and_a_schema_together() -> None:
-    text, _ = answer("m" * 99, Guidance(inside=True, budget=4, after=THINK_END), SEVEN)
+    text, _ = answer("m" * 99, ReasoningOptions(inside=True, budget=4, constraint_after=THINK_END), SEVEN)
     assert text == f"mmmm\n{THINK_END}7"
 
 
 def test_a_mark_of_many_bytes_is_found_though_tokens_cut_its_characters() -> None:
-    text, _ = answer("say <｜call｜>9", Guidance(after="<｜call｜>"), SEVEN, max_tokens=60)
+    text, _ = answer("say <｜call｜>9", ReasoningOptions(constraint_after="<｜call｜>"), SEVEN, max_tokens=60)
     assert text == "say <｜call｜>7"
 
 
 def test_without_its_mark_a_constraint_never_begins() -> None:
-    text, done = answer("prose only", Guidance(after="<tool_call>"), SEVEN)
+    text, done = answer("prose only", ReasoningOptions(constraint_after="<tool_call>"), SEVEN)
     assert (text, done.reason) == ("prose only", "stop")
     assert EOS in FakeBackend().info.stop_ids

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import RequestError
-from edge.reasoning import ThoughtSplit
+from edge.reasoning import ReasoningSplitter
 from edge.server.conversation import Reader
 from edge.server.tool_dialects import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool, dialect_of
 from edge.server.tool_parser import CallReader
@@ -168,7 +168,7 @@ def test_any_chunking_reads_the_same(parts: list[str], size: int) -> None:
 def test_a_call_in_a_thought_is_thought_and_one_behind_it_is_a_call(dialect: Dialect, size: int) -> None:
     call = ANSWERS[dialect.name][0]
     text = f"I could write ```json\n{BARE}\n``` or {call}.</think>\n\n{call}"
-    reader = Reader(ThoughtSplit(inside=True), CallReader(dialect, [Tool("f")]))
+    reader = Reader(ReasoningSplitter(inside=True), CallReader(dialect, [Tool("f")]))
     parts = [text[i : i + size] for i in range(0, len(text), size)]
     found = [reader.push(part, last=i == len(parts) - 1) for i, part in enumerate(parts)]
     assert "".join(thought for thought, _, _ in found) == text.partition("</think>")[0]
