@@ -16,7 +16,7 @@ pytest.importorskip("tokenizers")
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from convert.export import gguf
+from convert.export import gguf, llamacpp_tools
 from convert.verify.compare import Report
 from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
@@ -116,7 +116,7 @@ def fake_converter(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> 
     script = folder / "sdist" / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(code, encoding="utf-8")
-    monkeypatch.setattr(gguf, "sdist", lambda: folder / "sdist")
+    monkeypatch.setattr(llamacpp_tools, "sdist", lambda: folder / "sdist")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
         a = TorchReader(origin.path)
         return Report(a, a, facts={"texts": 0})
 
-    monkeypatch.setattr(gguf, "_native", native)
+    monkeypatch.setattr(gguf, "run_child", native)
     monkeypatch.setattr(gguf, "compare", compare)
     made["prepare"] = prepare
     return made

@@ -52,7 +52,7 @@ def toy_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for script in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
         text = CONVERTER.format(folder=str(real), script=script)
         (fake / script).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(gguf, "sdist", lambda: tmp_path / "sdist")
+    monkeypatch.setattr(llamacpp_tools, "sdist", lambda: tmp_path / "sdist")
 
 
 def quiet() -> Console:
