@@ -75,7 +75,7 @@ def ours(base: Path, config: TrainConfig, items: list[Any], place: Any, goal: fl
     from convert.train import cuda_graphs, load_model, trainer
 
     longest = max(one.size for one in items)
-    attention = cuda_graphs.attention_name(place, eager=place.device == "cpu" and longest <= 512)
+    attention = cuda_graphs.attention_name(place, longest=longest)
     adapted = load_model.add_adapter(load_model.load_model(base, place, attention=attention), config)
     head, _ = cuda_graphs.head(adapted, config, place)
     runner = trainer.Loop(adapted, items, config, device=place.device, dtype=place.dtype, objective=head)

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert.config import TrainConfig
 from convert.train import checkpoint, plots
 from convert.train.checkpoint import Best
 from convert.train.trainer import Loop, steps_in_epoch
@@ -41,17 +40,16 @@ class Watch:
     def __init__(
         self,
         loop: Loop,
-        config: TrainConfig,
         folder: Path,
-        rows: int,
         actions: Actions,
         console: Console,
         best: Best,
     ) -> None:
         self.best = best
+        config = loop.config
         self._loop, self._config, self._folder, self._actions = loop, config, folder, actions
         self._console, self._first = console, loop.world.first
-        self._in_epoch = steps_in_epoch(config, rows, loop.world.size)
+        self._in_epoch = steps_in_epoch(config, len(loop.items), loop.world.size)
         self._began = loop.state.step
         self._board = _board(folder) if "tensorboard" in config.report_to and self._first else None
         self._bar = Progress(
@@ -129,7 +127,7 @@ class Watch:
                 saved = True
         else:
             self.best.waited += 1
-        if answers and (self._first or self._loop.world.spread):
+        if answers and (self._first or self._loop.world.sharded):
             self._ask(state)
         self._loop.world.wait()
         return saved
@@ -143,11 +141,27 @@ class Watch:
         self._loop.world.wait()
         return made
 
+    def last_evaluation(self) -> float:
+        """The validation loss of the weights as they are now."""
+        state = self._loop.state
+        if not any("eval_loss" in line and line["current_steps"] == state.step for line in state.history):
+            self.evaluate(state)
+        return float(next(line["eval_loss"] for line in reversed(state.history) if "eval_loss" in line))
+
     def finish(self, results: dict[str, Any]) -> None:
-        """Write trainer_state.json, all_results.json and the pictures."""
+        """Write trainer_state.json, all_results.json with `results` and more figures, and the pictures."""
         if not self._first:
             return
         state = self._loop.state
+        results = {
+            **results,
+            "epoch": state.epoch,
+            "train_runtime": round(state.seconds, 2),
+            "train_steps_per_second": round(state.step / state.seconds, 3) if state.seconds else 0.0,
+            "num_input_tokens_seen": state.tokens,
+        }
+        if "eval_loss" in results:
+            results["perplexity"] = math.exp(min(results["eval_loss"], 700.0))
         _dump(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
         _dump(self._folder / "all_results.json", results)
         if self._config.plot_loss:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from convert.config import FIELDS, TrainConfig
 from convert.train.fsdp import plain
+from convert.train.load_model import dtype_name
 from convert.train.trainer import Loop, Progress
 from edge.artefact import manifest
 from edge.errors import InputError, UsageError
@@ -52,7 +53,7 @@ class Best:
 
 
 @dataclass
-class Found:
+class Checkpoint:
     """A whole checkpoint. passed: why newer ones are not whole; broken: their folders."""
 
     folder: Path
@@ -77,20 +78,13 @@ def listed(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save(
-    loop: Loop,
-    run: Path,
-    config: TrainConfig,
-    *,
-    data: str,
-    base: dict[str, Any],
-    best: Best,
-    compute: dict[str, str],
-) -> Path:
+def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) -> Path:
     """Write run/checkpoint-STEP, whose path is returned; one that stands there already is replaced.
 
-    data: digest of what is trained on. base: base_model and parents. compute: device and dtype.
+    data: digest of what is trained on. base: base_model and parents, for the manifest.
     """
+    config = loop.config
+    compute = {"device": loop.device, "compute_dtype": dtype_name(loop.dtype)}
     target = folder_of(run, loop.state.step)
     weights = {name: one.detach().contiguous().cpu() for name, one in _trained(loop.model).items()}
     # Adam keeps two numbers for each weight.
@@ -138,7 +132,7 @@ def summary(state: Progress, best: Best) -> dict[str, Any]:
     }
 
 
-def find(run: Path, wanted: str) -> Found:
+def find(run: Path, wanted: str) -> Checkpoint:
     """The checkpoint to go on from: the last whole one of `run` ("auto"), or the folder `wanted`.
 
     Raises InputError where there is none, with what is wrong with those that there are.
@@ -158,7 +152,7 @@ def find(run: Path, wanted: str) -> Found:
     raise InputError("no checkpoint can be used: " + "; ".join(passed), "train anew: --overwrite")
 
 
-def _read(folder: Path) -> Found:
+def _read(folder: Path) -> Checkpoint:
     known = manifest.read(folder)
     if known.stage != "checkpoint":
         raise InputError(f"{folder} is no checkpoint, but a folder of stage {known.stage}")
@@ -175,10 +169,10 @@ def _read(folder: Path) -> Found:
             f"{folder.name} has no {OPTIMIZER} (save_only_model): its way cannot be gone on with"
         )
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Found(folder, int(state["global_step"]), state, known.settings)
+    return Checkpoint(folder, int(state["global_step"]), state, known.settings)
 
 
-def check_same(found: Found, config: TrainConfig, *, data: str, processes: int) -> list[str]:
+def check_same(found: Checkpoint, config: TrainConfig, *, data: str, processes: int) -> list[str]:
     """Notes on keys that differ and may. Raises UsageError for those that make it another run."""
     now = {**_deciding(config), "data": data, "processes": processes}
     name = found.folder.name
@@ -204,7 +198,7 @@ def check_same(found: Found, config: TrainConfig, *, data: str, processes: int) 
     return [f"{'; '.join(changed)}: the steps to come follow the new schedule"] if changed else []
 
 
-def restore(loop: Loop, found: Found) -> Best:
+def restore(loop: Loop, found: Checkpoint) -> Best:
     """Put weights, optimizer, random numbers and progress of `found` into `loop`.
 
     Returns its best evaluation. Raises InputError where they do not fit the model.
@@ -253,7 +247,7 @@ def load_weights(model: Any, folder: Path) -> None:
             one.copy_(tensors[name])
 
 
-def set_aside(found: Found) -> None:
+def set_aside(found: Checkpoint) -> None:
     """Rename the newer checkpoints that are not whole, so that new ones can take their places."""
     for folder in found.broken:
         aside = folder.with_name(f"broken-{folder.name}")

@@ -30,6 +30,8 @@ from convert.train.losses import LossHead, head_is_more
 
 # The name under which transformers finds the attention below.
 ATTENTION = "edge_packed"
+# Above this, eager attention's square matrices cost more than they save on a CPU.
+_EAGER_LONGEST = 512
 # Sizes beyond these are not recorded but run as they come: each holds its buffers.
 _MOST = 48
 
@@ -69,10 +71,10 @@ def attention(
     return out[None], None
 
 
-def attention_name(place: Place, *, eager: bool) -> str:
-    """The attention that a model to be trained is loaded with."""
+def attention_name(place: Place, *, longest: int) -> str:
+    """The attention that a model is loaded with, to be trained on rows of at most `longest` tokens."""
     if place.device != "cuda":
-        return "eager" if eager else "sdpa"
+        return "eager" if place.device == "cpu" and longest <= _EAGER_LONGEST else "sdpa"
     register()
     return ATTENTION
 
@@ -123,12 +125,12 @@ def recordable(model: Any) -> str:
 
 
 def head(
-    model: Any, config: TrainConfig, place: Place, *, passes: int = 0, spread: bool = False
+    model: Any, config: TrainConfig, place: Place, *, passes: int = 0, sharded: bool = False
 ) -> tuple[LossHead, str]:
     """The losses of a model that is trained, and on a CUDA card a line that says how they are computed.
 
     passes: bytes that a forward and backward pass needs; a recorded one keeps them, beside those of a batch
-    of a size that comes for the first time. spread: the weights are, see `convert.train.fsdp`. The model's
+    of a size that comes for the first time. sharded: the weights are, see `convert.train.fsdp`. The model's
     attention must be `attention_name`'s. On a card an adapted model's embeddings go to the system's memory
     if they can.
     """
@@ -146,10 +148,10 @@ def head(
         if config.enable_liger_kernel:
             use_liger(model, place)
         return LossHead(model, autocast=half), said
-    if not spread:
+    if not sharded:
         fuse(model)
     torch.cuda.empty_cache()
-    why = "its weights are spread over processes" if spread else recordable(model)
+    why = "its weights are sharded over processes" if sharded else recordable(model)
     if not why and torch.cuda.mem_get_info()[0] < 2 * passes:
         why = f"a recording needs {2 * passes / 2**30:.2f} GiB free"
     body = Body(model, autocast=half, record=not why)

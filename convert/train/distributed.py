@@ -21,13 +21,13 @@ from edge.errors import UsageError
 class World:
     """This process among `size` others; rank 0 writes files and speaks.
 
-    spread: the processes hold the model's weights together, so that all go through its layers as often.
+    sharded: the processes hold the model's weights together, so that all go through its layers as often.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
-    spread: bool = False
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -49,11 +49,11 @@ class World:
                 distributed.all_reduce(one.grad)
 
     def share(self, batches: list[Any]) -> list[tuple[Any, bool]]:
-        """This process' part of `batches`, each with whether it counts: where weights are spread, those that
-        have one less compute the first for nothing.
+        """This process' part of `batches`, each with whether it counts: where weights are sharded, those that
+        have one less compute the first one without counting it.
         """
         mine = [(one, True) for one in batches[self.rank :: self.size]]
-        if self.spread and len(mine) < -(-len(batches) // self.size):
+        if self.sharded and len(mine) < -(-len(batches) // self.size):
             mine.append((batches[0], False))
         return mine
 

@@ -1,4 +1,4 @@
-"""Training from a LLaMA-Factory style YAML: an adapter over a base in 4 bits (NF4), or what else it asks for.
+"""Training from a LLaMA-Factory style YAML: a LoRA adapter over an NF4 base, or what else it asks for.
 
     edge train examples/smollm2_qlora.yaml learning_rate=2e-4
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import shutil
 import tempfile
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rich.console import Console
 
 from convert.config import TrainConfig
 from convert.data import prepare
+from convert.data.encode import Pair
 from convert.model import chat_format
 from convert.model.hf_folder import check_folder
 from convert.train import (
@@ -36,32 +39,403 @@ from convert.train import (
     plots,
     sample_answers,
     signals,
+    trainer,
 )
-from convert.train import trainer as loop
 from convert.train.callbacks import Actions, Watch
 from convert.train.load_model import (
+    NF4_BLOCK,
     Place,
     add_adapter,
     choose_place,
+    dtype_name,
     load_model,
     quantized_layers,
     unfreeze,
 )
-from convert.train.losses import Preference, reference
+from convert.train.losses import LossHead, Objective, Preference, reference
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError
 
-BLOCK = 64
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
-# Above this, eager attention's square matrices cost more than they save on a CPU.
-_EAGER_LONGEST = 512
-_ANSWER = 48
+# Longest sampled answer at an evaluation, in tokens.
+_ANSWER_TOKENS = 48
 
 
 class Stopped(EdgeError):
     """The user asked for an end; a checkpoint was written."""
 
     exit_code = 130
+
+
+def run(
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    again: str = "edge train CONFIG.yaml --resume",
+) -> Path:
+    """Train as `config` says and publish the result under output_dir; its path is returned.
+
+    again: the command that resumes this run, for messages. Raises EdgeError subclasses for a base model, data
+    or values that cannot be used, and at the first loss that is NaN or infinite; ExistsError where an earlier
+    result stands and `overwrite` was not given; Stopped, with a checkpoint written, after Ctrl-C.
+    """
+    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+    try:
+        job = Run.begin(config, overwrite=overwrite, console=console, again=again)
+        with trainer.out_of_memory(job.config):
+            job.load()
+            job.build_objective()
+            job.resume()
+            job.fit()
+            return job.publish()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        folder = Path(config.output_dir)
+        raise EdgeError(
+            f"the disk is full: {error.filename or folder}; {_last_checkpoint(folder)}",
+            f"free some space, then: {again}",
+        ) from error
+    finally:
+        distributed.leave()
+
+
+@dataclass
+class Run:
+    """One training run: what it is made from, and what its steps build from that.
+
+    `begin` reads and checks everything but the weights. Then, in this order: load, build_objective, resume,
+    fit, publish. resumed: the checkpoint to resume from. passes: estimated bytes of a forward and backward
+    pass. quantized: names of the 4-bit layers. pissa: the adapter as PiSSA initialised it.
+    """
+
+    config: TrainConfig
+    base: Path
+    chat: chat_format.ChatFormat
+    data: prepare.Prepared
+    place: Place
+    world: distributed.World
+    resumed: checkpoint.Checkpoint | None
+    console: Console
+    again: str
+    passes: int = 0
+    model: Any = None
+    head: LossHead = field(init=False)
+    objective: Objective = field(init=False)
+    loop: trainer.Loop = field(init=False)
+    best: checkpoint.Best = field(default_factory=checkpoint.Best)
+    quantized: list[str] = field(default_factory=list)
+    pissa: Path | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, config: TrainConfig, *, overwrite: bool, console: Console, again: str) -> Run:
+        """Read the base's configuration, its chat format and the data; say what will be trained.
+
+        Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
+        """
+        resumed = _starting_point(config, overwrite)
+        if config.plot_loss:
+            plots.check()
+        base = base_folder(config.model_name_or_path, config.model_revision)
+        chat = chat_format.load(base)
+        notes = [*config.warnings]
+        if config.adapter_name_or_path:
+            config, about = init_adapter.shaped(config)
+            notes += about
+        notes += [line for line in (chat_format.check_name(config.template, chat), *chat.warnings) if line]
+        data = prepare.prepare(config, chat)
+        place = choose_place(config)
+        world = distributed.join(cpu=place.device == "cpu")
+        if fsdp.asked(config, world):
+            world = dataclasses.replace(world, sharded=True)
+        if not world.first:
+            console = Console(quiet=True)
+        job = cls(config, base, chat, data, place, world, resumed, console, again)
+        for line in [*notes, *job.notes(), *data.report.lines(), *place.notes]:
+            console.print(f"note: {line}", style="yellow")
+        console.print(job.plan())
+        shards = world.size if world.sharded else 1
+        eager = cuda_graphs.attention_name(place, longest=data.longest) == "eager"
+        job.passes = memory_estimate.check(
+            base, config, data, place, eager=eager, console=console, shards=shards
+        ).passes
+        return job
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def target(self) -> Path:
+        return _target(self.config)
+
+    @property
+    def full(self) -> bool:
+        return self.config.finetuning_type == "full"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return self.data.digest()
+
+    @functools.cached_property
+    def questions(self) -> list[tuple[str, str]]:
+        """(question, prompt) of the held-out rows to answer at each evaluation."""
+        if not self.data.held or not self.config.eval_answers:
+            return []
+        rules = prepare.rules(self.config)
+        return [
+            (
+                str(row.messages[-1 if row.chosen else -2]["content"]),
+                sample_answers.question(row, self.chat, rules),
+            )
+            for row in prepare.held_rows(self.config)[: self.config.eval_answers]
+        ]
+
+    def notes(self) -> list[str]:
+        """Warnings on what the settings make of these rows. Raises UsageError for another run to resume."""
+        config, data, rows = self.config, self.data, len(self.data.train)
+        notes = list(data.notes)
+        if config.default_system is not None:
+            notes.append("default_system is trained in: send the same system message when you ask the model")
+        steps = trainer.total_steps(config, rows, self.world.size)
+        in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
+        if steps < 20:
+            notes.append(
+                f"only {steps} optimizer steps: {in_step} of {rows} rows go into each; "
+                "lower gradient_accumulation_steps or the batch size, or raise num_train_epochs"
+            )
+        warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+        if warmup >= steps > 1:
+            notes.append(
+                f"all {steps} steps warm up (warmup {warmup}): the peak learning rate is never reached"
+            )
+        held = len(data.held)
+        if held > data.rows and not config.eval_dataset:
+            notes.append(
+                f"val_size {config.val_size:g} holds out more rows ({held}) than are left ({data.rows})"
+            )
+        if 0 < held < 5:
+            notes.append(f"the validation loss of {held} rows says little")
+        if self.resumed is not None:
+            notes += [f"{reason}: passed over" for reason in self.resumed.passed]
+            notes += checkpoint.check_same(self.resumed, config, data=self.digest, processes=self.world.size)
+        return notes
+
+    def plan(self) -> str:
+        """What will be trained, on what, for how long, in one line."""
+        config, data, place, world = self.config, self.data, self.place, self.world
+        if self.full:
+            weights = "32-bit, every weight trained"
+        else:
+            weights = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
+        rows = "pairs" if config.stage == "dpo" else "rows"
+        processes = f" on each of {world.size} processes" if world.size > 1 else ""
+        processes = f", sharded over {world.size} processes" if world.sharded else processes
+        return (
+            f"{data.rows} {rows} to train on, {len(data.held)} held out, longest {data.longest} tokens, "
+            f"{trainer.total_steps(config, len(data.train), world.size)} steps; "
+            f"{Path(config.model_name_or_path).name} in {weights} on {place.device}{processes}, "
+            f"computing in {dtype_name(place.dtype)}"
+        )
+
+    def load(self) -> None:
+        """Load the base, and put the adapter over it as it begins."""
+        config, place = self.config, self.place
+        self.model = load_model(
+            self.base,
+            dataclasses.replace(place, dtype=torch.float32) if self.full else place,
+            double_quant=config.double_quantization,
+            attention=cuda_graphs.attention_name(place, longest=self.data.longest),
+            sharded=self.world.sharded,
+        )
+        self.quantized = quantized_layers(self.model) if place.four_bit else []
+        self.model = (unfreeze if self.full else add_adapter)(self.model, config)
+        if config.adapter_name_or_path:
+            init_adapter.load(self.model, config)
+        if config.pissa_init:
+            self.pissa = _save_pissa(self.model)
+        if config.loftq_init and place.four_bit and self.resumed is None:
+            share = loftq.begin(self.model, self.base)
+            self.console.print(f"the adapter begins with {share:.0%} of the quantisation error")
+        if self.world.sharded:
+            fsdp.shard(self.model, place.device)
+
+    def build_objective(self) -> None:
+        """What is minimised: the loss of the learnt tokens, or of pairs against the reference model."""
+        config = self.config
+        self.head, how = cuda_graphs.head(
+            self.model, config, self.place, passes=self.passes, sharded=self.world.sharded
+        )
+        if how:
+            self.console.print(how)
+        self.objective = self.head
+        if config.stage == "dpo":
+            self.model.eval()
+            logs = {}
+            if config.pref_loss not in ("orpo", "simpo"):
+                pairs = [item for item in (*self.data.train, *self.data.held) if isinstance(item, Pair)]
+                logs = reference(self.head, pairs, self.place.device, config.per_device_eval_batch_size)
+            self.objective = Preference(self.head, config, logs)
+
+    def resume(self) -> None:
+        """Make the training loop, and bring it to where the checkpoint was; else remove older checkpoints.
+
+        Raises EdgeError where the checkpoint has done all steps already.
+        """
+        self.loop = trainer.Loop(
+            self.model,
+            self.data.train,
+            self.config,
+            device=self.place.device,
+            dtype=self.place.dtype,
+            objective=self.objective,
+            world=self.world,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.resumed is not None:
+            done, total = self.resumed.step, self.loop.state.total
+            self.best = checkpoint.restore(self.loop, self.resumed)
+            if self.world.first:
+                checkpoint.set_aside(self.resumed)
+            self.console.print(f"resuming from {self.resumed.folder}: {done} of {total} steps are done")
+            if done >= total and (self.target / manifest.FILE).is_file():
+                raise EdgeError(
+                    f"nothing is left to do: {self.resumed.folder} has done {done} of {total} steps",
+                    "raise num_train_epochs or max_steps to train on",
+                )
+        elif self.world.first:
+            checkpoint.remove_all(self.folder)
+        self.world.wait()
+
+    def fit(self) -> None:
+        """Train to the end, then take the best weights where that is asked for; write logs and results.
+
+        Raises Stopped after Ctrl-C, once a checkpoint is written.
+        """
+        actions = Actions(self.evaluate if self.data.held else None, self.save, self.ask)
+        with Watch(self.loop, self.folder, actions, self.console, self.best) as watch:
+            with signals.asked_to_stop(lambda line: self.console.print(line, style="yellow")) as stop:
+                try:
+                    state = self.loop.run(watch, stop=stop)
+                except EdgeError as error:
+                    hints = (error.hint, _last_checkpoint(self.folder))
+                    raise EdgeError(error.message, "; ".join(filter(None, hints))) from error
+            if state.stopped:
+                self.stop(watch)
+            self.results = {"train_loss": state.loss}
+            if watch.best.folder and self.config.keeps_best and watch.best.step != state.step:
+                checkpoint.load_weights(self.model, Path(watch.best.folder))
+                self.console.print(f"the weights are those of step {watch.best.step}, the best evaluation")
+                self.results |= {"best_step": watch.best.step, "eval_loss": watch.best.loss}
+            elif self.data.held:
+                self.results["eval_loss"] = watch.last_evaluation()
+            watch.finish(self.results)
+
+    def stop(self, watch: Watch) -> None:
+        """Write a checkpoint and raise Stopped, which says how to resume."""
+        state = self.loop.state
+        saved = watch.save() if state.step else None
+        raise Stopped(
+            f"stopped at step {state.step} of {state.total}"
+            + (f"; {saved} has all that is needed" if saved else ""),
+            f"go on with: {self.again}" if saved else "nothing was trained yet",
+        )
+
+    def publish(self) -> Path:
+        """Write the adapter, or the weights, with all that serving needs; the folder is returned."""
+        state = self.loop.state
+        if self.world.sharded:
+            fsdp.unshard(self.model)
+        if self.world.first:
+            # What stands there may be replaced: `begin` asked for --overwrite or --resume.
+            with manifest.publish(self.target, overwrite=(self.target / manifest.FILE).is_file()) as partial:
+                if self.full:
+                    _write_weights(self.model, partial, self.base, self.chat)
+                else:
+                    _write_adapter(self.model, partial, self.pissa)
+                copy_tokenizer(self.chat.folder, partial, self.chat.source)
+                manifest.write(
+                    partial,
+                    manifest.Manifest(
+                        stage="merged" if self.full else "adapter",
+                        name=self.folder.absolute().name,
+                        **self.parent(),
+                        settings=self.settings(),
+                        chat_template=manifest.text_digest(self.chat.source),
+                        stop_ids=self.chat.stop_ids,
+                        thinking=chat_format.thinking_mode(self.chat, self.config.enable_thinking),
+                        versions=manifest.versions(*_PACKAGES),
+                    ),
+                )
+        self.world.wait()
+        self.console.print(
+            f"{self.target}: {state.step} steps in {state.seconds:.0f} s, "
+            f"{state.tokens_per_second:.0f} tokens/s, last loss {state.loss:.4f}"
+        )
+        return self.target
+
+    def evaluate(self) -> float:
+        """The mean loss on the held-out rows."""
+        return trainer.evaluate(
+            self.model,
+            self.data.held,
+            size=self.config.per_device_eval_batch_size,
+            device=self.place.device,
+            objective=self.objective,
+            world=self.world,
+        )
+
+    def save(self, best: checkpoint.Best) -> Path:
+        """Write a checkpoint; its folder is returned."""
+        return checkpoint.save(self.loop, self.folder, data=self.digest, base=self.parent(), best=best)
+
+    def ask(self) -> list[tuple[str, str]]:
+        """(question, greedy answer) of the first held-out rows."""
+        if not self.questions:
+            return []
+        questions, prompts = zip(*self.questions, strict=True)
+        answers = sample_answers.generate(
+            self.model,
+            self.chat,
+            list(prompts),
+            device=self.place.device,
+            max_new_tokens=_ANSWER_TOKENS,
+            size=len(prompts),
+            together=self.world.sharded,
+        )
+        return list(zip(questions, answers, strict=True))
+
+    def parent(self) -> dict[str, Any]:
+        """base_model and parents, for the manifest."""
+        if (self.base / manifest.FILE).is_file():
+            known = manifest.read(self.base)
+            parent = known.parent(self.base.absolute())
+            return {"base_model": known.base_model or known.name, "parents": [parent]}
+        parent = {"stage": "model", "path": str(self.base.absolute()), "digest": ""}
+        return {"base_model": self.config.model_name_or_path, "parents": [parent]}
+
+    def settings(self) -> dict[str, Any]:
+        """Every key of the configuration, and what came of it, for the manifest."""
+        state = self.loop.state
+        keys = dataclasses.asdict(self.config)
+        del keys["warnings"]
+        return {
+            **keys,
+            "alpha": self.config.alpha,
+            "device": self.place.device,
+            "compute_dtype": dtype_name(self.place.dtype),
+            "quantized": self.quantized,
+            "quant_block": NF4_BLOCK,
+            "data": self.data.report.numbers(),
+            "data_digest": self.digest,
+            "processes": self.world.size,
+            "steps": state.step,
+            "seconds": round(state.seconds, 2),
+            "tokens_per_second": round(state.tokens_per_second, 1),
+            **self.results,
+        }
 
 
 def base_folder(name: str, revision: str | None) -> Path:
@@ -74,77 +448,18 @@ def base_folder(name: str, revision: str | None) -> Path:
     return check_folder(folder, shown=name).path
 
 
-def run(
-    config: TrainConfig,
-    *,
-    overwrite: bool = False,
-    console: Console | None = None,
-    again: str = "edge train CONFIG.yaml --resume",
-) -> Path:
-    """Train as `config` says and publish the result under output_dir; its path is returned.
+def _target(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / ("merged" if config.finetuning_type == "full" else "adapter")
 
-    again: the command that goes on with this run, for messages. Raises EdgeError subclasses for a base model,
-    data or values that cannot be used, and at the first loss that is no number; ExistsError where an earlier
-    result stands and `overwrite` was not given; Stopped, with a checkpoint written, after Ctrl-C.
-    """
-    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+
+def _starting_point(config: TrainConfig, overwrite: bool) -> checkpoint.Checkpoint | None:
+    """The checkpoint to resume from, None to begin anew. Raises ExistsError where something would be lost."""
     folder = Path(config.output_dir)
-    target = folder / ("merged" if config.finetuning_type == "full" else "adapter")
-    resumed = _starting_point(config, folder, target, overwrite)
-    if config.plot_loss:
-        plots.check()
-    base = base_folder(config.model_name_or_path, config.model_revision)
-    form = chat_format.load(base)
-    config, about = init_adapter.shaped(config) if config.adapter_name_or_path else (config, [])
-    said = [*config.warnings, *about, chat_format.check_name(config.template, form), *form.warnings]
-    made = prepare.prepare(config, form)
-    said += made.notes
-    if config.default_system is not None:
-        said.append("default_system is trained in: send the same system message when you ask the model")
-    place = choose_place(config)
-    world = distributed.join(cpu=place.device == "cpu")
-    if fsdp.asked(config, world):
-        world = dataclasses.replace(world, spread=True)
-    if not world.first:
-        console = Console(quiet=True)
-    said += _doubts(config, made, world.size)
-    if resumed is not None:
-        said += [f"{one}: passed over" for one in resumed.passed]
-        said += checkpoint.check_same(resumed, config, data=made.digest(), processes=world.size)
-    for line in [*filter(None, said), *made.report.lines(), *place.notes]:
-        console.print(f"note: {line}", style="yellow")
-    console.print(_plan(config, made, place, world))
-    eager = place.device == "cpu" and made.longest <= _EAGER_LONGEST
-    shards = world.size if world.spread else 1
-    passes = memory_estimate.check(
-        base, config, made, place, eager=eager, console=console, shards=shards
-    ).passes
-    try:
-        with loop.out_of_memory(config):
-            return _train(
-                config, folder, target, base, form, made, place, world, resumed, eager, passes, console, again
-            )
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        whole = [str(one) for _, one in checkpoint.listed(folder)][-1:]
-        left = f"the last whole checkpoint is {whole[0]}" if whole else "no checkpoint was written before"
-        raise EdgeError(
-            f"the disk is full: {error.filename or folder}; {left}", f"free some space, then: {again}"
-        ) from error
-    finally:
-        distributed.leave()
-
-
-def _starting_point(
-    config: TrainConfig, folder: Path, target: Path, overwrite: bool
-) -> checkpoint.Found | None:
-    """The checkpoint to go on from, None to begin anew. Raises ExistsError where something would be lost."""
     if config.resume_from_checkpoint is not None:
-        manifest.check_target(target, True)
+        manifest.check_target(_target(config), True)
         return checkpoint.find(folder, config.resume_from_checkpoint)
-    manifest.check_target(target, overwrite)
-    old = [one for _, one in checkpoint.listed(folder) if (one / manifest.FILE).is_file()]
+    manifest.check_target(_target(config), overwrite)
+    old = [path for _, path in checkpoint.listed(folder) if (path / manifest.FILE).is_file()]
     if old and not overwrite:
         raise ExistsError(
             f"{old[-1]} is left of a run that did not end",
@@ -153,298 +468,46 @@ def _starting_point(
     return None
 
 
-def _train(
-    config: TrainConfig,
-    folder: Path,
-    target: Path,
-    base: Path,
-    form: chat_format.ChatFormat,
-    made: prepare.Prepared,
-    place: Place,
-    world: distributed.World,
-    resumed: checkpoint.Found | None,
-    eager: bool,
-    passes: int,
-    console: Console,
-    again: str,
-) -> Path:
-    full = config.finetuning_type == "full"
-    weights = dataclasses.replace(place, dtype=torch.float32) if full else place
-    attention = cuda_graphs.attention_name(place, eager=eager)
-    model = load_model(
-        base,
-        weights,
-        double_quant=config.double_quantization,
-        attention=attention,
-        spread=world.spread,
-    )
-    quantized = quantized_layers(model) if place.four_bit else []
-    model = unfreeze(model, config) if full else add_adapter(model, config)
-    if config.adapter_name_or_path:
-        init_adapter.load(model, config)
-    pissa = _pissa_start(model) if config.pissa_init else None
-    if config.loftq_init and place.four_bit and resumed is None:
-        share = loftq.begin(model, base)
-        console.print(f"the adapter begins with {share:.0%} of what 4 bits lost of the weights")
-    if world.spread:
-        fsdp.spread(model, place.device)
-    head, how = cuda_graphs.head(model, config, place, passes=passes, spread=world.spread)
-    if how:
-        console.print(how)
-    objective: Any = head
-    if config.stage == "dpo":
-        model.eval()
-        size = config.per_device_eval_batch_size
-        known = {}
-        if config.pref_loss not in ("orpo", "simpo"):
-            known = reference(head, [*made.train, *made.held], place.device, size)  # type: ignore[list-item]
-        objective = Preference(head, config, known)
-    trainer = loop.Loop(
-        model, made.train, config, device=place.device, dtype=place.dtype, objective=objective, world=world
-    )
-    best = checkpoint.Best()
-    if resumed is not None:
-        best = checkpoint.restore(trainer, resumed)
-        if world.first:
-            checkpoint.set_aside(resumed)
-        console.print(
-            f"going on from {resumed.folder}: {resumed.step} of {trainer.state.total} steps are done"
-        )
-        if resumed.step >= trainer.state.total and (target / manifest.FILE).is_file():
-            raise EdgeError(
-                f"nothing is left to do: {resumed.folder} has done {resumed.step} of "
-                f"{trainer.state.total} steps",
-                "raise num_train_epochs or max_steps to train on",
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    if resumed is None and world.first:
-        checkpoint.remove_all(folder)
-    world.wait()
-    digest = made.digest()
-
-    def evaluate() -> float:
-        size = config.per_device_eval_batch_size
-        return loop.evaluate(
-            model, made.held, size=size, device=place.device, objective=objective, world=world
-        )
-
-    def save(best: checkpoint.Best) -> Path:
-        compute = {"device": place.device, "compute_dtype": _name(place.dtype)}
-        return checkpoint.save(
-            trainer, folder, config, data=digest, base=_parent(base, config), best=best, compute=compute
-        )
-
-    asked = prepare.held_rows(config)[: config.eval_answers] if made.held and config.eval_answers else []
-    prompts = [sample_answers.question(row, form, prepare.rules(config)) for row in asked]
-
-    def ask() -> list[tuple[str, str]]:
-        found = sample_answers.generate(
-            model,
-            form,
-            prompts,
-            device=place.device,
-            max_new_tokens=_ANSWER,
-            size=len(prompts),
-            together=world.spread,
-        )
-        return [(str(row.messages[-2 if not row.chosen else -1]["content"]), text)
-                for row, text in zip(asked, found, strict=True)]  # fmt: skip
-
-    actions = Actions(evaluate if made.held else None, save, ask if prompts else list)
-    with Watch(trainer, config, folder, len(made.train), actions, console, best) as watch:
-        with signals.asked_to_stop(lambda line: console.print(line, style="yellow")) as stop:
-            try:
-                state = trainer.run(watch, stop=stop)
-            except EdgeError as error:
-                whole = [str(one) for _, one in checkpoint.listed(folder)][-1:]
-                left = (
-                    f"the last whole checkpoint is {whole[0]}"
-                    if whole
-                    else "no checkpoint was written before"
-                )
-                raise EdgeError(error.message, f"{error.hint}; {left}") from error
-        if state.stopped:
-            where = watch.save() if state.step else None
-            raise Stopped(
-                f"stopped at step {state.step} of {state.total}"
-                + (f"; {where} has all that is needed" if where else ""),
-                f"go on with: {again}" if where else "nothing was trained yet",
-            )
-        found: dict[str, Any] = {"train_loss": state.loss}
-        if watch.best.folder and config.keeps_best and watch.best.step != state.step:
-            checkpoint.load_weights(model, Path(watch.best.folder))
-            console.print(f"the weights are those of step {watch.best.step}, the best evaluation")
-            found |= {"best_step": watch.best.step, "eval_loss": watch.best.loss}
-        elif made.held:
-            if not any("eval_loss" in line and line["current_steps"] == state.step for line in state.history):
-                watch.evaluate(state)
-            found["eval_loss"] = next(
-                line["eval_loss"] for line in reversed(state.history) if "eval_loss" in line
-            )
-        watch.finish(_results(state, found))
-    if world.spread:
-        fsdp.end(model)
-    if world.first:
-        with manifest.publish(target, overwrite=overwrite_ok(target)) as partial:
-            _write(model, partial, base, form, full, pissa)
-            manifest.write(
-                partial,
-                manifest.Manifest(
-                    stage="merged" if full else "adapter",
-                    name=folder.absolute().name,
-                    **_parent(base, config),
-                    settings=_settings(config, place, quantized, made, state, world.size, found),
-                    chat_template=manifest.text_digest(form.source),
-                    stop_ids=form.stop_ids,
-                    thinking=chat_format.thinking_mode(form, config.enable_thinking),
-                    versions=manifest.versions(*_PACKAGES),
-                ),
-            )
-    world.wait()
-    console.print(
-        f"{target}: {state.step} steps in {state.seconds:.0f} s, {state.tokens_per_second:.0f} tokens/s, "
-        f"last loss {state.loss:.4f}"
-    )
-    return target
+def _last_checkpoint(folder: Path) -> str:
+    folders = checkpoint.listed(folder)
+    return f"the last whole checkpoint is {folders[-1][1]}" if folders else "no checkpoint was written before"
 
 
-def overwrite_ok(target: Path) -> bool:
-    """Whether what stands at `target` may be replaced: that was settled before training began."""
-    return (target / manifest.FILE).is_file()
-
-
-def _plan(config: TrainConfig, made: prepare.Prepared, place: Place, world: distributed.World) -> str:
-    steps = loop.total_steps(config, len(made.train), world.size)
-    if config.finetuning_type == "full":
-        kind = "32-bit, every weight trained"
-    else:
-        kind = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
-    what = "pairs" if config.stage == "dpo" else "rows"
-    many = f" on each of {world.size} processes" if world.size > 1 else ""
-    many = f", spread over {world.size} processes" if world.spread else many
-    return (
-        f"{made.rows} {what} to train on, {len(made.held)} held out, longest {made.longest} tokens, "
-        f"{steps} steps; {Path(config.model_name_or_path).name} in {kind} on {place.device}{many}, "
-        f"computing in {_name(place.dtype)}"
-    )
-
-
-def _doubts(config: TrainConfig, made: prepare.Prepared, processes: int) -> list[str]:
-    """Warnings on what the settings make of these rows."""
-    said = []
-    rows = len(made.train)
-    steps = loop.total_steps(config, rows, processes)
-    in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    if steps < 20:
-        said.append(
-            f"only {steps} optimizer steps: {in_step} of {rows} rows go into each; "
-            "lower gradient_accumulation_steps or the batch size, or raise num_train_epochs"
-        )
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    if warmup >= steps > 1:
-        said.append(f"all {steps} steps warm up (warmup {warmup}): the learning rate never arrives")
-    if made.held and not config.eval_dataset and len(made.held) > made.rows:
-        said.append(
-            f"val_size {config.val_size:g} holds out more rows ({len(made.held)}) than are left ({made.rows})"
-        )
-    if made.held and len(made.held) < 5:
-        said.append(f"the validation loss of {len(made.held)} rows says little")
-    return said
-
-
-def _parent(base: Path, config: TrainConfig) -> dict[str, Any]:
-    """base_model and parents of the adapter's manifest."""
-    if (base / manifest.FILE).is_file():
-        known = manifest.read(base)
-        return {
-            "base_model": known.base_model or known.name,
-            "parents": [known.parent(base.absolute())],
-        }
-    parent = {"stage": "model", "path": str(base.absolute()), "digest": ""}
-    return {"base_model": config.model_name_or_path, "parents": [parent]}
-
-
-def _settings(
-    config: TrainConfig,
-    place: Place,
-    quantized: list[str],
-    made: prepare.Prepared,
-    state: loop.Progress,
-    processes: int,
-    found: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        **{key: value for key, value in dataclasses.asdict(config).items() if key != "warnings"},
-        "alpha": config.alpha,
-        "device": place.device,
-        "compute_dtype": _name(place.dtype),
-        "quantized": quantized,
-        "quant_block": BLOCK,
-        "data": made.report.numbers(),
-        "data_digest": made.digest(),
-        "processes": processes,
-        "steps": state.step,
-        "seconds": round(state.seconds, 2),
-        "tokens_per_second": round(state.tokens_per_second, 1),
-        **found,
-    }
-
-
-def _results(state: loop.Progress, found: dict[str, Any]) -> dict[str, Any]:
-    results = {
-        **found,
-        "epoch": state.epoch,
-        "train_runtime": round(state.seconds, 2),
-        "train_steps_per_second": round(state.step / state.seconds, 3) if state.seconds else 0.0,
-        "num_input_tokens_seen": state.tokens,
-    }
-    if "eval_loss" in found:
-        results["perplexity"] = math.exp(min(found["eval_loss"], 700.0))
-    return results
-
-
-def _pissa_start(model: Any) -> Path:
-    """The adapter as it begins: what its principal components were is needed to turn it into a plain one."""
-    start = Path(tempfile.mkdtemp(prefix="edge-pissa-")) / "pissa_init"
+def _save_pissa(model: Any) -> Path:
+    """The adapter as it begins, in a temporary folder: peft subtracts it at the end, for a plain adapter."""
+    folder = Path(tempfile.mkdtemp(prefix="edge-pissa-")) / "pissa_init"
     # Saved as what is loaded again, not initialised anew.
     model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(start, save_embedding_layers=False)
-    return start
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
 
 
-def _write(
-    model: Any, folder: Path, base: Path, form: chat_format.ChatFormat, full: bool, pissa: Path | None
-) -> None:
-    if full:
-        _write_weights(model, folder, base, form)
-    else:
-        more = {} if pissa is None else {"path_initial_model_for_weight_conversion": str(pissa)}
-        if pissa is not None:
-            model.peft_config["default"].init_lora_weights = "pissa"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Not "auto": that would ask a hub whether the base's vocabulary was changed.
-            model.save_pretrained(folder, save_embedding_layers=False, **more)
-        if pissa is not None:
-            shutil.rmtree(pissa.parent, ignore_errors=True)
-        (folder / "README.md").unlink(missing_ok=True)
-    copy_tokenizer(form.folder, folder, form.source)
+def _write_adapter(model: Any, folder: Path, pissa: Path | None) -> None:
+    how: dict[str, Any] = {}
+    if pissa is not None:
+        model.peft_config["default"].init_lora_weights = "pissa"
+        how["path_initial_model_for_weight_conversion"] = str(pissa)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Not "auto": that would ask a hub whether the base's vocabulary was changed.
+        model.save_pretrained(folder, save_embedding_layers=False, **how)
+    if pissa is not None:
+        shutil.rmtree(pissa.parent, ignore_errors=True)
+    (folder / "README.md").unlink(missing_ok=True)
 
 
-def _write_weights(model: Any, folder: Path, base: Path, form: chat_format.ChatFormat) -> None:
+def _write_weights(model: Any, folder: Path, base: Path, chat: chat_format.ChatFormat) -> None:
     """All weights in float16, beside the base's own configuration."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.to(torch.float16)).all():
-            raise InputError(f"{name} does not fit into float16, or holds no numbers", "lower learning_rate")
+            raise InputError(f"{name} holds NaN, or values beyond float16", "lower learning_rate")
     model.to(torch.float16).save_pretrained(folder)
     config = json.loads((base / "config.json").read_text(encoding="utf-8-sig"))
     config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = "float16"
     path = base / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    for name, value in (
-        ("config", config),
-        ("generation_config", {**generation, "eos_token_id": form.stop_ids}),
-    ):
+    generation["eos_token_id"] = chat.stop_ids
+    for name, value in (("config", config), ("generation_config", generation)):
         text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
@@ -455,7 +518,3 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     (target / "chat_template.jinja").write_bytes(chat_template.encode("utf-8"))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -48,7 +48,7 @@ def layers(model: Any) -> Any:
     return decoder(model).layers
 
 
-def spread(model: Any, device: str) -> None:
+def shard(model: Any, device: str) -> None:
     """Take an adapted model from the system's memory to `device`, its layers' frozen weights in parts."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
@@ -79,7 +79,7 @@ def spread(model: Any, device: str) -> None:
     _put(model, wrapped(body, [*trained, *kept]))
 
 
-def end(model: Any) -> None:
+def unshard(model: Any) -> None:
     """Put the layers back as they were, but for their frozen weights, to save the adapter as ever."""
     _put(model, decoder(model).module)
     whole = layers(model)

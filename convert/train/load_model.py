@@ -17,6 +17,9 @@ from convert.config import TrainConfig
 from convert.train import malloc_trim
 from edge.errors import InputError, UnavailableError, UsageError
 
+# Weights that share a scale in bitsandbytes' NF4.
+NF4_BLOCK = 64
+
 
 @dataclass
 class Place:
@@ -45,8 +48,12 @@ def choose_place(config: TrainConfig) -> Place:
     dtype = torch.bfloat16 if fast else torch.float32
     place = Place("cpu", dtype, four_bit)
     if asked == "fp16" or (asked == "bf16" and not fast):
-        place.notes.append(f"{asked} is slow on this CPU: computing in {str(dtype).removeprefix('torch.')}")
+        place.notes.append(f"{asked} is slow on this CPU: computing in {dtype_name(dtype)}")
     return place
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _grow_in_place() -> None:
@@ -70,12 +77,12 @@ def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
 
 
 def load_model(
-    folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa", spread: bool = False
+    folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa", sharded: bool = False
 ) -> Any:
     """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`.
 
-    spread: as `convert.train.fsdp` takes it: in the system's memory, 4 bits packed as numbers of the other
-    weights' type, for what is spread in one piece must be of one.
+    sharded: as `convert.train.fsdp` takes it: in the system's memory, 4 bits packed as numbers of the other
+    weights' type, for FSDP flattens a layer into one tensor of one type.
     """
     no_advice()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -89,11 +96,11 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=place.dtype,
-            bnb_4bit_quant_storage=place.dtype if spread else torch.uint8,
+            bnb_4bit_quant_storage=place.dtype if sharded else torch.uint8,
         )
     if place.device != "cpu" or torch.cuda.is_available():
         # Unasked, 4-bit weights would go to the card although the CPU is wanted.
-        how["device_map"] = {"": "cpu" if spread else place.device}
+        how["device_map"] = {"": "cpu" if sharded else place.device}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
     except (OSError, ValueError, KeyError) as error:

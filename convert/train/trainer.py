@@ -18,6 +18,7 @@ import torch
 
 from convert.config import TrainConfig
 from convert.train.distributed import World
+from convert.train.load_model import dtype_name
 from convert.train.losses import LossHead, Objective, by_length
 from edge.errors import EdgeError, UnavailableError
 
@@ -117,7 +118,7 @@ class Loop:
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         self.world = world or World()
         self.objective: Objective = objective or LossHead(model)
-        self._items = items
+        self.items = items
         self.parameters = joined([one for one in model.parameters() if one.requires_grad])
         self.optimizer = _optimizer(self.parameters, config, device)
         # float16 gradients vanish without a scale; too large a scale overflows, and is halved, by design.
@@ -195,7 +196,8 @@ class Loop:
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1.0):
             names = ", ".join(item.source for batch in group for item in batch[:3])
             raise EdgeError(
-                f"step {state.step + 1}: the gradient is {norm} in {_name(self.dtype)} (rows: {names}, ...)",
+                f"step {state.step + 1}: the gradient is {norm} in {dtype_name(self.dtype)} "
+                f"(rows: {names}, ...)",
                 "lower learning_rate, or compute in bf16",
             )
         scaler.step(self.optimizer)
@@ -217,7 +219,7 @@ class Loop:
         in_step = config.gradient_accumulation_steps * self.world.size
         step = epoch = 0
         while True:
-            made = batches(self._items, config.per_device_train_batch_size, shuffle)
+            made = batches(self.items, config.per_device_train_batch_size, shuffle)
             for at in range(0, len(made), in_step):
                 step += 1
                 if step > done:
@@ -243,14 +245,15 @@ class Loop:
     def _bad_loss(self, amount: float, batch: list[Any]) -> EdgeError:
         wrong = set(range(len(batch)))
         # Only now the losses of single tokens are looked at, for the rows' names; where no other has to join.
-        if not self.world.spread:
+        if not self.world.sharded:
             with torch.no_grad():
                 losses, rows = self.objective(batch, self.device)
             wrong = set(rows[~torch.isfinite(losses.detach().cpu())].tolist()) or wrong
         names = ", ".join(batch[row].source for row in sorted(wrong)[:5])
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         return EdgeError(
-            f"step {self.state.step + 1}: the loss is {amount} in {_name(self.dtype)} (rows: {names}{more})",
+            f"step {self.state.step + 1}: the loss is {amount} in {dtype_name(self.dtype)} "
+            f"(rows: {names}{more})",
             "look at these rows, lower learning_rate, or compute in bf16",
         )
 
@@ -340,7 +343,3 @@ def joined(parameters: list[Any]) -> list[Any]:
             at += one.numel()
         made.append(whole)
     return made
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,9 +16,9 @@ def main(folder: str) -> None:
     world = distributed.join(cpu=True)
     place = load_model.Place("cpu", torch.float32, True)
     config = TrainConfig(model_name_or_path=folder, dataset=("d",), output_dir="o")
-    made = load_model.add_adapter(load_model.load_model(Path(folder), place, spread=True), config)
+    made = load_model.add_adapter(load_model.load_model(Path(folder), place, sharded=True), config)
     alone = sum(one.nbytes for one in fsdp.layers(made).parameters() if not one.requires_grad)
-    fsdp.spread(made, "cpu")
+    fsdp.shard(made, "cpu")
     whole = fsdp.layers(made)
     most = 0
 

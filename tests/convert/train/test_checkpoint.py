@@ -145,7 +145,7 @@ def test_t13_a_broken_checkpoint_is_passed_over_and_said(made, tmp_path, quiet, 
     said = Console(record=True, width=300)
     resumed = finetune.run(made(max_steps=4, resume_from_checkpoint=True), console=said)
     text = said.export_text()
-    assert words in text and "passed over" in text and "going on from" in text and "2 of 4 steps" in text
+    assert words in text and "passed over" in text and "resuming from" in text and "2 of 4 steps" in text
     same(whole, resumed)
     for step in (2, 4):
         cut(tmp_path / "run" / f"checkpoint-{step}" / "trained.safetensors", 10)

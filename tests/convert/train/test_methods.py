@@ -21,8 +21,7 @@ from convert.config import as_yaml
 from convert.data import encode, prepare
 from convert.data.encode import Pair, Sample
 from convert.model import chat_format
-from convert.train import cli, finetune, load_model, loftq, trainer
-from convert.train import fsdp as spread
+from convert.train import cli, finetune, fsdp, load_model, loftq, trainer
 from convert.train.distributed import World
 from convert.train.losses import LossHead, Preference
 from edge.errors import EdgeError, InputError, UsageError
@@ -253,7 +252,7 @@ def test_loftq_begins_with_what_four_bits_lost(base, made, tmp_path):
 def test_training_starts_with_loftq_and_merges_as_it_was_trained(made, tmp_path):
     said = Console(record=True, width=200)
     target = finetune.run(made("run", loftq_init=True, quantization_bit=4, learning_rate=1e-9), console=said)
-    assert "of what 4 bits lost" in said.export_text()
+    assert "of the quantisation error" in said.export_text()
     merge.run(target.parent, console=QUIET)
     found = json.loads((target.parent / "merged" / "edge.json").read_text(encoding="utf-8"))
     assert found["verify"]["logits"]["kl_mean"] < 1e-4
@@ -375,7 +374,7 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
     done = two_processes("edge.cli", "train", str(path))
     said = done.stdout.decode("utf-8")
     assert done.returncode == 0, done.stderr.decode("utf-8")
-    assert ("spread over 2 processes" if fsdp else "on each of 2 processes") in said
+    assert ("sharded over 2 processes" if fsdp else "on each of 2 processes") in said
     assert said.count("step 4/4") == 1 and " -> " in said
     first, second = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
@@ -407,21 +406,21 @@ def test_spread_weights_want_several_processes_and_an_adapter(made, monkeypatch)
     assert "torchrun" in caught.value.hint
     # What `accelerate launch` sets where it was configured so.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert spread.asked(made(), World(0, 2))
+    assert fsdp.asked(made(), World(0, 2))
     for more in ({"use_dora": True}, {"finetuning_type": "full", "quantization_bit": None}):
         with pytest.raises(UsageError, match="under a LoRA adapter"):
-            spread.asked(made(**more), World(0, 2))
+            fsdp.asked(made(**more), World(0, 2))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    assert not spread.asked(made(), World(0, 2))
+    assert not fsdp.asked(made(), World(0, 2))
 
 
 def test_who_has_a_batch_less_computes_one_that_does_not_count():
     batches = ["a", "b", "c"]
     assert World(1, 2).share(batches) == [("b", True)]
-    assert World(1, 2, spread=True).share(batches) == [("b", True), ("a", False)]
-    assert World(0, 2, spread=True).share(batches) == [("a", True), ("c", True)]
-    assert World(1, 2, spread=True).share(["a", "b"]) == [("b", True)]
-    assert World(2, 3, spread=True).share(["a"]) == [("a", False)]
+    assert World(1, 2, sharded=True).share(batches) == [("b", True), ("a", False)]
+    assert World(0, 2, sharded=True).share(batches) == [("a", True), ("c", True)]
+    assert World(1, 2, sharded=True).share(["a", "b"]) == [("b", True)]
+    assert World(2, 3, sharded=True).share(["a"]) == [("a", False)]
 
 
 def test_one_bad_row_is_named_in_a_preference_too(made, monkeypatch):
