@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.energy import Cards, Rapl
 from bench.measure import workloads as prompts
 from bench.measure.load import HealthProbe, Job, ask, closed_loop, get
 from bench.measure.metrics import Sample, e2e, token_rate
@@ -57,9 +56,7 @@ class Plan:
 class Round:
     """One pass of one target. idle: the share of a processor that the other servers used meanwhile.
 
-    cpu: processor seconds of the target's own tree. package_j, card_j: energy of the whole machine's
-    processors and cards; card_busy: share of time in which a kernel ran. None: the machine does not tell.
-    memory: the better of two readings, right before and right after; None where it says nothing.
+    cpu: processor seconds of the target's own tree. memory: the better of two readings, right before and right after; None where it says nothing.
     """
 
     samples: list[Sample]
@@ -67,9 +64,6 @@ class Round:
     health_failures: int
     idle: float
     cpu: float = 0.0
-    package_j: float | None = None
-    card_j: float | None = None
-    card_busy: float | None = None
     memory: Bandwidth | None = None
 
 
@@ -78,7 +72,7 @@ class Measured:
     """One target's part. rounds: by workload and number of clients, in order.
 
     answers_s, load_s: seconds until its port answered anything, and until it was ready. Memory in bytes; that
-    of the cards is what they held more, once it was warm, than before it started. unforced: why its answers
+    of the GPUs is what they held more, once it was warm, than before it started. unforced: why its answers
     may not have the tokens that were asked for, "" where they must.
     """
 
@@ -87,7 +81,7 @@ class Measured:
     load_s: float = 0.0
     memory_peak: int = 0
     memory_steady: int = 0
-    card_memory: int | None = None
+    gpu_memory: int | None = None
     unforced: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     rounds: dict[Case, list[Round]] = field(default_factory=dict)
@@ -114,16 +108,14 @@ def measure(
     bytes of memory to read beside a round of one client, by target. Raises what `started` raises, and
     EdgeError where two targets count a prompt's tokens differently.
     """
-    with Cards() as cards:
-        return _Desk(plan, logs, view, cards, probed).run(targets, together)
+    return _Desk(plan, logs, view, probed).run(targets, together)
 
 
 class _Desk:
     """What the rounds of one measurement share."""
 
-    def __init__(self, plan: Plan, logs: Path, view: View, cards: Cards, probed: Mapping[str, int]) -> None:
-        self.plan, self.logs, self.view, self.cards, self.probed = plan, logs, view, cards, probed
-        self.rapl = Rapl()
+    def __init__(self, plan: Plan, logs: Path, view: View, probed: Mapping[str, int]) -> None:
+        self.plan, self.logs, self.view, self.probed = plan, logs, view, probed
         self.reads: dict[int, int] = {}
         self.rates: list[float] = []
         self.rounds: dict[Case, int] = {}
@@ -156,17 +148,16 @@ class _Desk:
     def open(self, part: Measured, stack: contextlib.ExitStack) -> Running:
         name = part.target.name
         self.view.say(f"starting {name}")
-        before = self.cards.memory()
+        before = _gpu_memory()
         server = stack.enter_context(started(part.target, self.logs / f"{name}.log"))
         if not part.target.url:
             part.load_s, part.answers_s = server.load_s, server.answers_s
         part.about = _about(server)
         self.view.say(f"warming {name}")
         self.rates.append(warm(part, server, self.reads))
-        after = self.cards.memory()
-        # A server that was there before has its share in both.
-        if before is not None and after is not None and not part.target.url:
-            part.card_memory = max(after - before, 0)
+        # A server that ran before has its share in both.
+        if before is not None and not part.target.url:
+            part.gpu_memory = max((_gpu_memory() or 0) - before, 0)
         return server
 
     def settle(self, measured: Sequence[Measured], rates: Sequence[float]) -> None:
@@ -203,7 +194,7 @@ class _Desk:
 
         before = self.read(part, case)
         time.sleep(PAUSE_S)
-        used, own, energy = others_cpu(), tree_cpu(server.pid), self.rapl.read()
+        used, own = others_cpu(), tree_cpu(server.pid)
         began = time.perf_counter()
         self.view.begin(part.target.name, case)
         samples, probe = asyncio.run(drive())
@@ -214,9 +205,6 @@ class _Desk:
             probe.failures,
             idle=(others_cpu() - used) / (end - began),
             cpu=tree_cpu(server.pid) - own,
-            package_j=self.rapl.joules(energy, self.rapl.read()),
-            card_j=self.cards.joules(began, end),
-            card_busy=self.cards.busy(began, end),
         )
         after = self.read(part, case)
         if before and after:
@@ -299,6 +287,12 @@ def _about(server: Running) -> dict[str, Any]:
     said = json.loads(body)
     assert isinstance(said, dict)
     return said
+
+
+def _gpu_memory() -> int | None:
+    """Bytes in use on all GPUs; None without one."""
+    gpus = hardware.gpus()
+    return sum(gpu.memory_total - gpu.memory_free for gpu in gpus) if gpus else None
 
 
 def _memory(part: Measured, server: Running, since: float) -> None:

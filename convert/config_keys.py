@@ -110,7 +110,7 @@ class TrainConfig:
     seed: int = _key(42, "int", "of shuffling, of the adapter's start and of dropout", low=0)
     # While it runs
     logging_steps: int = _key(5, "int", "steps between two lines of trainer_log.jsonl", low=1)
-    plot_loss: bool = _key(False, "bool", "draw training_loss.png")
+    plot_loss: bool = _key(False, "bool", "draw training_loss.svg")
     report_to: tuple[str, ...] = _key(("none",), "names", "none, or tensorboard", of=("none", "tensorboard"))
     save_strategy: str = _key("steps", "text", "when a checkpoint is written", choices=STRATEGIES)
     save_steps: int = _key(500, "int", "steps between two checkpoints", low=1)

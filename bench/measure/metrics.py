@@ -10,7 +10,7 @@ tokens in it. A server that does not stream has one event, its whole answer.
 
 Rates are of complete answers, over the wall time from the first request to the last end: output tokens, or in
 total with those of the prompts. An answer that stopped early, or failed, is counted apart and never enters a
-figure. docs/bench.md says the same in words.
+figure. docs/benchmarks.md says the same in words.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from bench.servers.target import Target
 from edge.artefact import manifest
 from edge.machine import hardware
 
-SCHEMA = 3
+SCHEMA = 4
 _IDLE_LIMIT = 0.05
 _PACKAGES = (
     "edge", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "numpy",
@@ -99,7 +99,7 @@ def _target(part: Measured, reference: Measured) -> dict[str, Any]:
         "load_s": round(part.load_s, 2),
         "memory_peak": part.memory_peak,
         "memory_steady": part.memory_steady,
-        "card_memory": part.card_memory,
+        "gpu_memory": part.gpu_memory,
         "memory_ratio": _quotient(reference.memory_steady, part.memory_steady),
         "about": shown(part.about),
     }
@@ -202,19 +202,11 @@ def _figures(rounds: Sequence[Round]) -> dict[str, Any]:
         "goodput": metrics.median([metrics.goodput(part.samples, metrics.OBJECTIVE)[0] for part in rounds]),
         "goodput_share": metrics.goodput(samples, metrics.OBJECTIVE)[1],
         "cpu_s_per_token": _quotient(sum(part.cpu for part in rounds), made),
-        "package_j_per_token": _per_token([part.package_j for part in rounds], made),
-        "card_j_per_token": _per_token([part.card_j for part in rounds], made),
-        "card_busy": metrics.median([part.card_busy for part in rounds if part.card_busy is not None]),
         "health_s": metrics.spread([seconds for part in rounds for seconds in part.health]),
         "health_failures": sum(part.health_failures for part in rounds),
         "other_idle_share": [round(part.idle, 4) for part in rounds],
         "samples": [[sample.record() for sample in part.samples] for part in rounds],
     }
-
-
-def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
-    known = [one for one in joules if one is not None]
-    return _quotient(sum(known), tokens) if len(known) == len(joules) else None
 
 
 def different_work(slow: Measured, a: Round, fast: Measured, b: Round) -> str:

@@ -1,4 +1,4 @@
-"""What each figure of a report means. The report prints these, and docs/bench.md holds the same words."""
+"""What each figure of a report means. The report prints these, and docs/benchmarks.md holds the same words."""
 
 from __future__ import annotations
 
@@ -51,14 +51,7 @@ DEFINITIONS: dict[str, str] = {
     "processor time a token": (
         "seconds of all processors that the server's process tree used, over its output tokens"
     ),
-    "energy a token": (
-        "joules of the whole machine's processor packages (RAPL), and of its cards (power, "
-        "integrated), over the output tokens; what others take meanwhile is in it"
-    ),
-    "card memory, card busy": (
-        "what the cards held more with the warm server than before it started; the share of time in "
-        "which a kernel ran"
-    ),
+    "GPU memory": "what all GPUs held more with the warm server than before it started",
     "from start to first answer, to ready": (
         "from starting the process until its port answered anything, and until it could be asked: "
         "libraries, weights and, for edge, tuning the first time"

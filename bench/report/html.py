@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from bench.measure.metrics import PERCENTILES
-from bench.report import svg_charts, table
+from bench.report import table
 from bench.report.definitions import DEFINITIONS
+from convert import svg_charts
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -157,14 +158,16 @@ def _percentiles(made: dict[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _trade(made: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
-    """Each target by the size of its weights' files and its speed alone, with what they lost in words."""
+def _trade(made: dict[str, Any]) -> list[svg_charts.Point]:
+    """Each target by the size of its weights' files and its speed with one client, and what they lost."""
     case = min(made["cases"], key=lambda c: c["clients"])
-    found = {}
-    for name, side in made["targets"].items():
-        known, speed = made["model"].get(side["stage"]), case["targets"][name]["tokens_per_s"]
-        if case["clients"] == 1 and known and speed:
+    points = []
+    for index, (name, side) in enumerate(made["targets"].items()):
+        files, speed = made["model"].get(side["stage"]), case["targets"][name]["tokens_per_s"]
+        if case["clients"] == 1 and files and speed:
             lost = side["quality"]
-            words = "reference" if lost.get("reference") else f"KL {lost['kl']:.2g}" if "kl" in lost else ""
-            found[name] = (known["bytes"] / 2**20, speed, words)
-    return found
+            words = (
+                ", reference" if lost.get("reference") else f", KL {lost['kl']:.2g}" if "kl" in lost else ""
+            )
+            points.append(svg_charts.Point(files["bytes"] / 2**20, speed, name + words, colour=index))
+    return points

@@ -34,9 +34,6 @@ _FIGURES: tuple[tuple[str, Callable[[dict[str, Any]], str], str], ...] = (
     ("`/health` meanwhile, p50", lambda s: _time(s["health_s"]["p50"]), ""),
     ("`/health` meanwhile, p99", lambda s: _time(s["health_s"]["p99"]), ""),
     ("processor time a token", lambda s: _time(s["cpu_s_per_token"]), ""),
-    ("energy a token, processors", lambda s: _joules(s["package_j_per_token"]), ""),
-    ("energy a token, cards", lambda s: _joules(s["card_j_per_token"]), ""),
-    ("card busy", lambda s: _percent(s["card_busy"]), ""),
     ("of what the memory allows", lambda s: _share(s.get("ceiling")), ""),
     ("incomplete, failed", lambda s: _faults(s), ""),
 )
@@ -45,7 +42,7 @@ _DETAILS = {"total tokens/s", "requests/s", "goodput", "per token, p50", "from s
 _PROCESS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("memory while serving", "memory_steady", lambda v: _size(v)),
     ("memory at its peak", "memory_peak", lambda v: _size(v)),
-    ("card memory", "card_memory", lambda v: _size(v)),
+    ("GPU memory", "gpu_memory", lambda v: _size(v)),
     ("from start to first answer", "answers_s", lambda v: _time(v or None)),
     ("from start to ready", "load_s", lambda v: _time(v or None)),
 )
@@ -145,14 +142,6 @@ def _time(seconds: float | None) -> str:
 
 def _size(bytes_: int | None) -> str:
     return f"{bytes_ / 2**20:,.0f} MiB" if bytes_ else "-"
-
-
-def _joules(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g} J"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
 
 
 def _faults(side: dict[str, Any]) -> str:

@@ -8,16 +8,14 @@ types also with an importance matrix and with GPTQ; ladder.json and ladder.svg k
 from __future__ import annotations
 
 import contextlib
-import html
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from convert import svg_charts
 from convert.export import gguf, llamacpp_tools
 from convert.export.source import Source, folders, open_source
 from convert.verify import compare
@@ -223,58 +221,20 @@ def table(rungs: list[Rung], chosen: Rung) -> Table:
     return made
 
 
-# The picture
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 460, 80, 150, 56, 56
-
-
 def picture(rungs: list[Rung], chosen: Rung, name: str) -> str:
-    """A self-contained SVG: speed to the right, divergence upwards (logarithmic), area for size."""
-    speeds = [rung.decode for rung in rungs]
-    logs = [math.log10(max(rung.kl, 1e-9)) for rung in rungs]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
-    high = high if high > low else low + 1
-    most = max(speeds) * 1.05
+    """SVG: speed to the right, KL upwards (logarithmic), a circle's area for the file's size."""
     largest = max(rung.size for rung in rungs)
-
-    def x(speed: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * speed / most
-
-    def y(log: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (log - low) / (high - low)
-
-    parts: list[Any] = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="26" font-size="16" font-weight="bold">{html.escape(name)}: '
-        "what a type costs and brings here</text>",
-        f'<text x="{_LEFT}" y="44" fill="#555">lower right is better; the area is the file\'s size</text>',
+    points = [
+        svg_charts.Point(
+            rung.decode,
+            max(rung.kl, 1e-9),
+            f"{rung.name}, {rung.size / 2**20:,.0f} MiB",
+            area=rung.size / largest,
+            colour=1 if rung == chosen else 0 if rung.rounding else 6,
+        )
+        for rung in rungs
     ]
-    for log in range(low, high + 1):
-        parts.append(
-            f'<line x1="{_LEFT}" y1="{y(log):.1f}" x2="{_WIDTH - _RIGHT}" y2="{y(log):.1f}" stroke="#ddd"/>'
-            f'<text x="{_LEFT - 8}" y="{y(log) + 4:.1f}" text-anchor="end">1e{log}</text>'
-        )
-    step = 10 ** math.floor(math.log10(most)) / (1 if most >= 3 * 10 ** math.floor(math.log10(most)) else 4)
-    for number in range(int(most / step) + 1):
-        at = x(number * step)
-        parts.append(
-            f'<text x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{number * step:g}</text>'
-        )
-    parts.append(
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 14}" text-anchor="middle">'
-        "decode, tokens a second (one stream)</text>"
-        f'<text transform="translate(22 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
-        "mean KL from the merged model, nats</text>"
+    across = "decode, tokens/s of one stream; a circle's area is the file's size"
+    return svg_charts.scatter(
+        name, "mean KL from the merged model, nats", across, points, log_x=True, log_y=True
     )
-    for rung, log in zip(rungs, logs, strict=True):
-        colour = "#d9480f" if rung == chosen else "#1971c2" if rung.rounding else "#868e96"
-        radius = 4 + 10 * math.sqrt(rung.size / largest)
-        mib = rung.size / 2**20
-        parts.append(
-            f'<circle cx="{x(rung.decode):.1f}" cy="{y(log):.1f}" r="{radius:.1f}" fill="{colour}" '
-            f'fill-opacity="0.6"/><text x="{x(rung.decode) + radius + 4:.1f}" y="{y(log) + 4:.1f}">'
-            f"{html.escape(rung.name)}, {mib:,.0f} MiB</text>"
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"

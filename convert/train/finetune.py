@@ -36,7 +36,6 @@ from convert.train import (
     init_adapter,
     loftq,
     memory_estimate,
-    plots,
     sample_answers,
     signals,
     trainer,
@@ -136,8 +135,6 @@ class Run:
         Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
         """
         resumed = _starting_point(config, overwrite)
-        if config.plot_loss:
-            plots.check()
         base = base_folder(config.model_name_or_path, config.model_revision)
         chat = chat_format.load(base)
         notes = [*config.warnings]

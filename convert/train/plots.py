@@ -1,53 +1,34 @@
-"""training_loss.png and training_eval_loss.png: the losses, and a smoothed line, as LLaMA-Factory has it."""
+"""training_loss.svg and training_eval_loss.svg: the losses, with a line smoothed as in LLaMA-Factory."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge.errors import UnavailableError
+from convert import svg_charts
 
 
-def check() -> None:
-    """Raise UnavailableError where there is nothing to draw with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            "plot_loss needs the package 'matplotlib'", "pip install -c constraints.txt '.[train]'"
-        ) from error
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """An exponential mean whose weight grows with the number of points, as LLaMA-Factory smooths."""
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average; its weight grows with the number of points, as in LLaMA-Factory."""
     weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    made: list[float] = []
+    means: list[float] = []
     for value in values:
-        made.append(value if not made else made[-1] * weight + (1 - weight) * value)
-    return made
+        means.append(weight * means[-1] + (1 - weight) * value if means else value)
+    return means
 
 
 def draw(folder: Path, history: list[dict[str, Any]]) -> list[Path]:
-    """One picture for each kind of loss with at least two points. Returns what was written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = []
+    """Write one picture for each kind of loss that has at least two points; returns their paths."""
+    paths = []
     for key in ("loss", "eval_loss"):
         points = [(line["current_steps"], line[key]) for line in history if key in line]
         if len(points) < 2:
             continue
-        steps, values = [point[0] for point in points], [point[1] for point in points]
-        figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        axes.plot(steps, values, color="#1f77b4", alpha=0.4, label=key)
-        axes.plot(steps, smoothed(values), color="#1f77b4", label="smoothed")
-        axes.set_xlabel("step")
-        axes.set_ylabel(key)
-        axes.legend()
-        path = folder / f"training_{key}.png"
-        figure.savefig(path)
-        made.append(path)
-    return made
+        steps, values = zip(*points, strict=True)
+        series = {key: points, "smoothed": list(zip(steps, smoothed(values), strict=True))}
+        paths.append(folder / f"training_{key}.svg")
+        svg = svg_charts.lines(folder.resolve().name, key, "step", series, dots=False, faint=[key])
+        paths[-1].write_text(svg, encoding="utf-8")
+    return paths

@@ -257,7 +257,7 @@ def test_report_files_table_and_last_line(measured: list[Measured], tmp_path: Pa
     made = built(measured, noise=(Noise(0.4, 0.0), Noise(0.0, 0.0)))
     table.write(made, html.page(made), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert kept["schema"] == 3 and kept["machine"]["threads"] >= 1
+    assert kept["schema"] == 4 and kept["machine"]["threads"] >= 1
     assert len(kept["cases"][1]["targets"]["edge"]["samples"][0]) == 2
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "40%" in text and "| **2 clients** |" in text and "`edge bench runs/x`" in text

@@ -7,7 +7,6 @@ import copy
 import json
 import re
 import sys
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from bench import rate_sweep
 from bench.measure import metrics, roofline, workloads
 from bench.measure.load import Ours, open_loop
 from bench.measure.metrics import Objective, Sample
-from bench.report import compare, html, svg_charts
-from bench.report.svg_charts import Axis
+from bench.report import compare, html
 from bench.rounds import Measured, Plan, Round
 from bench.servers.target import Target
 from edge.artefact.gguf_header import read_header
@@ -170,25 +168,6 @@ def test_bytes_of_an_onnx_graph_leave_out_tables_of_rows(tmp_path: Path) -> None
     # And a few numbers of eight bytes.
     assert wanted <= found.weights < wanted + 64
     assert found.cell == tiny.LAYERS * tiny.KV_HEADS * 2 * tiny.HEAD * 4
-
-
-def test_axes() -> None:
-    assert Axis(0, 100).ticks() == [0, 20, 40, 60, 80, 100]
-    assert Axis(0.1, 10, log=True).ticks() == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
-    assert Axis(1, 100, log=True).at(10) == pytest.approx(0.5)
-    assert Axis(3, 3).at(3) == 0.5 and Axis(3, 3).ticks() == [3]
-
-
-def test_charts_are_well_formed_and_say_their_values() -> None:
-    svg = svg_charts.bars("标题 <1>", "tokens/s", {"1 client": {"a & b": 10.0, "c": 95.0}, "8": {"c": 160.0}})
-    root = ET.fromstring(svg)
-    heights = [float(r.get("height", 0)) for r in root.iter("{http://www.w3.org/2000/svg}rect")][:3]
-    assert heights[1] / heights[0] == pytest.approx(9.5, rel=0.01)
-    assert heights[2] / heights[1] == pytest.approx(160 / 95, rel=0.01)
-    assert "a &amp; b 10, c 95; 8: c 160" in svg and "标题 &lt;1&gt;" in svg
-    ET.fromstring(svg_charts.lines("t", "s", "x", {"a": [(1, 0.1), (8, 2.0)]}, log_x=True, log_y=True))
-    assert svg_charts.lines("t", "s", "x", {"a": []}) == ""
-    assert svg_charts.number(1234.5) == "1,234" and svg_charts.number(0.01234) == "0.0123"
 
 
 STAGES = {"baseline": "merged", "edge": "gguf"}

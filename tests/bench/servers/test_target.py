@@ -1,4 +1,4 @@
-"""Servers that run already, the bench's own small server, quality, energy, and the view of what runs."""
+"""Servers that run already, the bench's own small server, quality, and the view of what runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import contextlib
 import io
 import json
 import re
-import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,8 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import cli, energy, rounds, run_from_gguf
-from bench.energy import Cards, Rapl, Reading
+from bench import cli, rounds, run_from_gguf
 from bench.measure import progress
 from bench.measure.http1 import Lines, request
 from bench.measure.load import Job, ask, spread_evenly
@@ -277,74 +274,6 @@ def test_quality_that_is_missing_names_its_command(tmp_path: Path) -> None:
     assert quality.of_stage(tmp_path, "merged") == {"reference": True}
 
 
-def counter(root: Path, name: str, energy_uj: int, most: int = 1000, label: str = "package-0") -> Path:
-    folder = root / name
-    folder.mkdir(parents=True)
-    for file, text in (("name", label), ("energy_uj", energy_uj), ("max_energy_range_uj", most)):
-        (folder / file).write_text(f"{text}\n")
-    return folder / "energy_uj"
-
-
-def test_energy_counters_turn_over_and_parts_are_not_counted_twice(tmp_path: Path) -> None:
-    first = counter(tmp_path, "intel-rapl:0", 900)
-    counter(tmp_path, "intel-rapl:0:0", 500, label="core")
-    counter(tmp_path, "intel-rapl:1", 10, label="package-1")
-    counter(tmp_path, "intel-rapl:2", 10, label="psys")
-    rapl = Rapl(tmp_path)
-    before = rapl.read()
-    assert before == [900, 10]
-    first.write_text("99\n")
-    # 900 -> 1000 -> 0 -> 99 are 200 microjoules; the other package took none.
-    assert rapl.joules(before, rapl.read()) == pytest.approx(200e-6)
-    nothing = Rapl(tmp_path / "missing")
-    assert nothing.read() == [] and nothing.joules([], []) is None
-
-
-def test_the_power_of_cards_is_integrated() -> None:
-    cards = Cards()
-    cards._readings = [
-        Reading(1.0, 100.0, 0.5, 10),
-        Reading(2.0, 200.0, 1.0, 20),
-        Reading(3.0, 200.0, 0.0, 30),
-    ]
-    # 150 J and 200 J in two seconds; half a second on each side as the mean between.
-    assert cards.joules(0.5, 3.5) == pytest.approx(350 * 3 / 2)
-    assert cards.busy(0.5, 3.5) == pytest.approx(0.5) and cards.memory() == 30
-    assert cards.joules(2.5, 9.0) is None and cards.busy(5.0, 9.0) is None
-    assert Cards().memory() is None
-
-
-def test_lines_of_nvidia_smi() -> None:
-    lines = [
-        "0, 80.5, 40, 1000",
-        "1, [N/A], 90, 500",
-        "0, 82.0, 50, 1000",
-        "No devices",
-        "1, 1, 2, 3",
-        "0, x",
-    ]
-    [one] = energy.parse(iter(lines))
-    assert (one.watts, one.busy, one.memory) == (80.5, 0.9, 1500 * 2**20)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a script stands in for nvidia-smi")
-def test_nvidia_smi_is_watched_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nwhile :; do echo '0, 50, 100, 2'; sleep 0.02; done\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(energy, "_nvml", lambda: None)
-    with Cards() as cards:
-        until = time.perf_counter() + 20
-        while len(cards._readings) < 3 and time.perf_counter() < until:
-            time.sleep(0.02)
-    assert cards._process is not None and cards._process.returncode is not None
-    assert cards.memory() == 2 * 2**20
-    assert cards.joules(cards._readings[0].at, cards._readings[2].at) == pytest.approx(
-        50 * (cards._readings[2].at - cards._readings[0].at)
-    )
-
-
 def test_without_a_terminal_there_are_plain_lines() -> None:
     text = io.StringIO()
     case = ("mixed", 8)
@@ -380,7 +309,7 @@ def test_on_a_terminal_the_view_shows_round_rate_and_results() -> None:
 
 
 def test_the_docs_define_every_figure_in_the_same_words() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "bench.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for name, meaning in DEFINITIONS.items():
         assert f"| {name} | {meaning} |" in text
 

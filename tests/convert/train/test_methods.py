@@ -9,6 +9,7 @@ import subprocess
 import sys
 from array import array
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_examples_of_llamafactory_run_through(tmp_path, base, capsys, text, name
     steps = 3 * math.ceil(rows / 8)
     assert f"{rows} {'pairs' if ranking else 'rows'} to train on" in capsys.readouterr().out
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert state["global_step"] == steps and (tmp_path / "run" / "training_loss.png").is_file()
+    assert state["global_step"] == steps and (tmp_path / "run" / "training_loss.svg").is_file()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -337,8 +338,8 @@ def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypa
         assert torch.equal(one, best[name.replace(".weight", ".default.weight")])
     answers = (folder / "eval_answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(answers) == 2 * 4 and set(json.loads(answers[0])) == {"current_steps", "question", "answer"}
-    for name in ("training_loss.png", "training_eval_loss.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("training_loss.svg", "training_eval_loss.svg"):
+        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
 
 
 def two_processes(*what):
