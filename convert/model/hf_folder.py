@@ -19,7 +19,7 @@ from edge.errors import InputError
 INDEX = "model.safetensors.index.json"
 # What a model needs; subfolders (other formats, original checkpoints) and pickles stay where they are.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
-# Below so many parameters four bits cost more than they gain; see docs/NOTES.md.
+# Below so many parameters four bits cost more than they gain; see docs/decisions.md.
 SMALL = 1_000_000_000
 _SAFETENSORS_HEADER = 100 * 2**20  # the format's own limit
 _SAFETENSORS_BITS = {

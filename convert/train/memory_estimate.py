@@ -38,7 +38,7 @@ from edge.machine import hardware
 
 # What a process holds beside tensors. On a CPU: torch and its friends; freed pieces that the C allocator
 # keeps, as a share of what passes need, and bytes for each token, layer and unit of width (fitted to three
-# measured peaks, see docs/NOTES.md), where it is not made to give them back (`convert.train.malloc_trim`). On a card:
+# measured peaks, see docs/decisions.md), where it is not made to give them back (`convert.train.malloc_trim`). On a card:
 # workspaces of the matrix library.
 CPU_PROCESS, CPU_KEPT, CPU_TOKEN = 520 * 2**20, 0.22, 15
 CUDA_WORKSPACE = 40 * 2**20
