@@ -10,14 +10,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
+import re
+from collections.abc import Iterator
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from convert.config_keys import ACCEPTED, FIELDS, REQUIRED, TrainConfig
+from convert.config_keys import FIELDS, KINDS, NUMBER, REQUIRED, UNUSED, Key, TrainConfig, plain
 from edge.errors import InputError, UsageError
+
+# (what is wrong, what to do) of values that exclude each other.
+Clashes = Iterator[tuple[str, str]]
 
 __all__ = ["FIELDS", "TrainConfig", "as_yaml", "load_train_config", "parse"]
 
@@ -54,10 +60,10 @@ def load_train_config(path: Path, overrides: list[str] | None = None) -> TrainCo
         if not separator or not key:
             raise UsageError(f"'{override}' is no key=value", "e.g. learning_rate=1e-4")
         _check_known(key)
-        kind = FIELDS[key].metadata["kind"] if key in FIELDS else ""
-        value = ("null", "none", "~", *(("true", "false") if kind == "resume" else ()))
-        plain = kind in ("text", "names", "resume") and text not in value
-        given[key] = text if plain else _scalar(key, text)
+        kind = FIELDS[key].kind if key in FIELDS else ""
+        values = ("null", "none", "~", *(("true", "false") if kind == "resume" else ()))
+        as_text = kind in ("text", "names", "resume") and text not in values
+        given[key] = text if as_text else _scalar(key, text)
     return parse(given)
 
 
@@ -70,17 +76,18 @@ def parse(given: dict[str, Any]) -> TrainConfig:
         if key in FIELDS:
             values[key] = _typed(key, value)
             continue
-        allowed, note = ACCEPTED[key]
-        if isinstance(allowed, tuple) and value not in allowed:
+        unused = UNUSED[key]
+        if unused.values is not None and (type(value), value) not in [(type(v), v) for v in unused.values]:
+            allowed = " or ".join(yaml.safe_dump(item).split("\n")[0] for item in unused.values)
             raise UsageError(
-                f"{key}: {value!r} is known from LLaMA-Factory, but not supported yet",
-                f"leave it out, or give {' or '.join(repr(one) for one in allowed)}",
+                f"{key}: {value!r} is known from LLaMA-Factory, but not supported yet: {unused.reason}",
+                f"leave it out, or give {allowed}",
             )
-        if note and value not in (None, False):
-            warnings.append(f"{key} {note}")
+        if unused.warn and value not in (None, False):
+            warnings.append(f"{key} is ignored: {unused.reason}")
     for key in REQUIRED:
         if not values.get(key):
-            raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].metadata['help']}")
+            raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].help}")
     config = TrainConfig(**values)
     _check_together(config)
     return dataclasses.replace(config, warnings=(*warnings, *_doubts(config)))
@@ -88,10 +95,7 @@ def parse(given: dict[str, Any]) -> TrainConfig:
 
 def as_yaml(config: TrainConfig) -> str:
     """Every key with its value, defaults included, as YAML that `load_train_config` reads back."""
-    values: dict[str, Any] = {}
-    for name in FIELDS:
-        value = getattr(config, name)
-        values[name] = ",".join(str(one) for one in value) if isinstance(value, tuple) else value
+    values = {name: plain(getattr(config, name)) for name in FIELDS}
     if values["resume_from_checkpoint"] == "auto":
         values["resume_from_checkpoint"] = True
     return yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=1000)
@@ -99,76 +103,82 @@ def as_yaml(config: TrainConfig) -> str:
 
 def _check_together(config: TrainConfig) -> None:
     """Raise UsageError for values that exclude each other."""
+    for rules in (_clashes, _evaluation_clashes, _method_clashes, _mixing_clashes):
+        for message, hint in rules(config):
+            raise UsageError(message, hint)
+
+
+def _clashes(config: TrainConfig) -> Clashes:
     if config.bf16 and config.fp16:
-        raise UsageError("bf16 and fp16 are both true", "keep one")
+        yield "bf16 and fp16 are both true", "keep one"
     if config.max_steps == 0:
-        raise UsageError("max_steps: 0 would train nothing", "give a count, or -1 to go by epochs")
+        yield "max_steps: 0 would train nothing", "give a count, or -1 to go by epochs"
+    if config.warmup_steps and 0 < config.max_steps <= config.warmup_steps:
+        yield (
+            f"warmup_steps: {config.warmup_steps} takes all {config.max_steps} steps",
+            "lower it: the peak learning rate is never reached",
+        )
+
+
+def _evaluation_clashes(config: TrainConfig) -> Clashes:
     if config.val_size >= 1 and config.val_size != int(config.val_size):
-        raise UsageError(
-            f"val_size: {config.val_size} is neither a fraction nor a count", "below 1, or a whole number"
-        )
+        yield f"val_size: {config.val_size} is neither a fraction nor a count", "below 1, or a whole number"
     if config.val_size and config.eval_dataset:
-        raise UsageError("val_size and eval_dataset both say what to evaluate on", "keep one")
-    watched = bool(config.val_size or config.eval_dataset)
-    asks = [key for key in ("early_stopping_steps", "load_best_model_at_end") if getattr(config, key)]
-    if asks and (not watched or config.eval_strategy == "no"):
-        raise UsageError(
-            f"{asks[0]} needs evaluations during training",
-            "give val_size or eval_dataset, and eval_strategy: steps (or epoch)",
-        )
-    if config.eval_strategy != "no" and not watched:
-        raise UsageError(
+        yield "val_size and eval_dataset both say what to evaluate on", "keep one"
+    evaluates = bool(config.val_size or config.eval_dataset)
+    for key in ("early_stopping_steps", "load_best_model_at_end"):
+        if getattr(config, key) and (not evaluates or config.eval_strategy == "no"):
+            hint = "give val_size or eval_dataset, and eval_strategy: steps (or epoch)"
+            yield f"{key} needs evaluations during training", hint
+    if config.eval_strategy != "no" and not evaluates:
+        yield (
             f"eval_strategy: {config.eval_strategy} has nothing to evaluate on",
             "give val_size or eval_dataset",
         )
-    if config.finetuning_type == "full" and config.quantization_bit:
-        raise UsageError(
-            "finetuning_type: full cannot train 4-bit weights",
-            "leave quantization_bit out, or train with lora",
-        )
+
+
+def _method_clashes(config: TrainConfig) -> Clashes:
     if config.finetuning_type == "full":
-        keys = ("use_dora", "pissa_init", "loftq_init", "use_rslora", "adapter_name_or_path")
-        lora = [key for key in keys if getattr(config, key)]
-        if lora:
-            raise UsageError(f"{lora[0]} belongs to finetuning_type: lora", "leave it out")
+        if config.quantization_bit:
+            hint = "leave quantization_bit out, or train with lora"
+            yield "finetuning_type: full cannot train 4-bit weights", hint
+        for key in ("use_dora", "pissa_init", "loftq_init", "use_rslora", "adapter_name_or_path"):
+            if getattr(config, key):
+                yield f"{key} belongs to finetuning_type: lora", "leave it out"
     if config.pissa_init and config.quantization_bit:
-        raise UsageError(
+        yield (
             "pissa_init changes the base's weights, which 4 bits would round off again",
             "leave quantization_bit out (16-bit LoRA), or pissa_init",
         )
     if config.loftq_init and config.quantization_bit != 4:
-        raise UsageError("loftq_init starts from what 4 bits lost", "add quantization_bit: 4")
+        yield "loftq_init starts from the error of 4-bit weights", "add quantization_bit: 4"
     if config.loftq_init and config.use_dora:
-        raise UsageError("loftq_init and use_dora cannot go together", "keep one of them")
+        yield "loftq_init and use_dora cannot go together", "keep one of them"
     for key in ("pissa_init", "loftq_init"):
         if getattr(config, key) and config.adapter_name_or_path:
-            raise UsageError(
-                f"{key} starts a new adapter, adapter_name_or_path goes on from one", "keep one of them"
+            yield (
+                f"{key} starts a new adapter, adapter_name_or_path continues from one",
+                "keep one of them",
             )
-    if config.stage == "dpo" and (config.packs or config.train_on_prompt):
-        key = "packing" if config.packs else "train_on_prompt"
-        raise UsageError(f"{key} has no meaning in stage: dpo", "leave it out")
-    if config.stage == "dpo" and config.pref_loss in ("orpo", "simpo") and config.dpo_label_smoothing:
-        raise UsageError(
-            f"dpo_label_smoothing has no meaning with pref_loss: {config.pref_loss}", "leave it out"
-        )
-    mixed = config.mix_strategy != "concat"
-    if config.interleave_probs and (not mixed or len(config.interleave_probs) != len(config.dataset)):
-        raise UsageError(
+    if config.stage == "dpo":
+        if config.packs or config.train_on_prompt:
+            key = "packing" if config.packs else "train_on_prompt"
+            yield f"{key} has no meaning in stage: dpo", "leave it out"
+        if config.pref_loss in ("orpo", "simpo") and config.dpo_label_smoothing:
+            yield f"dpo_label_smoothing has no meaning with pref_loss: {config.pref_loss}", "leave it out"
+
+
+def _mixing_clashes(config: TrainConfig) -> Clashes:
+    if not config.interleave_probs:
+        return
+    if config.mix_strategy == "concat" or len(config.interleave_probs) != len(config.dataset):
+        yield (
             "interleave_probs needs mix_strategy: interleave_under (or _over), and a share for each of the "
-            f" {len(config.dataset)} data sets"
+            f"{len(config.dataset)} data sets",
+            "",
         )
-    if (
-        mixed
-        and config.interleave_probs
-        and not math.isclose(sum(config.interleave_probs), 1.0, abs_tol=1e-3)
-    ):
-        raise UsageError(f"interleave_probs add up to {sum(config.interleave_probs):g}, not to 1")
-    if config.warmup_steps and 0 < config.max_steps <= config.warmup_steps:
-        raise UsageError(
-            f"warmup_steps: {config.warmup_steps} takes all {config.max_steps} steps",
-            "lower it: the rate never arrives",
-        )
+    if not math.isclose(sum(config.interleave_probs), 1.0, abs_tol=1e-3):
+        yield f"interleave_probs add up to {sum(config.interleave_probs):g}, not to 1", ""
 
 
 def _doubts(config: TrainConfig) -> list[str]:
@@ -214,86 +224,78 @@ def _scalar(key: str, text: str) -> Any:
 
 
 def _check_known(key: str) -> None:
-    if key in FIELDS or key in ACCEPTED:
+    if key in FIELDS or key in UNUSED:
         return
-    near = difflib.get_close_matches(key, [*FIELDS, *ACCEPTED], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [*FIELDS, *UNUSED], n=1, cutoff=0.6)
     raise UsageError(
         f"unknown key '{key}'", f"did you mean '{near[0]}'?" if near else "keys: " + ", ".join(FIELDS)
     )
 
 
-def _typed(key: str, value: Any) -> Any:
-    """`value` as the field's kind, within its limits; UsageError names the field otherwise."""
-    one = FIELDS[key]
-    kind, meta = one.metadata["kind"], one.metadata
-    if kind == "resume" and isinstance(value, bool):
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the key's kind, within its limits; UsageError names the key otherwise."""
+    key = FIELDS[name]
+    if key.kind == "resume" and isinstance(value, bool):
         return "auto" if value else None
-    if key == "report_to" and value == []:
-        return ("none",)
-    if value is False and "no" in meta.get("choices", ()):
+    if value is False and "no" in key.choices:
         return "no"  # what YAML 1.1 makes of a bare `no`
-    if value is None or (isinstance(value, str) and value.lower() == "none" and one.default is None):
+    if name == "report_to" and value == []:
+        return key.default
+    if value is None or (isinstance(value, str) and value.lower() == "none" and key.default is None):
         # null stands for the default, but for enable_thinking it is a mode of its own.
-        return None if kind == "bool?" or one.default is MISSING else one.default
-    converted = _convert(kind, value)
-    if converted is None:
-        wanted = {
-            "int": "a whole number", "float": "a number", "text": "text", "names": "names",
-            "floats": "numbers", "resume": "true, false or a path",
-        }  # fmt: skip
-        raise UsageError(
-            f"{key}: {value!r} is not {wanted.get(kind, 'true or false')}", f"{key}: {meta['help']}"
-        )
-    for name in converted if "of" in meta else ():
-        if name not in meta["of"]:
-            raise UsageError(f"{key}: {name!r} is not supported", f"one of {', '.join(meta['of'])}")
-    if isinstance(converted, tuple):
-        return converted
-    choices = meta.get("choices")
-    if choices and converted not in choices:
-        raise UsageError(
-            f"{key}: {value!r} is not supported", f"one of {', '.join(str(one) for one in choices)}"
-        )
-    low, high, above, below = (meta.get(limit) for limit in ("low", "high", "above", "below"))
-    wanted_range = (
-        f"at least {low}" if low is not None and converted < low
-        else f"above {above}" if above is not None and not converted > above
-        else f"at most {high}" if high is not None and converted > high
-        else f"below {below}" if below is not None and not converted < below
-        else ""
-    )  # fmt: skip
-    if wanted_range:
-        raise UsageError(f"{key}: {value!r} must be {wanted_range}", f"{key}: {meta['help']}")
-    return converted
+        return None if key.kind == "bool?" or key.default is MISSING else key.default
+    typed = _convert(key.kind, value)
+    if typed is None:
+        raise UsageError(f"{name}: {value!r} is not {KINDS[key.kind]}", f"{name}: {key.help}")
+    allowed = key.names or key.choices
+    for part in typed if isinstance(typed, tuple) else (typed,):
+        if allowed and part not in allowed:
+            raise UsageError(
+                f"{name}: {part!r} is not supported", f"one of {', '.join(str(other) for other in allowed)}"
+            )
+    if broken := _limit(key, typed):
+        raise UsageError(f"{name}: {value!r} must be {broken}", f"{name}: {key.help}")
+    return typed
+
+
+def _limit(key: Key, value: Any) -> str:
+    """The limit of `key` that `value` breaks, in words; "" where it keeps them all."""
+    for limit, words, keeps in (
+        (key.minimum, "at least", operator.ge),
+        (key.exclusive_minimum, "above", operator.gt),
+        (key.maximum, "at most", operator.le),
+        (key.exclusive_maximum, "below", operator.lt),
+    ):
+        if limit is not None and not keeps(value, limit):
+            return f"{words} {limit}"
+    return ""
 
 
 def _convert(kind: str, value: Any) -> Any:
     """None where `value` is not of `kind`."""
     if kind in ("bool", "bool?"):
         return value if isinstance(value, bool) else None
-    if kind == "floats":
+    if kind in ("names", "floats"):
         parts = value.split(",") if isinstance(value, str) else value
-        numbers = [_convert("float", part) for part in parts] if isinstance(parts, list) else [None]
-        return None if any(not number or number < 0 for number in numbers) else tuple(numbers)
-    if kind == "names":
-        names = value.split(",") if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(parts, list):
             return None
-        return tuple(name.strip() for name in names if name.strip()) or None
-    if kind in ("text", "resume"):
-        if isinstance(value, str):
-            return value.strip() or None
-        # A model or data set may be called 123 or 1.5: YAML makes a number of it.
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        if kind == "floats":
+            numbers = [_convert("float", part) for part in parts]
+            return None if any(not number or number < 0 for number in numbers) else tuple(numbers)
+        if not all(isinstance(name, str) for name in parts):
+            return None
+        return tuple(name.strip() for name in parts if name.strip()) or None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if kind in ("text", "resume"):
+        # A model or data set may be called 123 or 1.5: YAML makes a number of it.
+        return str(value).strip() or None
+    if isinstance(value, str) and not re.fullmatch(f"[-+]?{NUMBER}", value.strip()):
+        return None
     try:
-        # YAML 1.1 reads 1e-4 as text: without a dot it is no number there.
         number = float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
         return None
-    if not math.isfinite(number):
+    if not math.isfinite(number) or (kind == "int" and number != int(number)):
         return None
-    if kind == "int":
-        return int(number) if number == int(number) else None
-    return number
+    return int(number) if kind == "int" else number

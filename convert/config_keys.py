@@ -1,6 +1,7 @@
-"""The keys of a training configuration: names and defaults are LLaMA-Factory's and transformers'.
+"""Every key of a training configuration: its type, default, limits and what it does, in English and Chinese.
 
-Each field's metadata has its kind, its help text and its limits; `convert.config` reads, types and checks them.
+This one table is what `convert.config` reads YAML by and what `convert.config_schema` makes a JSON Schema of.
+Names and defaults are LLaMA-Factory's and, for the trainer's keys, transformers'.
 """
 
 from __future__ import annotations
@@ -13,121 +14,327 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_8bit")
 PREFERENCES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 STRATEGIES = ("no", "steps", "epoch")
 MIXES = ("concat", "interleave_under", "interleave_over")
-ANY = object()
+# A number written as text: YAML 1.1 takes 1e-4, without a dot, for one.
+NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+# What a value of each kind is called in errors.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "bool?": "true or false",
+    "text": "text",
+    "names": "names",
+    "floats": "numbers",
+    "resume": "true, false or a path",
+}
 
 
-def _key(default: Any, kind: str, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"kind": kind, "help": help, **limits})
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What one key may be, and what it does. kind: one of KINDS; `bool?`: null is a value of its own.
+
+    names: what the names in a list may be, where that is limited. ours: no key of LLaMA-Factory or
+    transformers. default: MISSING where the key must be given.
+    """
+
+    kind: str
+    help: str
+    help_zh: str
+    default: Any
+    choices: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+    minimum: float | None = None
+    exclusive_minimum: float | None = None
+    maximum: float | None = None
+    exclusive_maximum: float | None = None
+    ours: bool = False
+
+
+def _key(default: Any, kind: str, help: str, help_zh: str, **more: Any) -> Any:
+    key = Key(kind=kind, help=help, help_zh=help_zh, default=default, **more)
+    return field(default=default, metadata={"key": key})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """One training run. warnings: on keys that have no effect and values that are hardly meant."""
 
     # Model
-    model_name_or_path: str = _key(MISSING, "text", "a folder in transformers' format, or a hub id")
-    adapter_name_or_path: str | None = _key(None, "text", "a run or adapter to go on from, with its rank")
-    model_revision: str = _key("main", "text", "branch, tag or commit on the hub")
+    model_name_or_path: str = _key(
+        MISSING, "text", "a folder in transformers' format, or a hub id",
+        "transformers 格式的模型文件夹，或模型仓库的名称",
+    )  # fmt: skip
+    adapter_name_or_path: str | None = _key(
+        None, "text", "a run or adapter to continue from, with its rank",
+        "从已有的运行或适配器继续训练，沿用其秩",
+    )  # fmt: skip
+    model_revision: str = _key(
+        "main", "text", "branch, tag or commit on the hub", "模型仓库的分支、标签或提交"
+    )
     quantization_bit: int | None = _key(
-        None, "int", "4: train over NF4 weights (QLoRA); none: over 16-bit weights", choices=(4,)
+        None, "int", "4: train over NF4 weights (QLoRA); none: over 16-bit weights",
+        "4：在 NF4 权重上训练（QLoRA）；不填：16 位权重", choices=(4,),
+    )  # fmt: skip
+    double_quantization: bool = _key(
+        True, "bool", "quantise the scales of the 4-bit blocks too", "对 4 位分块的缩放系数再做一次量化"
     )
-    double_quantization: bool = _key(True, "bool", "quantise the scales of the 4-bit blocks too")
     disable_gradient_checkpointing: bool = _key(
-        False, "bool", "keep activations: faster by a third, needs more memory"
-    )
-    enable_liger_kernel: bool = _key(False, "bool", "fused layers of the package liger-kernel (CUDA only)")
+        False, "bool", "keep activations: faster by a third, needs more memory",
+        "保留激活值：约快三分之一，但占用更多内存",
+    )  # fmt: skip
+    enable_liger_kernel: bool = _key(
+        False, "bool", "fused layers of the package liger-kernel (CUDA only)",
+        "使用 liger-kernel 的融合层（仅限 CUDA）",
+    )  # fmt: skip
     # Method
-    stage: str = _key("sft", "text", "sft: answers; dpo: preferences", choices=("sft", "dpo"))
+    stage: str = _key(
+        "sft",
+        "text",
+        "sft: answers; dpo: preferences",
+        "sft：学习回答；dpo：学习偏好",
+        choices=("sft", "dpo"),
+    )
     finetuning_type: str = _key(
-        "lora", "text", "lora: an adapter; full: every weight (small models)", choices=("lora", "full")
+        "lora", "text", "lora: an adapter; full: every weight (small models)",
+        "lora：训练适配器；full：训练全部权重（小模型）", choices=("lora", "full"),
+    )  # fmt: skip
+    lora_rank: int = _key(8, "int", "rank of the adapter", "适配器的秩", minimum=1)
+    lora_alpha: int | None = _key(
+        None,
+        "int",
+        "scale of the adapter; none: twice the rank",
+        "适配器的缩放系数；不填：秩的两倍",
+        minimum=1,
     )
-    lora_rank: int = _key(8, "int", "rank of the adapter", low=1)
-    lora_alpha: int | None = _key(None, "int", "scale of the adapter; none: twice the rank", low=1)
-    lora_dropout: float = _key(0.0, "float", "dropout before the adapter", low=0.0, below=1.0)
+    lora_dropout: float = _key(
+        0.0, "float", "dropout before the adapter", "适配器输入的 dropout", minimum=0.0, exclusive_maximum=1.0
+    )
     lora_target: tuple[str, ...] = _key(
-        ("all",), "names", "names of the layers to adapt; all: every linear layer except the output head"
+        ("all",), "names", "names of the layers to adapt; all: every linear layer except the output head",
+        "要加适配器的层名；all：除输出层外的所有线性层",
+    )  # fmt: skip
+    use_rslora: bool = _key(
+        False, "bool", "scale by alpha/sqrt(rank) in place of alpha/rank",
+        "缩放取 alpha/√秩，而不是 alpha/秩（rsLoRA）",
+    )  # fmt: skip
+    use_dora: bool = _key(
+        False,
+        "bool",
+        "learn the magnitude of each weight column apart (DoRA)",
+        "单独学习权重各列的模长（DoRA）",
     )
-    use_rslora: bool = _key(False, "bool", "scale by alpha/sqrt(rank) in place of alpha/rank")
-    use_dora: bool = _key(False, "bool", "learn the length of each weight's columns apart (DoRA)")
-    pissa_init: bool = _key(False, "bool", "start from the weights' principal components (16-bit LoRA)")
-    pissa_iter: int = _key(16, "int", "steps of the fast SVD of pissa_init; -1: the whole one", low=-1)
-    loftq_init: bool = _key(False, "bool", "start from what 4 bits lost of the weights (QLoRA)")
-    neftune_noise_alpha: float | None = _key(None, "float", "noise on the embeddings, e.g. 5", low=0.0)
-    pref_loss: str = _key("sigmoid", "text", "the preference loss of stage dpo", choices=PREFERENCES)
-    pref_beta: float = _key(0.1, "float", "how far preferences may pull from the start", above=0.0)
-    pref_ftx: float = _key(0.0, "float", "weight of the plain loss on the chosen answers", low=0.0)
-    simpo_gamma: float = _key(0.5, "float", "margin of pref_loss simpo", above=0.0)
-    dpo_label_smoothing: float = _key(0.0, "float", "share of wrong labels assumed", low=0.0, high=0.5)
+    pissa_init: bool = _key(
+        False, "bool", "start from the weights' principal components (16-bit LoRA)",
+        "以权重的主成分初始化适配器（16 位 LoRA）",
+    )  # fmt: skip
+    pissa_iter: int = _key(
+        16, "int", "iterations of the fast SVD of pissa_init; -1: the exact SVD",
+        "pissa_init 快速 SVD 的迭代次数；-1：精确 SVD", minimum=-1,
+    )  # fmt: skip
+    loftq_init: bool = _key(
+        False, "bool", "start from the quantisation error of the weights (QLoRA)",
+        "以 4 位量化的误差初始化适配器（QLoRA）", ours=True,
+    )  # fmt: skip
+    neftune_noise_alpha: float | None = _key(
+        None,
+        "float",
+        "NEFTune noise on the embeddings, e.g. 5",
+        "词嵌入上的 NEFTune 噪声，例如 5",
+        minimum=0.0,
+    )
+    pref_loss: str = _key(
+        "sigmoid", "text", "the preference loss of stage dpo", "dpo 阶段的偏好损失", choices=PREFERENCES
+    )
+    pref_beta: float = _key(
+        0.1, "float", "beta of the preference loss: larger stays nearer to the reference model",
+        "偏好损失的 beta：越大越接近参考模型", exclusive_minimum=0.0,
+    )  # fmt: skip
+    pref_ftx: float = _key(
+        0.0,
+        "float",
+        "weight of the plain loss on the chosen answers",
+        "优选回答上普通损失的权重",
+        minimum=0.0,
+    )
+    simpo_gamma: float = _key(
+        0.5, "float", "margin of pref_loss simpo", "simpo 损失的间隔", exclusive_minimum=0.0
+    )
+    dpo_label_smoothing: float = _key(
+        0.0, "float", "share of wrong labels assumed", "假定标错的偏好所占比例", minimum=0.0, maximum=0.5
+    )
     # Data
-    dataset: tuple[str, ...] = _key(MISSING, "names", "names in dataset_info.json, separated by commas")
-    eval_dataset: tuple[str, ...] | None = _key(None, "names", "data sets to evaluate on; excludes val_size")
-    dataset_dir: str = _key("data", "text", "the folder with dataset_info.json")
-    template: str | None = _key(
-        None, "text", "LLaMA-Factory's template name: checked only, the model's own chat template is used"
+    dataset: tuple[str, ...] = _key(
+        MISSING, "names", "names in dataset_info.json, separated by commas",
+        "dataset_info.json 中的数据集名，用逗号分隔",
+    )  # fmt: skip
+    eval_dataset: tuple[str, ...] | None = _key(
+        None, "names", "data sets to evaluate on; excludes val_size", "用于评估的数据集；不能与 val_size 同用"
     )
-    cutoff_len: int = _key(2048, "int", "longest row in tokens; longer ones are cut, and counted", low=8)
-    max_samples: int | None = _key(None, "int", "at most so many rows of each data set", low=1)
-    val_size: float = _key(0.0, "float", "rows held out: below 1 a fraction, from 1 a count", low=0.0)
+    dataset_dir: str = _key(
+        "data", "text", "the folder with dataset_info.json", "dataset_info.json 所在的文件夹"
+    )
+    template: str | None = _key(
+        None, "text", "LLaMA-Factory's template name: checked only, the model's own chat template is used",
+        "LLaMA-Factory 的模板名：只做核对，实际使用模型自带的对话模板",
+    )  # fmt: skip
+    cutoff_len: int = _key(
+        2048, "int", "longest row in tokens; longer ones are cut, and counted",
+        "每条数据的最大 token 数；超出的会被截断并计数", minimum=8,
+    )  # fmt: skip
+    max_samples: int | None = _key(
+        None, "int", "at most so many rows of each data set", "每个数据集最多取多少条", minimum=1
+    )
+    val_size: float = _key(
+        0.0, "float", "rows held out: below 1 a fraction, from 1 a count",
+        "留作验证的数据：小于 1 为比例，1 及以上为条数", minimum=0.0,
+    )  # fmt: skip
     mix_strategy: str = _key(
         "concat", "text", "several data sets: one after the other, or drawn in turn until the first "
-        "(under) or the last (over) of them has ended", choices=MIXES,
+        "(under) or the last (over) of them has ended",
+        "多个数据集：依次拼接，或轮流抽取，直到最先（under）或最后（over）一个用完", choices=MIXES,
     )  # fmt: skip
     interleave_probs: tuple[float, ...] | None = _key(
-        None, "floats", "share of each data set in what is drawn, separated by commas"
-    )
-    packing: bool = _key(False, "bool", "several rows in one sequence; they do not see each other")
-    neat_packing: bool = _key(False, "bool", "the same as packing here")
-    train_on_prompt: bool = _key(False, "bool", "loss on the questions too")
-    mask_history: bool = _key(False, "bool", "no loss on answers before the last one")
-    default_system: str | None = _key(None, "text", "system message for rows that have none")
-    enable_thinking: bool | None = _key(
-        True, "bool?", "rows without a thought, true: learn an empty one; false: get it in the prompt; "
-        "null: are left alone (only for templates that think)",
+        None, "floats", "share of each data set in what is drawn, separated by commas",
+        "抽取时各数据集所占比例，用逗号分隔",
     )  # fmt: skip
-    strict: bool = _key(False, "bool", "stop at bad rows in place of leaving them out")
+    packing: bool = _key(
+        False, "bool", "several rows in one sequence; they do not see each other",
+        "把多条数据放进一个序列，彼此不可见",
+    )  # fmt: skip
+    neat_packing: bool = _key(False, "bool", "the same as packing here", "此处与 packing 相同")
+    train_on_prompt: bool = _key(False, "bool", "loss on the questions too", "问题部分也计算损失")
+    mask_history: bool = _key(
+        False, "bool", "no loss on answers before the last one", "只对最后一轮回答计算损失"
+    )
+    default_system: str | None = _key(
+        None, "text", "system message for rows that have none", "没有系统消息的数据所用的系统消息"
+    )
+    enable_thinking: bool | None = _key(
+        True, "bool?", "rows without reasoning, true: learn an empty one; false: get it in the prompt; "
+        "null: are left alone (only for templates that think)",
+        "没有思考过程的数据，true：学习空的思考；false：把空思考放进提示；null：保持原样（仅对会思考的模板）",
+    )  # fmt: skip
+    strict: bool = _key(
+        False,
+        "bool",
+        "stop at bad rows in place of leaving them out",
+        "遇到坏数据就停止，而不是跳过",
+        ours=True,
+    )
     # Trainer
-    output_dir: str = _key(MISSING, "text", "the run folder; the adapter goes to output_dir/adapter")
-    per_device_train_batch_size: int = _key(8, "int", "rows in one forward pass", low=1)
-    per_device_eval_batch_size: int = _key(8, "int", "rows in one forward pass of validation", low=1)
-    gradient_accumulation_steps: int = _key(1, "int", "forward passes in one optimizer step", low=1)
-    learning_rate: float = _key(5e-5, "float", "peak learning rate", above=0.0)
-    num_train_epochs: float = _key(3.0, "float", "passes over the data", above=0.0)
-    max_steps: int = _key(-1, "int", "stop after so many optimizer steps; -1: by epochs", low=-1)
-    lr_scheduler_type: str = _key("linear", "text", "shape of the learning rate", choices=SCHEDULES)
-    warmup_ratio: float = _key(0.0, "float", "share of the steps that warm up", low=0.0, high=1.0)
-    warmup_steps: int = _key(0, "int", "steps that warm up; wins over warmup_ratio", low=0)
-    max_grad_norm: float = _key(1.0, "float", "longer gradients are scaled down to this; 0: never", low=0.0)
-    weight_decay: float = _key(0.0, "float", "AdamW's weight decay", low=0.0)
+    output_dir: str = _key(
+        MISSING, "text", "the run folder; the adapter goes to output_dir/adapter",
+        "运行文件夹；适配器写入 output_dir/adapter",
+    )  # fmt: skip
+    per_device_train_batch_size: int = _key(
+        8, "int", "rows in one forward pass", "一次前向计算的数据条数", minimum=1
+    )
+    per_device_eval_batch_size: int = _key(
+        8, "int", "rows in one forward pass of validation", "验证时一次前向计算的数据条数", minimum=1
+    )
+    gradient_accumulation_steps: int = _key(
+        1, "int", "forward passes in one optimizer step", "累积多少次前向计算后更新一次", minimum=1
+    )
+    learning_rate: float = _key(5e-5, "float", "peak learning rate", "最高学习率", exclusive_minimum=0.0)
+    num_train_epochs: float = _key(3.0, "float", "passes over the data", "训练轮数", exclusive_minimum=0.0)
+    max_steps: int = _key(
+        -1,
+        "int",
+        "stop after so many optimizer steps; -1: by epochs",
+        "更新多少步后停止；-1：按轮数",
+        minimum=-1,
+    )
+    lr_scheduler_type: str = _key(
+        "linear", "text", "shape of the learning rate", "学习率的变化曲线", choices=SCHEDULES
+    )
+    warmup_ratio: float = _key(
+        0.0, "float", "share of the steps that warm up", "预热步数所占比例", minimum=0.0, maximum=1.0
+    )
+    warmup_steps: int = _key(
+        0, "int", "steps that warm up; wins over warmup_ratio", "预热步数；优先于 warmup_ratio", minimum=0
+    )
+    max_grad_norm: float = _key(
+        1.0, "float", "gradients with a larger norm are scaled down to it; 0: never",
+        "梯度范数超过此值时缩小到此值；0：不裁剪", minimum=0.0,
+    )  # fmt: skip
+    weight_decay: float = _key(0.0, "float", "AdamW's weight decay", "AdamW 的权重衰减", minimum=0.0)
     fsdp: str | None = _key(
-        None, "text", "spread the frozen weights over processes, for a base that does not fit on one card",
+        None, "text", "shard the frozen weights over processes, for a base that does not fit on one GPU",
+        "把冻结的权重分片到多个进程，用于单块 GPU 放不下的模型",
         choices=("full_shard", "full_shard auto_wrap"),
     )  # fmt: skip
-    optim: str = _key("adamw_torch", "text", "the optimizer; paged_adamw_8bit needs CUDA", choices=OPTIMIZERS)
-    bf16: bool = _key(False, "bool", "compute in bfloat16")
-    fp16: bool = _key(False, "bool", "compute in float16")
-    use_cpu: bool = _key(False, "bool", "train on the CPU even where there is a GPU")
-    disable_shuffling: bool = _key(False, "bool", "take the rows in their order")
-    seed: int = _key(42, "int", "of shuffling, of the adapter's start and of dropout", low=0)
+    optim: str = _key(
+        "adamw_torch", "text", "the optimizer; paged_adamw_8bit needs CUDA",
+        "优化器；paged_adamw_8bit 需要 CUDA", choices=OPTIMIZERS,
+    )  # fmt: skip
+    bf16: bool = _key(False, "bool", "compute in bfloat16", "用 bfloat16 计算")
+    fp16: bool = _key(False, "bool", "compute in float16", "用 float16 计算")
+    use_cpu: bool = _key(
+        False, "bool", "train on the CPU even where there is a GPU", "即使有 GPU 也用 CPU 训练"
+    )
+    disable_shuffling: bool = _key(False, "bool", "take the rows in their order", "不打乱数据顺序")
+    seed: int = _key(
+        42, "int", "seed of shuffling, of the adapter's start and of dropout",
+        "打乱数据、初始化适配器和 dropout 的随机种子", minimum=0,
+    )  # fmt: skip
     # While it runs
-    logging_steps: int = _key(5, "int", "steps between two lines of trainer_log.jsonl", low=1)
-    plot_loss: bool = _key(False, "bool", "draw training_loss.svg")
-    report_to: tuple[str, ...] = _key(("none",), "names", "none, or tensorboard", of=("none", "tensorboard"))
-    save_strategy: str = _key("steps", "text", "when a checkpoint is written", choices=STRATEGIES)
-    save_steps: int = _key(500, "int", "steps between two checkpoints", low=1)
-    save_total_limit: int | None = _key(None, "int", "checkpoints to keep, the best one beside them", low=1)
-    save_only_model: bool = _key(False, "bool", "checkpoints without the optimizer: no resuming from them")
+    logging_steps: int = _key(
+        5,
+        "int",
+        "steps between two lines of trainer_log.jsonl",
+        "每隔多少步写一行 trainer_log.jsonl",
+        minimum=1,
+    )
+    plot_loss: bool = _key(
+        False, "bool", "draw training_loss.svg, the losses as a picture", "画出损失曲线 training_loss.svg"
+    )
+    report_to: tuple[str, ...] = _key(
+        ("none",), "names", "none, or tensorboard", "none（不上报）或 tensorboard",
+        names=("none", "tensorboard"),
+    )  # fmt: skip
+    save_strategy: str = _key(
+        "steps", "text", "when a checkpoint is written", "何时保存检查点", choices=STRATEGIES
+    )
+    save_steps: int = _key(500, "int", "steps between two checkpoints", "每隔多少步保存检查点", minimum=1)
+    save_total_limit: int | None = _key(
+        None, "int", "checkpoints to keep, the best one beside them",
+        "最多保留多少个检查点，最好的一个另外保留", minimum=1,
+    )  # fmt: skip
+    save_only_model: bool = _key(
+        False, "bool", "checkpoints without the optimizer: no resuming from them",
+        "检查点不含优化器状态：不能从中恢复训练",
+    )  # fmt: skip
     resume_from_checkpoint: str | None = _key(
-        None, "resume", "true: go on from the last whole checkpoint; or the path of one"
+        None, "resume", "true: resume from the last whole checkpoint; or the path of one",
+        "true：从最后一个完整的检查点恢复；或某个检查点的路径",
+    )  # fmt: skip
+    eval_strategy: str = _key(
+        "no",
+        "text",
+        "when to evaluate; at the end in any case",
+        "何时评估；结束时总会评估",
+        choices=STRATEGIES,
     )
-    eval_strategy: str = _key("no", "text", "when to evaluate; at the end in any case", choices=STRATEGIES)
-    eval_steps: int | None = _key(None, "int", "steps between two evaluations; none: logging_steps", low=1)
-    eval_answers: int = _key(2, "int", "held-out questions to answer at each evaluation", low=0)
+    eval_steps: int | None = _key(
+        None, "int", "steps between two evaluations; none: logging_steps",
+        "每隔多少步评估；不填：同 logging_steps", minimum=1,
+    )  # fmt: skip
+    eval_answers: int = _key(
+        2, "int", "held-out questions to answer at each evaluation", "每次评估时回答几个留出的问题",
+        minimum=0, ours=True,
+    )  # fmt: skip
     early_stopping_steps: int | None = _key(
-        None, "int", "stop after so many evaluations without a better loss; the best is kept", low=1
+        None, "int", "stop after so many evaluations without a better loss; the best is kept",
+        "连续多少次评估没有更低的损失就停止；保留最好的权重", minimum=1,
+    )  # fmt: skip
+    load_best_model_at_end: bool = _key(
+        False, "bool", "end with the weights of the best evaluation", "结束时取评估最好的权重"
     )
-    load_best_model_at_end: bool = _key(False, "bool", "end with the weights of the best evaluation")
-    ignore_memory: bool = _key(False, "bool", "train although the estimate does not fit into memory")
-    # Not a key: what was accepted without effect.
+    ignore_memory: bool = _key(
+        False, "bool", "train although the estimate does not fit into memory",
+        "即使估计内存不足也继续训练", ours=True,
+    )  # fmt: skip
+    # Not a key.
     warnings: tuple[str, ...] = ()
 
     @property
@@ -143,47 +350,95 @@ class TrainConfig:
         return self.load_best_model_at_end or self.early_stopping_steps is not None
 
 
-FIELDS = {one.name: one for one in fields(TrainConfig) if one.metadata}
-REQUIRED = ("model_name_or_path", "dataset", "output_dir")
+def plain(value: Any) -> Any:
+    """A value of a TrainConfig as it stands in YAML: several names or numbers as one text with commas."""
+    return ",".join(str(part) for part in value) if isinstance(value, tuple) else value
 
-# Keys of LLaMA-Factory that we do not act on: the values that change nothing here, and what to say of them.
-_NO_CODE = "is ignored: models are loaded with transformers' own classes, code from a repository is never run"
-ACCEPTED: dict[str, tuple[tuple[Any, ...] | object, str]] = {
-    "add_tokens": ((None,), ""),
-    "additional_target": ((None,), ""),
-    "cache_dir": ((None,), ""),
-    "compute_accuracy": ((False,), ""),
-    "create_new_adapter": ((False,), ""),
-    "dataloader_num_workers": (ANY, ""),
-    "ddp_find_unused_parameters": (ANY, ""),
-    "ddp_timeout": (ANY, ""),
-    "deepspeed": ((None,), ""),
-    "do_eval": (ANY, ""),
-    "do_predict": ((False,), ""),
-    "do_train": ((True,), ""),
-    "flash_attn": (("auto", "sdpa"), ""),
-    "gradient_checkpointing": ((True,), ""),
-    "image_max_pixels": (ANY, ""),
-    "include_num_input_tokens_seen": (ANY, ""),
-    "logging_dir": (ANY, ""),
-    "loraplus_lr_ratio": ((None,), ""),
-    "low_cpu_mem_usage": (ANY, ""),
-    "overwrite_cache": (ANY, ""),
-    "overwrite_output_dir": (ANY, "is ignored: --overwrite replaces what an earlier run made"),
-    "preprocessing_num_workers": (ANY, ""),
-    "pure_bf16": ((False,), ""),
-    "quantization_method": (("bnb", "bitsandbytes"), ""),
-    "quantization_type": (("nf4",), ""),
-    "ray_num_workers": (ANY, ""),
-    "ref_model": ((None,), ""),
-    "resize_vocab": ((False,), ""),
-    "rope_scaling": ((None,), ""),
-    "run_name": (ANY, ""),
-    "save_safetensors": ((True,), ""),
-    "streaming": ((False,), ""),
-    "tokenized_path": ((None,), ""),
-    "trust_remote_code": (ANY, _NO_CODE),
-    "upcast_layernorm": ((False,), ""),
-    "use_fast_tokenizer": ((True,), ""),
-    "video_max_pixels": (ANY, ""),
+
+FIELDS: dict[str, Key] = {
+    entry.name: entry.metadata["key"] for entry in fields(TrainConfig) if entry.metadata
 }
+REQUIRED = tuple(name for name, key in FIELDS.items() if key.default is MISSING)
+# The first key of each group, in the table's order.
+GROUPS = {
+    "model_name_or_path": ("Model", "模型"),
+    "stage": ("Method", "方法"),
+    "dataset": ("Data", "数据"),
+    "output_dir": ("Training", "训练"),
+    "logging_steps": ("Logs, checkpoints and evaluations", "日志、检查点与评估"),
+}
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A key of LLaMA-Factory that changes nothing here. values: the only ones accepted; None: any.
+
+    reason: why others are refused, or the key has no effect. warn: whether to say so.
+    """
+
+    values: tuple[Any, ...] | None
+    reason: str
+    reason_zh: str
+    warn: bool = False
+
+
+_NO_MODULES = Unused((None,), "only LoRA layers, or all weights, are trained", "只训练 LoRA 层或全部权重")
+_NO_VOCABULARY = Unused((None,), "the vocabulary stays that of the base model", "词表保持与基座模型一致")
+_NO_LOADER = Unused(None, "rows are encoded before training begins", "数据在训练开始前已全部编码")
+_NO_PICTURES = Unused(None, "only text is trained on", "只训练文本")
+_NO_DDP = Unused(None, "gradients are summed without torch's DDP", "不用 torch 的 DDP，梯度直接求和")
+_ALWAYS = Unused(None, "it is always so here", "此处总是如此")
+
+UNUSED = {
+    "add_tokens": _NO_VOCABULARY,
+    "additional_target": _NO_MODULES,
+    "cache_dir": Unused((None,), "HF_HOME names the cache", "缓存目录由 HF_HOME 指定"),
+    "compute_accuracy": Unused((False,), "`edge eval` scores answers", "用 `edge eval` 为回答打分"),
+    "create_new_adapter": Unused(
+        (False,), "adapter_name_or_path continues that adapter", "adapter_name_or_path 会继续训练该适配器"
+    ),
+    "dataloader_num_workers": _NO_LOADER,
+    "ddp_find_unused_parameters": _NO_DDP,
+    "ddp_timeout": _NO_DDP,
+    "deepspeed": Unused((None,), "weights are sharded by fsdp", "权重分片请用 fsdp"),
+    "do_eval": Unused(None, "val_size or eval_dataset decides it", "由 val_size 或 eval_dataset 决定"),
+    "do_predict": Unused((False,), "`edge eval` answers questions", "用 `edge eval` 生成回答"),
+    "do_train": Unused((True,), "`edge train` trains", "`edge train` 就是训练"),
+    "flash_attn": Unused(
+        ("auto", "sdpa"), "the attention is chosen by the device", "注意力实现按设备自动选择"
+    ),
+    "gradient_checkpointing": Unused(
+        (True,), "disable_gradient_checkpointing: true turns it off",
+        "关闭请用 disable_gradient_checkpointing: true",
+    ),
+    "image_max_pixels": _NO_PICTURES,
+    "include_num_input_tokens_seen": _ALWAYS,
+    "logging_dir": Unused(None, "logs go to output_dir", "日志写入 output_dir"),
+    "loraplus_lr_ratio": Unused((None,), "both matrices learn at one rate", "两个矩阵用同一学习率"),
+    "low_cpu_mem_usage": _ALWAYS,
+    "overwrite_cache": _NO_LOADER,
+    "overwrite_output_dir": Unused(
+        None, "--overwrite replaces what an earlier run made", "覆盖以前的结果请用 --overwrite", warn=True
+    ),
+    "preprocessing_num_workers": _NO_LOADER,
+    "pure_bf16": Unused((False,), "adapters are trained in float32", "适配器以 float32 训练"),
+    "quantization_method": Unused(
+        ("bnb", "bitsandbytes"), "4-bit weights are bitsandbytes'", "4 位权重由 bitsandbytes 量化"
+    ),
+    "quantization_type": Unused(("nf4",), "4-bit weights are NF4", "4 位权重为 NF4"),
+    "ray_num_workers": Unused(None, "several processes are started by torchrun", "多进程由 torchrun 启动"),
+    "ref_model": Unused((None,), "the reference is the model as it begins", "参考模型就是训练开始时的模型"),
+    "resize_vocab": Unused((False,), _NO_VOCABULARY.reason, _NO_VOCABULARY.reason_zh),
+    "rope_scaling": Unused((None,), "positions stay those of the base model", "位置编码保持与基座模型一致"),
+    "run_name": Unused(None, "a run is named by output_dir", "运行以 output_dir 命名"),
+    "save_safetensors": Unused((True,), "no pickle is written", "不写 pickle 文件"),
+    "streaming": Unused((False,), "rows are encoded before training begins", _NO_LOADER.reason_zh),
+    "tokenized_path": Unused((None,), "encoded rows are not kept", "不保存编码后的数据"),
+    "trust_remote_code": Unused(
+        None, "models are loaded with transformers' own classes, code from a repository is never run",
+        "只用 transformers 自带的类加载模型，从不运行仓库中的代码", warn=True,
+    ),
+    "upcast_layernorm": Unused((False,), "norms stay in the model's type", "归一化层保持模型的类型"),
+    "use_fast_tokenizer": Unused((True,), "only fast tokenizers are read", "只读取快速分词器"),
+    "video_max_pixels": _NO_PICTURES,
+}  # fmt: skip

@@ -1,20 +1,34 @@
-"""`edge train`: the configuration is read and checked before anything heavy is imported."""
+"""`edge train CONFIG.yaml`: train a LoRA adapter, or all weights, as a LLaMA-Factory style YAML says.
+
+The configuration is read and checked before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from convert.config import as_yaml, load_train_config
+from convert.config_schema import schema
 from convert.model.hf_folder import shell
 
 
 def command(argv: list[str], *more: str) -> str:
     """The command line `edge train ARGV MORE`, quoted for the shell."""
-    words = [*(one for one in argv if one not in more), *more]
+    words = [*(word for word in argv if word not in more), *more]
     return " ".join(["edge", "train", *(shell(word) for word in words)])
+
+
+class _PrintSchema(argparse.Action):
+    """As --version does: print and exit, whether or not a configuration was given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(json.dumps(schema(), ensure_ascii=False, indent=2) + "\n")
+        parser.exit()
 
 
 def main(argv: list[str]) -> int:
@@ -22,9 +36,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="keys as in LLaMA-Factory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run made")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the last whole checkpoint")
     parser.add_argument("--print-config", action="store_true", help="show every key with its value, and stop")
     parser.add_argument("--print-command", action="store_true", help="show this command, quoted, and stop")
+    parser.add_argument(
+        "--json-schema", action=_PrintSchema, nargs=0, help="show every key as a JSON Schema, and stop"
+    )
     options = parser.parse_intermixed_args(argv)
     config = load_train_config(options.config, options.overrides)
     if options.resume:
@@ -32,12 +49,12 @@ def main(argv: list[str]) -> int:
     if options.print_config:
         sys.stdout.write(as_yaml(config))
     if options.print_command:
-        sys.stdout.write(command([one for one in argv if not one.startswith("--print-")]) + "\n")
+        sys.stdout.write(command([word for word in argv if not word.startswith("--print-")]) + "\n")
     if options.print_config or options.print_command:
         return 0
     from convert.train import finetune
 
-    again = command([one for one in argv if one != "--overwrite"], "--resume")
+    again = command([word for word in argv if word != "--overwrite"], "--resume")
     finetune.run(config, overwrite=options.overwrite, again=again)
     return 0
 

@@ -224,7 +224,7 @@ def test_print_config_reads_back(tmp_path):
         ({"finetuning_type": "full", "use_dora": True}, "use_dora belongs to finetuning_type: lora"),
         ({"pissa_init": True, "quantization_bit": 4}, "pissa_init changes the base's weights"),
         ({"pissa_init": True, "adapter_name_or_path": "a"}, "pissa_init starts a new adapter"),
-        ({"loftq_init": True}, "loftq_init starts from what 4 bits lost"),
+        ({"loftq_init": True}, "loftq_init starts from the error of 4-bit weights"),
         (
             {"loftq_init": True, "quantization_bit": 4, "adapter_name_or_path": "a"},
             "loftq_init starts a new adapter",
@@ -298,5 +298,5 @@ def test_files(tmp_path):
 
 
 def test_every_field_says_what_it_is():
-    assert all(one.metadata["help"] for one in FIELDS.values())
+    assert all(key.help and key.help_zh for key in FIELDS.values())
     assert set(TrainConfig.__dataclass_fields__) - set(FIELDS) == {"warnings"}
