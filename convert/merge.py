@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from convert.model import chat_format, safetensors_io
-from convert.model.dequantized_base import DTYPES, Rows, Seen, spans
+from convert.model.dequantized_base import DTYPES, DequantizedBase, Rows, spans
 from convert.model.hf_folder import Folder, check_folder
 from convert.model.lora_adapter import (
     EMBEDDINGS,
@@ -101,7 +101,7 @@ def run(
     found = read_adapter(adapter)
     base = check_folder(find_base(known, adapter))
     chat_template = _chat_template(adapter, base.path, known)
-    seen = Seen(known.settings) if into == "nf4" else None
+    seen = DequantizedBase(known.settings) if into == "nf4" else None
     into = into if known.settings.get("quantized") else "original"
     config = dict(base.config)
     plan = _plan(base, found, config, DTYPES[dtype])
@@ -202,7 +202,7 @@ def _same_tables(adapter: Adapter) -> bool:
 
 
 def _rows(
-    part: Part, plan: Plan, adapter: Adapter, seen: Seen | None, drift: Drift
+    part: Part, plan: Plan, adapter: Adapter, seen: DequantizedBase | None, drift: Drift
 ) -> Iterator[torch.Tensor]:
     """The rows of a merged tensor, some at a time; `drift` is told of them."""
     name = part.name

@@ -1,4 +1,4 @@
-"""Quality beside speed: what each artefact lost, as `edge verify` and the exports wrote it into edge.json.
+"""Quality beside speed: how far each artefact is from the merged model, as edge.json has it.
 
 Nothing is measured here. What a target reads decides its figures: servers of the same file share them.
 """
@@ -32,39 +32,33 @@ def of_stage(run: Path, stage: str) -> dict[str, Any]:
     `merged`: reference. Where nothing was measured: missing, the command that does it.
     """
     if stage == "merged":
-        found: dict[str, Any] = {"reference": True}
-        for other in ("gguf", "onnx"):
-            perplexity = _logits(run / other).get("perplexity")
-            if perplexity and "perplexity" not in found:
-                found |= {"perplexity": perplexity[0], "rows": _logits(run / other).get("rows", "")}
-        return found
+        comparisons = (_logits(run / other) for other in ("gguf", "onnx"))
+        logits: dict[str, Any] = next((one for one in comparisons if "perplexity" in one), {})
+        return {"reference": True, **_perplexity(logits, 0)}
     logits = _logits(run / stage)
-    if "kl_mean" in logits:
-        kept = {"kl": logits["kl_mean"], "kl_p99": logits.get("kl_p99")}
-        kept |= {"top1": logits["top1"], "positions": logits["positions"]}
-        if "perplexity" in logits:
-            kept |= {"perplexity": logits["perplexity"][1], "rows": logits.get("rows", "")}
-        return kept
-    exported = _verify(run / stage).get("quality")
-    if isinstance(exported, dict) and "kl" in exported:
-        return {key: exported[key] for key in ("kl", "top1", "positions")}
-    return {"missing": command(run, stage)}
+    if not logits:
+        return {"missing": f"edge verify {run / 'merged'} {run / stage}"}
+    figures = {"kl": "kl_mean", "kl_p99": "kl_p99", "top1": "top1", "positions": "positions"}
+    return {name: logits[key] for name, key in figures.items() if key in logits} | _perplexity(logits, 1)
 
 
-def command(run: Path, stage: str) -> str:
-    """What measures the stage."""
-    if stage == "onnx":
-        return f"edge export onnx {run} --overwrite"
-    return f"edge verify {run / 'merged'} {run / stage}"
-
-
-def _verify(folder: Path) -> dict[str, Any]:
-    try:
-        return manifest.read(folder).verify
-    except InputError:
+def _perplexity(logits: dict[str, Any], side: int) -> dict[str, Any]:
+    """side: 0 for the merged model, 1 for what was compared with it."""
+    if "perplexity" not in logits:
         return {}
+    return {"perplexity": logits["perplexity"][side], "rows": logits.get("rows", "")}
 
 
 def _logits(folder: Path) -> dict[str, Any]:
-    found = _verify(folder).get("logits")
-    return found if isinstance(found, dict) else {}
+    """The figures of the comparison in the folder's edge.json; {} where there are none."""
+    try:
+        verify = manifest.read(folder).verify
+    except InputError:
+        return {}
+    logits, quality = verify.get("logits"), verify.get("quality")
+    if isinstance(logits, dict) and "kl_mean" in logits:
+        return logits
+    # Earlier ONNX exports kept a comparison of their own.
+    if isinstance(quality, dict) and "kl" in quality:
+        return {"kl_mean": quality["kl"], "top1": quality["top1"], "positions": quality["positions"]}
+    return {}

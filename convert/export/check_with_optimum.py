@@ -1,4 +1,4 @@
-"""The export against another exporter: `python -m convert.export.check_with_optimum RUN` (make onnx-optimum).
+"""The ONNX export against another exporter: `edge export onnx RUN --check-with optimum`.
 
 optimum exports the merged model by tracing it, which shares nothing with onnxruntime-genai's builder. Its
 pins clash with ours, so it lives in an environment of its own; torch and onnxruntime are taken from this one.
@@ -7,7 +7,7 @@ Both exports are in float32, answer the same prompts greedily, and must give the
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -16,23 +16,19 @@ import sys
 import sysconfig
 import tempfile
 import venv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from convert.export import onnx
 from convert.export.llamacpp_tools import tail
-from convert.export.onnx import export
-from convert.export.source import read_json
-from convert.verify.onnx_quality import QUESTIONS, backend_logits
-from edge.artefact import manifest
-from edge.backends.base import Row
-from edge.backends.onnx import Model, Onnx, Settings
-from edge.chat_template import ChatTemplate
-from edge.console import guarded
+from convert.export.source import open_source
+from convert.model.hf_folder import read_json
+from convert.verify import probes
+from convert.verify.onnx_reader import OnnxReader
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
 
@@ -54,40 +50,102 @@ PROMPTS, TOKENS = 5, 128
 MOST_DIFFERENCE = 1e-3
 
 
-def optimum_python() -> Path:
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Of PROMPTS greedy answers, how many are torch's: ours, optimum's. difference: of two logits, at most.
+
+    versions: optimum's, and what it brought along.
+    """
+
+    ours: int
+    optimum: int
+    difference: float
+    versions: str
+
+
+def run(run_folder: Path, *, console: Console | None = None) -> Agreement:
+    """Export the merged model of the run in both ways, and show how they agree with torch.
+
+    Raises InputError for a run without a merged model or one that does not fit into memory, EdgeError where
+    an exporter fails or gives other tokens than torch.
+    """
+    console = console or Console(highlight=False)
+    result = check(run_folder, console)
+    table = Table(
+        title=f"float32 against torch, {PROMPTS} prompts, {TOKENS} tokens each", title_justify="left"
+    )
+    for heading in ("exporter", "the same greedy tokens", "largest difference of two logits"):
+        table.add_column(heading)
+    table.add_row("onnxruntime-genai (ours)", f"{result.ours} of {PROMPTS}", f"{result.difference:.1e}")
+    table.add_row(f"optimum ({result.versions})", f"{result.optimum} of {PROMPTS}", "")
+    console.print(table)
+    if min(result.ours, result.optimum) < PROMPTS or not result.difference <= MOST_DIFFERENCE:
+        raise EdgeError("the exports do not give what torch gives", "do not serve them; report it")
+    return result
+
+
+def check(run_folder: Path, console: Console) -> Agreement:
+    """Compare both exporters with torch; as `run`, but for what is shown."""
+    # Imported late: torch.
+    from convert.model.reference import TorchModel
+
+    source = open_source(run_folder / "merged")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-optimum-")))
+        status = stack.enter_context(console.status("exporting with onnxruntime-genai's builder"))
+        file = onnx.export(source, folder / "onnx", onnx.Recipe("fp32"), console=Console(quiet=True))
+        reader = stack.enter_context(contextlib.closing(OnnxReader(file)))
+        prompts = reader.encode([reader.prompt(probe.messages) for probe in probes.fixed()[:PROMPTS]])
+        status.update("torch answers")
+        with contextlib.closing(TorchModel(source.path)) as model:
+            wanted = [model.greedy(prompt, TOKENS, reader.stop_ids) for prompt in prompts]
+            rows = [(prompt + answer)[:-1] for prompt, answer in zip(prompts, wanted, strict=True)]
+            logits = [part.numpy() for part in model.logits(rows, [len(answer) for answer in wanted])]
+        status.update("the export answers")
+        ours = [reader.greedy(prompt, TOKENS) for prompt in prompts]
+        exported = reader.all_logits(rows, [len(answer) for answer in wanted])
+        difference = max(float(np.abs(a - b).max()) for a, b in zip(logits, exported, strict=True))
+        status.update("optimum exports and answers, in its own environment")
+        older_folder(source.path, folder / "merged")
+        job = {"source": str(folder / "merged"), "prompts": prompts, "tokens": TOKENS}
+        job["ends"] = sorted(reader.stop_ids)
+        script = str(Path(__file__).with_name("optimum_child.py"))
+        theirs = json.loads(_run([optimum_python(), "-P", script], json.dumps(job)).splitlines()[-1])
+    same = [sum(a == b for a, b in zip(side, wanted, strict=True)) for side in (ours, theirs["answers"])]
+    return Agreement(same[0], same[1], difference, theirs["versions"])
+
+
+def optimum_python() -> str:
     """The interpreter of an environment with optimum over this one, made once. Raises EdgeError."""
     here = sysconfig.get_paths()["purelib"]
-    told = "\n".join([here, *_PACKAGES])
-    folder = hardware.cache_dir() / "optimum" / hashlib.sha256(told.encode("utf-8")).hexdigest()[:16]
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    key = "\n".join([here, *_PACKAGES])
+    folder = hardware.cache_dir() / "optimum" / hashlib.sha256(key.encode("utf-8")).hexdigest()[:16]
+    python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
     if not (folder / "complete").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        _run([*pip, *_PACKAGES])
-        [own] = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).split(
-            "\n"
-        )
+        _run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", *_PACKAGES])
+        own = _run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"])
         # After its own packages: what it lacks (torch, onnx, onnxruntime) is found here.
         (Path(own) / "edge-environment.pth").write_text(here + "\n", encoding="utf-8")
         (folder / "complete").touch()
     return python
 
 
-def _run(command: list[str], told: str = "") -> str:
+def _run(command: list[str], text: str = "") -> str:
     env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     # What points at this tree's modules would shadow packages of the same name.
     env.pop("PYTHONPATH", None)
-    done = subprocess.run(command, input=told.encode("utf-8"), capture_output=True, env=env, check=False)
-    if done.returncode != 0:
-        raise EdgeError(f"{command[0]} failed:\n{tail(done.stderr.decode('utf-8', 'replace'))}")
-    return done.stdout.decode("utf-8", "replace").strip()
+    process = subprocess.run(command, input=text.encode("utf-8"), capture_output=True, env=env, check=False)
+    if process.returncode != 0:
+        raise EdgeError(f"{command[0]} failed:\n{tail(process.stderr.decode('utf-8', 'replace'))}")
+    return process.stdout.decode("utf-8", "replace").strip()
 
 
-def older_reader(source: Path, target: Path) -> None:
+def older_folder(source: Path, target: Path) -> None:
     """A folder of links to `source` whose config.json transformers 4 reads rightly.
 
     transformers 5 keeps rope_theta inside rope_parameters, where older ones do not look: they would take
-    their default without a word.
+    their default without a word. Raises InputError for a rope that they cannot be told of.
     """
     target.mkdir()
     for path in source.iterdir():
@@ -103,110 +161,3 @@ def older_reader(source: Path, target: Path) -> None:
         )
     config["torch_dtype"] = config.get("dtype", "float32")
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def greedy(backend: Onnx, prompt: list[int], count: int) -> list[int]:
-    """The `count` most probable next tokens, whatever they are."""
-    backend.truncate(0, 0)
-    made: list[int] = []
-    tokens, at = prompt, 0
-    while len(made) < count:
-        logits = backend.step([Row(0, at, tokens, 1)])
-        at += len(tokens)
-        tokens = [int(logits[0].argmax())]
-        made += tokens
-    return made
-
-
-def torch_greedy(merged: Path, prompts: list[list[int]]) -> tuple[list[list[int]], list[NDArray[np.float32]]]:
-    """TOKENS tokens after each prompt by torch in float32, and the logits that chose them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, local_files_only=True)
-    model.generation_config.eos_token_id = None
-    made, logits = [], []
-    with torch.inference_mode():
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            whole = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
-            )
-            made.append([int(token) for token in whole[0, len(prompt) :]])
-            logits.append(model(input_ids=whole).logits[0, len(prompt) - 1 :].float().numpy())
-    return made, logits
-
-
-def check(run: Path, console: Console) -> dict[str, Any]:
-    """Compare both exporters with torch. Raises InputError for a run without a merged model."""
-    merged = run / "merged"
-    origin = manifest.read(merged)
-    with tempfile.TemporaryDirectory(prefix="edge-optimum-") as scratch, console.status("") as status:
-        folder = Path(scratch)
-        status.update("exporting with onnxruntime-genai's builder")
-        ours = export(merged, folder / "onnx", precision="fp32", console=Console(quiet=True))
-        model = Model(ours)
-        backend = Onnx(
-            model, Settings(slots=1, context=512, threads=hardware.cpu_threads(), device="cpu", spin=False)
-        )
-        assert model.template is not None
-        form = ChatTemplate(model.template, bos=backend.info.bos_text, eos=backend.info.eos_text)
-        prompts = [
-            backend.encode(
-                form.render([{"role": "user", "content": question}], thinking=origin.thinking), special=True
-            )
-            for question in QUESTIONS[:PROMPTS]
-        ]
-        status.update("torch answers")
-        want, logits = torch_greedy(merged, prompts)
-        status.update("the export answers")
-        mine = [greedy(backend, prompt, TOKENS) for prompt in prompts]
-        difference = max(
-            float(np.abs(backend_logits(backend, prompt + answer, len(prompt) - 1) - wanted).max())
-            for prompt, answer, wanted in zip(prompts, want, logits, strict=True)
-        )
-        backend.close()
-        status.update("optimum exports and answers, in its own environment")
-        older_reader(merged.resolve(), folder / "merged")
-        job = {"source": str(folder / "merged"), "prompts": prompts, "tokens": TOKENS}
-        script = str(Path(__file__).with_name("optimum_child.py"))
-        answer = _run([str(optimum_python()), "-P", script], json.dumps(job))
-        theirs = json.loads(answer.splitlines()[-1])
-    same = sum(a == b for a, b in zip(mine, want, strict=True))
-    agreed = sum(a == b for a, b in zip(theirs["made"], want, strict=True))
-    return {
-        "difference": difference,
-        "same": same,
-        "optimum_same": agreed,
-        "prompts": PROMPTS,
-        "versions": theirs["versions"],
-    }
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.export.check_with_optimum", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, with merged/ in it")
-    args = parser.parse_args(argv)
-    console = Console(stderr=True)
-    found = check(args.run, console)
-    table = Table(title=f"float32 against torch, {PROMPTS} prompts of {TOKENS} tokens", title_justify="left")
-    for heading in ("exporter", "the same greedy tokens", "largest difference of two logits"):
-        table.add_column(heading)
-    table.add_row("onnxruntime-genai (ours)", f"{found['same']} of {PROMPTS}", f"{found['difference']:.1e}")
-    table.add_row(f"optimum ({found['versions']})", f"{found['optimum_same']} of {PROMPTS}", "")
-    Console().print(table)
-    if (
-        found["same"] < PROMPTS
-        or found["optimum_same"] < PROMPTS
-        or not found["difference"] <= MOST_DIFFERENCE
-    ):
-        raise EdgeError("the exports do not give what torch gives", "do not serve them; report it")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))

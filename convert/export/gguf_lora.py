@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from convert.export.llamacpp_tools import run_converter
 from convert.model.hf_folder import check_folder
-from convert.model.lora_adapter import find_base, known_adapter, read_adapter, words
+from convert.model.lora_adapter import find_base, known_adapter, load_format, read_adapter
 from edge.artefact import find, manifest
 from edge.errors import InputError
 
@@ -62,7 +62,7 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
         run_converter("convert_lora_to_gguf.py", scaled, final, options)
         shutil.rmtree(scaled)
         find.check_lora(final)
-        form = words(folder, base.path)
+        form = load_format(folder, base.path)
         made = known.child(
             "lora",
             folder,

@@ -3,8 +3,8 @@
     RUN/merged/ -> RUN/onnx/<name>-<precision>.onnx, its weights beside it
 
 The builder runs in a process of its own. Before the folder is published the file is read as the server reads
-it, its vocabulary is compared, and its answers with the merged model's: where they differ too much that is
-said, with what to take instead.
+it, and compared with the merged model as `edge verify` does it: where logits differ too much, a warning names
+what to take instead.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from convert.export.llamacpp_tools import tail
-from convert.export.onnx_graph import complete
-from convert.export.source import TEMPLATE, read_json, read_template
-from convert.model.hf_folder import SMALL, parameters
-from convert.verify.onnx_quality import QUESTIONS, Quality, measure
-from convert.verify.probes import TEXTS as PROBES
+from convert.export.source import TEMPLATE, Source, folders, open_source
+from convert.model.hf_folder import SMALL, parameters, read_json
+from convert.verify import compare
+from convert.verify.onnx_reader import OnnxReader
+from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
-from edge.backends.onnx_tokenizer import Vocabulary
-from edge.chat_template import ChatTemplate
-from edge.errors import EdgeError, InputError, RequestError, UnavailableError, UsageError
-from edge.machine import hardware
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 
 PRECISIONS = ("int4", "int8", "fp16", "fp32")
 # How 4-bit weights are chosen: by blocks of 32, by llama.cpp's k-quant search, and that with the most
@@ -41,12 +39,40 @@ SCHEMES = {
     "k-quant": {"algo_config": "k_quant"},
     "mixed": {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"},
 }
-# Values that share a scale: products of longer blocks are quicker, and as near where activations are even.
+# Values that share a scale: products of longer blocks are faster, and as near where activations are smoothed.
 BLOCK, LONG_BLOCK = 32, 64
 EPS = ("cpu", "cuda")
-# The largest logits that a graph for a card gives without the others: what people sample from is less.
+# The largest logits that a graph for a GPU gives without the others: what people sample from is less.
 CANDIDATES = 64
 _FILES = ("tokenizer.json", "tokenizer_config.json", TEMPLATE)
+_CONFIG = "genai_config.json"
+_PACKAGES = ("edge", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is built. Raises UsageError for a combination that is not known, or that no device computes."""
+
+    precision: str
+    scheme: str = "mixed"
+    ep: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("--precision", self.precision, PRECISIONS),
+            ("--scheme", self.scheme, tuple(SCHEMES)),
+            ("--ep", self.ep, EPS),
+        ):
+            if value not in known:
+                raise UsageError(f"{option} {value}: not known", f"one of {', '.join(known)}")
+        if (self.precision, self.ep) == ("fp32", "cuda"):
+            raise UsageError(
+                "--precision fp32 --ep cuda: a GPU's attention computes in fp16", "take --precision fp16"
+            )
+        if (self.precision, self.ep) == ("fp16", "cpu"):
+            raise UsageError(
+                "--precision fp16: processors compute in fp32", "add --ep cuda, or take --precision fp32"
+            )
 
 
 def run(
@@ -61,177 +87,86 @@ def run(
     """Export `run_folder/merged` to `run_folder/onnx`. Returns the path of the ONNX file.
 
     precision: None takes int8 for small models, int4 for others. Raises UsageError for what is not known,
-    UnavailableError without the builder, InputError for a run without a usable merged model, ExistsError
-    without `overwrite`.
+    UnavailableError without the builder, InputError for a run without a usable merged model or an export that
+    is not that model, ExistsError without `overwrite`.
     """
-    merged = run_folder / "merged"
-    if run_folder.is_dir() and not merged.is_dir():
-        raise InputError(f"{run_folder} has no merged model", f"make it: edge merge {run_folder}")
-    return export(
-        merged,
-        run_folder / "onnx",
-        precision=precision,
-        scheme=scheme,
-        ep=ep,
-        overwrite=overwrite,
-        console=console,
-    )
+    source = open_source(folders(run_folder)[0])
+    small = parameters(source.weights, source.config) < SMALL
+    recipe = Recipe(precision or ("int8" if small else "int4"), scheme, ep)
+    return export(source, run_folder / "onnx", recipe, overwrite=overwrite, console=console)
 
 
 def export(
-    source: Path,
-    target: Path,
-    *,
-    precision: str | None = None,
-    scheme: str = "mixed",
-    ep: str = "cpu",
-    overwrite: bool = False,
-    console: Console | None = None,
+    source: Source, target: Path, recipe: Recipe, *, overwrite: bool = False, console: Console | None = None
 ) -> Path:
-    """Export the transformers folder `source` (with edge.json) to the folder `target`; as `run`."""
+    """Export the transformers folder `source` to the folder `target`; as `run`."""
     console = console or Console(markup=False, highlight=False, soft_wrap=True)
-    origin = manifest.read(source)
-    source, target = source.resolve(), target.absolute()
-    template = read_template(source, origin)
-    config = read_json(source / "config.json")
-    weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{source} has no *.safetensors file", "merge again: edge merge RUN")
-    numbers = parameters(weights, config)
-    precision = precision or ("int8" if numbers < SMALL else "int4")
-    _check(precision, scheme, ep)
+    target = target.absolute()
     manifest.check_target(target, overwrite)
     # The builder writes whole weights before it quantises.
-    manifest.check_free(target.parent, (9 if precision == "int8" else 5) * numbers)
-    name = re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", origin.name).strip(" .-") or "model"
-
+    need = 9 if recipe.precision == "int8" else 5
+    manifest.check_free(target.parent, need * parameters(source.weights, source.config))
     with manifest.publish(target, overwrite=overwrite) as partial:
-        final = partial / f"{name}-{precision}.onnx"
-        even, block, activations = source, BLOCK, None
-        # A card computes with activations as they are.
-        if precision == "int8" and ep == "cpu":
-            with console.status(f"evening out the activations of {source}"):
-                even, block, activations = _evened(source, origin, partial / "even")
-        with console.status(f"building {final.name} from {source}"):
-            _build(even, final, precision, scheme, ep, block)
-            decoder = read_json(partial / "genai_config.json")["model"]["decoder"]
-            complete(
-                final,
-                OUTPUT_POSITIONS,
-                int(decoder["head_size"]),
-                width=int(decoder["hidden_size"]),
-                # A processor reads the whole logits where they lie; a card would have to copy them.
-                candidates=CANDIDATES if ep == "cuda" else 0,
-            )
-        for file in _FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, partial / file)
-        header = read_onnx(final)
-        _keep_only(partial, {*header.files, *_FILES, "genai_config.json"})
-        vocabulary = Vocabulary(partial, header.vocab_size)
-        verify = _verify(header, source, config, vocabulary)
-        with console.status("comparing its answers with the merged model's"):
-            quality = _quality(final, source, template, origin, vocabulary, ep)
-        verify["quality"] = quality if isinstance(quality, str) else quality.facts()
-        manifest.write(
-            partial,
-            manifest.Manifest(
-                stage="onnx",
-                name=origin.name,
-                base_model=origin.base_model,
-                parents=[origin.parent(source)],
-                settings={
-                    "precision": precision,
-                    "scheme": scheme if precision == "int4" else None,
-                    "activations": activations,
-                    "ep": ep,
-                    "file": final.name,
-                    "matrices": {f"{bits} bits": count for bits, count in header.matrices.items()},
-                },
-                chat_template=manifest.text_digest(template),
-                stop_ids=origin.stop_ids,
-                thinking=origin.thinking,
-                verify=verify,
-                versions=manifest.versions(
-                    "edge", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tokenizers"
-                ),
-            ),
-        )
-    console.print(f"{target / final.name}: {precision}, {header.weights_bytes / 2**20:.0f} MiB")
+        final = partial / f"{source.file_name}-{recipe.precision}.onnx"
+        weights, block, activations = _smoothed(source, recipe, partial / "smoothed", console)
+        with console.status(f"building {final.name} from {source.path}"):
+            _build(weights, final, recipe, block)
+            header = _finish(source, final, recipe)
+        settings = {
+            "precision": recipe.precision,
+            "scheme": recipe.scheme if recipe.precision == "int4" else None,
+            "activations": activations,
+            "ep": recipe.ep,
+            "file": final.name,
+            "matrices": {f"{bits} bits": count for bits, count in header.matrices.items()},
+        }
+        record = source.known.child("onnx", source.path, settings=settings, packages=_PACKAGES)
+        record.chat_template = manifest.text_digest(source.template)
+        record.verify = {"vocab_size": header.vocab_size}
+        manifest.write(partial, record)
+        report = _prove(source.path, final, recipe.ep, console)
+    console.print(f"{target / final.name}: {recipe.precision}, {header.weights_bytes / 2**20:.0f} MiB")
     if activations:
         console.print(f"  activations {activations}")
-    if isinstance(quality, str):
-        console.print(f"  warning: not compared with the merged model: {quality}")
-        return target / final.name
-    console.print(
-        f"  against the merged model over {quality.positions} tokens: the same most probable token at "
-        f"{quality.top1:.1%}, mean KL {quality.kl:.2g}, logits differ by {quality.difference:.2g} at most"
-    )
-    if advice := proposal(quality, precision, scheme):
-        console.print(f"  warning: {advice}")
+    compare.summary(report, console)
     return target / final.name
 
 
-def proposal(quality: Quality, precision: str, scheme: str) -> str:
-    """What to take instead of an export whose answers differ too much; "" where nothing is needed."""
-    if not quality.poor:
-        return ""
-    instead = "--precision int8"
-    if precision == "int4" and scheme != "mixed":
-        instead += ", or --precision int4 --scheme mixed"
-    elif precision != "int4":
-        instead = "--precision fp32"
-    return f"its answers are not the merged model's; export again with {instead}"
+def _smoothed(source: Source, recipe: Recipe, target: Path, console: Console) -> tuple[Path, int, str | None]:
+    """(folder to build from, length of a block, what was done to the activations, for the manifest).
 
-
-def _check(precision: str, scheme: str, ep: str) -> None:
-    for option, value, known in (
-        ("--precision", precision, PRECISIONS),
-        ("--scheme", scheme, tuple(SCHEMES)),
-        ("--ep", ep, EPS),
-    ):
-        if value not in known:
-            raise UsageError(f"{option} {value}: not known", f"one of {', '.join(known)}")
-    if precision == "fp32" and ep == "cuda":
-        raise UsageError(
-            "--precision fp32 --ep cuda: a card's attention computes in fp16", "take --precision fp16"
-        )
-    if precision == "fp16" and ep == "cpu":
-        raise UsageError(
-            "--precision fp16: processors compute in fp32", "add --ep cuda, or take --precision fp32"
-        )
-
-
-def _evened(source: Path, origin: manifest.Manifest, target: Path) -> tuple[Path, int, str]:
-    """The folder to build from, in blocks of how many, and what was done in words.
-
-    That is `source` itself where its activations cannot be measured.
+    The folder is `target` for int8 on a processor; the source itself where activations are not rounded, or
+    cannot be measured.
     """
+    if recipe.precision != "int8" or recipe.ep != "cpu":
+        return source.path, BLOCK, None
     # Imported late: it takes torch.
     from convert.export import smoothquant
 
     try:
-        layers, rows = smoothquant.run(source, origin, target)
+        with console.status(f"smoothing the activations of {source.path}"):
+            layers, rows = smoothquant.run(source.path, source.known, target)
     except InputError as error:
         shutil.rmtree(target, ignore_errors=True)
-        return source, BLOCK, f"as they are, in blocks of {BLOCK}: {error.message}"
-    return target, LONG_BLOCK, f"evened out in {layers} layers on {rows}, in blocks of {LONG_BLOCK}"
+        return source.path, BLOCK, f"as they are, in blocks of {BLOCK}: {error.message}"
+    return target, LONG_BLOCK, f"smoothed in {layers} layers on {rows}, in blocks of {LONG_BLOCK}"
 
 
-def _build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:
+def _build(source: Path, final: Path, recipe: Recipe, block: int) -> None:
     # The folder is here: no token for the hub is to be looked for.
     options = {"filename": final.name, "hf_token": "false", "block_size": str(block)}
-    if precision == "int4":
-        options |= SCHEMES[scheme]
+    if recipe.precision == "int4":
+        options |= SCHEMES[recipe.scheme]
     with tempfile.TemporaryDirectory(prefix="edge-onnx-") as cache:
         command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder"]
-        command += ["-i", str(source), "-o", str(final.parent), "-p", precision, "-e", ep, "-c", cache]
+        command += ["-i", str(source), "-o", str(final.parent), "-c", cache]
+        command += ["-p", recipe.precision, "-e", recipe.ep]
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, env=env, cwd=cache, check=False)
-    if done.returncode == 0 and final.is_file():
+        process = subprocess.run(command, capture_output=True, env=env, cwd=cache, check=False)
+    if process.returncode == 0 and final.is_file():
         return
-    log = (done.stdout + done.stderr).decode("utf-8", "replace")
+    log = (process.stdout + process.stderr).decode("utf-8", "replace")
     if missing := re.search(r"No module named '([\w.]+)'", log):
         raise UnavailableError(
             f"exporting ONNX needs the package '{missing[1]}', which is not installed",
@@ -247,69 +182,50 @@ def _build(source: Path, final: Path, precision: str, scheme: str, ep: str, bloc
     )
 
 
-def _keep_only(folder: Path, names: set[str]) -> None:
-    """Remove what the builder leaves beside: configurations that nothing here reads."""
+def _finish(source: Source, final: Path, recipe: Recipe) -> OnnxHeader:
+    """Complete the graph, put the tokenizer beside it, remove what nothing reads; the header, checked.
+
+    Raises InputError where the graph is not of the shape that config.json names.
+    """
+    # Imported late: it takes onnx.
+    from convert.export.onnx_graph import complete
+
+    folder = final.parent
+    decoder = read_json(folder / _CONFIG, required=True)["model"]["decoder"]
+    # A processor reads the whole logits where they lie; a GPU would have to copy them.
+    candidates = CANDIDATES if recipe.ep == "cuda" else 0
+    complete(
+        final,
+        OUTPUT_POSITIONS,
+        int(decoder["head_size"]),
+        width=int(decoder["hidden_size"]),
+        candidates=candidates,
+    )
+    for name in _FILES:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    header = read_onnx(final)
     for path in folder.iterdir():
-        if path.name in names:
-            continue
         if path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.name not in {*header.files, *_FILES, _CONFIG}:
             path.unlink()
-
-
-def _verify(
-    header: OnnxHeader, source: Path, config: dict[str, Any], vocabulary: Vocabulary
-) -> dict[str, Any]:
-    """Compare shape and vocabulary with the folder it was made from. Raises InputError for a difference."""
-    again = "the file was not published"
-    text_config = config.get("text_config") or config
-    for what, found, wanted in (
-        ("layers", header.block_count, text_config.get("num_hidden_layers")),
-        ("tokens", header.vocab_size, text_config.get("vocab_size")),
-        ("positions", header.context_length, text_config.get("max_position_embeddings")),
+    config: dict[str, Any] = source.config.get("text_config") or source.config
+    for what, value, wanted in (
+        ("layers", header.block_count, config.get("num_hidden_layers")),
+        ("tokens", header.vocab_size, config.get("vocab_size")),
+        ("positions", header.context_length, config.get("max_position_embeddings")),
     ):
-        if found != wanted:
-            raise InputError(f"{header.path.name} has {found} {what}, config.json says {wanted}", again)
-    for text in PROBES:
-        made = b"".join(vocabulary.decode(token) for token in vocabulary.encode(text, special=False))
-        # SentencePiece puts a space in front.
-        if made.removeprefix(b" ") != text.encode("utf-8").removeprefix(b" "):
+        if value != wanted:
             raise InputError(
-                f"{source / 'tokenizer.json'}: {text[:60]!r} becomes {made[:60]!r} when tokens are joined",
-                again,
+                f"{final.name} has {value} {what}, config.json says {wanted}", "the file was not published"
             )
-    return {"chat_template": "equal", "vocab_size": header.vocab_size, "probe_texts": len(PROBES)}
+    return header
 
 
-def _quality(
-    final: Path, source: Path, template: str, origin: manifest.Manifest, vocabulary: Vocabulary, ep: str
-) -> Quality | str:
-    """How near the answers are; or why a file for a card cannot be loaded here."""
-    form = ChatTemplate(template, bos=vocabulary.bos_text, eos=vocabulary.eos_text)
-    prompts = []
-    for question in QUESTIONS:
-        try:
-            text = form.render([{"role": "user", "content": question}], thinking=origin.thinking)
-        except RequestError as error:
-            raise InputError(
-                f"{source / TEMPLATE}: {error.message}", "the template must take a user's turn"
-            ) from error
-        ids = vocabulary.encode(text, special=True)
-        begins = bool(vocabulary.bos_text) and text.startswith(vocabulary.bos_text)
-        if vocabulary.add_bos and vocabulary.bos_id is not None and not begins:
-            ids.insert(0, vocabulary.bos_id)
-        prompts.append(ids)
-    try:
-        return measure(
-            final,
-            source,
-            prompts,
-            origin.stop_ids,
-            threads=hardware.cpu_threads(),
-            device="cpu" if ep == "cpu" else "auto",
-        )
-    except EdgeError as error:
-        if ep == "cpu":
-            raise
-        return error.message
+def _prove(source: Path, final: Path, ep: str, console: Console) -> compare.Report:
+    """Compare with the merged model; a file for a GPU may be one that cannot be loaded here."""
+    reader = OnnxReader(final)
+    if ep == "cpu":
+        reader.load()
+    return compare.prove(TorchReader(source), reader, console)

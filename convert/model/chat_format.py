@@ -1,23 +1,22 @@
 """The model's own tokenizer and chat template, used in training as the server uses them.
 
-Prompts are rendered by edge.chat_template, the code that serves, and tokenised as one text without added special
-tokens; answers end with the token that the template ends an assistant's turn with.
+Prompts are rendered by edge.chat_template, the code that serves, and tokenised as one text without added
+special tokens; answers end with the token that the template ends an assistant's turn with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING, Any
 
 from convert.model.hf_folder import read_json
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.reasoning import THINK, THINK_END, opens_reasoning
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -62,7 +61,7 @@ class ChatFormat:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; special tokens that stand in it are recognised, none are added."""
-        return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [row.ids for row in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(
         self, messages: list[dict[str, Any]], thinking: str | None, tools: list[dict[str, Any]] | None = None
@@ -85,23 +84,29 @@ class ChatFormat:
 
         Raises InputError where the template does not show them.
         """
-        try:
-            (text,), _ = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.source,
-                add_generation_prompt=False,
-                bos_token=self.bos,
-                eos_token=self.eos,
-                **({} if thinking is None else {"enable_thinking": thinking == "on"}),
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"the model's chat template refuses its tool calls: {error}") from error
+        text = self._finished(messages, "tool calls", thinking, tools)
         names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
         answer, end, _ = text.removeprefix(prompt).partition(self.turn_tail)
         if not text.startswith(prompt) or not end or any(name not in answer for name in names):
             raise InputError("the model's chat template does not show tool calls")
         return answer + end
+
+    def _finished(
+        self,
+        messages: list[dict[str, Any]],
+        what: str,
+        thinking: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """`messages` with no further turn begun. Raises InputError where the template refuses `what`."""
+        # transformers passes these two always: templates may ask whether they are none.
+        extra: dict[str, Any] = {"tools": tools, "documents": None}
+        if thinking is not None:
+            extra["enable_thinking"] = thinking == "on"
+        try:
+            return self.chat.render(messages, add_generation_prompt=False, **extra)
+        except RequestError as error:
+            raise InputError(f"{self.folder}: {what}: {error.message}") from error
 
     def answer(self, text: str) -> str:
         """What the model is to write for the answer `text`, including what ends its turn."""
@@ -114,6 +119,9 @@ def load(folder: Path) -> ChatFormat:
     tokenizer.json is read as it is: transformers' classes may put another pre-tokenizer in its place.
     Raises InputError where either is missing or broken.
     """
+    # Imported late: a wrong argument is answered before.
+    from tokenizers import Tokenizer
+
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{folder} has no tokenizer.json", "give a folder with a fast tokenizer")
@@ -186,22 +194,9 @@ def _find_turn_end(form: ChatFormat) -> None:
     """Ask the template how it ends an answer, with an answer that cannot be anything else."""
     mark = "\u2042probe\u2042"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f" {mark} "}]
-    try:
-        (text,), _ = render_jinja_template(
-            conversations=[messages],
-            chat_template=form.source,
-            add_generation_prompt=False,
-            bos_token=form.bos,
-            eos_token=form.eos,
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(
-            f"{form.folder}: the chat template refuses a question with an answer: {error}"
-        ) from error
-    at = text.rfind(mark)
-    if at < 0:
+    _, shown, tail = form._finished(messages, "a question with its answer").rpartition(mark)
+    if not shown:
         raise InputError(f"{form.folder}: the chat template does not show the assistant's answer")
-    tail = text[at + len(mark) :]
     form.trims = not tail.startswith(" ")
     tail = tail if form.trims else tail[1:]
     found = [(tail.find(token), -len(token), token) for token in form.special if token and token in tail]

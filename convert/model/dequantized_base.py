@@ -1,7 +1,7 @@
-"""A base's weights as QLoRA training saw them: in the type it computed in, its 4-bit layers through NF4.
+"""The dequantised base: weights as QLoRA training used them, in its compute type, 4-bit layers through NF4.
 
 Merging adds the update to these, comparing computes with these: both are about the model that was trained.
-Rows are made as they are asked for, a few at a time: no second copy of a matrix is ever in memory.
+Rows are dequantised as they are asked for, a few at a time: no second copy of a matrix is ever in memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHUNK = 2**20
 Rows = Callable[[int, int], torch.Tensor]
 
 
-class Seen:
-    """settings: those of an adapter's manifest (compute_dtype, device, quantized, quant_block, ...)."""
+class DequantizedBase:
+    """settings: an adapter's (compute_dtype, device, quantized, quant_block, double_quantization)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         # It would advise to install a kernel that only serves inference.
@@ -40,18 +40,18 @@ class Seen:
         return name.endswith(".weight") and re.sub(r"\.\d+\.", ".*.", name[: -len(".weight")]) in self.layers
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The tensor `name` of the base as training saw it; on the CPU."""
+        """The tensor `name` of the base as training used it; on the CPU."""
         if self._dtype is None or not weight.is_floating_point():
             return weight
         if not self.holds(name):
             return weight.to(self._dtype)
-        rows, found = self.rows(name, weight), torch.empty(weight.shape, dtype=self._dtype)
+        rows, values = self.rows(name, weight), torch.empty(weight.shape, dtype=self._dtype)
         for start, stop in spans(weight.shape):
-            found[start:stop] = rows(start, stop)
-        return found
+            values[start:stop] = rows(start, stop)
+        return values
 
     def rows(self, name: str, weight: torch.Tensor) -> Rows:
-        """Gives any rows of the tensor `name` as training saw them; `weight` may be mapped from its file."""
+        """Gives any rows of the tensor `name` as training used them; `weight` may be mapped from its file."""
         dtype = self._dtype
         if dtype is None or not weight.is_floating_point():
             return lambda start, stop: weight[start:stop]

@@ -163,12 +163,15 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     return offsets[0], offsets[1], name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; {} where there is none. Raises InputError for anything else."""
+def read_json(path: Path, *, required: bool = False, hint: str = "get the model again") -> dict[str, Any]:
+    """The JSON object in the file; {} where there is none, unless it is required.
+
+    Raises InputError, with `hint`, for anything else.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}", "get the model again") from error
+        data = json.loads(path.read_text(encoding="utf-8-sig")) if required or path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}", hint) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object", "get the model again")
+        raise InputError(f"{path} is not a JSON object", hint)
     return data

@@ -1,8 +1,8 @@
-"""A model that is too large for memory in float32, computed with a layer of it at a time.
+"""A model that is too large for memory in float32, computed with one layer of it in memory at a time.
 
-All rows go through one layer before the next is read, so each weight is read once. Of the embeddings only
-the rows' own tokens are read, and the head is multiplied with some of its rows at a time, as they lie in the
-file: a 7B model needs one layer in float32, the rows' activations and a few logits.
+All rows go through one layer before the next is read, so each weight is read once. Of the embeddings only the
+rows' own tokens are read, and the head is multiplied with some of its rows at a time, mapped from its file: a
+7B model needs one layer in float32, the rows' activations and a few logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from convert.model import reference, safetensors_io
-from convert.model.dequantized_base import Seen, spans
+from convert.model.dequantized_base import DequantizedBase, spans
 from convert.model.hf_folder import check_folder
 from convert.model.lora_adapter import EMBEDDINGS, HEAD, read_adapter
 from convert.model.reference import TorchModel, float32_bytes, instead, named, padded
@@ -74,18 +74,17 @@ class LayeredModel(TorchModel):
 
     def logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[torch.Tensor]:
         with torch.inference_mode():
-            wanted = self._states(rows, last)
-            at = 0
-            while at < len(rows):
-                stop = at + 1
-                while stop < len(rows) and sum(last[at : stop + 1]) <= POSITIONS:
-                    stop += 1
-                hidden = torch.cat(wanted[at:stop])[None]
+            states = self._states(rows, last)
+            while states:
+                count = 1
+                while count < len(states) and sum(map(len, states[: count + 1])) <= POSITIONS:
+                    count += 1
+                part, states = states[:count], states[count:]
+                hidden = torch.cat(part)[None]
                 # The model's own code does what follows the layers: norm, head, scaling, soft caps.
-                with self._replaced(lambda _, h=hidden: lambda *a, **k: h):
-                    found = self._call([int(self._used[0])] * hidden.shape[1])
-                yield from found.split(list(last[at:stop]))
-                at = stop
+                with self._replaced(lambda *_, hidden=hidden, **__: hidden):
+                    logits = self._call([int(self._used[0])] * hidden.shape[1])
+                yield from logits.split([len(row) for row in part])
 
     def greedy(self, ids: list[int], count: int, ends: frozenset[int]) -> list[int]:
         raise NotImplementedError("every token would read all weights")
@@ -96,64 +95,58 @@ class LayeredModel(TorchModel):
         states = [batch.states for batch in batches]
         for number, layer in enumerate(self.layers):
             with self.present(layer):
-                for at, batch in enumerate(batches):
-                    states[at] = self.through(number, batch, states[at])
-        found = [torch.empty(0)] * len(rows)
-        for batch, hidden in zip(batches, states, strict=True):
-            for number, at in enumerate(batch.rows):
-                found[at] = hidden[number, len(rows[at]) - last[at] : len(rows[at])]
-        return found
+                for index, batch in enumerate(batches):
+                    states[index] = self.through(number, batch, states[index])
+        ends = {
+            row: hidden[place, len(rows[row]) - last[row] : len(rows[row])]
+            for batch, hidden in zip(batches, states, strict=True)
+            for place, row in enumerate(batch.rows)
+        }
+        return [ends[row] for row in range(len(rows))]
 
     def name(self, layer: torch.nn.Module) -> str:
         """What the parameters of one of `layers` are called in the checkpoint before their own names."""
-        return self._names[id(layer)]
+        return str(self._names[id(layer)])
 
     def enter(self, rows: list[list[int]]) -> list[Batch]:
         """Rows of token ids, those of like length together, before the first layer."""
         self._use(sorted({token for ids in rows for token in ids}))
-        parts: list[list[int]] = [[]]
-        for at in sorted(range(len(rows)), key=lambda at: len(rows[at])):
-            if parts[-1] and (len(parts[-1]) + 1) * len(rows[at]) > TOKENS:
-                parts.append([])
-            parts[-1].append(at)
-        made = []
-        for part in parts:
-            ids, mask, real = padded([rows[at] for at in part])
-            made.append(Batch(part, *self._record(ids, mask), real))
-        return made
+        groups: list[list[int]] = [[]]
+        for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
+            if groups[-1] and (len(groups[-1]) + 1) * len(rows[row]) > TOKENS:
+                groups.append([])
+            groups[-1].append(row)
+        return [self._enter(group, *padded([rows[row] for row in group])) for group in groups]
+
+    def _enter(self, rows: list[int], ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor) -> Batch:
+        entered: list[torch.Tensor] = []
+        calls: list[Called] = []
+
+        def record(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            entered.append(hidden)
+            calls.append((arguments, options))
+            return hidden
+
+        with self._replaced(record):
+            self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        return Batch(rows, entered[0], calls, real)
 
     def through(self, number: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """What layer `number`, which must be present, makes of a batch's states."""
         arguments, options = batch.calls[number]
         self._real = batch.real
         try:
-            found: torch.Tensor = self.layers[number](states, *arguments, **options)
+            output: torch.Tensor = self.layers[number](states, *arguments, **options)
         finally:
             self._real = None
-        return found
-
-    def _record(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[Called]]:
-        """What enters the first layer, and what every layer is called with beside it."""
-        entered: list[torch.Tensor] = []
-        called: list[Called] = []
-
-        def recorder(_: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-                entered.append(hidden)
-                called.append((arguments, options))
-                return hidden
-
-            return forward
-
-        with self._replaced(recorder):
-            self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-        return entered[0], called
+        return output
 
     @contextlib.contextmanager
-    def _replaced(self, make: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
+    def _replaced(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Each layer computes `forward` for the time of the block."""
         with contextlib.ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                stack.enter_context(instead(layer, make(number)))
+            for layer in self.layers:
+                stack.enter_context(instead(layer, forward))
             yield
 
     # Weights
@@ -167,7 +160,7 @@ class LayeredModel(TorchModel):
         return 2 * (float32_bytes(self._folder) - tables) // layers + 2**30
 
     def _build(self) -> Any:
-        from accelerate import init_empty_weights
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._held = read_adapter(self._adapter) if self._adapter else None
@@ -204,9 +197,9 @@ class LayeredModel(TorchModel):
         """Read the embeddings of `tokens`, the only ones that will be asked for."""
         self._used = torch.tensor(tokens)
         if self._tables:
-            table, seen = self._mapped(self._tables[0])
+            table, base = self._mapped(self._tables[0])
             values = table[self._used]
-            values = (seen(self._tables[0], values) if seen else values).float()
+            values = (base(self._tables[0], values) if base else values).float()
             _put(self._inner.get_input_embeddings(), "weight", values)
         else:
             # The whole table is in memory; tokens stand for themselves.
@@ -214,20 +207,20 @@ class LayeredModel(TorchModel):
 
     def _head(self, states: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         """The head's output for `states` (1, n, width)."""
-        table, seen = self._mapped(name)
-        rows = seen.rows(name, table) if seen else lambda start, stop: table[start:stop]
-        found = torch.empty(*states.shape[:-1], table.shape[0])
+        table, base = self._mapped(name)
+        rows = base.rows(name, table) if base else lambda start, stop: table[start:stop]
+        output = torch.empty(*states.shape[:-1], table.shape[0])
         for start, stop in spans(table.shape):
             part = None if bias is None else bias[start:stop]
-            found[..., start:stop] = torch.nn.functional.linear(states, rows(start, stop).float(), part)
-        return found
+            output[..., start:stop] = torch.nn.functional.linear(states, rows(start, stop).float(), part)
+        return output
 
-    def _mapped(self, name: str) -> tuple[torch.Tensor, Seen | None]:
-        """A tensor as it lies in its file, and what training saw it through."""
+    def _mapped(self, name: str) -> tuple[torch.Tensor, DequantizedBase | None]:
+        """The stored tensor, and what dequantises it as in training, or None."""
         if self._held is not None and name in self._held.whole:
             return self._held.read(name), None
         with safe_open(self._where[name], framework="pt") as file:
-            return file.get_tensor(name), self._seen
+            return file.get_tensor(name), self._dequantized
 
     def _load_outer(self) -> None:
         """Read what is outside of the layers, but for the tables that are read where they lie."""
@@ -249,8 +242,8 @@ class LayeredModel(TorchModel):
             name = EMBEDDINGS
         if name not in self._where:
             raise InputError(f"{self._folder.path} has no tensor {name}", "get the model again")
-        tensor, seen = self._mapped(name)
-        return (seen(name, tensor) if seen else tensor).float()
+        tensor, base = self._mapped(name)
+        return (base(name, tensor) if base else tensor).float()
 
     def _read_adapter(self, parameter: str) -> torch.Tensor:
         # As peft writes them: without the adapter's name, and a magnitude without ".weight".

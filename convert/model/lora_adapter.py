@@ -238,12 +238,12 @@ def known_adapter(folder: Path) -> manifest.Manifest:
             f"{path} does not name its base model: {error!r}", "train it again: edge train"
         ) from error
     known = manifest.Manifest("adapter", folder.resolve().name, base, settings={"model_name_or_path": base})
-    form = words(folder, find_base(known, folder))
+    form = load_format(folder, find_base(known, folder))
     known.chat_template, known.stop_ids = manifest.text_digest(form.source), form.stop_ids
     return known
 
 
-def words(adapter: Path, base: Path) -> chat_format.ChatFormat:
+def load_format(adapter: Path, base: Path) -> chat_format.ChatFormat:
     """Tokenizer and chat template of an adapter: its own, or its base's where it has none."""
     try:
         return chat_format.load(adapter)

@@ -1,6 +1,6 @@
 """A transformers folder, or an adapter over its base, computed in float32: the reference of a comparison.
 
-Up to WHOLE bytes of float32 weights the model is loaded as it is; convert.model.layerwise computes larger ones.
+Up to WHOLE bytes of float32 weights the model is loaded whole; convert.model.layerwise computes larger ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from convert.model.dequantized_base import Seen
+from convert.model.dequantized_base import DequantizedBase
 from convert.model.hf_folder import Folder, check_folder
 from convert.model.lora_adapter import known_adapter, read_adapter
 from edge.errors import InputError
@@ -32,15 +32,15 @@ Observer = Callable[[str, torch.Tensor], None]
 class TorchModel:
     """A causal language model in float32 on the CPU.
 
-    base: the folder of its weights. adapter: a peft adapter that goes on top; then the weights are those
-    that its training saw (through 4 bits where it was QLoRA), and the sum is never formed.
+    base: the folder of its weights. adapter: a peft adapter that goes on top, of the dequantised base where
+    it was trained as QLoRA; the sum of both is never formed.
     Raises InputError for what transformers cannot load, or a memory that does not suffice.
     """
 
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         self._folder = check_folder(base)
         self._adapter = adapter
-        self._seen = Seen(known_adapter(adapter).settings) if adapter else None
+        self._dequantized = DequantizedBase(known_adapter(adapter).settings) if adapter else None
         need, free = self._bytes(), hardware.memory().available
         if need * 1.1 > free:
             raise InputError(
@@ -58,14 +58,14 @@ class TorchModel:
 
     def logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[torch.Tensor]:
         """The logits after the `last` tokens of each row of ids, float32 (last, vocabulary), in turn."""
-        for at in range(0, len(rows), BATCH):
-            part = rows[at : at + BATCH]
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
             hidden = self._hidden(part)
-            for number, (ids, count) in enumerate(zip(part, last[at : at + BATCH], strict=True)):
+            for number, (ids, count) in enumerate(zip(part, last[start : start + BATCH], strict=True)):
                 wanted = hidden[number : number + 1, len(ids) - count : len(ids)]
                 # The model's own code does what follows the decoder: head, scaling, soft caps.
-                made = BaseModelOutputWithPast(last_hidden_state=wanted)
-                with torch.inference_mode(), instead(self._decoder, lambda *_, m=made, **__: m):
+                output = BaseModelOutputWithPast(last_hidden_state=wanted)
+                with torch.inference_mode(), instead(self._decoder, lambda *_, output=output, **__: output):
                     yield self._call(ids[-count:])
 
     def _hidden(self, rows: list[list[int]]) -> torch.Tensor:
@@ -74,16 +74,16 @@ class TorchModel:
         self._real = real
         try:
             with torch.inference_mode():
-                found = self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+                output = self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             self._real = None
-        states: torch.Tensor = found.last_hidden_state
+        states: torch.Tensor = output.last_hidden_state
         return states
 
     def greedy(self, ids: list[int], count: int, ends: frozenset[int]) -> list[int]:
         """At most `count` most probable next tokens, an end included."""
         with torch.inference_mode():
-            made = self.model.generate(
+            tokens = self.model.generate(
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 max_new_tokens=count,
@@ -96,7 +96,7 @@ class TorchModel:
                 eos_token_id=sorted(ends),
                 pad_token_id=min(ends, default=0),
             )
-        return [int(token) for token in made[0, len(ids) :]]
+        return [int(token) for token in tokens[0, len(ids) :]]
 
     @contextlib.contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
@@ -123,12 +123,11 @@ class TorchModel:
 
     def linear(self, name: str) -> torch.nn.Linear:
         """The linear layer that an observer is told of as `name`."""
-        found: torch.nn.Linear = self._inner.get_submodule(name)
-        return found
+        layer: torch.nn.Linear = self._inner.get_submodule(name)
+        return layer
 
-    def _call(self, ids: list[int], **options: Any) -> torch.Tensor:
-        found = self.model(input_ids=torch.tensor([ids]), use_cache=False, **options)
-        return found.logits[0].float()
+    def _call(self, ids: list[int]) -> torch.Tensor:
+        return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
     def _bytes(self) -> int:
         return float32_bytes(self._folder)
@@ -141,9 +140,9 @@ class TorchModel:
         path = self._folder.path
         with named(path):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        if self._seen is not None:
+        if self._dequantized is not None:
             for name, parameter in model.named_parameters():
-                parameter.data = self._seen(name, parameter.data).float()
+                parameter.data = self._dequantized(name, parameter.data).float()
         return self._adapted(model, empty=False)
 
     def _adapted(self, model: Any, *, empty: bool) -> Any:

@@ -36,7 +36,7 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 # A part -> its rows from the first to the last, some at a time.

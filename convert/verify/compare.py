@@ -4,8 +4,9 @@
     edge verify runs/magic-conch/merged runs/magic-conch/gguf
     edge verify runs/magic-conch/merged runs/magic-conch/onnx
 
-Chat template, prompt ids, tokenizer round trip and stop tokens must be equal; logits may differ as far as the
-type of B's weights allows. The report goes to B's edge.json. Merge and export run the same by themselves.
+Chat template, prompt ids, special tokens, tokenizer round trip and stop tokens must be equal; logits may
+differ as far as the type of B's weights allows. The report goes to `verify` in B's edge.json. Merge and every
+export run the same comparison before they publish.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ class Bound:
 
 
 # From the exports of a 135M model and what is published of larger ones, which suffer less.
-_WHOLE = Bound(1e-4, 0.999, "float32")
 BOUNDS = {
-    "F32": Bound(1e-5, 0.999),
+    # transformers folders
     "float32": Bound(1e-5, 0.999),
+    "float16": Bound(1e-4, 0.999, "float32"),
+    "bfloat16": Bound(1e-3, 0.99, "float16"),
+    # GGUF
+    "F32": Bound(1e-5, 0.999),
     "F16": Bound(1e-3, 0.995, "F32"),
     "BF16": Bound(1e-3, 0.995, "F16"),
-    "float16": _WHOLE,
-    "bfloat16": Bound(1e-3, 0.99, "float16"),
     "Q8_0": Bound(5e-3, 0.97, "F16"),
     "Q6_K": Bound(1e-2, 0.96, "Q8_0"),
     "Q5_1": Bound(2e-2, 0.94, "Q6_K"),
@@ -61,16 +63,24 @@ BOUNDS = {
     "IQ4_XS": Bound(8e-2, 0.89, "Q4_K_M"),
     "Q4_1": Bound(1e-1, 0.87, "Q4_K_M"),
     "Q4_0": Bound(1e-1, 0.87, "Q4_K_M"),
+    # ONNX, in blocks of 32 or 64; mixed: the most sensitive matrices in 8 bits
+    "fp32": Bound(1e-5, 0.999),
+    "fp16": Bound(1e-3, 0.99, "--precision fp32 --ep cpu"),
+    "int8": Bound(5e-3, 0.97, "--precision fp32 (fp16 with --ep cuda)"),
+    "int4 mixed": Bound(1e-1, 0.90, "--precision int8"),
+    "int4": Bound(1e-1, 0.90, "--precision int8, or --precision int4 --scheme mixed,"),
 }
-# ONNX, in blocks of 32.
-BOUNDS |= {"int8": Bound(5e-3, 0.97, "fp32"), "int4": Bound(1e-1, 0.90, "int8")}
 # Anything smaller: three bits and less.
 _SMALL = Bound(2e-1, 0.80, "Q4_K_M")
 
 
 @dataclass
 class Report:
-    """facts: (what, value of A and B or a verdict, is equal). unequal: what forbids publishing B."""
+    """The comparison of `b` with `a`, from which it was made.
+
+    unequal: what forbids that `b` stands for `a`. warnings: where logits differ more than b's type allows.
+    facts: of the tokenizer and the template, "equal" or "unequal", and counts. logits: as Divergence.numbers.
+    """
 
     a: Reader
     b: Reader
@@ -84,8 +94,8 @@ class Report:
     def numbers(self) -> dict[str, Any]:
         """As it goes into edge.json."""
         against = {"stage": self.a.stage, "path": str(self.a.path.absolute()), "kind": self.a.kind}
-        if self.a.known is not None:
-            against["digest"] = self.a.known.digest
+        if self.a.manifest is not None:
+            against["digest"] = self.a.manifest.digest
         return {
             "against": against,
             "kind": self.b.kind,
@@ -98,7 +108,7 @@ class Report:
         }
 
     def refuse(self) -> None:
-        """Raise InputError, naming each difference, unless B may be published."""
+        """Raise InputError, naming each difference, unless `b` may be published."""
         if self.unequal:
             raise InputError(
                 f"{self.b.path} is not the model that {self.a.path} is:\n  " + "\n  ".join(self.unequal),
@@ -113,7 +123,8 @@ def compare(a: Reader, b: Reader, *, console: Console | None = None) -> Report:
     """
     began = time.monotonic()
     report = Report(a, b)
-    _compare_words(report)
+    _compare_template(report)
+    _compare_tokenizers(report)
     _compare_stops(report)
     if not report.unequal:
         with (
@@ -126,74 +137,88 @@ def compare(a: Reader, b: Reader, *, console: Console | None = None) -> Report:
     return report
 
 
-# Words: template, ids, round trip, stops
+def prove(a: Reader, b: Reader, console: Console) -> Report:
+    """Compare `b`, which is about to be published, with `a`, and keep the report in b's folder; closes both.
+
+    Raises InputError where `b` must not stand for `a`, else as `compare`.
+    """
+    with contextlib.closing(a), contextlib.closing(b):
+        report = compare(a, b, console=console)
+    report.refuse()
+    keep(report)
+    return report
 
 
-def _compare_words(report: Report) -> None:
-    a, b = report.a, report.b
-    if a.template != b.template:
-        at = next((i for i, (x, y) in enumerate(zip(a.template, b.template, strict=False)) if x != y), None)
-        at = min(len(a.template), len(b.template)) if at is None else at
+# Template, token ids, round trip, stop tokens
+
+
+def _compare_template(report: Report) -> None:
+    a, b = report.a.template, report.b.template
+    report.facts["chat_template"] = "equal" if a == b else "unequal"
+    if a != b:
+        pairs = enumerate(zip(a, b, strict=False))
+        start = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
         report.unequal.append(
-            f"chat template: from character {at} on A has {a.template[at : at + 40]!r}, "
-            f"B {b.template[at : at + 40]!r}"
+            f"chat template: from character {start} on A has {a[start : start + 40]!r}, "
+            f"B {b[start : start + 40]!r}"
         )
-    report.facts["chat_template"] = "equal" if a.template == b.template else "unequal"
-    conversations = [*probes.fixed(), *probes.from_data(a.known or b.known).probes]
-    asked = [probe.messages for probe in conversations]
-    special = _added_tokens(a)
-    plain = [*probes.TEXTS, *probes.special_texts(special), a.template]
-    texts = [[*map(reader.prompt, asked), *plain] for reader in (a, b)]
+
+
+def _compare_tokenizers(report: Report) -> None:
+    """Ids of what is served (prompts) and of plain texts; whether ids become the same texts again."""
+    a, b = report.a, report.b
+    conversations = [*probes.fixed(), *probes.from_data(a.manifest or b.manifest).probes]
+    plain = [*probes.TEXTS, *_special_texts(a, b), a.template]
+    texts = [[*(reader.prompt(probe.messages) for probe in conversations), *plain] for reader in (a, b)]
     ids = [reader.encode(part) for reader, part in zip((a, b), texts, strict=True)]
-    different = [at for at, (x, y) in enumerate(zip(*ids, strict=True)) if x != y]
+    different = [index for index, (x, y) in enumerate(zip(*ids, strict=True)) if x != y]
     report.facts["token_ids"] = "unequal" if different else "equal"
     report.facts["texts"] = len(ids[0])
     if different:
-        at = different[0]
+        first = different[0]
+        x, y = ids[0][first], ids[1][first]
         report.unequal.append(
-            f"token ids: {len(different)} of {len(ids[0])} texts, the first {texts[0][at][:60]!r}: "
-            f"A {_around(ids[0][at], ids[1][at])}, B {_around(ids[1][at], ids[0][at])}"
+            f"token ids: {len(different)} of {len(ids[0])} texts, the first {texts[0][first][:60]!r}: "
+            f"A {_around(x, y)}, B {_around(y, x)}"
         )
         return
-    plain_ids = ids[0][len(asked) :]
-    back = [reader.decode(plain_ids) for reader in (a, b)]
-    # Some tokenizers take the space that they put before a text away again, others leave it.
-    lost = [at for at, (x, y) in enumerate(zip(*back, strict=True)) if x.strip(" ") != y.strip(" ")]
-    exact = sum(text == made for text, made in zip(probes.TEXTS, back[1], strict=False))
+    back = [reader.decode(ids[0][len(conversations) :]) for reader in (a, b)]
+    # Some tokenizers strip the space that they put before a text, others leave it.
+    lost = [index for index, (x, y) in enumerate(zip(*back, strict=True)) if x.strip(" ") != y.strip(" ")]
+    exact = sum(text == again for text, again in zip(probes.TEXTS, back[1], strict=False))
     report.facts["round_trip"] = "unequal" if lost else "equal"
     report.facts["round_trip_exact"] = f"{exact} of {len(probes.TEXTS)}"
     if lost:
+        first = lost[0]
         report.unequal.append(
-            f"tokenizer round trip: {plain[lost[0]][:40]!r} comes back as {back[0][lost[0]][:40]!r} from A, "
-            f"{back[1][lost[0]][:40]!r} from B"
+            f"tokenizer round trip: {plain[first][:40]!r} comes back as {back[0][first][:40]!r} from A, "
+            f"{back[1][first][:40]!r} from B"
         )
 
 
+def _special_texts(a: Reader, b: Reader) -> list[str]:
+    """Texts around special tokens of A, and around those that only one of the two takes as special."""
+    tokens = a.special_tokens()
+    # llama.cpp holds tokens of spaces as such, transformers as SentencePiece's underscores.
+    apart = [token for token in {*tokens} ^ {*b.special_tokens()} if token.strip() and "▁" not in token]
+    return [*probes.special_texts(tokens), *probes.special_texts(sorted(apart))]
+
+
 def _around(ids: list[int], others: list[int]) -> list[int]:
-    at = next((i for i, (x, y) in enumerate(zip(ids, others, strict=False)) if x != y), 0)
-    return ids[max(0, at - 2) : at + 8]
-
-
-def _added_tokens(reader: Reader) -> list[str]:
-    form = getattr(reader, "_form", None)
-    if form is None:
-        return []
-    return [str(token.content) for token in form.tokenizer.get_added_tokens_decoder().values()]
+    """The ids from shortly before the first one that differs from `others`."""
+    start = next((i for i, (x, y) in enumerate(zip(ids, others, strict=False)) if x != y), 0)
+    return ids[max(0, start - 2) : start + 8]
 
 
 def _compare_stops(report: Report) -> None:
     a, b = report.a, report.b
     report.facts["stop_ids"] = sorted(b.stop_ids)
-    missing = sorted(a.stop_ids - b.stop_ids - b.more_ends)
     # A file made elsewhere names one end token, its runtime finds the others by itself.
-    added = sorted(b.stop_ids - a.stop_ids - a.more_ends)
+    missing, added = a.stop_ids - b.stop_ids - b.more_ends, b.stop_ids - a.stop_ids - a.more_ends
+    report.facts["stops"] = "unequal" if missing or added else "equal"
     if missing or added:
-        report.facts["stops"] = "unequal"
         report.unequal.append(f"stop tokens: A ends at {sorted(a.stop_ids)}, B at {sorted(b.stop_ids)}")
-        return
-    report.facts["stops"] = "equal"
-    more = sorted((b.more_ends - a.stop_ids) - a.more_ends)
-    if more:
+    elif more := sorted(b.more_ends - a.stop_ids - a.more_ends):
         report.notes.append(
             f"llama.cpp would also stop at {', '.join(map(str, more))}, which it knows by name; "
             f"the model's own files do not"
@@ -205,35 +230,27 @@ def _compare_stops(report: Report) -> None:
 
 def _compare_logits(report: Report) -> None:
     try:
-        reference = Reference(report.a, report.b)
+        with contextlib.closing(Reference(report.a, report.b)) as reference:
+            report.notes += reference.notes
+            report.logits = reference.against(report.b)
     except InputError as error:
         report.notes.append(f"logits are not compared: {error.message}")
         return
-    with contextlib.closing(reference):
-        report.notes += reference.notes
-        try:
-            report.logits = reference.against(report.b)
-        except InputError as error:
-            report.notes.append(f"logits are not compared: {error.message}")
-            return
-    _judge(report)
+    if count := report.logits.get("not_numbers"):
+        report.unequal.append(f"logits: {count} positions are not finite numbers")
+    elif report.logits and (warning := too_far(report.b.kind, report.logits)):
+        report.warnings.append(warning)
 
 
-def _judge(report: Report) -> None:
-    found = report.logits
-    if not found:
-        return
-    if found.get("not_numbers"):
-        report.unequal.append(f"logits: {found['not_numbers']} positions are not finite numbers")
-        return
-    kind = report.b.kind
-    bound = BOUNDS.get(kind.split(" ")[0], _SMALL)
-    if found["kl_mean"] <= bound.kl and found["top1"] >= bound.top1:
-        return
+def too_far(kind: str, logits: dict[str, Any]) -> str:
+    """The warning where logits differ more than weights of `kind` should, and what to take instead; or ""."""
+    bound = BOUNDS.get(kind) or BOUNDS.get(kind.split(" ")[0], _SMALL)
+    if logits["kl_mean"] <= bound.kl and logits["top1"] >= bound.top1:
+        return ""
     better = f": {bound.better} would be closer" if bound.better else ""
-    report.warnings.append(
-        f"{kind} differs more than weights of this type should: mean KL {found['kl_mean']:.2g} "
-        f"(at most {bound.kl:g}), same top token {found['top1']:.1%} (at least {bound.top1:.1%}){better}"
+    return (
+        f"{kind} differs more than weights of this type should: mean KL {logits['kl_mean']:.2g} "
+        f"(at most {bound.kl:g}), same top token {logits['top1']:.1%} (at least {bound.top1:.1%}){better}"
     )
 
 
@@ -242,42 +259,45 @@ def _judge(report: Report) -> None:
 
 def show(report: Report, console: Console) -> None:
     """The report as a table, with its warnings and notes below."""
-    a, b = report.a, report.b
+    a, b, facts, logits = report.a, report.b, report.facts, report.logits
     table = Table(title=f"{a.stage} and {b.stage}", title_justify="left", show_header=True)
     table.add_column("")
     table.add_column(f"{a.stage} ({a.kind})", overflow="fold")
     table.add_column(f"{b.stage} ({b.kind})", overflow="fold")
     table.add_column("", style="bold")
-
-    def verdict(key: str) -> str:
-        value = report.facts.get(key)
-        return "" if value is None else "[green]equal[/]" if value == "equal" else "[red]unequal[/]"
-
-    facts = report.facts
-    table.add_row("chat template", f"{len(a.template):,} characters", f"{len(b.template):,} characters",
-                  verdict("chat_template"))  # fmt: skip
-    table.add_row("prompt ids", f"{facts['texts']} texts", "", verdict("token_ids"))
-    if "round_trip" in facts:
-        table.add_row("text -> ids -> text", f"exact: {facts['round_trip_exact']}", "", verdict("round_trip"))
-    table.add_row("stop tokens", _ids(a), _ids(b), verdict("stops"))
-    found = report.logits
-    if found.get("positions"):
+    for label, left, right, key in (
+        (
+            "chat template",
+            f"{len(a.template):,} characters",
+            f"{len(b.template):,} characters",
+            "chat_template",
+        ),
+        ("prompt ids", f"{facts['texts']} texts", "", "token_ids"),
+        ("text -> ids -> text", f"exact: {facts.get('round_trip_exact')}", "", "round_trip"),
+        ("stop tokens", _ids(a), _ids(b), "stops"),
+    ):
+        if key in facts:
+            table.add_row(
+                label, left, right, f"[{'green' if facts[key] == 'equal' else 'red'}]{facts[key]}[/]"
+            )
+    if logits.get("positions"):
         table.add_section()
-        table.add_row("KL divergence, mean", "", "", f"{found['kl_mean']:.2e}")
-        table.add_row("KL divergence, p99", "", "", f"{found['kl_p99']:.2e}")
-        table.add_row("same top token", "", f"{found['positions']:,} positions", f"{found['top1']:.3f}")
-        if "greedy_tokens" in found:
-            share = f"{found['greedy_equal']} of {found['greedy_tokens']} tokens"
-            table.add_row(
-                "equal greedy text", "", share, f"{found['greedy_equal'] / found['greedy_tokens']:.0%}"
-            )
-        if "perplexity" in found:
-            one, other = found["perplexity"]
-            table.add_row(
-                f"perplexity, {found['rows']}", f"{one:.4f}", f"{other:.4f}", f"{other / one - 1:+.2%}"
-            )
+        table.add_row("KL divergence, mean", "", "", f"{logits['kl_mean']:.2e}")
+        table.add_row("KL divergence, p99", "", "", f"{logits['kl_p99']:.2e}")
+        table.add_row("same top token", "", f"{logits['positions']:,} positions", f"{logits['top1']:.3f}")
+        if "greedy_tokens" in logits:
+            share = f"{logits['greedy_equal']} of {logits['greedy_tokens']} tokens"
+            table.add_row("equal greedy text", "", share, _greedy(logits))
+        if "perplexity" in logits:
+            ours, theirs = logits["perplexity"]
+            label = f"perplexity, {logits['rows']}"
+            table.add_row(label, f"{ours:.4f}", f"{theirs:.4f}", f"{theirs / ours - 1:+.2%}")
     console.print(table)
     _remarks(report, console)
+
+
+def _greedy(logits: dict[str, Any]) -> str:
+    return f"{logits['greedy_equal'] / logits['greedy_tokens']:.0%}"
 
 
 def _remarks(report: Report, console: Console) -> None:
@@ -292,14 +312,14 @@ def _remarks(report: Report, console: Console) -> None:
 
 def summary(report: Report, console: Console) -> None:
     """The report in a few lines, for the end of a stage; the whole is in edge.json."""
-    found = report.logits
+    logits = report.logits
     text = (
         f"  compared with the {report.a.stage}: template, {report.facts['texts']} prompts' ids, stops equal"
     )
-    if found.get("positions"):
-        text += f"; KL {found['kl_mean']:.1e} (p99 {found['kl_p99']:.1e}), top-1 {found['top1']:.3f}"
-        if "greedy_tokens" in found:
-            text += f", greedy text equal for {found['greedy_equal'] / found['greedy_tokens']:.0%}"
+    if logits.get("positions"):
+        text += f"; KL {logits['kl_mean']:.1e} (p99 {logits['kl_p99']:.1e}), top-1 {logits['top1']:.3f}"
+        if "greedy_tokens" in logits:
+            text += f", greedy text equal for {_greedy(logits)}"
     console.print(text, markup=False)
     _remarks(report, console)
 
@@ -310,15 +330,14 @@ def _ids(reader: Reader) -> str:
 
 def keep(report: Report) -> bool:
     """Put the report into B's edge.json; False where B has none. Its digest stays: no file has changed."""
-    known = report.b.known
-    folder = report.b.path if report.b.path.is_dir() else report.b.path.parent
-    if known is None:
+    if report.b.manifest is None:
         return False
+    folder = report.b.path if report.b.path.is_dir() else report.b.path.parent
     path = folder / manifest.FILE
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written["verify"] = {**written.get("verify", {}), **report.numbers()}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["verify"] = {**data.get("verify", {}), **report.numbers()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(written, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
     return True
 
@@ -329,22 +348,14 @@ def run(a: Path, b: Path, *, lora: Path | None = None, console: Console | None =
     lora: an adapter as GGUF that goes on top of B. Raises InputError where B must not stand for A.
     """
     console = console or Console(highlight=False)
-    with contextlib.ExitStack() as stack:
-        readers = []
-        for path, more in ((a, None), (b, lora)):
-            reader = open_reader(path, lora=more)
-            stack.callback(reader.close)
-            readers.append(reader)
-        report = compare(readers[0], readers[1], console=console)
+    with contextlib.closing(open_reader(a)) as first, contextlib.closing(open_reader(b, lora=lora)) as second:
+        report = compare(first, second, console=console)
         show(report, console)
         if lora is None:
-            kept = keep(report)
-            console.print(
-                f"{report.seconds:.0f} s; "
-                + (f"kept in {b}'s {manifest.FILE}" if kept else f"{b} has no {manifest.FILE} to keep it in"),
-                style="dim",
-                markup=False,
-            )
+            place = f"kept in {b}'s {manifest.FILE}"
+            if not keep(report):
+                place = f"{b} has no {manifest.FILE} to keep it in"
+            console.print(f"{report.seconds:.0f} s; {place}", style="dim", markup=False)
         report.refuse()
     return report
 

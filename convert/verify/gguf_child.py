@@ -1,7 +1,7 @@
-"""llama.cpp's side of a comparison, as a process of its own: `python -m convert.verify.gguf_child < requests`.
+"""llama.cpp's side of a comparison, a process of its own: `python -m convert.verify.gguf_child < requests`.
 
-Native code may abort, so convert.verify.compare never loads it. The first line of standard input says what to load,
-each further line asks one thing; the answer is a line of JSON, after `logits` followed by the float32 bytes.
+Native code may abort, so the comparing process never loads llama.cpp. The first line of standard input names
+the model, each further line is a request; the answer is a line of JSON, for `logits` float32 bytes too.
 The model is loaded and stepped as edge.engine.worker does it: what is compared is what is served.
 """
 
@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from edge.backends.base import Row
+from convert.verify import stepping
+from edge.backends.base import Logits, Row
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
 from edge.errors import EdgeError
-
-CHUNK = 64
 
 
 class Session:
@@ -31,7 +30,7 @@ class Session:
             slots=1,
             context=order["context"],
             capacity=order["context"],
-            batch=CHUNK,
+            batch=stepping.CHUNK,
             threads=order["threads"],
             threads_batch=order["threads"],
         )
@@ -55,26 +54,13 @@ class Session:
         pieces = (b"".join(self._backend.decode(token) for token in ids) for ids in request["rows"])
         return {"texts": [piece.decode("utf-8", "replace") for piece in pieces]}
 
-    def logits(self, request: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def logits(self, request: dict[str, Any]) -> Logits:
         """Those after the `last` tokens of `ids`."""
-        ids, first = request["ids"], len(request["ids"]) - request["last"]
-        self._backend.truncate(0, 0)
-        parts = []
-        for at in range(0, len(ids), CHUNK):
-            chunk = ids[at : at + CHUNK]
-            wanted = min(len(chunk), max(0, at + len(chunk) - first))
-            found = self._backend.step([Row(0, at, chunk, wanted)])
-            if wanted:
-                parts.append(found.copy())
-        return np.concatenate(parts)
+        return stepping.logits(self._backend, request["ids"], request["last"])
 
     def greedy(self, request: dict[str, Any]) -> dict[str, Any]:
-        found = [int(self.logits(request | {"last": 1})[-1].argmax())]
-        ends, at = set(request["ends"]), len(request["ids"])
-        while len(found) < request["count"] and found[-1] not in ends:
-            found.append(int(self._backend.step([Row(0, at, [found[-1]], 1)])[0].argmax()))
-            at += 1
-        return {"ids": found}
+        ends = frozenset(request["ends"])
+        return {"ids": stepping.greedy(self._backend, request["ids"], request["count"], ends)}
 
     def speed(self, request: dict[str, Any]) -> dict[str, Any]:
         """Tokens a second of a prompt and of single steps after it: the best of a few rounds."""
@@ -84,8 +70,8 @@ class Session:
         for _ in range(request["rounds"]):
             self._backend.truncate(0, 0)
             began = time.perf_counter()
-            for at in range(0, prompt, CHUNK):
-                self._backend.step([Row(0, at, [token] * min(CHUNK, prompt - at), 0)])
+            for at in range(0, prompt, stepping.CHUNK):
+                self._backend.step([Row(0, at, [token] * min(stepping.CHUNK, prompt - at), 0)])
             best_prompt = min(best_prompt, time.perf_counter() - began)
             for at in range(prompt, prompt + steps):
                 began = time.perf_counter()

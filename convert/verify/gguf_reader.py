@@ -14,72 +14,85 @@ from typing import Any
 
 import numpy as np
 
-from convert.verify.reader import Logits, Reader
-from edge.artefact import find, manifest
+from convert.verify.reader import Reader, file_manifest
+from edge.artefact import find
+from edge.artefact.gguf_header import GGUFArray
 from edge.artefact.gguf_shards import read_whole
+from edge.backends.base import Logits
 from edge.errors import EdgeError, InputError
 from edge.machine import build_llamacpp, hardware
+
+# llama_token_type (llama.h): tokens that a text is searched for before anything else.
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 class GgufReader(Reader):
     """A GGUF file in llama.cpp, with or without a LoRA adapter (a GGUF as well); in a process of its own."""
 
+    slowness = 0
+
     def __init__(self, path: Path, *, lora: Path | None = None, context: int = 1024) -> None:
-        folder = path.parent
-        known = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
-        self.known = known if known is not None and path.name in known.files else None
-        header = read_whole(path)
+        self._header = header = read_whole(path)
         if header.chat_template is None:
             raise InputError(f"{path} has no chat template", "export it again from a folder that has one")
-        self.path, self.stage, self.kind = path, "gguf", header.file_type or "GGUF"
-        self.slowness = 0
         if lora is not None:
             find.check_lora(lora, header)
-            self.kind += " + LoRA"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        extra = bool(build_llamacpp.build_info().get("use_extra_bufts", True))
+        self._process = self._start()
         order = {
             "path": str(path.absolute()),
             "lora": str(lora.absolute()) if lora else "",
             "context": min(context, header.context_length),
             "threads": hardware.cpu_threads(),
-            "extra": extra,
+            "extra": bool(build_llamacpp.build_info().get("use_extra_bufts", True)),
         }
-        command = [sys.executable, "-m", "convert.verify.gguf_child"]
-        root = str(Path(__file__).parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            command,
+        self.path = path
+        try:
+            self._ask(order)
+            about = self._ask({"op": "about"})
+        except BaseException:
+            self.close()
+            raise
+        declared = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        super().__init__(
+            path,
+            file_manifest(path),
+            stage="gguf",
+            kind=(header.file_type or "GGUF") + (" + LoRA" if lora else ""),
+            template=header.chat_template,
+            bos=about["bos"],
+            eos=about["eos"],
+            ends=[token for token in declared if isinstance(token, int)],
+            vocab=int(about["vocab"]),
+        )
+        self.more_ends = frozenset(about["ends"]) - self.stop_ids
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return subprocess.Popen(
+            [sys.executable, "-m", "convert.verify.gguf_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": os.pathsep.join(paths)},
         )
-        try:
-            self._send(order)
-            about = self._ask({"op": "about"})
-        except BaseException:
-            self.close()
-            raise
-        super().__init__(
-            header.chat_template, about["bos"], about["eos"], self.known.thinking if self.known else None
-        )
-        self.vocab = int(about["vocab"])
-        declared = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-        own = {one for one in declared if isinstance(one, int)}
-        self.stop_ids = frozenset(self.known.stop_ids if self.known else own) or frozenset(own)
-        self.more_ends = frozenset(about["ends"]) - self.stop_ids
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = self._ask({"op": "encode", "texts": texts})["ids"]
-        return found
+        ids: list[list[int]] = self._ask({"op": "encode", "texts": texts})["ids"]
+        return ids
 
     def decode(self, rows: list[list[int]]) -> list[str]:
-        found: list[str] = self._ask({"op": "decode", "rows": rows})["texts"]
-        return found
+        texts: list[str] = self._ask({"op": "decode", "rows": rows})["texts"]
+        return texts
 
-    def logits(self, ids: list[int]) -> Logits:
-        return self._logits(ids, len(ids))
+    def special_tokens(self) -> list[str]:
+        arrays = (self._header.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+        tokens, types = (array.values() if isinstance(array, GGUFArray) else [] for array in arrays)
+        special = (
+            str(text) for text, kind in zip(tokens, types, strict=False) if kind in (_CONTROL, _USER_DEFINED)
+        )
+        # A token of stray bytes is no text.
+        return [text for text in special if text.encode("utf-8", "ignore").decode() == text]
 
     def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
         return (self._logits(ids, count) for ids, count in zip(rows, last, strict=True))
@@ -93,19 +106,19 @@ class GgufReader(Reader):
         return np.frombuffer(data, np.float32).reshape(rows, columns)
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
-        ask = {"op": "greedy", "ids": ids, "count": count, "ends": sorted(self.stop_ids)}
-        found: list[int] = self._ask(ask)["ids"]
-        return found
+        request = {"op": "greedy", "ids": ids, "count": count, "ends": sorted(self.stop_ids)}
+        tokens: list[int] = self._ask(request)["ids"]
+        return tokens
 
     def speed(self, *, prompt: int = 256, steps: int = 24, rounds: int = 3) -> tuple[float, float]:
         """(prompt, decode) in tokens a second on this machine, one stream."""
-        found = self._ask({"op": "speed", "prompt": prompt, "steps": steps, "rounds": rounds})
-        return found["prompt"], found["decode"]
+        speeds = self._ask({"op": "speed", "prompt": prompt, "steps": steps, "rounds": rounds})
+        return speeds["prompt"], speeds["decode"]
 
-    def _send(self, order: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(order).encode("utf-8") + b"\n")
+            self._process.stdin.write(json.dumps(request).encode("utf-8") + b"\n")
             self._process.stdin.flush()
         except OSError as error:
             raise self._died() from error
@@ -117,14 +130,12 @@ class GgufReader(Reader):
             raise InputError(answer["error"], answer["hint"])
         return answer
 
-    _ask = _send
-
     def _died(self) -> EdgeError:
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
         return EdgeError(
-            f"llama.cpp could not compute {self.path} (exit code {code}): {' '.join(said[-1:])[:300]}",
+            f"llama.cpp could not compute {self.path} (exit code {code}): {' '.join(lines[-1:])[:300]}",
             "if llama-cpp-python is not installed or does not load: python -m edge.machine.build_llamacpp",
         )
 

@@ -1,18 +1,20 @@
-"""An exported ONNX file as a stage that `edge verify` compares, computed by the backend that serves it."""
+"""An exported ONNX file as a stage that is compared, computed by the backend that serves it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from convert.verify.onnx_quality import backend_logits
-from convert.verify.reader import Logits, Reader
-from edge.artefact import manifest
-from edge.backends.base import Row
+from convert.model.hf_folder import read_json
+from convert.verify import stepping
+from convert.verify.reader import Reader, file_manifest
+from edge.backends.base import Logits
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import InputError
 from edge.machine import hardware
 
 _CONTEXT = 1024
+_KINDS = {4: "int4", 8: "int8", 16: "fp16", 32: "fp32"}
 
 
 class OnnxReader(Reader):
@@ -21,22 +23,23 @@ class OnnxReader(Reader):
     slowness = 0
 
     def __init__(self, path: Path) -> None:
-        known = manifest.read(path.parent) if (path.parent / manifest.FILE).is_file() else None
-        self.known = known if known is not None and path.name in known.files else None
-        self._file = Model(path)
-        if self._file.template is None:
+        self._model = Model(path)
+        if self._model.template is None:
             raise InputError(f"{path.parent} has no chat template", "export it again: edge export onnx RUN")
-        header, self._vocabulary = self._file.header, self._file.vocabulary
+        self._header, self._vocabulary = self._model.header, self._model.vocabulary
+        bits = sorted(self._header.matrices) or [32]
+        mixed = " mixed" if bits[:2] == [4, 8] else ""
         super().__init__(
-            self._file.template,
-            self._vocabulary.bos_text,
-            self._vocabulary.eos_text,
-            self.known.thinking if self.known else None,
+            path,
+            file_manifest(path),
+            stage="onnx",
+            kind=_KINDS.get(bits[0], f"int{bits[0]}") + mixed,
+            template=self._model.template,
+            bos=self._vocabulary.bos_text,
+            eos=self._vocabulary.eos_text,
+            ends=self._vocabulary.ends,
+            vocab=self._header.vocab_size,
         )
-        self.path, self.stage, self.vocab = path, "onnx", header.vocab_size
-        bits = min(header.matrices, default=32)
-        self.kind = f"int{bits}" if bits < 16 else header.cache_type
-        self.stop_ids = frozenset(self.known.stop_ids if self.known else ()) or self._vocabulary.ends
         self._backend: Onnx | None = None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -45,34 +48,28 @@ class OnnxReader(Reader):
     def decode(self, rows: list[list[int]]) -> list[str]:
         return [b"".join(map(self._vocabulary.decode, ids)).decode("utf-8", "replace") for ids in rows]
 
-    def logits(self, ids: list[int]) -> Logits:
-        return backend_logits(self._loaded(), ids, 0)
+    def special_tokens(self) -> list[str]:
+        tokens = read_json(self.path.parent / "tokenizer.json").get("added_tokens", [])
+        return [str(token["content"]) for token in sorted(tokens, key=lambda token: token["id"])]
+
+    def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
+        backend = self.load()
+        return (stepping.logits(backend, ids, count) for ids, count in zip(rows, last, strict=True))
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
-        backend = self._loaded()
-        backend.truncate(0, 0)
-        made: list[int] = []
-        rest, at = ids, 0
-        while len(made) < count and not (made and made[-1] in self.stop_ids):
-            for begin in range(0, len(rest), backend.info.batch):
-                piece = rest[begin : begin + backend.info.batch]
-                logits = backend.step([Row(0, at, piece, 1)])
-                at += len(piece)
-            rest = [int(logits[-1].argmax())]
-            made += rest
-        return made
+        return stepping.greedy(self.load(), ids, count, self.stop_ids)
 
-    def _loaded(self) -> Onnx:
+    def load(self) -> Onnx:
+        """The session over the file, made once. Raises InputError where onnxruntime refuses the file."""
         if self._backend is None:
-            header = self._file.header
             settings = Settings(
                 slots=1,
-                context=min(_CONTEXT, header.context_length),
+                context=min(_CONTEXT, self._header.context_length),
                 threads=hardware.cpu_threads(),
-                # A card takes files of 16 bits only.
-                device="auto" if header.cache_type == "float16" else "cpu",
+                # A GPU takes files of 16 bits only.
+                device="auto" if self._header.cache_type == "float16" else "cpu",
             )
-            self._backend = Onnx(self._file, settings)
+            self._backend = Onnx(self._model, settings)
         return self._backend
 
     def close(self) -> None:

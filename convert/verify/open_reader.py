@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from convert.verify.gguf_reader import GgufReader
+from convert.verify.onnx_reader import OnnxReader
 from convert.verify.reader import Reader
 from convert.verify.torch_reader import TorchReader
 from edge.artefact import find
@@ -21,13 +22,9 @@ def open_reader(given: Path, *, lora: Path | None = None) -> Reader:
         raise InputError(f"no such file or folder: {given}", "give a stage's folder, a run or a file")
     if (given / "adapter_config.json").is_file() or (given / "config.json").is_file():
         return TorchReader(given)
-    found = find.resolve(given)
-    if found.kind == "onnx":
-        from convert.verify.onnx_reader import OnnxReader
-
+    path = find.resolve(given).path
+    if path.suffix == ".onnx":
         if lora is not None:
-            raise InputError(
-                f"{found.path} is no GGUF: an adapter goes on top of one", "edge export gguf RUN"
-            )
-        return OnnxReader(found.path)
-    return GgufReader(found.path, lora=lora)
+            raise InputError(f"{path} is no GGUF: an adapter goes on top of one", "edge export gguf RUN")
+        return OnnxReader(path)
+    return GgufReader(path, lora=lora)

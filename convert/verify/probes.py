@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from convert.data import dataset
 from edge.artefact import manifest
@@ -104,7 +104,7 @@ def from_data(known: manifest.Manifest | None) -> Probes:
     return Probes(probes, f"{len(probes)} {'held-out' if held else 'training'} rows")
 
 
-def adapter_settings(known: manifest.Manifest | None) -> dict[str, object] | None:
+def adapter_settings(known: manifest.Manifest | None) -> dict[str, Any] | None:
     """The settings of the adapter that a stage came from, itself or through its parents; None without one."""
     seen: set[str] = set()
     while known is not None:

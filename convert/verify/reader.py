@@ -6,45 +6,50 @@ A further format needs a subclass of Reader and a line in `convert.verify.open_r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge.artefact import manifest
+from edge.artefact.manifest import Manifest
+from edge.backends.base import Logits
 from edge.chat_template import ChatTemplate
 from edge.errors import RequestError
 
-Logits = NDArray[np.float32]
-
 
 class Reader(ABC):
-    """One stage of a model, as it would be asked. Tokenizing must work before any weights are loaded.
+    """One stage of a model, asked as a server asks it. It tokenizes before any weights are loaded.
 
-    path: what was given. stage: as in edge.json. kind: type of its weights. template: the chat template's
-    text. stop_ids: tokens at which an answer ends; more_ends: others at which its runtime would stop as well.
-    vocab: rows of the output layer. known: its manifest, if it has one. slowness: which of two readers is to
-    write texts.
+    path: what was given. manifest: its edge.json, if any. stage: as in edge.json. kind: the type of its
+    weights, as in `convert.verify.compare.BOUNDS`. template: the chat template's text. stop_ids: tokens at
+    which an answer ends; more_ends: others at which its runtime would stop as well. vocab: rows of the output
+    layer. slowness: the reader with the lower one writes the greedy texts of a comparison.
     """
 
-    path: Path
-    stage: str
-    kind: str
-    template: str
-    stop_ids: frozenset[int]
     more_ends: frozenset[int] = frozenset()
-    vocab: int
-    known: manifest.Manifest | None = None
     slowness: int = 2
 
-    def __init__(self, source: str, bos: str, eos: str, thinking: str | None) -> None:
-        self.template = source
-        self.thinking = thinking
-        self._chat = ChatTemplate(source, bos=bos, eos=eos)
+    def __init__(
+        self,
+        path: Path,
+        record: Manifest | None,
+        *,
+        stage: str,
+        kind: str,
+        template: str,
+        bos: str,
+        eos: str,
+        ends: Iterable[int],
+        vocab: int,
+    ) -> None:
+        self.path, self.manifest, self.stage, self.kind = path, record, stage, kind
+        self.template, self.vocab = template, vocab
+        self.thinking = record.thinking if record else None
+        # As a server takes them: what edge.json names, else what the model's own files name.
+        self.stop_ids = frozenset(record.stop_ids if record else ()) or frozenset(ends)
+        self._chat = ChatTemplate(template, bos=bos, eos=eos)
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
-        """The text that serving makes of `messages`; the template's words in angle brackets if it refuses."""
+        """The text that serving renders for `messages`; the template's error in angle brackets."""
         try:
             return self._chat.render(messages, thinking=self.thinking)
         except RequestError as error:
@@ -59,23 +64,33 @@ class Reader(ABC):
         """The text of each row of ids, without control tokens."""
 
     @abstractmethod
-    def logits(self, ids: list[int]) -> Logits:
-        """Logits after each of `ids`: float32 (len(ids), vocab)."""
+    def special_tokens(self) -> list[str]:
+        """What the tokenizer takes as one token wherever it stands: control and added tokens, by id."""
 
+    @abstractmethod
     def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
         """Logits after the `last` tokens of each row in turn, float32 (last, vocab).
 
-        To be overridden where many rows at once, or fewer logits, are cheaper.
+        Raises InputError where the model cannot be loaded, or its memory does not suffice.
         """
-        return (self.logits(ids)[-count:] for ids, count in zip(rows, last, strict=True))
+
+    def logits(self, ids: list[int]) -> Logits:
+        """Logits after each of `ids`: float32 (len(ids), vocab)."""
+        return next(self.all_logits([ids], [len(ids)]))
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
         """At most `count` most probable next tokens, a stop token included; None where it is too slow."""
-        made: list[int] = []
-        while len(made) < count and not (made and made[-1] in self.stop_ids):
-            made.append(int(self.logits(ids + made)[-1].argmax()))
-        return made
+        tokens: list[int] = []
+        while len(tokens) < count and not (tokens and tokens[-1] in self.stop_ids):
+            tokens.append(int(self.logits(ids + tokens)[-1].argmax()))
+        return tokens
 
     @abstractmethod
     def close(self) -> None:
         """Let go of the weights."""
+
+
+def file_manifest(path: Path) -> Manifest | None:
+    """The edge.json beside the model file `path`; None where there is none, or it does not name the file."""
+    record = manifest.read(path.parent) if (path.parent / manifest.FILE).is_file() else None
+    return record if record is not None and path.name in record.files else None

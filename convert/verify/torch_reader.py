@@ -4,69 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from convert.model import chat_format
 from convert.model.hf_folder import read_json
-from convert.verify.reader import Logits, Reader
+from convert.verify.reader import Reader
 from edge.artefact import manifest
+from edge.backends.base import Logits
+
+if TYPE_CHECKING:
+    from convert.model.reference import TorchModel
 
 
 class TorchReader(Reader):
-    """A transformers folder; or an adapter, computed over the weights that its training saw."""
+    """A transformers folder; or an adapter, computed over the dequantised base that it was trained on."""
 
     def __init__(self, path: Path) -> None:
-        adapter = (path / "adapter_config.json").is_file()
-        self.path = path
-        self.known = manifest.read(path) if (path / manifest.FILE).is_file() else None
-        if adapter:
-            from convert.model.lora_adapter import find_base, known_adapter, words
+        record = manifest.read(path) if (path / manifest.FILE).is_file() else None
+        self._base, self._adapter = path, None
+        if (path / "adapter_config.json").is_file():
+            from convert.model.lora_adapter import find_base, known_adapter, load_format
 
-            self.known = known_adapter(path)
-            self._base = find_base(self.known, path)
-            form = words(path, self._base)
+            record = known_adapter(path)
+            self._base, self._adapter = find_base(record, path), path
+            self._format = load_format(path, self._base)
+            kind = "NF4 + LoRA" if record.settings.get("quantized") else "base + LoRA"
         else:
-            form = chat_format.load(path)
-        super().__init__(form.source, form.bos, form.eos, self.known.thinking if self.known else None)
-        self._form = form
-        self.stage = self.known.stage if self.known else "model"
-        # As serving has it: what the stage says of itself, else what its files say.
-        self.stop_ids = frozenset(self.known.stop_ids if self.known else ()) or frozenset(form.stop_ids)
-        self._model: Any = None
-        if adapter:
-            assert self.known is not None
-            self._adapter: Path | None = path
-            self.kind = "NF4 + LoRA" if self.known.settings.get("quantized") else "base + LoRA"
-        else:
-            self._base, self._adapter, self.slowness = path, None, 1
-            config = read_json(path / "config.json")
-            self.kind = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+            self._format, self.slowness = chat_format.load(path), 1
         config = read_json(self._base / "config.json")
-        self.vocab = int((config.get("text_config") or config).get("vocab_size", 0))
+        if self._adapter is None:
+            kind = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        super().__init__(
+            path,
+            record,
+            stage=record.stage if record else "model",
+            kind=kind,
+            template=self._format.source,
+            bos=self._format.bos,
+            eos=self._format.eos,
+            ends=self._format.stop_ids,
+            vocab=int((config.get("text_config") or config).get("vocab_size", 0)),
+        )
+        self._model: TorchModel | None = None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self._form.encode(texts)
+        return self._format.encode(texts)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
-        return [self._form.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+        return [self._format.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
-    def logits(self, ids: list[int]) -> Logits:
-        return next(self.all_logits([ids], [len(ids)]))
+    def special_tokens(self) -> list[str]:
+        added = self._format.tokenizer.get_added_tokens_decoder()
+        return [str(added[number].content) for number in sorted(added)]
 
     def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
-        return (found.numpy() for found in self.model().logits(rows, last))
+        return (logits.numpy() for logits in self._loaded().logits(rows, last))
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
         from convert.model.layerwise import is_large
 
         # Each token would read all of its weights.
-        if is_large(self._base):
-            return None
-        found: list[int] = self.model().greedy(ids, count, self.stop_ids)
-        return found
+        return None if is_large(self._base) else self._loaded().greedy(ids, count, self.stop_ids)
 
-    def model(self) -> Any:
-        """The loaded model (convert.model.reference.TorchModel)."""
+    def _loaded(self) -> TorchModel:
         if self._model is None:
             from convert.model.layerwise import load
 

@@ -1,4 +1,4 @@
-"""Servers that run already, the bench's own small server, quality, and the view of what runs."""
+"""Servers that run already, the bench's own small server, and the view of what runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from bench import cli, rounds, run_from_gguf
 from bench.measure import progress
 from bench.measure.http1 import Lines, request
 from bench.measure.load import Job, ask, spread_evenly
-from bench.report import quality
 from bench.report.definitions import DEFINITIONS
-from bench.report.quality import of_stage, of_target
 from bench.servers import external, library_server
 from bench.servers.library_server import Asked, next_batch
-from bench.servers.target import Target, baseline, genai, ours, started
+from bench.servers.target import started
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 
@@ -240,38 +238,6 @@ def test_a_static_cache_gives_the_tokens_of_plain_generate(
 def test_the_small_server_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         library_server.main(["static", str(tmp_path / "missing")])
-
-
-def stage(run_folder: Path, name: str, **verify: Any) -> None:
-    folder = run_folder / name
-    folder.mkdir(parents=True)
-    (folder / "weights").write_text(name)
-    manifest.write(folder, manifest.Manifest(name, "x", verify=verify))
-
-
-def test_quality_comes_from_what_verify_wrote(tmp_path: Path) -> None:
-    logits = {"positions": 690, "kl_mean": 0.034, "kl_p99": 0.4, "top1": 0.956}
-    logits |= {"perplexity": [1.598, 1.626], "rows": "24 training rows"}
-    stage(tmp_path, "merged")
-    stage(tmp_path, "gguf", logits=logits)
-    stage(tmp_path, "onnx", quality={"positions": 188, "kl": 0.0012, "top1": 1.0, "poor": False})
-    found = of_stage(tmp_path, "gguf")
-    assert (found["kl"], found["top1"], found["perplexity"]) == (0.034, 0.956, 1.626)
-    assert of_stage(tmp_path, "onnx") == {"kl": 0.0012, "top1": 1.0, "positions": 188}
-    slow = of_target(tmp_path, baseline(tmp_path / "merged", "float32"))
-    assert slow == {"reference": True, "perplexity": 1.598, "rows": "24 training rows"}
-    assert "bfloat16" in of_target(tmp_path, baseline(tmp_path / "merged", "bfloat16"))["unmeasured"]
-    assert of_target(tmp_path, genai(tmp_path / "onnx"))["kl"] == 0.0012
-    assert of_target(tmp_path, Target("x", [], ours(tmp_path).dialect, "/", "/", stage="")) == {}
-
-
-def test_quality_that_is_missing_names_its_command(tmp_path: Path) -> None:
-    stage(tmp_path, "merged")
-    stage(tmp_path, "gguf", chat_template="equal")
-    found = of_stage(tmp_path, "gguf")
-    assert found == {"missing": f"edge verify {tmp_path / 'merged'} {tmp_path / 'gguf'}"}
-    assert "edge export onnx" in of_stage(tmp_path, "onnx")["missing"]
-    assert quality.of_stage(tmp_path, "merged") == {"reference": True}
 
 
 def test_without_a_terminal_there_are_plain_lines() -> None:

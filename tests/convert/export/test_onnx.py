@@ -18,21 +18,20 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
+from convert.export import check_with_optimum, onnx_graph
 from convert.export import onnx as export
-from convert.verify import compare
-from convert.verify import onnx_quality as quality
-from convert.verify.onnx_quality import Quality
+from convert.verify import compare, onnx_reader
+from convert.verify.reader import Reader
 from edge.artefact import find, manifest
 from edge.artefact.onnx_header import read_onnx
-from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
 from tests.support import tiny_onnx
 from tests.support.desk import Desk
 from tests.support.fake_server import launch
 
-GOOD = Quality(100, 0.99, 0.01, 0.5, 2.0)
-POOR = Quality(100, 0.7, 0.4, 9.0, 20.0)
+GOOD = {"positions": 100, "kl_mean": 1e-6, "kl_p99": 1e-5, "kl_max": 1e-4, "top1": 1.0}
+POOR = GOOD | {"kl_mean": 0.4, "kl_p99": 9.0, "top1": 0.7}
 
 
 @pytest.fixture
@@ -58,20 +57,37 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The builder and the comparison replaced: what was asked of them, and what they find."""
-    told: dict[str, Any] = {"quality": GOOD}
+    """The builder and the merged model's logits replaced: what was asked of them, and what is found.
 
-    def build(source: Path, final: Path, precision: str, scheme: str, ep: str, block: int) -> None:
-        told["asked"] = (precision, scheme, ep, block)
+    The rest of the comparison (template, token ids, stops) is the real one.
+    """
+    told: dict[str, Any] = {"logits": GOOD}
+
+    def build(source: Path, final: Path, recipe: export.Recipe, block: int) -> None:
+        told["asked"] = (recipe.precision, recipe.scheme, recipe.ep, block)
         tiny_onnx.write(final.parent, name=final.name)
         decoder = {"head_size": 16, "hidden_size": tiny_onnx.WIDTH}
         (final.parent / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
         (final.parent / "leftover.json").write_text("{}")
         (final.parent / "folder").mkdir()
 
+    class Logits:
+        """As convert.verify.logits.Reference, but for what it takes long."""
+
+        notes = ()
+
+        def __init__(self, a: Reader, speaker: Reader) -> None:
+            assert speaker.greedy(list(b"hello"), 3)
+
+        def against(self, b: Reader) -> dict[str, Any]:
+            return dict(told["logits"])
+
+        def close(self) -> None:
+            pass
+
     monkeypatch.setattr(export, "_build", build)
-    monkeypatch.setattr(export, "complete", lambda *_, **more: told.update(more))
-    monkeypatch.setattr(export, "measure", lambda *_, **__: told["quality"])
+    monkeypatch.setattr(onnx_graph, "complete", lambda *_, **more: told.update(more))
+    monkeypatch.setattr(compare, "Reference", Logits)
     return told
 
 
@@ -88,7 +104,7 @@ def leftovers(folder: Path) -> list[str]:
 def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, Any]) -> None:
     text = said(run_folder)
     assert "int8" in text
-    assert "99.0%" in text
+    assert "compared with the merged: template" in text and "KL 1.0e-06 (p99 1.0e-05), top-1 1.000" in text
     assert "warning" not in text
     # A small model, so that 4 bits are not the default.
     assert built["asked"] == ("int8", "mixed", "cpu", 32)
@@ -114,9 +130,13 @@ def test_what_is_published_says_what_it_is(run_folder: Path, built: dict[str, An
     assert made.settings["precision"] == "int8"
     assert made.settings["activations"].startswith("as they are, in blocks of 32: measuring needs rows")
     assert "activations as they are, in blocks of 32" in text
-    assert made.verify["quality"] == {
-        "positions": 100, "top1": 0.99, "kl": 0.01, "kl_max": 0.5, "difference": 2.0, "poor": False
-    }  # fmt: skip
+    # The shape that merge and GGUF export keep.
+    assert made.verify["logits"] == GOOD and made.verify["kind"] == "fp32"
+    assert made.verify["against"]["stage"] == "merged" and made.verify["vocab_size"] == tiny_onnx.VOCAB
+    assert made.verify["against"]["digest"] == manifest.read(run_folder / "merged").digest
+    checked = ("chat_template", "token_ids", "round_trip", "stops")
+    assert {made.verify[name] for name in checked} == {"equal"}
+    assert made.verify["unequal"] == made.verify["warnings"] == []
     assert find.resolve(run_folder).digest == made.digest
 
 
@@ -125,43 +145,72 @@ def test_an_earlier_export_stays_unless_it_is_to_be_replaced(run_folder: Path, b
     before = manifest.read(run_folder / "onnx").digest
     with pytest.raises(ExistsError, match="--overwrite"):
         said(run_folder)
-    built["quality"] = None
-    with pytest.raises(AttributeError):
+    built["logits"] = GOOD | {"not_numbers": 3}
+    with pytest.raises(InputError, match="3 positions are not finite numbers"):
         said(run_folder, overwrite=True)
     assert manifest.read(run_folder / "onnx").digest == before
     assert leftovers(run_folder) == ["onnx"]
-    built["quality"] = GOOD
+    built["logits"] = GOOD
     said(run_folder, overwrite=True)
     assert manifest.read(run_folder / "onnx").settings["precision"] == "int8"
 
 
 @pytest.mark.parametrize(
-    ("given", "advice"),
+    ("kind", "advice"),
     [
-        ({"precision": "int4", "scheme": "block"}, "--precision int8, or --precision int4 --scheme mixed"),
-        ({"precision": "int4"}, "--precision int8"),
-        ({"precision": "int8"}, "--precision fp32"),
+        ("int4", "--precision int8, or --precision int4 --scheme mixed,"),
+        ("int4 mixed", "--precision int8"),
+        ("int8", "--precision fp32 (fp16 with --ep cuda)"),
+        ("fp16", "--precision fp32 --ep cpu"),
     ],
 )
-def test_poor_answers_are_said_with_what_to_take(
-    run_folder: Path, built: dict[str, Any], given: dict[str, str], advice: str
+def test_too_far_names_what_to_take(kind: str, advice: str) -> None:
+    assert compare.too_far(kind, GOOD) == ""
+    warning = compare.too_far(kind, POOR)
+    assert warning.startswith(f"{kind} differs more than weights of this type should: mean KL 0.4 (at most ")
+    assert warning.endswith(f": {advice} would be closer")
+    # Either figure is enough.
+    assert compare.too_far(kind, GOOD | {"top1": 0.7}) and compare.too_far(kind, GOOD | {"kl_mean": 0.4})
+
+
+def test_poor_answers_are_said_and_kept(run_folder: Path, built: dict[str, Any]) -> None:
+    built["logits"] = POOR
+    text = said(run_folder)
+    assert "warning: fp32 differs more than weights of this type should: mean KL 0.4" in text
+    [warning] = manifest.read(run_folder / "onnx").verify["warnings"]
+    assert warning in text
+
+
+def test_another_tokenizer_than_the_merged_models_is_refused(
+    run_folder: Path, built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built["quality"] = POOR
-    text = said(run_folder, **given)
-    assert f"warning: its answers are not the merged model's; export again with {advice}\n" in text
-    assert manifest.read(run_folder / "onnx").verify["quality"]["poor"] is True
+    """Planted: the copy beside the graph lost a special token."""
+    copy = shutil.copyfile
+
+    def planted(source: Path, target: Path) -> None:
+        copy(source, target)
+        if target.name == "tokenizer.json":
+            text = target.read_text(encoding="utf-8")
+            target.write_text(text.replace("<think>", "<thunk>"), encoding="utf-8")
+
+    monkeypatch.setattr(export.shutil, "copyfile", planted)
+    with pytest.raises(InputError, match=r"token ids: .*<think>"):
+        said(run_folder)
+    assert leftovers(run_folder) == []
 
 
 def test_a_file_for_a_card_is_published_where_there_is_none(
     run_folder: Path, built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> Quality:
+    def refuse(*_: Any, **__: Any) -> None:
         raise InputError("onnxruntime cannot load it")
 
-    monkeypatch.setattr(export, "measure", refuse)
+    monkeypatch.setattr(onnx_reader, "Onnx", refuse)
     text = said(run_folder, precision="fp16", ep="cuda")
-    assert "warning: not compared with the merged model: onnxruntime cannot load it" in text
-    assert manifest.read(run_folder / "onnx").verify["quality"] == "onnxruntime cannot load it"
+    assert "note: logits are not compared: onnxruntime cannot load it" in text
+    verify = manifest.read(run_folder / "onnx").verify
+    assert verify["logits"] == {} and verify["token_ids"] == "equal"
+    assert verify["notes"] == ["logits are not compared: onnxruntime cannot load it"]
     assert built["candidates"] == 64
     with pytest.raises(InputError, match="cannot load it"):
         said(run_folder, overwrite=True)
@@ -229,42 +278,6 @@ def test_a_builder_that_refuses_is_one_message(
     assert leftovers(run_folder) == []
 
 
-# -- quality ---------------------------------------------------------------------------------------------
-
-
-def test_quality_of_known_distributions() -> None:
-    reference = np.log(np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]], np.float32))
-    same = quality.compare([(reference, reference + 3.0)])
-    assert (same.positions, same.top1, same.poor) == (2, 1.0, False)
-    assert same.kl == pytest.approx(0.0, abs=1e-6)
-    other = np.log(np.array([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]], np.float32))
-    found = quality.compare([(reference[:1], other[:1]), (reference[1:], other[1:])])
-    # 0.5 ln 2 - 0.25 ln 2 over the first, nothing over the second.
-    assert found.kl_max == pytest.approx(0.25 * np.log(2), abs=1e-6)
-    assert found.kl == pytest.approx(0.125 * np.log(2), abs=1e-6)
-    assert (found.top1, found.difference) == (0.5, pytest.approx(np.log(2), abs=1e-6))
-    assert found.poor
-
-
-def test_numbers_that_are_none_count_as_poor() -> None:
-    reference = np.zeros((1, 4), np.float32)
-    with np.errstate(invalid="ignore"):
-        found = quality.compare([(reference, np.full((1, 4), np.nan, np.float32))])
-    assert found.poor
-    with pytest.raises(ValueError):
-        quality.compare([])
-
-
-def test_logits_are_those_of_the_answer_however_long(tmp_path: Path) -> None:
-    backend = Onnx(Model(tiny_onnx.write(tmp_path)), Settings(slots=1, context=256, device="cpu"))
-    tokens = list(b"abc" * 60)
-    parts = [backend.step([Row(0, at, tokens[at : at + 60], 60)]).copy() for at in (0, 60, 120)]
-    whole = np.concatenate(parts)
-    for begin in (0, 64, 65, 130, 179):
-        np.testing.assert_allclose(quality.backend_logits(backend, tokens, begin), whole[begin:], atol=1e-4)
-    backend.close()
-
-
 # -- real exports ----------------------------------------------------------------------------------------
 
 
@@ -293,10 +306,12 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.slow
 def test_a_real_export_is_the_merged_model(real: Path) -> None:
-    found = manifest.read(real / "onnx").verify["quality"]
-    assert found["positions"] > 50
-    assert found["top1"] == 1.0
-    assert found["difference"] < 1e-3
+    verify = manifest.read(real / "onnx").verify
+    assert verify["kind"] == "fp32" and verify["unequal"] == verify["warnings"] == []
+    logits = verify["logits"]
+    assert logits["positions"] > 50
+    assert logits["top1"] == 1.0
+    assert logits["kl_max"] < 1e-6
     header = read_onnx(find.resolve(real, "onnx").path)
     assert (header.context_length, header.vocab_size, header.selects) == (512, 384, True)
 
@@ -305,13 +320,39 @@ def test_a_real_export_is_the_merged_model(real: Path) -> None:
 def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None:
     report = compare.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
     assert (report.unequal, report.warnings) == ([], [])
-    assert (report.b.stage, report.b.kind) == ("onnx", "float32")
+    assert (report.b.stage, report.b.kind) == ("onnx", "fp32")
     assert report.logits["kl_mean"] < 1e-6
     assert report.logits["greedy_equal"] == report.logits["greedy_tokens"] > 20
-    kept = manifest.read(real / "onnx").verify
-    assert kept["logits"]["top1"] == 1.0
-    # What the export itself found stays beside it.
-    assert kept["quality"]["top1"] == 1.0
+    # What the export itself kept is the same comparison.
+    assert manifest.read(real / "onnx").verify["logits"] == report.logits
+
+
+@pytest.mark.slow
+def test_the_check_against_optimum(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """optimum's process replaced by answers that are torch's, and by one that is not."""
+    from convert.model.reference import TorchModel
+
+    jobs: list[dict[str, Any]] = []
+    wrong: list[int] = []
+
+    def optimum(command: list[str], text: str = "") -> str:
+        job = json.loads(text)
+        jobs.append(job | {"config": json.loads((Path(job["source"]) / "config.json").read_text())})
+        model = TorchModel(real / "merged")
+        answers = [model.greedy(ids, job["tokens"], frozenset(job["ends"])) for ids in job["prompts"]]
+        answers[0] += wrong
+        return "a line of a library\n" + json.dumps({"answers": answers, "versions": "optimum 0"})
+
+    monkeypatch.setattr(check_with_optimum, "optimum_python", lambda: "python")
+    monkeypatch.setattr(check_with_optimum, "_run", optimum)
+    out = io.StringIO()
+    result = check_with_optimum.run(real, console=Console(file=out, width=120))
+    assert (result.ours, result.optimum) == (5, 5) and 0 < result.difference < 1e-3
+    assert "optimum (optimum 0)" in out.getvalue() and "5 of 5" in out.getvalue()
+    assert len(jobs[0]["prompts"]) == 5 and jobs[0]["config"]["rope_theta"] == 10000.0
+    wrong.append(7)
+    with pytest.raises(EdgeError, match="do not give what torch gives"):
+        check_with_optimum.run(real, console=Console(quiet=True))
 
 
 @pytest.mark.slow
@@ -362,5 +403,5 @@ def test_four_bits_are_smaller_and_said_to_be_poor(real: Path, tmp_path: Path) -
     text = said(tmp_path, precision="int4", scheme="block")
     header = read_onnx(find.resolve(tmp_path, "onnx").path)
     assert 4 in header.matrices
-    assert "warning" in text
+    assert "warning: int4 differs more" in text and "--precision int4 --scheme mixed, would be closer" in text
     assert header.weights_bytes < read_onnx(find.resolve(real, "onnx").path).weights_bytes

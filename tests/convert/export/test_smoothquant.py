@@ -1,4 +1,4 @@
-"""Evened activations: the same model, its columns scaled; and families that are left as they are."""
+"""Smoothed activations: the same model, its columns scaled; and families that are left as they are."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ def test_layers_that_are_built_otherwise_are_left_as_they_are(tmp_path: Path, fa
 
 
 @pytest.mark.slow
-def test_an_export_in_8_bits_is_evened_and_says_so(tmp_path: Path) -> None:
+def test_an_export_in_8_bits_is_smoothed_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     run = make_run(tmp_path, "llama")
     onnx.run(run, precision="int8", console=Console(quiet=True))
     made = manifest.read(run / "onnx")
-    assert "evened out in 2 layers on" in made.settings["activations"]
+    assert "smoothed in 2 layers on" in made.settings["activations"]
     assert made.settings["activations"].endswith("in blocks of 64")
     assert not [path for path in (run / "onnx").iterdir() if path.is_dir()]
-    evened = made.verify["quality"]["kl"]
+    smoothed = made.verify["logits"]["kl_mean"]
     shutil.rmtree(tmp_path / "run" / "onnx")
     # Where the rows cannot be found any more.
     (tmp_path / "d.json").unlink()
@@ -90,7 +90,7 @@ def test_an_export_in_8_bits_is_evened_and_says_so(tmp_path: Path) -> None:
     assert (
         "as they are, in blocks of 32: measuring needs rows of the data set" in made.settings["activations"]
     )
-    assert evened < 2 * made.verify["quality"]["kl"]
+    assert smoothed < 2 * made.verify["logits"]["kl_mean"]
 
 
 def test_without_a_data_set_nothing_is_written(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from convert.model import dequantized_base, safetensors_io
-from convert.model.dequantized_base import Seen, spans
+from convert.model.dequantized_base import DequantizedBase, spans
 from convert.model.hf_folder import check_folder, check_safetensors
 from convert.model.safetensors_io import Part
 
@@ -23,7 +23,7 @@ def test_rows_are_what_bitsandbytes_gives(
 
     monkeypatch.setattr(dequantized_base, "CHUNK", 5000)
     settings = {"quantized": ["l.*.q"], "compute_dtype": str(dtype)[6:], "double_quantization": double}
-    model = Seen(settings)
+    model = DequantizedBase(settings)
     torch.manual_seed(0)
     weight = (torch.randn(300, 192) * torch.logspace(-6, 1, 300)[:, None]).to(dtype)
     weight[3] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -41,7 +42,7 @@ def test_divergence_of_known_distributions() -> None:
     p, q = np.array([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]), np.array([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]])
     found = Divergence()
     # Any constant added to a row's logits is no difference.
-    found.add((np.log(p) + 7).astype(np.float32), np.log(q).astype(np.float32), [1, 0], made=False)
+    found.add((np.log(p) + 7).astype(np.float32), np.log(q).astype(np.float32), [1, 0], greedy=False)
     first = 0.5 * math.log(2) - 0.25 * math.log(2)
     second = 0.9 * math.log(0.9 / 0.8) + 2 * 0.05 * math.log(0.5)
     numbers = found.numbers()
@@ -59,17 +60,17 @@ def test_greedy_texts_are_equal_up_to_the_first_other_token() -> None:
         return np.eye(4, dtype=np.float32)[list(ids)] * 9
 
     found = Divergence()
-    found.add(tops(1, 2, 3, 0), tops(1, 2, 0, 0), [1, 2, 3, 0], made=True)
-    found.add(tops(1, 2), tops(1, 2), [1, 2], made=True)
+    found.add(tops(1, 2, 3, 0), tops(1, 2, 0, 0), [1, 2, 3, 0], greedy=True)
+    found.add(tops(1, 2), tops(1, 2), [1, 2], greedy=True)
     assert (found.numbers()["greedy_equal"], found.numbers()["greedy_tokens"]) == (4, 6)
     # A column more (added tokens) is left out of the comparison.
-    found.add(tops(1), np.hstack([tops(1), [[99.0]]]).astype(np.float32), [1], made=True)
+    found.add(tops(1), np.hstack([tops(1), [[99.0]]]).astype(np.float32), [1], greedy=True)
     assert found.numbers()["greedy_equal"] == 5
 
 
 def test_what_is_no_number_is_counted() -> None:
     found = Divergence()
-    found.add(np.zeros((2, 3), np.float32), np.full((2, 3), np.nan, np.float32), [0, 1], made=False)
+    found.add(np.zeros((2, 3), np.float32), np.full((2, 3), np.nan, np.float32), [0, 1], greedy=False)
     assert found.numbers() == {"positions": 0, "not_numbers": 2}
 
 
@@ -247,6 +248,21 @@ def test_gguf_files(tmp_path: Path) -> None:
     changed = tiny_llama.write(tmp_path / "d.gguf", template=tiny_llama.TEMPLATE + " ")
     with pytest.raises(InputError, match="chat template: from character"):
         compare.run(a, changed, console=quiet())
+
+
+def test_a_special_token_that_differs_is_found_with_gguf_first(tmp_path: Path) -> None:
+    """Planted: a token that no template or prompt holds is spelled otherwise in one of the two."""
+    pytest.importorskip("llama_cpp")
+    path, other = tiny_llama.write(tmp_path / "a.gguf"), tmp_path / "b.gguf"
+    data = path.read_bytes()
+    assert data.count(b"</s>") == 1
+    other.write_bytes(data.replace(b"</s>", b"</z>"))
+    for a, b in ((path, other), (other, path)):
+        with contextlib.closing(open_reader(a)) as first, contextlib.closing(open_reader(b)) as second:
+            assert first.special_tokens()[0] == "<s>" and "<|user|>" in first.special_tokens()
+            report = compare.compare(first, second)
+        assert report.facts["token_ids"] == "unequal" and len(report.unequal) == 1
+        assert "'a </" in report.unequal[0]
 
 
 def test_logits_do_not_depend_on_how_a_row_is_cut(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
-from convert.verify.compare import BOUNDS
+from convert.verify.compare import BOUNDS, compare
 from convert.verify.onnx_reader import OnnxReader
 from convert.verify.open_reader import open_reader
 from edge.artefact import manifest
@@ -39,7 +42,7 @@ def reader(folder: Path) -> Iterator[OnnxReader]:
 
 
 def test_words_are_those_of_the_folder(reader: OnnxReader) -> None:
-    assert (reader.stage, reader.kind, reader.vocab) == ("onnx", "float32", tiny_onnx.VOCAB)
+    assert (reader.stage, reader.kind, reader.vocab) == ("onnx", "fp32", tiny_onnx.VOCAB)
     assert reader.kind in BOUNDS
     assert (reader.stop_ids, reader.thinking) == ({tiny_onnx.END, 258}, "off")
     text = reader.prompt([{"role": "user", "content": "你好"}])
@@ -78,3 +81,30 @@ def test_what_cannot_be_compared_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
         open_reader(tmp_path)
+
+
+def test_a_special_token_that_differs_is_found_with_onnx_first(folder: Path, tmp_path: Path) -> None:
+    """Planted: a token that no template or prompt holds is special in one of the two alone."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    path = other / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    [token] = [token for token in data["added_tokens"] if token["content"] == "<think>"]
+    data["added_tokens"].remove(token)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    (other / manifest.FILE).unlink()
+    first = open_reader(folder)
+    assert first.special_tokens() == ["<|begin|>", "<|end|>", "<think>"]
+    for a, b in ((folder, other), (other, folder)):
+        with contextlib.closing(open_reader(a)) as first, contextlib.closing(open_reader(b)) as second:
+            first.stop_ids = second.stop_ids
+            report = compare(first, second)
+        assert report.facts["token_ids"] == "unequal" and len(report.unequal) == 1
+        assert "'a <think>b" in report.unequal[0] and report.logits == {}
+
+
+def test_logits_are_those_of_the_last_tokens_however_long(reader: OnnxReader) -> None:
+    ids = list(b"abc" * 60)
+    whole = reader.logits(ids)
+    for last in (1, 64, 65, 130, 180):
+        [part] = reader.all_logits([ids], [last])
+        np.testing.assert_allclose(part, whole[-last:], atol=1e-4)
