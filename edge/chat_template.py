@@ -1,8 +1,8 @@
 """Chat templates, rendered as transformers renders them, in a sandbox.
 
 A template is untrusted text from a model file: it runs in jinja2's immutable sandbox, with the functions that
-templates use, and bounds on time and size. There is no fallback template: a model without one can only be
-asked `raw`.
+templates use and bounds on time and size. There is no fallback template: a model without one can only be
+asked with `raw`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,20 @@ _LARGEST_EXPONENT = 64
 # A prompt is rendered on the thread that answers HTTP; real templates take milliseconds.
 RENDER_S = 2.0
 _TICK = "_edge_tick"
+# What a template may raise that does not suit the messages.
+_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class _Raised(Exception):
-    """What a template said through `raise_exception`."""
+    """The message that a template gave to `raise_exception`."""
 
 
 class _TooLarge(Exception):
@@ -55,21 +65,25 @@ def _small(value: Any, bound: int) -> bool:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, with a bound on what multiplication and powers may make."""
+    """The sandbox, with a bound on the results of multiplications and powers."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (_small(left, 2**64) and _small(right, _LARGEST_EXPONENT)):
             raise SecurityError("a power of large numbers")
-        for one, other in ((left, right), (right, left)):
-            if isinstance(one, Sequence) and isinstance(other, int) and len(one) * other > _LONGEST_PROMPT:
-                raise SecurityError(f"a repetition of {other} times")
+        for items, times in ((left, right), (right, left)):
+            if (
+                isinstance(items, Sequence)
+                and isinstance(times, int)
+                and len(items) * times > _LONGEST_PROMPT
+            ):
+                raise SecurityError(f"a repetition of {times} times")
         return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
-    """A compiled chat template. variables: the names it reads. Raises InputError where it is not valid."""
+    """A compiled chat template. variables: the names it reads. Raises InputError for an invalid one."""
 
     def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -94,8 +108,9 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, Any]], *, thinking: str | None = None, **extra: Any) -> str:
         """The prompt for `messages`, with the beginning of the assistant's turn.
 
-        thinking: the mode, "off" closes an empty thought. extra: the template's own variables
-        (tools, enable_thinking, ...). Raises RequestError (400) with the template's own words.
+        thinking: the mode; "off" opens and closes empty reasoning where the template opens any. extra: the
+        template's own variables (tools, enable_thinking, ...). Raises RequestError (400) with the template's
+        own message.
         """
         if thinking in ("on", "off"):
             extra.setdefault("enable_thinking", thinking == "on")
@@ -105,18 +120,10 @@ class ChatTemplate:
             raise _refused(f"refuses these messages: {error}") from error
         except _TooLarge as error:
             raise _refused(str(error), code="prompt_too_long") from error
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except _FAILURES as error:
             raise _refused(f"cannot be applied to these messages: {error}") from error
         if thinking == "off" and opens_reasoning(prompt):
-            # The template opens a thought whatever it is told; the model was trained with an empty one.
+            # The template opens reasoning in any mode; without, the model was trained on empty reasoning.
             prompt = prompt.rstrip() + f"\n\n{THINK_END}\n\n"
         return prompt
 
@@ -137,10 +144,10 @@ class ChatTemplate:
 
 
 def _watch_loops(tree: nodes.Template) -> None:
-    """Make every turn of a loop, and every call of a macro, look at the clock."""
+    """Check the time in every iteration of a loop and every call of a macro."""
     assert tree.environment is not None
-    found: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
-    for node in found:
+    watched: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
+    for node in watched:
         call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
         tick = nodes.Output([call], lineno=node.lineno)
         node.body.insert(0, tick.set_environment(tree.environment))

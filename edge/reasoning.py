@@ -1,4 +1,4 @@
-"""A reasoning model's thought: where it begins and ends in a text, and its part of an answer."""
+"""The reasoning of a reasoning model: where it begins and ends in a text, and how many tokens it has."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ THINK, THINK_END = "<think>", "</think>"
 
 
 def opens_reasoning(prompt: str) -> bool:
-    """Whether the prompt ends inside a thought that the model is to finish."""
+    """Whether the prompt ends inside reasoning that the model is to go on with."""
     return prompt.rstrip().endswith(THINK)
 
 
 class ReasoningCounter:
-    """Counts the tokens of an answer's thought, from the one that completes its opening tag to the one that
+    """Counts an answer's reasoning tokens, from the one that completes the opening tag to the one that
     completes the closing tag.
 
-    inside: the prompt has opened the thought. thinking: whether the answer is in its thought now; None until
-    the first text says whether the model opens one.
+    inside: the prompt has opened the reasoning. thinking: whether the answer is in its reasoning now; None
+    until the first text tells whether the model opens any.
     """
 
     def __init__(self, *, inside: bool) -> None:
@@ -27,13 +27,13 @@ class ReasoningCounter:
         self._text = ""
 
     def take(self, piece: bytes) -> None:
-        """Book a token by its bytes."""
+        """Follow a token by its bytes."""
         if self.thinking is False:
             return
         self._text += self._decode(piece)
         if self.thinking is None:
             bare = self._text.lstrip()
-            if not bare or (THINK.startswith(bare) and bare != THINK):
+            if bare != THINK and THINK.startswith(bare):
                 return
             self.thinking = bare.startswith(THINK)
         if self.thinking:
@@ -43,53 +43,43 @@ class ReasoningCounter:
 
 
 class ReasoningSplitter:
-    """Parts a stream of text into (thought, answer), whoever opened the thought.
+    """Splits a stream of text into (reasoning, answer), whoever opened the reasoning.
 
-    inside: the template has opened it already. Joined over all pushes and `finish`, `a</think>b` gives
-    ("a", "b"). Blank space around the tags belongs to neither.
+    inside: the prompt has opened it already. Joined over all pushes and `finish`, `a</think>b` gives ("a",
+    "b"). White space around the tags belongs to neither.
     """
 
     def __init__(self, *, inside: bool) -> None:
-        self._inside = inside
-        self._held = ""
-        self._begun = inside
+        # None until it is clear whether the text opens reasoning.
+        self._inside = True if inside else None
         self._strip = inside
+        self._held = ""
 
     def push(self, text: str) -> tuple[str, str]:
-        """What is certain after `text`: (more of the thought, more of the answer)."""
+        """What is certain after `text`: (more of the reasoning, more of the answer)."""
         self._held += text
-        thought = answer = ""
-        while True:
-            if not self._begun:
-                bare = self._held.lstrip()
-                if bare.startswith(THINK):
-                    self._held = bare[len(THINK) :]
-                    self._begun = self._inside = self._strip = True
-                    continue
-                if THINK.startswith(bare):
-                    return thought, answer
-                self._begun = True
-                continue
-            if self._strip:
-                self._held = self._held.lstrip()
-                if not self._held:
-                    return thought, answer
-                self._strip = False
-            if not self._inside:
-                answer, self._held = answer + self._held, ""
-                return thought, answer
-            at = self._held.find(THINK_END)
-            if at < 0:
-                # A tag that may have begun, and blank space that may stand before it, are held back.
-                keep = len(self._held) - max(
-                    (n for n in range(len(THINK_END)) if self._held.endswith(THINK_END[:n])), default=0
-                )
-                keep = len(self._held[:keep].rstrip())
-                thought, self._held = thought + self._held[:keep], self._held[keep:]
-                return thought, answer
-            thought += self._held[:at].rstrip()
-            self._held = self._held[at + len(THINK_END) :]
-            self._inside, self._strip = False, True
+        if self._inside is None:
+            bare = self._held.lstrip()
+            if bare != THINK and THINK.startswith(bare):
+                return "", ""
+            self._inside = self._strip = bare.startswith(THINK)
+            if self._inside:
+                self._held = bare[len(THINK) :]
+        if self._strip:
+            self._held = self._held.lstrip()
+            self._strip = not self._held
+        if not self._inside:
+            answer, self._held = self._held, ""
+            return "", answer
+        reasoning, tag, rest = self._held.partition(THINK_END)
+        if tag:
+            self._inside, self._strip, self._held = False, True, rest
+            return reasoning.rstrip(), self.push("")[1]
+        # A tag that may have begun is held back, and white space that may stand before it.
+        begun = max(n for n in range(len(THINK_END)) if self._held.endswith(THINK_END[:n]))
+        reasoning = self._held[: len(self._held) - begun].rstrip()
+        self._held = self._held[len(reasoning) :]
+        return reasoning, ""
 
     def finish(self) -> tuple[str, str]:
         """What was held back when the stream ended."""

@@ -1,7 +1,7 @@
-"""The HTTP process's side of the engine: starts the worker, speaks to it, and starts it anew when it dies.
+"""The HTTP process's side of the engine: starts the worker, talks to it, and restarts it when it dies.
 
-A crash in native code ends the worker alone: what was in flight is answered with 503, and the next worker
-loads with a growing pause. A model that dies three times while it loads is given up, and said to be.
+A crash in native code ends the worker alone: requests in flight are answered with 503, and the next worker is
+started after a pause that grows. A worker that dies three times while it loads its model is given up.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
+from edge.backends.base import BackendInfo
 from edge.engine import protocol as msg
 from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
@@ -34,10 +35,6 @@ _SECRET_BYTES = 16
 _CRASHED = "the engine process ended unexpectedly"
 
 
-def _spawn() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "edge.engine.worker"], stdin=subprocess.PIPE)
-
-
 class Stream:
     """One request's events, as an asynchronous iterator of Delta, ended by one Done.
 
@@ -47,9 +44,9 @@ class Stream:
     def __init__(self, engine: EngineProcess, key: int) -> None:
         self._engine = engine
         self._key = key
-        self._queue: asyncio.Queue[msg.Event | RequestError] = asyncio.Queue()
+        self._queue: asyncio.Queue[msg.Delta | msg.Done | RequestError] = asyncio.Queue()
 
-    def put(self, event: msg.Event | RequestError) -> None:
+    def put(self, event: msg.Delta | msg.Done | RequestError) -> None:
         self._queue.put_nowait(event)
 
     def cancel(self) -> None:
@@ -63,42 +60,35 @@ class Stream:
                 event = await self._queue.get()
                 if isinstance(event, RequestError):
                     raise event
-                if isinstance(event, msg.Refused):
-                    raise _refused(event)
-                if isinstance(event, (msg.Delta, msg.Done)):
-                    yield event
-                    if isinstance(event, msg.Done):
-                        return
+                yield event
+                if isinstance(event, msg.Done):
+                    return
         finally:
             self._engine.forget(self._key)
 
 
-def _refused(event: msg.Refused) -> RequestError:
-    return RequestError(
-        event.message,
-        status=event.status,
-        code=event.code,
-        param=event.param,
-        retry_after=event.retry_after,
-    )
+Answer = TypeVar("Answer", msg.Encoded, msg.Embedded)
 
 
 class EngineProcess:
     """A supervised worker. `start` returns at once; `wait_ready` when the model is loaded or cannot be.
 
-    on_done: told of every request that ends.
+    ready: the loaded model, None while there is none; load_s: seconds that loading took. stats: the newest
+    gauges. failure: why the model was given up. restarts: workers that had to be replaced. on_done: called
+    for every request that ends.
     """
 
     def __init__(self, load: Load, on_done: Callable[[msg.Done], None] | None = None) -> None:
         self.load = load
         self._on_done = on_done
-        self.ready: msg.Ready | None = None
+        self.ready: BackendInfo | None = None
+        self.load_s = 0.0
         self.stats: msg.Stats | None = None
         self.failure: EdgeError | None = None
         self.restarts = 0
         self._keys = itertools.count(1)
         self._streams: dict[int, Stream] = {}
-        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._settled = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,13 +111,13 @@ class EngineProcess:
     @property
     def busy(self) -> bool:
         """Whether any request is in flight."""
-        return bool(self._streams or self._asked)
+        return bool(self._streams or self._calls)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise())
 
-    async def wait_ready(self) -> msg.Ready:
-        """What was loaded. Raises EdgeError where the model cannot be loaded."""
+    async def wait_ready(self) -> BackendInfo:
+        """The loaded model. Raises EdgeError where the model cannot be loaded."""
         await self._settled.wait()
         if self.failure is not None:
             raise self.failure
@@ -160,26 +150,25 @@ class EngineProcess:
 
     async def encode(self, text: str, *, special: bool, whole: bool = False) -> msg.Encoded:
         """Token ids and pieces of `text` (whole: as a prompt). Raises RequestError (503) without a model."""
-        encoded: msg.Encoded = await self._ask(msg.Encode(next(self._keys), text, special, whole))
-        return encoded
+        return await self._call(msg.Encode(next(self._keys), text, special, whole), msg.Encoded)
 
     async def decode(self, ids: list[int]) -> msg.Encoded:
         """The pieces of `ids`. Raises RequestError for one outside the vocabulary."""
-        decoded: msg.Encoded = await self._ask(msg.Decode(next(self._keys), ids))
-        return decoded
+        return await self._call(msg.Decode(next(self._keys), ids), msg.Encoded)
 
     async def embed(self, prompt: str | list[int]) -> msg.Embedded:
         """The vector of `prompt`. Raises RequestError where the model gives none, or it does not fit."""
-        embedded: msg.Embedded = await self._ask(msg.Embed(next(self._keys), prompt))
-        return embedded
+        return await self._call(msg.Embed(next(self._keys), prompt), msg.Embedded)
 
-    async def _ask(self, request: msg.Encode | msg.Decode | msg.Embed) -> Any:
+    async def _call(self, request: msg.Encode | msg.Decode | msg.Embed, answer: type[Answer]) -> Answer:
         self._check_ready()
         assert self._writer is not None
         frame = msg.pack(request)
-        future = self._asked[request.key] = asyncio.get_running_loop().create_future()
+        future = self._calls[request.key] = asyncio.get_running_loop().create_future()
         self._writer.write(frame)
-        return await future
+        event = await future
+        assert isinstance(event, answer)
+        return event
 
     def cancel(self, key: int) -> None:
         if key in self._streams:
@@ -237,35 +226,26 @@ class EngineProcess:
 
     async def _run_once(self) -> tuple[int, bool]:
         """One worker's life: (exit code, whether it had loaded)."""
+        loop = asyncio.get_running_loop()
         secret = secrets.token_bytes(_SECRET_BYTES)
-        linked: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-        linked = asyncio.get_running_loop().create_future()
+        linked: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = loop.create_future()
 
         async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
-                said = await asyncio.wait_for(reader.readexactly(_SECRET_BYTES), 5.0)
-                if secrets.compare_digest(said, secret) and not linked.done():
+                received = await asyncio.wait_for(reader.readexactly(_SECRET_BYTES), 5.0)
+                if secrets.compare_digest(received, secret) and not linked.done():
                     linked.set_result((reader, writer))
                     return
             writer.close()
 
         server = await asyncio.start_server(greet, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()[:2]
+        order = {"host": host, "port": port, "secret": secret.hex(), "load": dataclasses.asdict(self.load)}
         # asyncio's own subprocesses need a certain event loop on Windows; this works on every loop.
-        process = self._process = _spawn()
-        ended = asyncio.get_running_loop().run_in_executor(None, process.wait)
+        process = self._process = _spawn(json.dumps(order).encode("utf-8") + b"\n")
+        ended = loop.run_in_executor(None, process.wait)
         was_ready = False
         try:
-            order = {
-                "host": host,
-                "port": port,
-                "secret": secret.hex(),
-                "load": dataclasses.asdict(self.load),
-            }
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):
-                process.stdin.write(json.dumps(order).encode("utf-8") + b"\n")
-                process.stdin.flush()
             first: set[asyncio.Future[Any]] = {linked, ended}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if linked.done():
@@ -275,8 +255,8 @@ class EngineProcess:
             was_ready = self.ready is not None
             self._lost()
             server.close()
-            assert process.stdin is not None
             with contextlib.suppress(OSError):
+                assert process.stdin is not None
                 process.stdin.close()
             try:
                 code = await asyncio.wait_for(asyncio.shield(ended), 5.0)
@@ -295,34 +275,40 @@ class EngineProcess:
                     self._dispatch(event)
 
     def _dispatch(self, event: msg.Event) -> None:
-        if isinstance(event, msg.Delta):
-            if (reader := self._streams.get(event.key)) is not None:
-                reader.put(event)
-        elif isinstance(event, msg.Stats):
-            self.stats = event
-        elif isinstance(event, msg.Ready):
-            self.ready = event
-            self._settled.set()
-        elif isinstance(event, msg.Failed) and event.again:
-            self._broken = f"{event.message}; the engine is started anew"
-            log.error("%s", EdgeError(event.message, event.hint))
-        elif isinstance(event, msg.Failed):
-            self.failure = EdgeError(event.message, event.hint)
-            self._settled.set()
-        elif (future := self._asked.pop(event.key, None)) is not None:
-            if future.done():
-                return
-            if isinstance(event, msg.Refused):
-                future.set_exception(_refused(event))
+        match event:
+            case msg.Delta(key):
+                if (stream := self._streams.get(key)) is not None:
+                    stream.put(event)
+            case msg.Done(key):
+                if self._on_done is not None:
+                    self._on_done(event)
+                self._end(key, event)
+            case msg.Refused(key):
+                self._end(key, event.error())
+            case msg.Encoded(key) | msg.Embedded(key):
+                self._end(key, event)
+            case msg.Stats():
+                self.stats = event
+            case msg.Ready():
+                self.ready, self.load_s = event.info, event.load_s
+                self._settled.set()
+            case msg.Failed(again=True):
+                self._broken = f"{event.message}; the engine is started anew"
+                log.error("%s", EdgeError(event.message, event.hint))
+            case msg.Failed():
+                self.failure = EdgeError(event.message, event.hint)
+                self._settled.set()
+
+    def _end(self, key: int, outcome: msg.Done | msg.Encoded | msg.Embedded | RequestError) -> None:
+        """Hand a request its last event; nobody may be waiting for it any more."""
+        if (stream := self._streams.pop(key, None)) is not None:
+            assert isinstance(outcome, (msg.Done, RequestError))
+            stream.put(outcome)
+        elif (future := self._calls.pop(key, None)) is not None and not future.done():
+            if isinstance(outcome, RequestError):
+                future.set_exception(outcome)
             else:
-                future.set_result(event)
-        else:
-            if isinstance(event, msg.Done) and self._on_done is not None:
-                self._on_done(event)
-            stream = self._streams.get(event.key)
-            if stream is not None:
-                del self._streams[event.key]
-                stream.put(event)
+                future.set_result(outcome)
 
     def _lost(self) -> None:
         """The worker is gone: answer everything that was in flight."""
@@ -333,10 +319,16 @@ class EngineProcess:
             self._settled.clear()
         error = RequestError(self._broken or _CRASHED, status=503, code="engine_crashed", retry_after=1.0)
         self._broken = ""
-        for stream in self._streams.values():
-            stream.put(error)
-        self._streams.clear()
-        for future in self._asked.values():
-            if not future.done():
-                future.set_exception(error)
-        self._asked.clear()
+        for key in [*self._streams, *self._calls]:
+            self._end(key, error)
+
+
+def _spawn(order: bytes) -> subprocess.Popen[bytes]:
+    """A worker that was given its order; its standard input stays open while this process lives."""
+    process = subprocess.Popen([sys.executable, "-m", "edge.engine.worker"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    # One that is gone already is noticed by its exit code.
+    with contextlib.suppress(OSError):
+        process.stdin.write(order)
+        process.stdin.flush()
+    return process

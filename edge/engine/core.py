@@ -1,13 +1,13 @@
-"""The step loop: inbox -> schedule -> step -> sample -> per-request events.
+"""The engine's loop: schedule -> run -> sample -> publish, once for each step of the model.
 
-One thread runs `Engine.run` and owns the backend. Other threads only `submit` and `cancel`. A request's
-text, stop strings and finish are decided here, so that a stream ends at the very step that ends it.
+One thread calls `Engine.run` and owns the backend. Other threads only hand in requests (`submit`, `embed`)
+and `cancel` or `drain`. Sampling, stop strings and finish reasons are decided here, so that a request ends at
+the very step that ends it.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import queue
 import time
 from collections import deque
@@ -15,64 +15,79 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import msgspec
 
-from edge.backends.base import Backend, Candidates, Embeds, Logits, Row, StepInterrupted, StepOutputs
+from edge.backends.base import Backend, Embeds, Row, StepInterrupted, StepOutputs
 from edge.engine import protocol as msg
 from edge.engine.grammar import Grammars
 from edge.engine.kv_cache import KVCache
 from edge.engine.prefill_budget import PrefillBudget, StepTimes
 from edge.engine.prefix_store import PrefixStore
-from edge.engine.request import Job, admit, prompt_tokens
-from edge.engine.sampling import Choice, Sampler
+from edge.engine.request import Request, admit, prompt_tokens
+from edge.engine.sampling import BatchSampler, Choice, Mask
 from edge.engine.scheduler import Scheduler, Sequence, Work
 from edge.errors import EdgeError, RequestError
 
 Emit = Callable[[list[msg.Event]], None]
-Mask = NDArray[np.bool_]
 
-# So many logits in a step take long enough to sample that rows of a card's step are sampled side by side.
-_WIDE = 2**20
-_SAMPLERS = 4
-# Tokens that come faster than an eye reads share an event; the first one never waits.
+# Tokens that come faster than an eye reads share an event; a request's first one never waits.
 FLUSH_S = 0.04
 STATS_S = 0.25
 
 
 @dataclass(slots=True)
-class _Cancelled:
-    key: int
+class Step:
+    """A step of the model, as scheduled: plan[i], a row of requests[i], is run as rows[i].
+
+    decoding: streams without prompt tokens in it. prefill: the part of the plan that reads prompts.
+    masks: by a request's key, what its grammar allows next; computed while the model runs.
+    cached: whether `KVCache` has been told of the rows.
+    """
+
+    plan: list[Work]
+    requests: list[Request]
+    rows: list[Row]
+    decoding: int
+    prefill: list[Work]
+    masks: dict[int, Future[Mask]]
+    cached: bool = False
 
 
 @dataclass(slots=True)
-class _Drain:
-    until: float
+class StepResult:
+    """What is left to do for a step whose tokens are sampled: to publish them.
 
+    seconds: what the step took; the next one will take about as long. urgent: a request's first token or its
+    end is among them, so they are sent when published, whether or not their time has come.
+    """
 
-@dataclass(slots=True)
-class _Embed:
-    key: int
-    tokens: list[int]
-
-
-def _chosen(job: Job, found: Logits | Candidates, mask: Mask | None = None) -> Choice:
-    """What is sampled from an output."""
-    if isinstance(found, Candidates):
-        return job.sampler.pick_among(found)
-    return job.sampler.pick(found, mask)
-
-
-def _argmax(logits: NDArray[np.float32], pool: ThreadPoolExecutor | None) -> list[int]:
-    """The id of each row's largest logit."""
-    if pool is None:
-        return list(logits.argmax(axis=1).tolist())
-    parts = pool.map(lambda part: part.argmax(axis=1).tolist(), np.array_split(logits, _SAMPLERS))
-    return list(itertools.chain.from_iterable(parts))
+    seconds: float = 0.0
+    urgent: bool = False
 
 
 class Engine:
-    """Runs requests on a backend. emit: called with the events of a step; must be thread-safe."""
+    """Runs requests on a backend. emit: called with the events of a step; must be thread-safe.
+
+    A turn of the loop:
+
+    1. `_schedule` decides what the next step computes: a `Step`.
+    2. `_run` hands its rows to the backend, and tells `KVCache` of them (`_cache_rows`).
+    3. `_sample` picks the tokens, appends them to their requests and ends those that are complete. What
+       remains to be done is a `StepResult`.
+    4. `_publish` turns tokens into text and sends it, every `flush_s` seconds or when the result is urgent.
+
+    Whatever need not be done before the next step starts is put off, and done while it runs:
+
+    - A request's text is made when it is sent, where nothing else reads it (`Request.plain`). Until then the
+      request keeps the token ids itself, so one that ends in between loses nothing.
+    - A backend that computes elsewhere (`BackendInfo.overlaps`) calls `_meanwhile` during its step. There the
+      last result is published, and the rows of the running step are entered in `KVCache`. With any other
+      backend `turn` publishes at its end.
+    - `Step.cached` keeps rows from being entered twice. A step that reads a prompt may still be interrupted,
+      so its rows are entered after it has returned; those of an interrupted one never are.
+    - A backend that was interrupted or that failed may not have called `_meanwhile`. The urgency of a result
+      that was not published then passes on to the next one.
+    """
 
     def __init__(
         self,
@@ -95,73 +110,66 @@ class Engine:
         self.cache = KVCache(backend, store)
         self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
         self._prefill_budget = PrefillBudget(info.batch)
-        # What drafts cost; apart from the pace, which must not forget how long a crowd's steps are.
-        self._costs = StepTimes(fade=0.998)
+        # What drafts cost; apart from the budget, which must not forget how long steps of many streams are.
+        self._draft_times = StepTimes(fade=0.998)
         self._grammars = Grammars(backend)
         # Masks are computed beside the model's step; llguidance lets go of the GIL.
-        self._masks = ThreadPoolExecutor(1, thread_name_prefix="mask")
-        # Where the model runs on a card, the processor has cores to spare when a step ends.
-        self._samplers = None if info.device == "cpu" else ThreadPoolExecutor(_SAMPLERS, "sample")
-        self._inbox: queue.SimpleQueue[Job | _Cancelled | _Drain | _Embed] = queue.SimpleQueue()
-        self._jobs: dict[int, Job] = {}
-        self._embeds: deque[_Embed] = deque()
-        self._of: dict[Sequence, Job] = {}
+        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="mask")
+        # Where the model runs on a GPU, the CPU has cores to spare when a step ends.
+        self._sampler = BatchSampler(parallel=info.device != "cpu")
+        self._inbox: queue.SimpleQueue[Request | msg.Cancel | msg.Drain | msg.Embed] = queue.SimpleQueue()
+        self._requests: dict[int, Request] = {}
+        self._embeds: deque[msg.Embed] = deque()
+        self._running: Step | None = None
+        self._result = StepResult()
         self._events: list[msg.Event] = []
-        self._flushed = clock()
+        self._began = self._flushed = clock()
+        self._stats = msg.Stats()
         self._stats_at = 0.0
-        self._steps = 0
-        self._step_tokens = 0
-        self._step_s = 0.0
-        self._began = clock()
         self._service_s = 1.0
         self._draining: float | None = None
-        self._prefilling: frozenset[int] = frozenset()
-        # Tokens whose text is still to be made, and the rows of a step that are still to be booked.
-        self._unsaid: list[tuple[Job, int]] = []
-        self._unbooked: list[tuple[Work, Row]] = []
-        self._urgent = False
-        self._took = 0.0
         if info.overlaps:
             backend.meanwhile = self._meanwhile
 
     # -- from any thread ------------------------------------------------------------------------------
 
-    def submit(self, request: msg.Submit) -> None:
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being served or waits to be taken in."""
+        return bool(self._requests) or not self._inbox.empty()
+
+    def submit(self, message: msg.Submit) -> None:
         """Take a request in; one that cannot be served is answered with Refused at once."""
         try:
-            job = admit(
-                request,
-                self._backend,
-                self._grammars,
-                speculate=self._speculate,
-                arrived=self._clock(),
+            request = admit(
+                message, self._backend, self._grammars, speculate=self._speculate, arrived=self._clock()
             )
-            self._inbox.put(job)
+            self._inbox.put(request)
         except RequestError as error:
-            self._refuse(request.key, error)
+            self._refuse(message.key, error)
 
-    def embed(self, request: msg.Embed) -> None:
+    def embed(self, message: msg.Embed) -> None:
         """Take in a text to be turned into a vector, between steps; answered with Embedded or Refused."""
         try:
             if not isinstance(self._backend, Embeds) or not self._backend.info.embedding:
                 raise RequestError("this backend gives no embeddings", code="unsupported", param="model")
-            self._inbox.put(_Embed(request.key, prompt_tokens(self._backend, request.prompt)))
+            self._inbox.put(msg.Embed(message.key, prompt_tokens(self._backend, message.prompt)))
         except RequestError as error:
-            self._refuse(request.key, error)
+            self._refuse(message.key, error)
 
     def cancel(self, key: int) -> None:
         """End a request in whatever phase it is; a long step that reads its prompt is cut short."""
-        self._inbox.put(_Cancelled(key))
-        if key in self._prefilling:
+        self._inbox.put(msg.Cancel(key))
+        step = self._running
+        if step is not None and any(work.sequence.key == key for work in step.prefill):
             self._backend.interrupt()
 
     def drain(self, seconds: float) -> None:
         """Admit nothing more and let `run` return when all is done, or after `seconds`."""
-        self._inbox.put(_Drain(self._clock() + seconds))
+        self._inbox.put(msg.Drain(seconds))
 
     def _refuse(self, key: int, error: RequestError) -> None:
-        event = msg.Refused(key, error.status, error.code, str(error), error.param, error.retry_after)
-        self._emit([event])
+        self._emit([msg.Refused.of(key, error)])
 
     # -- the engine's own thread ----------------------------------------------------------------------
 
@@ -172,280 +180,237 @@ class Engine:
         self.cache.keep_on_disk()
 
     def turn(self, *, wait: bool = False) -> bool:
-        """One round: take in what has come, run one step, send events. False when drained."""
-        idle = not self._jobs and not self._embeds
+        """Take in what has come, run one step, send events. False when drained. wait: block while idle."""
+        idle = not self._requests and not self._embeds
         if idle:
             self._report(force=True)
         self._receive(block=wait and idle and self._draining is None)
         self._expire()
-        if self._draining is not None and not self._jobs:
+        if self._draining is not None and not self._requests:
             self._report(force=True)
             return False
         if self._embeds:
-            self._embed_one(self._embeds.popleft())
-        decoding, newcomers = self._scheduler.load()
-        chunk = self._prefill_budget.chunk(decoding, newcomers)
-        drafts = self._speculate and decoding <= self._backend.info.draft_streams
-        plan = self._scheduler.plan(chunk, self._draft if drafts else None)
-        if plan:
-            self._step(plan, decoding)
-        else:
-            self._settle()
+            self._embed_next()
+        step = self._schedule()
+        if step is not None and (outputs := self._run(step)) is not None:
+            self._sample(step, outputs)
+        if step is None or not self._backend.info.overlaps:
+            self._publish()
         self._report()
         return True
 
     def _receive(self, *, block: bool) -> None:
         while block or not self._inbox.empty():
-            item = self._inbox.get()
             block = False
-            if isinstance(item, Job):
-                self._enqueue(item)
-            elif isinstance(item, _Cancelled):
-                job = self._jobs.get(item.key)
-                if job is not None:
-                    self._finish(job, "cancelled")
-            elif isinstance(item, _Embed):
-                self._embeds.append(item)
-            else:
-                self._draining = item.until
+            match self._inbox.get():
+                case Request() as request:
+                    self._enqueue(request)
+                case msg.Cancel(key):
+                    if key in self._requests:
+                        self._finish(self._requests[key], "cancelled")
+                case msg.Embed() as message:
+                    self._embeds.append(message)
+                case msg.Drain(seconds):
+                    self._draining = self._clock() + seconds
 
-    def _enqueue(self, job: Job) -> None:
-        waiting = len(self._scheduler.waiting)
+    def _enqueue(self, request: Request) -> None:
+        waiting, slots = len(self._scheduler.waiting), self._backend.info.slots
         if self._draining is not None:
             error = RequestError("the server is shutting down", status=503, code="shutting_down")
-            self._refuse(job.request.key, error)
-        elif waiting >= self._max_queue + self._backend.info.slots - len(self._scheduler.running):
-            seconds = max(1.0, self._service_s * waiting / self._backend.info.slots)
+        elif waiting >= self._max_queue + slots - len(self._scheduler.running):
             error = RequestError(
                 f"the queue is full: {waiting} requests wait",
                 status=429,
                 code="queue_full",
-                retry_after=seconds,
+                retry_after=max(1.0, self._service_s * waiting / slots),
             )
-            self._refuse(job.request.key, error)
         else:
-            self._jobs[job.request.key] = job
-            self._of[job.sequence] = job
-            self._scheduler.add(job.sequence)
+            self._requests[request.key] = request
+            self._scheduler.add(request.sequence)
+            return
+        self._refuse(request.key, error)
 
     def _expire(self) -> None:
         now = self._clock()
-        if self._draining is not None and now >= self._draining:
-            for job in list(self._jobs.values()):
-                self._finish(job, "cancelled")
-        for job in list(self._jobs.values()):
-            if job.request.timeout_s is not None and now - job.arrived >= job.request.timeout_s:
-                self._finish(job, "timeout")
+        drained = self._draining is not None and now >= self._draining
+        for request in list(self._requests.values()):
+            if drained:
+                self._finish(request, "cancelled")
+            elif now >= request.deadline:
+                self._finish(request, "timeout")
 
-    def _embed_one(self, item: _Embed) -> None:
-        assert isinstance(self._backend, Embeds)
+    def _embed_next(self) -> None:
+        message = self._embeds.popleft()
+        assert isinstance(self._backend, Embeds) and isinstance(message.prompt, list)
         try:
-            vector = self._backend.embed(item.tokens)
+            vector = self._backend.embed(message.prompt)
         except EdgeError as error:
-            self._refuse(item.key, RequestError(str(error), status=503, code="embedding_failed"))
+            self._refuse(message.key, RequestError(str(error), status=503, code="embedding_failed"))
             return
-        self._emit([msg.Embedded(item.key, vector.astype("<f4").tobytes(), len(item.tokens))])
+        self._emit([msg.Embedded(message.key, vector.astype("<f4").tobytes(), len(message.prompt))])
+
+    # -- schedule -------------------------------------------------------------------------------------
+
+    def _schedule(self) -> Step | None:
+        """The next step; None where there is nothing to compute."""
+        decoding, newcomers = self._scheduler.load()
+        chunk = self._prefill_budget.chunk(decoding, newcomers)
+        drafts = self._speculate and decoding <= self._backend.info.draft_streams
+        plan = self._scheduler.plan(chunk, self._draft if drafts else None)
+        if not plan:
+            return None
+        requests = [self._requests[work.sequence.key] for work in plan]
+        rows = [self._row(work, request) for work, request in zip(plan, requests, strict=True)]
+        prefill = [work for work in plan if not work.decodes]
+        masks = {
+            request.key: self._mask_thread.submit(request.matcher.mask)
+            for work, request in zip(plan, requests, strict=True)
+            if request.matcher is not None and work.ends
+        }
+        return Step(plan, requests, rows, decoding, prefill, masks)
 
     def _draft(self, sequence: Sequence, most: int, rows: int) -> list[int]:
-        lookup = self._of[sequence].lookup
+        lookup = self._requests[sequence.key].lookup
         if lookup is None:
             return []
-        return lookup.draft(most, rows, functools.partial(self._costs.longer, rows))
+        return lookup.draft(most, rows, functools.partial(self._draft_times.longer, rows))
 
-    def _step(self, plan: list[Work], decoding: int) -> None:
-        rows = [self._row(work) for work in plan]
-        prefill = [work for work in plan if not work.decodes]
-        self._prefilling = frozenset(work.sequence.key for work in prefill)
-        before = self._clock()
-        for work in prefill:
-            job = self._of[work.sequence]
-            job.started = job.started or before
-        masks = {
-            work.sequence: self._masks.submit(matcher.mask)
-            for work in plan
-            if (matcher := self._of[work.sequence].matcher) is not None and work.ends
-        }
-        # A step without prompts is never interrupted: it can be booked before its end.
-        self._unbooked = [] if prefill else list(zip(plan, rows, strict=True))
-        try:
-            outputs = self._backend.step(rows)
-        except StepInterrupted:
-            self._unbooked = []
-            for row in rows:
-                self.cache.restore(row.slot)
-            return
-        finally:
-            self._prefilling = frozenset()
-        now = self._clock()
-        self._steps += 1
-        self._step_tokens += sum(len(row.tokens) for row in rows)
-        self._took = now - before
-        self._step_s += self._took
-        drafted = sum(len(work.draft) for work in plan)
-        if not drafted:
-            self._prefill_budget.learn(decoding, sum(work.n for work in prefill), self._took)
-        if self._speculate and not prefill:
-            self._costs.learn(decoding + drafted, self._took)
-        if prefill:
-            self._unbooked = list(zip(plan, rows, strict=True))
-        self._book()
-        ends: list[tuple[Job, Work, int]] = []
-        at = 0
-        for work, row in zip(plan, rows, strict=True):
-            if row.outputs:
-                ends.append((self._of[work.sequence], work, at))
-                at += row.outputs
-        picked = self._picked(ends, outputs)
-        for job, work, at in ends:
-            choice = picked.get(at)
-            if job.plain and job.first and not work.draft:
-                token = (choice or _chosen(job, outputs[at])).token
-                if (reason := job.count(token)) != "stop":
-                    self._unsaid.append((job, token))
-                if reason is not None:
-                    self._finish(job, reason)
-                continue
-            masked = masks.get(work.sequence)
-            found = outputs[at : at + 1 + len(work.draft)]
-            self._urgent |= self._advance(job, work, found, masked, choice, now)
-        if not self._backend.info.overlaps:
-            self._settle()
-
-    def _meanwhile(self) -> None:
-        """What is left of the last step, and what is known of this one, while this one is computed."""
-        self._book()
-        self._settle()
-
-    def _book(self) -> None:
-        """Tell the cache of the rows that were, or are sure to be, computed."""
-        for work, row in self._unbooked:
-            self.cache.extend(row.slot, row.tokens)
-            work.sequence.computed += work.n
-        self._unbooked = []
-
-    def _say(self) -> None:
-        """Make the text of the tokens that were booked without it."""
-        for job, token in self._unsaid:
-            job.say(token, self._backend)
-        self._unsaid = []
-
-    def _settle(self) -> None:
-        """Say what is unsaid, and send it where that is due."""
-        self._say()
-        now = self._clock()
-        # Now, unless the next step will end nearer to when it is due.
-        if self._urgent or now - self._flushed >= self._flush_s - self._took / 2:
-            self._flush(now)
-
-    def _row(self, work: Work) -> Row:
+    def _row(self, work: Work, request: Request) -> Row:
         sequence = work.sequence
         assert sequence.slot is not None
         start = sequence.computed
         tokens = sequence.tokens[start : start + work.n]
         if work.draft:
             tokens += work.draft
-        job = self._of[sequence]
-        few = job.free and job.sampler.reach <= self._backend.info.candidates
+        few = request.free and request.sampler.reach <= self._backend.info.candidates
         return Row(sequence.slot, start, tokens, work.outputs, few)
 
-    def _picked(self, ends: list[tuple[Job, Work, int]], outputs: StepOutputs) -> dict[int, Choice]:
-        """Output -> what is sampled there, for rows that wait for nothing, where it pays to do so at once."""
-        if len(ends) < 2 or not isinstance(outputs, np.ndarray):
-            return {}
-        if not (free := [(job.sampler, at) for job, _, at in ends if job.free]):
-            return {}
-        pool = self._samplers if outputs.size >= _WIDE else None
-        if all(sampler.plain for sampler, _ in free):
-            best = _argmax(outputs, pool)
-            return {at: sampler.pick_best(best[at], outputs[at]) for sampler, at in free}
-        if pool is None:
-            return {}
+    # -- run ------------------------------------------------------------------------------------------
 
-        def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
-            return [(at, sampler.pick(outputs[at])) for sampler, at in part]
+    def _run(self, step: Step) -> StepOutputs | None:
+        """Compute a step and learn from how long it took. None if it was interrupted."""
+        began = self._clock()
+        for work in step.prefill:
+            request = self._requests[work.sequence.key]
+            request.started = request.started or began
+        self._running = step
+        try:
+            outputs = self._backend.step(step.rows)
+        except StepInterrupted:
+            for row in step.rows:
+                self.cache.restore(row.slot)
+            return None
+        finally:
+            self._running = None
+        seconds = self._clock() - began
+        self._cache_rows(step)
+        self._result = StepResult(seconds, self._result.urgent)
+        self._stats.steps += 1
+        self._stats.step_tokens += sum(len(row.tokens) for row in step.rows)
+        self._stats.step_s += seconds
+        drafted = sum(len(work.draft) for work in step.plan)
+        if not drafted:
+            self._prefill_budget.learn(step.decoding, sum(work.n for work in step.prefill), seconds)
+        if self._speculate and not step.prefill:
+            self._draft_times.learn(step.decoding + drafted, seconds)
+        return outputs
 
-        parts = [free[start::_SAMPLERS] for start in range(_SAMPLERS)]
-        return dict(itertools.chain.from_iterable(pool.map(pick, parts)))
+    def _meanwhile(self) -> None:
+        """Called by a backend that overlaps, while it computes a step."""
+        if self._running is not None and not self._running.prefill:
+            self._cache_rows(self._running)
+        self._publish()
 
-    def _advance(
-        self,
-        job: Job,
-        work: Work,
-        outputs: StepOutputs,
-        masked: Future[Mask] | None,
-        first: Choice | None,
-        now: float,
-    ) -> bool:
-        """Sample after each output as long as the draft was right. True for an event that may not wait.
+    def _cache_rows(self, step: Step) -> None:
+        """Tell the cache of rows that were, or are sure to be, computed."""
+        if step.cached:
+            return
+        step.cached = True
+        for work, row in zip(step.plan, step.rows, strict=True):
+            self.cache.extend(row.slot, row.tokens)
+            work.sequence.computed += work.n
 
-        first: what was sampled after the first output already.
-        """
-        sequence = job.sequence
-        mask = None
-        if masked is not None:
-            try:
-                mask = masked.result()
-            except RequestError as error:
-                self._fail(job, error)
-                return True
-        elif job.thinking_budget is not None:
-            mask = job.thinking_budget.mask()
-        urgent = False
-        right = 0
-        reason: str | None = None
-        if not job.first:
-            job.first = now
-            urgent = True
-        for i in range(len(work.draft) + 1):
-            found = outputs[i]
-            choice = first if i == 0 and first is not None else _chosen(job, found, mask)
-            try:
-                reason = job.take(choice, self._backend)
-            except RequestError as error:
-                self._fail(job, error)
-                return True
-            drafted = i < len(work.draft) and choice.token == work.draft[i]
-            if drafted:
-                right += 1
-            if reason is not None or not drafted:
-                break
-        if work.draft:
-            job.drafted += len(work.draft)
-            job.accepted += right
-            if job.lookup is not None:
-                job.lookup.learn(len(work.draft), right)
-            sequence.computed += right
-            assert sequence.slot is not None
-            self.cache.truncate(sequence.slot, sequence.computed)
-        if reason is not None:
-            self._finish(job, reason)
-            return True
-        return urgent
+    # -- sample ---------------------------------------------------------------------------------------
 
-    def _forget(self, job: Job) -> None:
-        self._scheduler.remove(job.sequence, keep=job.request.reuse)
-        del self._jobs[job.request.key], self._of[job.sequence]
-
-    def _fail(self, job: Job, error: RequestError) -> None:
-        self._forget(job)
-        self._refuse(job.request.key, error)
-
-    def _finish(self, job: Job, reason: str) -> None:
-        self._say()
-        self._urgent = True
+    def _sample(self, step: Step, outputs: StepOutputs) -> None:
+        """Append the next tokens of every row that has outputs."""
         now = self._clock()
-        self._events.append(job.done(reason, now))
-        self._forget(job)
+        ends: list[tuple[Request, Work, int]] = []
+        index = 0
+        for work, request, row in zip(step.plan, step.requests, step.rows, strict=True):
+            if row.outputs:
+                ends.append((request, work, index))
+                index += row.outputs
+        choices = {}
+        if len(ends) > 1:
+            free = [(request.sampler, index) for request, _, index in ends if request.free]
+            choices = self._sampler.pick(outputs, free)
+        for request, work, index in ends:
+            if not request.first:
+                request.first = now
+                self._result.urgent = True
+            try:
+                mask = None if request.free else self._mask(request, step)
+                choice = choices.get(index) or request.sampler.pick(outputs[index], mask)
+                reason = request.take(choice)
+                if work.draft:
+                    reason = self._verify(request, work.draft, choice, reason, outputs[index + 1 :])
+            except RequestError as error:
+                self._forget(request)
+                self._refuse(request.key, error)
+            else:
+                if reason is not None:
+                    self._finish(request, reason)
+
+    def _mask(self, request: Request, step: Step) -> Mask | None:
+        if request.key in step.masks:
+            return step.masks[request.key].result()
+        return request.thinking_budget.mask() if request.thinking_budget is not None else None
+
+    def _verify(
+        self, request: Request, draft: list[int], choice: Choice, reason: str | None, outputs: StepOutputs
+    ) -> str | None:
+        """Sample on for as long as the draft was right. choice, reason: what came of the row's first output;
+        outputs: those after it. Returns the reason to finish, if there is one.
+        """
+        accepted = 0
+        while accepted < len(draft) and choice.token == draft[accepted]:
+            accepted += 1
+            if reason is not None:
+                break
+            choice = request.sampler.pick(outputs[accepted - 1])
+            reason = request.take(choice)
+        request.learn_draft(len(draft), accepted)
+        sequence = request.sequence
+        sequence.computed += accepted
+        assert sequence.slot is not None
+        self.cache.truncate(sequence.slot, sequence.computed)
+        return reason
+
+    def _forget(self, request: Request) -> None:
+        self._result.urgent = True
+        self._scheduler.remove(request.sequence, keep=request.submit.reuse)
+        del self._requests[request.key]
+
+    def _finish(self, request: Request, reason: str) -> None:
+        now = self._clock()
+        self._events.append(request.done(reason, now))
+        self._forget(request)
         # A slot that is free is told at once.
         self._stats_at = 0.0
-        self._service_s = 0.9 * self._service_s + 0.1 * (now - (job.started or now))
+        self._service_s = 0.9 * self._service_s + 0.1 * (now - (request.started or now))
 
-    def _flush(self, now: float) -> None:
-        for key, job in self._jobs.items():
-            if job.pending or job.pending_tokens:
-                self._events.append(msg.Delta(key, job.pending, job.pending_tokens, job.logprobs or None))
-                job.pending, job.pending_tokens, job.logprobs = "", 0, []
-        self._flushed, self._urgent = now, False
+    # -- publish --------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Send the text of all requests, where the last result is urgent or their time has come."""
+        now = self._clock()
+        # Now, unless the next step will end nearer to that time.
+        due = now - self._flushed >= self._flush_s - self._result.seconds / 2
+        if not due and not self._result.urgent:
+            return
+        self._events += [request.delta() for request in self._requests.values() if request.pending_tokens]
+        self._flushed, self._result.urgent = now, False
         self._send()
 
     def _send(self) -> None:
@@ -454,21 +419,15 @@ class Engine:
             self._emit(events)
 
     def _report(self, *, force: bool = False) -> None:
-        """Send what is left, and the gauges now and then."""
+        """Send the gauges now and then, and at once what ends a request."""
         now = self._clock()
         if force or now - self._stats_at >= STATS_S:
             self._stats_at = now
-            self._events.append(
-                msg.Stats(
-                    running=len(self._scheduler.running),
-                    waiting=len(self._scheduler.waiting),
-                    busy_slots=self.cache.busy,
-                    kv_tokens=sum(self.cache.lengths),
-                    steps=self._steps,
-                    step_tokens=self._step_tokens,
-                    step_s=self._step_s,
-                    up_s=now - self._began,
-                )
-            )
-        if self._events and (force or not self._jobs or any(isinstance(e, msg.Done) for e in self._events)):
+            self._stats.running = len(self._scheduler.running)
+            self._stats.waiting = len(self._scheduler.waiting)
+            self._stats.busy_slots = self.cache.busy
+            self._stats.kv_tokens = sum(self.cache.lengths)
+            self._stats.up_s = now - self._began
+            self._events.append(msgspec.structs.replace(self._stats))
+        if force or not self._requests or any(isinstance(event, msg.Done) for event in self._events):
             self._send()

@@ -1,4 +1,4 @@
-"""Bytes to text as they come: never half a character, never half a stop string."""
+"""From the bytes of tokens to text, piece by piece: never half a character, never half a stop string."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 class TextStream:
     """Turns the bytes of tokens into text that may be shown.
 
-    A character that is not complete is held back; so is any tail that could begin a stop string. The joined
-    results of `push` and `finish` equal the decoded whole, cut before the first stop string.
+    An incomplete character is held back, and so is any tail that could begin a stop string. The joined
+    results of `push` and `finish` equal the whole text, cut before the first stop string. stopped: the one
+    that appeared.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -22,38 +23,28 @@ class TextStream:
     def push(self, data: bytes) -> str:
         """Text that is certain after `data`. Sets `stopped` when a stop string has appeared."""
         text = self._decoder.decode(data)
-        if not self._stops:
-            return text
-        return self._scan(text) if text else ""
+        return self._scan(text) if self._stops else text
 
     def finish(self) -> str:
-        """What is still held, at the end of a turn or at its limit; a broken character becomes U+FFFD."""
-        if self.stopped is not None:
-            return ""
-        shown = self._scan(self._decoder.decode(b"", final=True))
-        if self.stopped is None:
-            shown += self._held
-            self._held = ""
-        return shown
+        """What is still held, at the end of an answer; an incomplete character becomes U+FFFD."""
+        text = self._scan(self._decoder.decode(b"", final=True))
+        text, self._held = text + self._held, ""
+        return text
 
     def _scan(self, text: str) -> str:
         if self.stopped is not None:
             return ""
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
-            at, self.stopped = min(found)
-            shown, self._held = self._held[:at], ""
+            cut, self.stopped = min(found)
+            shown, self._held = self._held[:cut], ""
             return shown
-        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
+        cut = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
 
 
 def overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,8 +1,8 @@
 """Structured output: JSON schema, regular expression or Lark grammar, as masks over the vocabulary.
 
-The masks come from llguidance, which knows nothing of the backend; so every backend can honour a schema. A
-constraint that cannot be honoured in full is refused when the request comes in. Depth and size are capped in
-Python, and llguidance's own fuel bounds the time of each mask.
+The masks come from llguidance, which needs nothing of the backend but its tokenizer, so every backend can
+honour a schema. A constraint that cannot be honoured in full is refused when the request comes in. Depth and
+size are capped in Python; llguidance itself bounds the time of each mask.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from edge.backends.base import Backend
+from edge.engine.sampling import Mask
 from edge.errors import RequestError
 
 MAX_CHARACTERS = 65_536
 MAX_DEPTH = 64
-# Without a bound a model may write blank space for ever; this is enough for any indentation.
+# Without a bound a model may write white space for ever; this is enough for any indentation.
 WHITESPACE = r"[ ]?|\n[ ]{0,32}"
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -61,20 +61,14 @@ class Grammars:
                 self._tokenizer = _tokenizer(self._backend)
         maker = llguidance.LLMatcher
         limits = llguidance.LLParserLimits(verbose_errors=False)
+        options = {"json_schema": {"overrides": {"whitespace_pattern": WHITESPACE}}}.get(constraint.kind, {})
         try:
-            if constraint.kind == "json_schema":
-                grammar = maker.grammar_from_json_schema(
-                    constraint.text, overrides={"whitespace_pattern": WHITESPACE}
-                )
-            elif constraint.kind == "regex":
-                grammar = maker.grammar_from_regex(constraint.text)
-            else:
-                grammar = maker.grammar_from_lark(constraint.text)
-            failed, said = maker.validate_grammar_with_warnings(grammar, self._tokenizer, limits=limits)
+            grammar = getattr(maker, f"grammar_from_{constraint.kind}")(constraint.text, **options)
+            failed, messages = maker.validate_grammar_with_warnings(grammar, self._tokenizer, limits=limits)
         except ValueError as error:
             raise _refused(constraint, str(error)) from error
-        if failed or said:
-            raise _refused(constraint, "; ".join(said))
+        if failed or messages:
+            raise _refused(constraint, "; ".join(messages))
         native = maker(self._tokenizer, grammar, log_level=0, limits=limits)
         if native.is_error():
             raise _refused(constraint, native.get_error())
@@ -82,14 +76,14 @@ class Grammars:
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """One answer's state in its grammar."""
 
     def __init__(self, native: Any, vocab: int) -> None:
         self._native = native
         self._vocab = vocab
         self._bits = np.zeros((vocab + 31) // 32, np.int32)
 
-    def mask(self) -> NDArray[np.bool_]:
+    def mask(self) -> Mask:
         """True for each token that may come next, [vocab]. Releases the GIL while it computes.
 
         Raises RequestError where the grammar outgrew its bounds.
@@ -104,7 +98,7 @@ class Matcher:
         return bool(self._native.validate_tokens([token]) == 1)
 
     def accept(self, token: int) -> bool:
-        """Take a token that the mask allowed. True when the answer is complete."""
+        """Advance by a token that the mask allowed. True when the answer is complete."""
         self._native.consume_token(token)
         self._check()
         return bool(self._native.is_stopped())
@@ -128,9 +122,9 @@ def json_constraint(schema: Any, param: str) -> Constraint:
 
 
 def fits(schema: dict[str, Any], value: Any) -> bool:
-    """Whether `schema` allows `value`; False where that cannot be told.
+    """Whether `schema` allows `value`; False where that cannot be decided.
 
-    For text that was not written under a mask. The order of an object's keys does not matter.
+    For text that was not sampled under a mask. The order of an object's keys does not matter.
     """
     constraint = json_constraint(schema, "schema")
     try:
@@ -148,14 +142,15 @@ def fits(schema: dict[str, Any], value: Any) -> bool:
 
 def _ordered(schema: Any, value: Any) -> Any:
     """`value` with the keys of its objects in the order of `schema`, which a grammar demands."""
-    if isinstance(schema, dict) and isinstance(value, list):
-        return [_ordered(schema.get("items"), one) for one in value]
-    if not isinstance(schema, dict) or not isinstance(value, dict):
+    if not isinstance(schema, dict):
         return value
-    known = schema.get("properties")
-    known = known if isinstance(known, dict) else {}
-    keys = [key for key in known if key in value] + [key for key in value if key not in known]
-    return {key: _ordered(known.get(key), value[key]) for key in keys}
+    if isinstance(value, list):
+        return [_ordered(schema.get("items"), item) for item in value]
+    properties = schema.get("properties")
+    if not isinstance(value, dict) or not isinstance(properties, dict):
+        return value
+    keys = [key for key in properties if key in value] + [key for key in value if key not in properties]
+    return {key: _ordered(properties.get(key), value[key]) for key in keys}
 
 
 def _tokenizer(backend: Backend) -> Any:

@@ -1,9 +1,9 @@
 """Which tokens lie in which slot of the backend's KV cache, and who may use them again.
 
-A request takes the slot that shares the longest prefix with its prompt, or a copy of that prefix where the
+A request takes the slot that shares the longest prefix with its prompt; or a copy of that prefix, where the
 slot is busy or its remainder is worth keeping. Idle slots keep their tokens until the room is needed; the
-least recently used goes first. Where slots share one pool of cells, a cell counts once however many
-slots hold it.
+least recently used goes first. In a unified KV cache all slots draw on the same cells, and a cell that
+several slots hold counts once. With per-slot KV buffers each slot has cells of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge.engine.prefix_store import SHORTEST, PrefixStore, common
 
 @dataclass(slots=True)
 class Slot:
-    """tokens[:length] lie in the cache; cells[:length] are the pool's cells that hold them."""
+    """tokens[:length] lie in the cache; cells[:length] are the unified cache's cells that hold them."""
 
     tokens: NDArray[np.int32]
     cells: NDArray[np.int32]
@@ -42,7 +42,7 @@ class KVCache:
             for _ in range(info.slots)
         ]
         self._holders = np.zeros(info.capacity if info.shared else 0, np.int32)
-        # Cells of the pool that nobody holds.
+        # Cells of the unified cache that no slot holds.
         self._free = list(range(len(self._holders)))
         self._clock = 0
 
@@ -57,11 +57,12 @@ class KVCache:
         return sum(slot.busy for slot in self._slots)
 
     def free_cells(self) -> int | None:
-        """Cells of the pool that nobody holds; None where every slot has its own room."""
+        """Cells of the unified cache that no slot holds; None with per-slot buffers."""
         return len(self._free) if self._shared else None
 
     def available_cells(self) -> int | None:
-        """Cells that no running request holds: free ones and those that only keep idle prefixes."""
+        """Cells that no running request holds: free ones and those of idle prefixes; None with per-slot
+        buffers."""
         if not self._shared:
             return None
         held = np.zeros(len(self._holders), bool)
@@ -79,37 +80,31 @@ class KVCache:
         if not idle:
             return None
         wanted = np.asarray(prompt[:-1], np.int32)
-        best, shared = -1, 0
+        index, shared = self._spare(idle), 0
         if reuse:
-            for i, slot in enumerate(self._slots):
-                n = common(slot.tokens[: slot.length], wanted)
-                # At equal length an idle slot is better: it needs no copy.
-                if n > shared or (
-                    n == shared and n and best >= 0 and self._slots[best].busy and not slot.busy
-                ):
-                    best, shared = i, n
-        spare = self._spare(idle)
-        if shared == 0:
-            taken = spare
-            self.truncate(taken, 0)
-        elif self._slots[best].busy or (2 * shared < self._slots[best].length and spare != best):
-            taken = spare
-            self._copy(best, taken, shared)
-        else:
-            taken = best
-            self.truncate(taken, shared)
-        slot = self._slots[taken]
+            # At equal length an idle slot is better: it needs no copy.
+            shared, _, order = max(
+                (common(slot.tokens[: slot.length], wanted), not slot.busy, -i)
+                for i, slot in enumerate(self._slots)
+            )
+            best, source = -order, self._slots[-order]
+            if shared and (source.busy or (2 * shared < source.length and index != best)):
+                self._copy(best, index, shared)
+            elif shared:
+                index = best
+        self.truncate(index, shared)
+        slot = self._slots[index]
         slot.busy = True
         self._touch(slot)
         if reuse and self._store is not None:
-            shared = self._from_disk(self._store, taken, wanted)
-        return taken, shared
+            shared = self._from_disk(self._store, index, wanted)
+        return index, shared
 
     def _spare(self, idle: list[int]) -> int:
         """The idle slot to fill anew: an empty one, or the one that was used least recently.
 
-        Where each slot has a part of its own, a step runs neighbours at once and others one after the other:
-        a slot between busy ones comes first, then one beside them.
+        With per-slot buffers a step runs neighbours at once and others one after the other: a slot between
+        busy ones comes first, then one beside them.
         """
 
         def order(i: int) -> tuple[int, bool, int]:
@@ -126,25 +121,21 @@ class KVCache:
         if self._store is None:
             return 0
         kept = 0
-        for slot in sorted(range(len(self._slots)), key=lambda i: self._slots[i].used):
-            tokens = self._slots[slot].tokens[: self._slots[slot].length]
-            if len(tokens) >= SHORTEST:
-                kept += self._store.save(tokens, self._backend.save(slot))
+        for index, slot in sorted(enumerate(self._slots), key=lambda item: item[1].used):
+            if slot.length >= SHORTEST:
+                kept += self._store.save(slot.tokens[: slot.length], self._backend.save(index))
         return kept
 
     def _from_disk(self, store: PrefixStore, index: int, wanted: NDArray[np.int32]) -> int:
         """Fill the slot from disk where that saves more than it holds; the tokens that it then holds."""
         slot = self._slots[index]
-        found = store.best(wanted)
-        if found is None or found[0] < slot.length + SHORTEST:
+        match = store.best(wanted)
+        if match is None or match[0] < slot.length + SHORTEST:
             return slot.length
-        shared, entry = found
-        size = len(entry.tokens)
-        free = self.free_cells()
-        if size > len(slot.tokens) or (free is not None and free + slot.length < size):
-            return slot.length
-        cells = store.read(entry)
-        if cells is None:
+        shared, entry = match
+        size, free = len(entry.tokens), self.free_cells()
+        fits = size <= len(slot.tokens) and (free is None or size <= free + slot.length)
+        if not fits or (cells := store.read(entry)) is None:
             return slot.length
         self.truncate(index, 0)
         if self._backend.restore(index, cells, size):
@@ -187,11 +178,10 @@ class KVCache:
 
     def evict_idle(self) -> bool:
         """Empty the idle slot that was used least recently. False if no idle slot holds anything."""
-        idle = [i for i, slot in enumerate(self._slots) if not slot.busy and slot.length]
-        if not idle:
-            return False
-        self.truncate(min(idle, key=lambda i: self._slots[i].used), 0)
-        return True
+        idle = [(slot.used, i) for i, slot in enumerate(self._slots) if not slot.busy and slot.length]
+        if idle:
+            self.truncate(min(idle)[1], 0)
+        return bool(idle)
 
     def _touch(self, slot: Slot) -> None:
         self._clock += 1

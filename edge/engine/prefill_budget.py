@@ -1,35 +1,38 @@
-"""How much of a step may go to reading prompts, so that running streams never stall. Pure policy."""
+"""How many prompt tokens a step may hold, so that running streams never stall. Pure policy."""
 
 from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
 
-# A step with prompt tokens takes at most this share longer than a step of the running streams alone, or
-# this many seconds in all: text is shown every 40 ms at most, so that shorter steps are not felt.
+# A step with prompt tokens takes at most this share longer than a step of the running streams alone, or this
+# many seconds in all: text is sent every 40 ms at most, so shorter steps are not felt.
 PREFILL_SHARE = 0.7
 UNFELT_S = 0.06
-# So many times as many streams must run as prompts wait, for several prompts to be read politely.
-MANY_MORE = 4
-# A prompt alone is read in chunks of this many seconds, so that newcomers wait no longer; a burst of them,
-# whose last one waits much longer anyway, in steps of this share of the burst, with a bound in seconds.
+# Prefill in small chunks only if running streams exceed waiting prompts by this factor.
+SMALL_CHUNKS_FROM = 4
+# A single prompt is read in chunks of this many seconds, so that newcomers wait no longer. A burst of
+# prompts, whose last one waits much longer anyway, takes steps of this share of its time, up to this many
+# seconds.
 ALONE_S = 0.4
 BURST_SHARE = 0.5
 BURST_S = 1.5
 SMALLEST_CHUNK = 4
-# A polite chunk may add so many times what the smallest one does, while its step is not twice as long: a
-# piece that takes a pass of its own costs nearly the same for two tokens and for a dozen.
+# A small chunk may add this many times what the smallest one adds, while its step is less than twice as long:
+# a chunk that needs a pass of its own costs nearly the same for two tokens and for a dozen.
 NEARLY_FREE = 1.3
 TWICE = 0.95
-# What is left, after each polite step, of what longer chunks are known to take: they are tried again.
+# After each chunk, what the next larger size is known to add shrinks to this share, until it is tried again.
 FADE = 0.99
-# What a row more adds to a step where steps of one width alone were seen, as a share of it.
+# What one row adds to a step, as a share of it, where only steps of one width were seen.
 GUESSED_SHARE = 0.15
+# The sizes of small chunks: 4, 6, 8, 12, 16, 24 and so on.
+SIZES = [size << doublings for doublings in range(24) for size in (SMALLEST_CHUNK, SMALLEST_CHUNK * 3 // 2)]
 
 
 @dataclass(frozen=True, slots=True)
 class Newcomers:
-    """Requests that have or could have a slot and wait for their first token.
+    """Requests that wait for their first token and have, or could have, a slot.
 
     tokens: what is left to read of their prompts. first, last: keys of the oldest and the youngest.
     """
@@ -41,10 +44,11 @@ class Newcomers:
 
 
 class StepTimes:
-    """Seconds of a step without prompts by its rows (exponential means).
+    """Seconds of a step without prompts, by its rows (exponential means).
 
-    fade: what is left, after each step of the narrowest kind, of what wider ones are known to take beyond it,
-    until a wider one is seen: one that was long by chance is tried again, and tells of all of them.
+    fade: after each step of the smallest width, the extra time of wider ones shrinks to this share, until a
+    wider one is seen again. A width that was slow by chance is thus tried again, and its time tells of all
+    widths.
     """
 
     def __init__(self, fade: float = 1.0) -> None:
@@ -54,8 +58,6 @@ class StepTimes:
         self._rows: list[int] = []
 
     def learn(self, rows: int, seconds: float) -> None:
-        # A coarse clock may see no time pass at all.
-        seconds = max(seconds, 1e-6)
         place = bisect.bisect_left(self._rows, rows)
         if rows not in self._seen:
             self._rows.insert(place, rows)
@@ -67,38 +69,40 @@ class StepTimes:
         return least + (seconds - least) * self._left if seconds > least else seconds
 
     def at(self, rows: int) -> float | None:
-        """Expected seconds, between what was seen; as those of the nearest beyond it; None at first."""
+        """Expected seconds: interpolated, the nearest width's outside of what was seen; None before the
+        first."""
         if not self._rows:
             return None
         place = bisect.bisect_left(self._rows, rows)
         above = self._rows[min(place, len(self._rows) - 1)]
-        below = self._rows[max(place - 1, 0)] if above > rows else above
-        if below == above or below > rows:
+        if place == 0 or above <= rows:
             return self._of(above)
-        part = (rows - below) / (above - below)
-        return self._of(below) + part * (self._of(above) - self._of(below))
+        below = self._rows[place - 1]
+        share = (rows - below) / (above - below)
+        return self._of(below) + share * (self._of(above) - self._of(below))
 
     def longer(self, rows: int, more: int) -> float:
-        """How many times as long a step of `rows` takes with `more` of them; a guess beyond what was seen."""
+        """How many times as long a step of `rows` takes with `more` rows added; a guess beyond what was
+        seen."""
         now, then = self.at(rows), self.at(rows + more)
         if now is None or then is None:
             return 1.0 + GUESSED_SHARE * more
         first, widest = self._rows[0], max(self._rows[-1], rows)
         if rows + more > widest:
-            # Matrix units take rows by the tile: those that were not tried cost less than those that were.
-            each = (
+            # Matrix units take rows by the tile: untried rows cost less than tried ones.
+            seen = (
                 (then - self._seen[first]) / (widest - first) / 2 if widest > first else GUESSED_SHARE * now
             )
-            then += max(0.0, each) * (rows + more - widest)
-        # A row more never makes a step shorter: that is noise.
+            then += max(0.0, seen) * (rows + more - widest)
+        # Another row never makes a step shorter: that is noise.
         return max(1.0, then / now)
 
 
 class AddedTimes:
-    """Seconds that chunks of a prompt add to a step of running streams, by their size (exponential means).
+    """Seconds that a chunk of a prompt adds to a step of running streams, by its size (exponential means).
 
-    Sizes are 4, 6, 8, 12, 16 and so on. What the next longer chunk is known to add fades from step to step,
-    so that it is tried again: by chance it may have been slow.
+    What the next larger chunk is known to add fades from step to step, so that it is tried again: it may have
+    been slow by chance.
     """
 
     def __init__(self) -> None:
@@ -106,41 +110,39 @@ class AddedTimes:
         self._left: dict[int, float] = {}
 
     def longest(self, seconds: float, bound: float, most: int) -> int:
-        """The longest chunk that adds no more than `seconds`, or hardly more than the smallest and no more
-        than `bound`; 0 at first. One longer than any that was seen is tried once.
+        """The largest chunk, up to `most`, that adds no more than `seconds`, or no more than `bound` and
+        hardly more than the smallest one; 0 at first. A size larger than any that was seen is tried once.
         """
         if not self._seen:
             return 0
-        chunk, free = SMALLEST_CHUNK, NEARLY_FREE * self._of(SMALLEST_CHUNK)
-        seconds = max(seconds, min(free, bound))
-        while (longer := _longer(chunk)) <= most:
-            if longer > max(self._seen):
-                return longer
-            if self._of(longer) > seconds:
+        chunk = SMALLEST_CHUNK
+        seconds = max(seconds, min(NEARLY_FREE * self._of(chunk), bound))
+        for larger in SIZES[1 : bisect.bisect_right(SIZES, most)]:
+            if larger > max(self._seen):
+                return larger
+            if self._of(larger) > seconds:
                 break
-            chunk = longer
+            chunk = larger
             if self._left.get(chunk, 1.0) < 1.0:
                 break
         return min(chunk, most)
 
     def _of(self, size: int) -> float:
-        # Of a size that was left out: in proportion to the next longer one's.
-        near = min(one for one in self._seen if one >= size)
-        return self._seen[near] * self._left[near] * size / near
+        # A size that was never used: in proportion to the next larger one.
+        nearest = min(seen for seen in self._seen if seen >= size)
+        return self._seen[nearest] * self._left[nearest] * size / nearest
 
     def learn(self, tokens: int, seconds: float) -> None:
         if tokens < SMALLEST_CHUNK:
             return
-        size = SMALLEST_CHUNK
-        while (longer := _longer(size)) <= tokens:
-            size = longer
-        # One that is tried again says what it takes now, whatever it took by chance.
-        known = self._seen.get(size) if self._left.get(size) == 1.0 else None
-        # A step that others made long says little of the next one.
-        self._seen[size] = seconds if known is None else _mean(known, min(seconds, 2 * known))
+        size = SIZES[bisect.bisect_right(SIZES, tokens) - 1]
+        # A size that was tried again counts as it is now, whatever it took before.
+        before = self._seen.get(size) if self._left.get(size) == 1.0 else None
+        # A step that other processes slowed down says little of the next one.
+        self._seen[size] = seconds if before is None else _mean(before, min(seconds, 2 * before))
         self._left[size] = 1.0
-        if above := [one for one in self._seen if one > size]:
-            self._left[min(above)] *= FADE
+        if larger := [seen for seen in self._seen if seen > size]:
+            self._left[min(larger)] *= FADE
 
 
 class PrefillBudget:
@@ -149,7 +151,7 @@ class PrefillBudget:
     def __init__(self, batch: int) -> None:
         self._batch = batch
         self.times = StepTimes()
-        self._alone: float | None = None
+        self._per_token: float | None = None
         self._added = AddedTimes()
         # The youngest request of the last burst.
         self._burst = 0
@@ -158,44 +160,41 @@ class PrefillBudget:
         """Prompt tokens that the next step may hold beside `decoding` rows; 0 where nobody waits.
 
         A single newcomer must not be felt by the streams that run. Where several wait, and running streams
-        are not many more, the prompts go first, to the last one of this burst: holding some back would
-        leave later steps half empty, as those that came together would not end together.
+        are not many more, the prompts go first, to the last one of this burst: requests that came together
+        then end together, and later steps are not half empty.
         """
         if not new.count:
             return 0
-        if new.count > 1 and decoding <= MANY_MORE * new.count:
+        if new.count > 1 and decoding <= SMALL_CHUNKS_FROM * new.count:
             self._burst = new.last
         if new.first <= self._burst:
-            whole = new.tokens * (self._alone or 0.0)
-            return self._bounded(max(ALONE_S, min(BURST_SHARE * whole, BURST_S)), self._alone)
-        # Beyond what was seen a step is taken to be no longer: a guess that is polite to the streams.
+            whole = new.tokens * (self._per_token or 0.0)
+            return self._tokens(max(ALONE_S, min(BURST_SHARE * whole, BURST_S)))
+        # A width that was not seen is taken to be no slower than the nearest: running streams come first.
         quiet = self.times.at(decoding) if decoding else None
         if quiet is None:
-            return self._bounded(ALONE_S, self._alone)
+            return self._tokens(ALONE_S)
         seconds = min(max(PREFILL_SHARE * quiet, UNFELT_S - quiet), ALONE_S)
-        return self._added.longest(seconds, TWICE * quiet, self._batch) or self._bounded(seconds, self._alone)
+        return self._added.longest(seconds, TWICE * quiet, self._batch) or self._tokens(seconds)
 
-    def _bounded(self, seconds: float, per_token: float | None) -> int:
-        if per_token is None:
+    def _tokens(self, seconds: float) -> int:
+        """How many prompt tokens are read in `seconds` while nothing else runs, within the bounds of a
+        step."""
+        if self._per_token is None:
             return min(64, self._batch)
-        return max(SMALLEST_CHUNK, min(self._batch, int(seconds / per_token)))
+        return max(SMALLEST_CHUNK, min(self._batch, int(seconds / self._per_token)))
 
     def learn(self, decoding: int, prefill: int, seconds: float) -> None:
         """A step of `decoding` rows and `prefill` prompt tokens took `seconds`."""
-        # A coarse clock may see no time pass at all.
-        seconds = max(seconds, 1e-6)
         if decoding and not prefill:
             self.times.learn(decoding, seconds)
         elif prefill and not decoding:
-            self._alone = _mean(self._alone, seconds / prefill)
+            self._per_token = _mean(self._per_token, seconds / prefill)
         elif (quiet := self.times.at(decoding)) is not None:
             self._added.learn(prefill, max(seconds - quiet, 1e-6))
 
 
-def _longer(chunk: int) -> int:
-    """The next of the sizes that chunks have: 4, 6, 8, 12, 16, 24 and so on."""
-    return chunk * 3 // 2 if chunk & (chunk - 1) == 0 else chunk // 3 * 4
-
-
 def _mean(old: float | None, new: float) -> float:
+    # A coarse clock may see no time pass at all.
+    new = max(new, 1e-6)
     return new if old is None else 0.7 * old + 0.3 * new

@@ -1,8 +1,8 @@
-"""Prefixes kept on disk: a restarted server need not read a long system prompt anew.
+"""Prefixes kept on disk: a restarted server need not compute a long system prompt again.
 
-One file for each prefix: a line of JSON, the token ids, the backend's cells. A file counts only for the
-model, build and cache settings that wrote it (`key`), and only if its checksum is right; anything else is
-left alone or, where it is broken, removed.
+One file for each prefix: a line of JSON, the token ids (int32), the backend's KV cells. A file is used only
+for the model, build and cache settings that wrote it (`key`), and only if its checksum is right. Other files
+are left alone; damaged ones are removed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 log = logging.getLogger("edge")
 
-# Reading fewer tokens than this anew is as quick as reading them from a file.
+# Computing fewer tokens than this is as quick as reading them from a file.
 SHORTEST = 64
 _SUFFIX = ".kv"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored prefix: its tokens, and where its cells lie."""
+    """A stored prefix. offset: of its KV cells in the file. checksum: SHA-256 of tokens and cells."""
 
     path: Path
     tokens: NDArray[np.int32]
@@ -51,9 +51,9 @@ class PrefixStore:
 
     def best(self, prompt: NDArray[np.int32]) -> tuple[int, Entry] | None:
         """The entry that shares the longest beginning with `prompt`, and its length; None under SHORTEST."""
-        found = [(common(entry.tokens, prompt), entry) for entry in self._entries]
-        found = [item for item in found if item[0] >= SHORTEST]
-        return max(found, key=lambda item: item[0]) if found else None
+        matches = [(common(entry.tokens, prompt), entry) for entry in self._entries]
+        best = max(matches, key=lambda match: match[0], default=None)
+        return best if best is not None and best[0] >= SHORTEST else None
 
     def read(self, entry: Entry) -> bytes | None:
         """The cells of an entry; None, and the file removed, where they are not what was written."""
@@ -82,9 +82,7 @@ class PrefixStore:
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             with partial.open("wb") as handle:
-                handle.write(line)
-                handle.write(tokens.tobytes())
-                handle.write(cells)
+                handle.writelines((line, tokens.tobytes(), cells))
             partial.replace(path)
         except OSError as error:
             log.warning("a prefix could not be kept: %s", error)
@@ -115,11 +113,10 @@ class PrefixStore:
             entry.path.unlink()
 
     def _trim(self) -> None:
-        sizes = {entry.path: entry.path.stat().st_size for entry in self._entries}
-        while sum(sizes.values()) > self._limit:
-            oldest = self._entries[0]
-            del sizes[oldest.path]
-            self._remove(oldest)
+        sizes = [entry.path.stat().st_size for entry in self._entries]
+        while sum(sizes) > self._limit:
+            del sizes[0]
+            self._remove(self._entries[0])
 
 
 def common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

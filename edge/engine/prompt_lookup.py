@@ -1,12 +1,12 @@
-"""Speculation by prompt lookup: what followed the same words before is likely to follow again.
+"""Speculation by prompt lookup: what followed the same n-gram before is likely to follow again.
 
-A draft is taken from the request's own context (Saxena 2023, prompt lookup decoding), and verified by the
-model in the same step. It can only save steps, never change greedy text; sampled text keeps its
-distribution, since a drafted token is accepted exactly when the sampler would have drawn it.
+A draft is taken from the request's own context (Saxena 2023, prompt lookup decoding) and verified by the
+model in the same step. It can only save steps, never change greedy text. Sampled text keeps its distribution,
+since a drafted token is accepted exactly when the sampler draws it.
 
-How much is drafted follows from what it costs here and what it brings: a draft of n tokens, each right with
-chance p as long as those before it were, makes 1 + p + ... + p^n tokens in a step that is longer by a factor
-that was measured (Leviathan et al. 2023, section 3.3, with the cost of each width in place of a constant).
+A draft is as long as pays. With n tokens, each right with probability p if those before it were, a step makes
+1 + p + ... + p^n tokens and takes longer by a factor that was measured (Leviathan et al. 2023, section 3.3,
+with the cost of each width in place of a constant).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _NGRAM = 3
-# A match of so many tokens is of another kind than one of three.
+# Matches of this many tokens and shorter ones have acceptance rates of their own.
 _LONG = 6
-# With the token before it a draft fills sixteen rows, as wide as a tile of the matrix units.
+# With the token before it such a draft fills sixteen rows, the width of a matrix unit's tile.
 _WIDEST = 15
-# A draft must promise so much more than the step without it.
+# A draft must be expected to speed up the step by this factor.
 _WORTH = 1.05
-# What is known fades with each draft, and drifts back to the guess with each chance that was let go.
+# What was learnt fades with each draft, and drifts back to the guess with each draft that was not made.
 _FADE, _DRIFT = 0.85, 0.02
 
 
 @dataclass(slots=True)
-class _Chance:
-    """How likely a drafted token is right: `right` of `tried`, at first a guess that counts as two."""
+class AcceptanceRate:
+    """How likely a drafted token is right: `right` of `tried`; at first a guess that counts as two tokens."""
 
     guess: float
     right: float = 0.0
@@ -41,7 +41,7 @@ class _Chance:
         return self.right / self.tried
 
     def learn(self, drafted: int, accepted: int) -> None:
-        # What stands behind the first wrong token was not tried.
+        # Tokens after the first wrong one were not tried.
         self.right = _FADE * self.right + accepted
         self.tried = _FADE * self.tried + min(accepted + 1, drafted)
 
@@ -51,19 +51,23 @@ class _Chance:
 
 
 class Lookup:
-    """Finds drafts for one sequence. `extend` is told each token once; `draft` proposes what may follow."""
+    """Finds drafts for one sequence. `extend` is called once for each token; `draft` proposes what may
+    follow.
+
+    short, long: acceptance rates after a match of three tokens, and after a longer one.
+    """
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens: list[int] = []
         self._last: dict[tuple[int, ...], int] = {}
-        self._short, self._long = _Chance(0.5), _Chance(0.8)
-        self._kind = self._short
+        self.short, self.long = AcceptanceRate(0.5), AcceptanceRate(0.8)
+        self._rate = self.short
         for token in tokens:
             self.extend(token)
 
     def extend(self, token: int) -> None:
         tokens = self._tokens
-        # The n-gram that ends before `token` is followed by it: remembered at its newest place.
+        # `token` follows the n-gram that ends before it; the newest place counts.
         if len(tokens) >= _NGRAM:
             self._last[tuple(tokens[-_NGRAM:])] = len(tokens)
         tokens.append(token)
@@ -71,34 +75,32 @@ class Lookup:
     def draft(self, most: int, streams: int, longer: Callable[[int], float]) -> list[int]:
         """Up to `most` tokens that followed the newest n-gram the last time; [] where it does not pay.
 
-        streams: tokens that the step makes without a draft. longer: how many times as long the step takes
-        with so many rows more.
+        streams: tokens that the step makes without a draft. longer(n): how many times as long the step takes
+        with n more rows.
         """
         tokens = self._tokens
-        at = self._last.get(tuple(tokens[-_NGRAM:])) if len(tokens) >= _NGRAM else None
-        if at is None:
+        # The place after the newest n-gram's last occurrence; a shorter context has none.
+        place = self._last.get(tuple(tokens[-_NGRAM:]))
+        if place is None:
             return []
         same = _NGRAM
-        while same < _LONG and same < at and tokens[at - 1 - same] == tokens[-1 - same]:
+        while same < min(_LONG, place) and tokens[place - 1 - same] == tokens[-1 - same]:
             same += 1
-        self._kind = self._long if same == _LONG else self._short
+        self._rate = self.long if same == _LONG else self.short
         n = self._width(min(most, _WIDEST), streams, longer)
         if not n:
-            self._kind.drift()
+            self._rate.drift()
             return []
-        found = tokens[at : at + n]
-        # A loop of a short period is continued past the end of what has been said.
-        period = len(tokens) - at
-        while len(found) < n:
-            found.append(found[len(found) - period])
-        return found
+        # Text that repeats with a short period is continued past its end.
+        period = len(tokens) - place
+        return [tokens[place + i % period] for i in range(n)]
 
     def _width(self, most: int, streams: int, longer: Callable[[int], float]) -> int:
         """How many drafted tokens make the most text a second; 0 for none."""
         best, width = _WORTH, 0
         more, power = 0.0, 1.0
         for n in range(1, most + 1):
-            power *= self._kind.value
+            power *= self._rate.value
             more += power
             gain = (1 + more / streams) / longer(n)
             if gain > best:
@@ -106,5 +108,5 @@ class Lookup:
         return width
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Of the last draft so many tokens were right."""
-        self._kind.learn(drafted, accepted)
+        """The first `accepted` of the last draft's `drafted` tokens were right."""
+        self._rate.learn(drafted, accepted)

@@ -1,4 +1,4 @@
-"""What the HTTP process and the engine process say to each other: typed frames over a local socket.
+"""The messages between the HTTP process and the engine process: typed frames over a local socket.
 
 A frame is a four-byte little-endian length and a msgpack body. Requests go one way, events the other; the
 events of one step share a frame.
@@ -10,9 +10,11 @@ import struct
 
 import msgspec
 
+from edge.backends.base import BackendInfo
 from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
 from edge.engine.thinking_budget import ReasoningOptions
+from edge.errors import RequestError
 
 MAX_FRAME = 64 * 2**20
 _LENGTH = struct.Struct("<I")
@@ -21,9 +23,9 @@ _LENGTH = struct.Struct("<I")
 class Submit(msgspec.Struct, tag="submit"):
     """Generate after `prompt`: a text (special: control tokens are parsed) or token ids.
 
-    timeout_s: the whole request, queue included. reuse: take over KV cells of requests before.
+    timeout_s: of the whole request, queue included. reuse: KV cells of earlier requests may serve its prefix.
     constraint: what the answer must match. speculate: whether prompt lookup may draft for it.
-    reasoning: a budget for its thought, and from where on the constraint rules.
+    reasoning: for a reasoning model, its thinking budget and where the constraint begins.
     """
 
     key: int
@@ -82,7 +84,7 @@ class Logprob(msgspec.Struct, array_like=True):
 
 
 class Delta(msgspec.Struct, tag="delta"):
-    """New text of a running request; tokens: how many were made since the last one."""
+    """New text of a running request. tokens: how many were sampled since the last event."""
 
     key: int
     text: str
@@ -125,6 +127,19 @@ class Refused(msgspec.Struct, tag="refused"):
     param: str | None = None
     retry_after: float | None = None
 
+    @classmethod
+    def of(cls, key: int, error: RequestError) -> Refused:
+        return cls(key, error.status, error.code, str(error), error.param, error.retry_after)
+
+    def error(self) -> RequestError:
+        return RequestError(
+            self.message,
+            status=self.status,
+            code=self.code,
+            param=self.param,
+            retry_after=self.retry_after,
+        )
+
 
 class Encoded(msgspec.Struct, tag="encoded"):
     key: int
@@ -141,28 +156,14 @@ class Embedded(msgspec.Struct, tag="embedded"):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """The model is loaded: what it is, where it runs, and how it was set."""
+    """The model is loaded. load_s: seconds that it took."""
 
-    kind: str
-    name: str
-    device: str
-    why: str
-    slots: int
-    context: int
-    capacity: int
-    vocab: int
-    stop_ids: list[int]
-    bos_text: str
-    eos_text: str
-    add_bos: bool
-    chat_template: str | None
-    settings: dict[str, str]
+    info: BackendInfo
     load_s: float
-    embedding: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """The engine cannot load, or (again) cannot go on and is started anew; what to know, and to do."""
+    """The engine cannot load the model; or, with `again`, it cannot go on and is to be restarted."""
 
     message: str
     hint: str
@@ -172,17 +173,18 @@ class Failed(msgspec.Struct, tag="failed"):
 class Stats(msgspec.Struct, tag="stats"):
     """The engine's gauges, sent when they change, at most a few times a second.
 
-    step_s: seconds spent in the backend's steps. up_s: seconds since the engine began.
+    kv_tokens: tokens in all slots. steps, step_tokens, step_s: steps of the backend, their tokens, the
+    seconds spent in them. up_s: seconds since the engine began.
     """
 
-    running: int
-    waiting: int
-    busy_slots: int
-    kv_tokens: int
-    steps: int
-    step_tokens: int
-    step_s: float
-    up_s: float
+    running: int = 0
+    waiting: int = 0
+    busy_slots: int = 0
+    kv_tokens: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    step_s: float = 0.0
+    up_s: float = 0.0
 
 
 Event = Delta | Done | Refused | Encoded | Embedded | Ready | Failed | Stats

@@ -1,7 +1,9 @@
-"""A request in the engine: what becomes of it, and what was made for it so far."""
+"""A request in the engine: what was asked for, and its state so far."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from edge.backends.base import Backend
@@ -17,81 +19,96 @@ from edge.reasoning import ReasoningCounter
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """A request in the engine: what was asked, and everything made for it so far.
+class Request:
+    """A request in the engine. arrived, started, first: times of the engine's clock, 0 until they are known.
 
-    free: its next token depends on nothing but the logits. plain: nor does anything depend on the text of its
-    tokens, which may be made later.
+    free: sampled from the logits alone (no grammar, no thinking budget). plain: also nobody reads its text
+    (no stop strings, no logprobs, no reasoning to count), so its tokens become text when it is sent.
+    undecoded: tokens of a plain request that are not yet text. pending, pending_tokens: what is not yet sent.
     """
 
-    request: msg.Submit
+    submit: msg.Submit
     sequence: Sequence
     sampler: Sampler
     text: TextStream
+    decode: Callable[[int], bytes]
     stop_ids: frozenset[int]
     lookup: Lookup | None
     matcher: Matcher | None
     thinking_budget: ThinkingBudget | None
-    thought: ReasoningCounter | None
+    reasoning: ReasoningCounter | None
     arrived: float
     started: float = 0.0
     first: float = 0.0
+    undecoded: list[int] = field(default_factory=list)
     pending: str = ""
     pending_tokens: int = 0
     logprobs: list[msg.Logprob] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    key: int = field(init=False)
+    deadline: float = field(init=False)
     free: bool = field(init=False)
     plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        params = self.request.params
+        submit, params = self.submit, self.submit.params
+        self.key = submit.key
+        self.deadline = math.inf if submit.timeout_s is None else self.arrived + submit.timeout_s
         self.free = self.matcher is None and self.thinking_budget is None
-        self.plain = self.free and self.thought is None and params.logprobs is None and not params.stop
+        self.plain = self.free and self.reasoning is None and params.logprobs is None and not params.stop
 
-    def count(self, token: int) -> str | None:
-        """Book one token; the reason to finish, if its number or its place ends the request."""
-        tokens = self.sequence.tokens
+    def take(self, choice: Choice) -> str | None:
+        """Append a sampled token. Returns the reason to finish, "stop" or "length", if it ends the request.
+
+        Raises RequestError where its grammar cannot be followed.
+        """
+        token, tokens = choice.token, self.sequence.tokens
         tokens.append(token)
         self.pending_tokens += 1
-        if token in self.stop_ids and not self.request.params.ignore_eos:
+        if token in self.stop_ids and not self.submit.params.ignore_eos:
             return "stop"
         if self.lookup is not None:
             self.lookup.extend(token)
-        return "length" if len(tokens) >= self.sequence.limit else None
-
-    def say(self, token: int, backend: Backend) -> bytes:
-        """Make a booked token's text."""
-        data = backend.decode(token)
-        self.pending += self.text.push(data)
-        return data
-
-    def take(self, choice: Choice, backend: Backend) -> str | None:
-        """Book one token and its text; the reason to finish, if it ends the request."""
-        token = choice.token
-        if (reason := self.count(token)) == "stop":
+        reason = "length" if len(tokens) >= self.sequence.limit else None
+        if self.plain:
+            self.undecoded.append(token)
             return reason
-        data = self.say(token, backend)
+        data = self.decode(token)
+        self.pending += self.text.push(data)
         if choice.logprob is not None:
-            top = [(backend.decode(t), p) for t, p in choice.top]
+            top = [(self.decode(alternative), logprob) for alternative, logprob in choice.top]
             self.logprobs.append(msg.Logprob(data, choice.logprob, top))
         complete = self.matcher is not None and self.matcher.accept(token)
-        if self.thought is not None:
-            self.thought.take(data)
+        if self.reasoning is not None:
+            self.reasoning.take(data)
         if self.thinking_budget is not None:
             self.matcher = self.thinking_budget.take(token, data) or self.matcher
-        if complete or self.text.stopped is not None:
-            return "stop"
-        return reason
+        return "stop" if complete or self.text.stopped is not None else reason
+
+    def learn_draft(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` tokens that were proposed, the first `accepted` were right."""
+        self.drafted += drafted
+        self.accepted += accepted
+        if self.lookup is not None:
+            self.lookup.learn(drafted, accepted)
+
+    def delta(self) -> msg.Delta:
+        """The event that sends what is pending."""
+        self._detokenize()
+        event = msg.Delta(self.key, self.pending, self.pending_tokens, self.logprobs or None)
+        self.pending, self.pending_tokens, self.logprobs = "", 0, []
+        return event
 
     def done(self, reason: str, now: float) -> msg.Done:
         """The request's last event, with what was not sent yet."""
+        self._detokenize()
         self.pending += self.text.finish()
         if self.text.stopped is not None and reason == "length":
             reason = "stop"
         started, first = self.started or now, self.first or now
         return msg.Done(
-            key=self.request.key,
+            key=self.key,
             text=self.pending,
             tokens=self.pending_tokens,
             reason=reason,
@@ -104,9 +121,14 @@ class Job:
             stop=self.text.stopped,
             drafted=self.drafted,
             accepted=self.accepted,
-            reasoning_tokens=self.thought.tokens if self.thought is not None else 0,
+            reasoning_tokens=self.reasoning.tokens if self.reasoning is not None else 0,
             logprobs=self.logprobs or None,
         )
+
+    def _detokenize(self) -> None:
+        if self.undecoded:
+            self.pending += self.text.push(b"".join(map(self.decode, self.undecoded)))
+            self.undecoded = []
 
 
 def prompt_tokens(backend: Backend, prompt: str | list[int], *, special: bool = True) -> list[int]:
@@ -119,8 +141,7 @@ def prompt_tokens(backend: Backend, prompt: str | list[int], *, special: bool = 
             tokens.insert(0, info.bos_id)
     else:
         tokens = list(prompt)
-        if any(not 0 <= t < info.vocab for t in tokens):
-            raise RequestError(f"token ids must lie in 0..{info.vocab - 1}", param="prompt")
+        check_ids(tokens, info.vocab, "prompt")
     if not tokens:
         raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
     if len(tokens) >= info.context:
@@ -134,37 +155,44 @@ def prompt_tokens(backend: Backend, prompt: str | list[int], *, special: bool = 
     return tokens
 
 
+def check_ids(ids: Iterable[int], vocab: int, param: str) -> None:
+    """Raise RequestError, which names the request's field `param`, for a token id outside the vocabulary."""
+    for token in ids:
+        if not 0 <= token < vocab:
+            raise RequestError(f"{param}: token id {token} is outside 0..{vocab - 1}", param=param)
+
+
 def admit(
-    request: msg.Submit, backend: Backend, grammars: Grammars, *, speculate: bool, arrived: float
-) -> Job:
-    """What becomes of a request. Raises RequestError for one that cannot be served here."""
-    info = backend.info
-    tokens = prompt_tokens(backend, request.prompt, special=request.special)
-    params = request.params
-    for param, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_ids)):
-        if bad := [i for i in ids if not 0 <= i < info.vocab]:
-            raise RequestError(f"{param}: token id {bad[0]} is outside 0..{info.vocab - 1}", param=param)
+    submit: msg.Submit, backend: Backend, grammars: Grammars, *, speculate: bool, arrived: float
+) -> Request:
+    """The request that `submit` asks for. Raises RequestError for one that cannot be served here."""
+    info, params, options = backend.info, submit.params, submit.reasoning
+    tokens = prompt_tokens(backend, submit.prompt, special=submit.special)
+    check_ids(params.logit_bias, info.vocab, "logit_bias")
+    check_ids(params.stop_ids, info.vocab, "stop_token_ids")
     limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens
     stop_ids = info.stop_ids | frozenset(params.stop_ids)
-    matcher = grammars.compile(request.constraint) if request.constraint is not None else None
-    thinking_budget = thought = None
-    if (asked := request.reasoning) is not None:
-        thought = ReasoningCounter(inside=asked.inside)
-        if asked.budget is not None or asked.constraint_after:
-            thinking_budget = ThinkingBudget(asked, thought, backend, stop_ids, matcher)
-        if asked.constraint_after:
+    matcher = grammars.compile(submit.constraint) if submit.constraint is not None else None
+    thinking_budget = reasoning = None
+    if options is not None:
+        reasoning = ReasoningCounter(inside=options.inside)
+        # A constraint that rules from the first token leaves no room for reasoning.
+        if options.constraint_after or (options.budget is not None and matcher is None):
+            thinking_budget = ThinkingBudget(options, reasoning, backend, stop_ids, matcher)
+        if options.constraint_after:
             matcher = None
-    # A draft of a guided answer would need a mask for each of its tokens.
-    drafts = speculate and request.speculate and matcher is None and thinking_budget is None
-    return Job(
-        request=request,
-        sequence=Sequence(request.key, tokens, min(limit, info.context), reuse=request.reuse),
+    # With a grammar or a thinking budget each token of a draft would need a mask of its own.
+    drafts = speculate and submit.speculate and matcher is None and thinking_budget is None
+    return Request(
+        submit=submit,
+        sequence=Sequence(submit.key, tokens, min(limit, info.context), reuse=submit.reuse),
         sampler=Sampler(params, info.vocab, tokens, stop_ids),
         text=TextStream(params.stop),
+        decode=backend.decode,
         stop_ids=stop_ids,
         lookup=Lookup(tokens) if drafts else None,
         matcher=matcher,
         thinking_budget=thinking_budget,
-        thought=thought,
+        reasoning=reasoning,
         arrived=arrived,
     )

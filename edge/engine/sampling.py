@@ -7,14 +7,18 @@ text whatever else runs in the batch, as far as the backend's logits do not depe
 
 from __future__ import annotations
 
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.base import Candidates
+from edge.backends.base import Candidates, Logits, StepOutputs
+
+Mask = NDArray[np.bool_]
 
 # A vocabulary is looked at in this many interleaved groups, so that numpy works on whole rows of them.
 _GROUPS = 64
@@ -22,6 +26,9 @@ _GROUPS = 64
 _GREEDY = 1e-4
 # Nucleus sampling sorts this many of the best candidates; a flatter distribution is cut without sorting.
 _PROBE = 128
+# From so many logits in a step on, sampling takes long enough to be worth several threads.
+PARALLEL_FROM = 2**20
+_THREADS = 4
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +75,6 @@ class Sampler:
 
     def __init__(self, params: Params, vocab: int, prompt: list[int], stop_ids: frozenset[int]) -> None:
         self.params = params
-        self._vocab = vocab
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
         self._stop_set = stop_ids
         self._stops = np.fromiter(sorted(stop_ids), np.int64, len(stop_ids))
@@ -83,54 +89,55 @@ class Sampler:
         if self._penalised:
             self._seen[np.asarray(prompt, np.int64)] = True
         changed = self._penalised or len(self._bias_ids) or params.logprobs is not None
-        # Nothing but the largest logit matters, and whether it is a stop.
-        self.plain = params.temperature < _GREEDY and not changed
+        # Only the largest logit matters, and whether it is a stop.
+        self.greedy = params.temperature < _GREEDY and not changed
         # How many of the largest logits decide the next token; the whole vocabulary where any one may.
-        few = 1 if self.plain else params.top_k
+        few = 1 if self.greedy else params.top_k
         held = len(self._stops) if params.ignore_eos or params.min_tokens else 0
         self.reach = vocab if changed or not few else few + held
-        self._made = 0
+        self._count = 0
 
     @property
     def holds_back_stops(self) -> bool:
         """Whether the next token may not be a stop id."""
-        return self.params.ignore_eos or self._made < self.params.min_tokens
+        return self.params.ignore_eos or self._count < self.params.min_tokens
 
-    def pick_best(self, token: int, logits: NDArray[np.float32]) -> Choice:
-        """As `pick` where `plain`: `token` has the largest of `logits`, which may be written into."""
-        if token in self._stop_set and self.holds_back_stops:
-            return self.pick(logits)
-        self._made += 1
-        return Choice(token)
-
-    def _accept(self, token: int) -> None:
-        self._made += 1
-        if self._penalised:
-            self._seen[token] = True
-            self._counts[token] += 1
-
-    def pick_among(self, candidates: Candidates) -> Choice:
-        """Choose a token where no more than `reach` of the largest logits decide."""
-        ids, logits = candidates.ids, candidates.logits
-        held = self._stop_set if self.holds_back_stops else frozenset[int]()
-        if self.params.temperature < _GREEDY:
-            token = next(int(found) for found in ids if int(found) not in held)
+    def pick(self, output: Logits | Candidates, mask: Mask | None = None) -> Choice:
+        """Choose a token. output: logits [vocab], which may be written into, or, without a mask, candidates,
+        of which there must be `reach`. mask: [vocab], True where allowed.
+        """
+        if isinstance(output, Candidates):
+            choice = Choice(self._among(output))
+        elif self.greedy and mask is None:
+            return self.pick_best(int(output.argmax()), output)
         else:
-            if held:
-                free = [at for at, found in enumerate(ids.tolist()) if found not in held]
-                ids, logits = ids[free], logits[free]
-            token = self._draw_top(ids[: self.params.top_k], logits[: self.params.top_k])
-        self._accept(token)
+            choice = self._from_logits(output, mask)
+        self._count += 1
+        if self._penalised:
+            self._seen[choice.token] = True
+            self._counts[choice.token] += 1
+        return choice
+
+    def pick_best(self, token: int, logits: Logits) -> Choice:
+        """As `pick` where `greedy`: `token` has the largest of `logits`, which may be written into."""
+        if token in self._stop_set and self.holds_back_stops:
+            logits[self._stops] = -np.inf
+            token = int(logits.argmax())
+        self._count += 1
         return Choice(token)
 
-    def pick(self, logits: NDArray[np.float32], mask: NDArray[np.bool_] | None = None) -> Choice:
-        """Choose a token from `logits` [vocab], which may be written into. mask: True where allowed."""
+    def _among(self, candidates: Candidates) -> int:
+        ids, logits = candidates.ids, candidates.logits
+        if self.holds_back_stops:
+            # A Python loop over so few is quicker than numpy.
+            allowed = [i for i, token in enumerate(ids.tolist()) if token not in self._stop_set]
+            ids, logits = ids[allowed], logits[allowed]
+        if self.params.temperature < _GREEDY:
+            return int(ids[0])
+        return self._draw_top(ids[: self.params.top_k], logits[: self.params.top_k])
+
+    def _from_logits(self, logits: Logits, mask: Mask | None) -> Choice:
         params = self.params
-        if self.plain and mask is None:
-            token = int(logits.argmax())
-            if token not in self._stop_set or not self.holds_back_stops:
-                self._made += 1
-                return Choice(token)
         if params.logprobs is not None:
             raw = logits.astype(np.float64)
             norm = raw.max()
@@ -145,7 +152,6 @@ class Sampler:
             if mask is not None and logits.max() == -np.inf:
                 logits[self._stops] = kept
         token = int(logits.argmax()) if params.temperature < _GREEDY else self._draw(logits)
-        self._accept(token)
         if params.logprobs is None:
             return Choice(token)
         top: list[tuple[int, float]] = []
@@ -169,8 +175,8 @@ class Sampler:
                 values > 0, values / params.repetition_penalty, values * params.repetition_penalty
             )
         if params.presence_penalty or params.frequency_penalty:
-            said = np.flatnonzero(self._counts)
-            logits[said] -= params.presence_penalty + params.frequency_penalty * self._counts[said]
+            used = np.flatnonzero(self._counts)
+            logits[used] -= params.presence_penalty + params.frequency_penalty * self._counts[used]
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
         params = self.params
@@ -178,17 +184,17 @@ class Sampler:
         if 0 < params.top_k < len(logits):
             ids = _top(logits, params.top_k)
             return self._draw_top(ids, logits[ids])
-        every = np.exp((logits - best) * np.float32(1.0 / params.temperature))
+        weights = np.exp((logits - best) * np.float32(1.0 / params.temperature))
         if params.top_p < 1.0:
-            goal = params.top_p * float(every.sum(dtype=np.float64))
+            goal = params.top_p * float(weights.sum(dtype=np.float64))
             ids = _top(logits, _PROBE)
-            weights = every[ids].astype(np.float64)
-            if weights.sum() >= goal:
-                return self._draw_weighted(ids, weights, goal)
-            _cut_to_nucleus(every, goal)
+            probed = weights[ids].astype(np.float64)
+            if probed.sum() >= goal:
+                return self._draw_weighted(ids, probed, goal)
+            cut_to_nucleus(weights, goal)
         if params.min_p > 0.0:
-            every[every < params.min_p] = 0.0
-        return self._draw_from_all(every)
+            weights[weights < params.min_p] = 0.0
+        return self._draw_from_all(weights)
 
     def _draw_top(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> int:
         """Draw from the largest logits, the largest first, which are all that may come."""
@@ -207,8 +213,8 @@ class Sampler:
         # By id, so that the number drawn means the same token however the cut was found.
         order = np.argsort(ids)
         edges = np.cumsum(weights[order])
-        at = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
-        return int(ids[order[min(at, len(ids) - 1)]])
+        place = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
+        return int(ids[order[min(place, len(ids) - 1)]])
 
     def _draw_from_all(self, weights: NDArray[np.float32]) -> int:
         """Draw by weight without sorting: first a group of tokens, then a token of it."""
@@ -222,8 +228,43 @@ class Sampler:
         inner = np.cumsum(grid[group], dtype=np.float64)
         goal -= edges[group - 1] if group else 0.0
         # Rounding must never choose a token of weight 0.
-        at = min(int(np.searchsorted(inner, min(goal, inner[-1] * (1 - 1e-15)), side="right")), width - 1)
-        return group * width + at
+        place = int(np.searchsorted(inner, min(goal, inner[-1] * (1 - 1e-15)), side="right"))
+        return group * width + min(place, width - 1)
+
+
+class BatchSampler:
+    """Samples the rows of a step together, where that is faster than one by one.
+
+    parallel: CPU cores are idle while rows are sampled, so that wide steps use a pool of threads.
+    """
+
+    def __init__(self, *, parallel: bool) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, "sample") if parallel else None
+
+    def pick(self, outputs: StepOutputs, rows: list[tuple[Sampler, int]]) -> dict[int, Choice]:
+        """What each sampler picks from outputs[index], without masks, by index; {} where it does not pay."""
+        if not rows or not isinstance(outputs, np.ndarray):
+            return {}
+        pool = self._pool if outputs.size >= PARALLEL_FROM else None
+        if all(sampler.greedy for sampler, _ in rows):
+            best = _argmax(outputs, pool)
+            return {index: sampler.pick_best(best[index], outputs[index]) for sampler, index in rows}
+        if pool is None:
+            return {}
+
+        def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
+            return [(index, sampler.pick(outputs[index])) for sampler, index in part]
+
+        parts = [rows[start::_THREADS] for start in range(_THREADS)]
+        return dict(itertools.chain.from_iterable(pool.map(pick, parts)))
+
+
+def _argmax(logits: Logits, pool: ThreadPoolExecutor | None) -> list[int]:
+    """The id of each row's largest logit."""
+    if pool is None:
+        return list(logits.argmax(axis=1).tolist())
+    parts = pool.map(lambda part: part.argmax(axis=1).tolist(), np.array_split(logits, _THREADS))
+    return list(itertools.chain.from_iterable(parts))
 
 
 def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
@@ -254,11 +295,11 @@ def _nucleus(weights: NDArray[np.float64], goal: float) -> int:
     return int(np.searchsorted(np.cumsum(weights), goal, side="left")) + 1
 
 
-def _cut_to_nucleus(weights: NDArray[np.float32], goal: float) -> None:
-    """Set to 0 all but the fewest, largest weights (of [0, 1]) that sum to `goal`: without sorting them all.
+def cut_to_nucleus(weights: NDArray[np.float32], goal: float) -> None:
+    """Set to 0, in place, all but the fewest, largest weights (of [0, 1]) that sum to `goal`.
 
-    Floats that are not negative are ordered as their bits are: a histogram of the upper ones says where the
-    cut is, and only that bin is sorted.
+    Not all are sorted: non-negative floats are ordered as their bits are, so a histogram of the upper bits
+    tells in which bin the cut lies, and only that bin is sorted.
     """
     bins = weights.view(np.int32) >> 16
     sums = np.bincount(bins, weights=weights)

@@ -27,7 +27,7 @@ from edge.backends.base import Backend, BackendInfo
 from edge.engine import protocol as msg
 from edge.engine.core import Engine
 from edge.engine.prefix_store import PrefixStore
-from edge.engine.request import prompt_tokens
+from edge.engine.request import check_ids, prompt_tokens
 from edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
@@ -117,33 +117,13 @@ def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
     return PrefixStore(Path(load.store), key, load.store_mib * 2**20)
 
 
-def _ready(info: BackendInfo, seconds: float, why: str) -> msg.Ready:
-    return msg.Ready(
-        kind=info.kind,
-        name=info.name,
-        device=info.device,
-        why=info.why,
-        slots=info.slots,
-        context=info.context,
-        capacity=info.capacity,
-        vocab=info.vocab,
-        stop_ids=sorted(info.stop_ids),
-        bos_text=info.bos_text,
-        eos_text=info.eos_text,
-        add_bos=info.add_bos,
-        chat_template=info.chat_template,
-        settings={**info.settings, **({"chosen": why} if why else {})},
-        load_s=seconds,
-        embedding=info.embedding,
-    )
-
-
 class Link:
     """The socket to the HTTP process. `send` may be called from any thread."""
 
     def __init__(self, address: tuple[str, int], secret: str) -> None:
         self._socket = socket.create_connection(address)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reader = self._socket.makefile("rb")
         self._lock = threading.Lock()
         self._socket.sendall(bytes.fromhex(secret))
 
@@ -154,33 +134,25 @@ class Link:
 
     def receive(self) -> msg.ToEngine | None:
         """The next request; None when the other side has closed."""
-        head = self._read(4)
-        body = self._read(msg.frame_length(head)) if head else b""
-        return msg.unpack_request(body) if body else None
-
-    def _read(self, size: int) -> bytes:
-        parts = []
-        while size:
-            part = self._socket.recv(min(size, 1 << 20))
-            if not part:
-                return b""
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+        head = self._reader.read(4)
+        size = msg.frame_length(head) if len(head) == 4 else 0
+        body = self._reader.read(size)
+        return msg.unpack_request(body) if size and len(body) == size else None
 
 
 def _serve_requests(link: Link, engine: Engine, backend: Backend) -> None:
     while (request := link.receive()) is not None:
-        if isinstance(request, msg.Submit):
-            engine.submit(request)
-        elif isinstance(request, msg.Cancel):
-            engine.cancel(request.key)
-        elif isinstance(request, msg.Drain):
-            engine.drain(request.seconds)
-        elif isinstance(request, msg.Embed):
-            engine.embed(request)
-        else:
-            link.send([_tokens(request, backend)])
+        match request:
+            case msg.Submit():
+                engine.submit(request)
+            case msg.Cancel(key):
+                engine.cancel(key)
+            case msg.Drain(seconds):
+                engine.drain(seconds)
+            case msg.Embed():
+                engine.embed(request)
+            case _:
+                link.send([_tokens(request, backend)])
     engine.drain(0.0)
 
 
@@ -188,14 +160,13 @@ def _tokens(request: msg.Encode | msg.Decode, backend: Backend) -> msg.Event:
     try:
         if isinstance(request, msg.Decode):
             ids = request.ids
-            if any(not 0 <= i < backend.info.vocab for i in ids):
-                raise RequestError(f"token ids must lie in 0..{backend.info.vocab - 1}", param="tokens")
+            check_ids(ids, backend.info.vocab, "tokens")
         elif request.whole:
             ids = prompt_tokens(backend, request.text, special=request.special)
         else:
             ids = backend.encode(request.text, special=request.special)
     except RequestError as error:
-        return msg.Refused(request.key, error.status, error.code, str(error), error.param)
+        return msg.Refused.of(request.key, error)
     return msg.Encoded(request.key, ids, [backend.decode(i) for i in ids])
 
 
@@ -223,9 +194,10 @@ def main() -> int:
         return error.exit_code
     store = open_store(load, backend.info)
     engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate, store=store)
-    link.send([_ready(backend.info, time.monotonic() - began, load.why)])
-    reader = threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True)
-    reader.start()
+    chosen = {"chosen": load.why} if load.why else {}
+    info = dataclasses.replace(backend.info, settings={**backend.info.settings, **chosen})
+    link.send([msg.Ready(info, time.monotonic() - began)])
+    threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True).start()
     try:
         engine.run()
     except EdgeError as error:

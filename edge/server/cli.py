@@ -280,9 +280,10 @@ async def _serve(bound: socket.socket, registry: Registry, access: Access, drain
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             if loading.exception() is None:
-                ready = loading.result().ready
+                loaded = loading.result()
+                ready = loaded.ready
                 _say(
-                    f"ready in {ready.load_s:.1f} s on {ready.device} ({ready.why}) "
+                    f"ready in {loaded.engine.load_s:.1f} s on {ready.device} ({ready.why}) "
                     f"by {ready.settings.get('chosen', ready.kind)}, "
                     f"{ready.settings.get('threads', '?')} threads, context {ready.context}, "
                     f"{ready.slots} requests at once"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edge.artefact.find import Artefact
-from edge.engine import protocol as msg
+from edge.backends.base import BackendInfo
 from edge.engine.client import EngineProcess
 from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
@@ -57,7 +57,7 @@ class Known:
     keep_alive: float | None = None
     loading: asyncio.Task[Serving] | None = None
 
-    def ready(self) -> msg.Ready:
+    def ready(self) -> BackendInfo:
         """What is loaded. Raises RequestError (503) where nothing is."""
         if self.serving is not None:
             return self.serving.ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from edge.artefact.find import Artefact
+from edge.backends.base import BackendInfo
 from edge.chat_template import ChatTemplate
 from edge.engine import protocol as msg
 from edge.engine.client import EngineProcess
@@ -24,7 +25,7 @@ class Serving:
         self._template: tuple[str, ChatTemplate] | None = None
 
     @property
-    def ready(self) -> msg.Ready:
+    def ready(self) -> BackendInfo:
         """The loaded model. Raises RequestError (503) until it is."""
         if self.engine.failure is not None:
             raise RequestError(str(self.engine.failure), status=503, code="model_failed")

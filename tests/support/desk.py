@@ -31,7 +31,7 @@ class Desk:
         """Until nothing is left to do; more may be submitted then."""
         self.engine.turn()
         for _ in range(10_000):
-            if not self.engine._jobs:
+            if not self.engine.busy:
                 return
             self.engine.turn()
         raise AssertionError("the engine did not come to an end")

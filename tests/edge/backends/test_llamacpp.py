@@ -168,7 +168,7 @@ def serve(backend: LlamaCpp, prompts: list[str], *, together: bool, **given: obj
     params = Params(temperature=0.0, max_tokens=24, **given)  # type: ignore[arg-type]
     for key, prompt in enumerate(prompts):
         engine.submit(msg.Submit(key, prompt, params))
-        while not together and (engine._jobs or not engine._inbox.empty()):
+        while not together and engine.busy:
             engine.turn()
     engine.drain(1e9)
     while engine.turn():

@@ -13,7 +13,7 @@ import pytest
 
 from edge.backends.base import Row
 from edge.backends.fake import FakeBackend
-from edge.engine import core
+from edge.engine import sampling
 from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.prompt_lookup import Lookup
 from edge.engine.request import prompt_tokens
@@ -62,7 +62,7 @@ def test_rows_of_a_card_are_sampled_side_by_side_to_the_same_tokens(monkeypatch:
         return pick(self, *given)
 
     monkeypatch.setattr(Sampler, "pick", watched)
-    monkeypatch.setattr(core, "_WIDE", 0)
+    monkeypatch.setattr(sampling, "PARALLEL_FROM", 0)
     assert run("cuda: a card") == want
     assert len(sampled) > 2
 
@@ -165,7 +165,7 @@ def test_speculation_saves_most_steps_where_text_repeats() -> None:
 def test_a_draft_is_as_wide_as_pays() -> None:
     def width(chance: float, cost: float, streams: int = 1) -> int:
         lookup = Lookup([1, 2, 3, 9, 8, 7, 6, 5, 1, 2, 3])
-        lookup._short.right, lookup._short.tried = 10 * chance, 10
+        lookup.short.right, lookup.short.tried = 10 * chance, 10
         return len(lookup.draft(40, streams, lambda more: 1 + cost * more))
 
     # For nothing: all that is there; where every row costs as much as it may bring: none.
