@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     found, _ = load_plan.pick(args.path, args.backend, options)
     if found.chat_template is None:
         raise InputError(f"{found.path} has no chat template", "chat needs one; export a model that has it")
-    load = Load.of(found, load_plan.plan(found, options), tune=True)
+    load = Load.of(found, load_plan.plan(found, options).settings, tune=True)
     params = Params(temperature=args.temperature, max_tokens=args.max_tokens)
     return asyncio.run(_talk(load, found, params, args.system))
 

@@ -146,7 +146,7 @@ class _Bench:
             server = stack.enter_context(self._ours(*options))
             info = _info(server)
             flash = info["settings"]["flash_attention"] == "on"
-            unified = info["settings"]["kv"] == "one pool"
+            unified = info["settings"]["kv"] == "unified"
             data["settings"] = info["settings"]
             runs: dict[str, Callable[[int], float]] = {"edge": lambda n: self._rate(server, Tuned(), n)}
             bare = Bare(self._path)

@@ -39,9 +39,9 @@ _KEYS = ("what", "edge", "other", "name", "ratio", "goal")
 def _backend(found: find.Artefact, *, record: bool = True) -> Backend:
     """As the server would load it, but for a context of the length that is needed here."""
     options = load_plan.Options(context=512, slots=STREAMS, device="cuda")
-    settings = load_plan.plan(found, options)
+    settings = load_plan.plan(found, options).settings
     if isinstance(settings, onnx.Settings):
-        settings = dataclasses.replace(settings, record=record)
+        settings = dataclasses.replace(settings, cuda_graphs=record)
     backend = open_backend(Load.of(found, settings, tune=True))
     if not backend.info.device.startswith("cuda"):
         raise UnavailableError(f"{found.path} runs on {backend.info.device}: {backend.info.why}")
@@ -55,7 +55,7 @@ def _other(found: find.Artefact, backend: Backend) -> race.Side:
     return race.Loop(
         found.path,
         gpu=True,
-        unified=said["kv"] == "one pool",
+        unified=said["kv"] == "unified",
         flash_attention=said["flash_attention"] == "on",
         threads=int(said["threads"]),
     )

@@ -33,7 +33,7 @@ UNEQUAL = (16, 32, 48, 64, 64, 80, 96, 112)
 
 def _backend(found: find.Artefact, threads: int) -> tuple[Onnx, Settings]:
     options = load_plan.Options(context=512, slots=STREAMS, threads=threads, device="cpu")
-    asked = load_plan.plan(found, options)
+    asked = load_plan.plan(found, options).settings
     assert isinstance(asked, Settings)
     model = Model(found.path)
     settings = dataclasses.replace(tune_onnx.settings(model, asked), threads=asked.threads)

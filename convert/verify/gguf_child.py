@@ -32,7 +32,6 @@ class Session:
             capacity=order["context"],
             batch=stepping.CHUNK,
             threads=order["threads"],
-            threads_batch=order["threads"],
         )
         lora = Path(order["lora"]) if order["lora"] else None
         self._backend = LlamaCpp(self._model, settings, lora=lora)

@@ -159,6 +159,12 @@ def with_lora(found: Artefact, lora: Path) -> Artefact:
     )
 
 
+def read_template(folder: Path) -> str | None:
+    """The chat template beside an ONNX model."""
+    path = folder / TEMPLATE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def _manifest(folder: Path) -> manifest.Manifest | None:
     return manifest.read(folder) if (folder / manifest.FILE).is_file() else None
 
@@ -167,8 +173,7 @@ def _artefact(path: Path, kind: str, known: manifest.Manifest | None) -> Artefac
     header: GGUFHeader | OnnxHeader
     if kind == "onnx":
         header = read_onnx(path)
-        file = path.parent / TEMPLATE
-        template = file.read_text(encoding="utf-8") if file.is_file() else None
+        template = read_template(path.parent)
     else:
         header = read_whole(path)
         template = header.chat_template

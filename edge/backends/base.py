@@ -1,16 +1,16 @@
-"""The one Protocol: backends work at step level, so that batching, prefix reuse, speculation, sampling
-and cancellation are written once and serve llama.cpp, ONNX Runtime and the fake of the tests.
+"""The Backend protocol. Backends run one step at a time, so that batching, prefix reuse, speculation,
+sampling and cancellation are written once and serve llama.cpp, ONNX Runtime and the tests' fake.
 
-One thread owns a backend. A step runs rows of several sequences at once: prefill chunks, single decode
-tokens, drafts to verify. What the native code would crash on (sizes, slots, positions, ids) is checked by
-`check_rows` first.
+One thread owns a backend. A step runs rows of several sequences at once: chunks of prompts, single tokens to
+decode, drafts to verify. Sizes, slots, positions and token ids that native code would crash on are refused in
+Python first: by `check_rows`, and by `SlotBackend` for what changes a slot outside a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,26 +20,26 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The most probable tokens alone: ids and their float32 logits, the largest first, equal ones by id."""
+    """Only the most probable tokens: ids and float32 logits, the largest logit first, equal ones by id."""
 
     ids: NDArray[np.int64]
     logits: Logits
 
 
-# One for each row that was asked for: a 2-D array of logits, or a list of logits and candidates.
+# One entry for each output that was asked for: a 2-D array of logits, or a list of logits and candidates.
 StepOutputs = Logits | list[Logits | Candidates]
 
 
-# What may help where a step failed.
+# A hint for a step that failed.
 FULL = "where its memory was full: lower --slots or --ctx, or free some of it"
 
 
 def nothing() -> None:
-    """What there is to do meanwhile, at first."""
+    """The initial `Backend.meanwhile`."""
 
 
 class StepInterrupted(Exception):
-    """A step was ended early by `interrupt`. Every slot that had a row in it stands as before the step."""
+    """A step was ended early by `interrupt`. Every slot that had a row in it is as before the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class BackendInfo:
     """What a loaded model is and where it runs.
 
     slots: sequences that can be held at once. context: tokens that one sequence may hold.
-    capacity: KV cells in all; with `shared` the slots draw on one pool of them, and `copy` costs no cells.
+    capacity: KV cells in all; with `shared` the KV cache is unified: slots draw on it, `copy` costs no cells.
     batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
     chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
     embedding: length of the vectors that `Embeds.embed` gives; 0 where the backend has none.
     candidates: how many of the most probable tokens suffice to let a row be `few`; 0: no row may be.
-    draft_streams: a step may verify drafts while no more streams than this decode, where more would cost more
-    than they save. overlaps: a step is computed elsewhere, and `Backend.meanwhile` is called in that time.
+    draft_streams: a step may verify drafts while no more streams than this decode; beyond that, drafts cost
+    more than they save. overlaps: a step is computed asynchronously, and calls `Backend.meanwhile` meanwhile.
     """
 
     kind: str
@@ -80,12 +80,32 @@ class BackendInfo:
     settings: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How every backend loads a model. context: tokens of one slot. batch: tokens of one step at most.
+
+    device: as in `edge serve --device`, or what was chosen. tuned: when this was measured, or why not.
+    """
+
+    slots: int = 16
+    context: int = 4096
+    batch: int = 512
+    threads: int = 1
+    device: str = "cpu"
+    tuned: str = "not measured"
+
+    @property
+    def outputs(self) -> int:
+        """Logits of one step at most: each slot's next token, and room for drafts."""
+        return min(self.batch, self.slots + 64)
+
+
 @dataclass(slots=True)
 class Row:
     """One sequence's part of a step: `tokens` go to `slot` at positions `pos`, `pos + 1`, ...
 
     outputs: logits are wanted for the last `outputs` of them (0: none).
-    few: no more than `BackendInfo.candidates` of the largest logits matter: they may be given alone.
+    few: only the `BackendInfo.candidates` largest logits matter, so the backend may give Candidates.
     """
 
     slot: int
@@ -96,9 +116,9 @@ class Row:
 
 
 class Backend(Protocol):
-    """A model with a KV cache. Not thread-safe but for `encode`, `decode` and `interrupt`.
+    """A model with a KV cache. Not thread-safe, except for `encode`, `decode` and `interrupt`.
 
-    meanwhile: what there is to do while a step is computed, set by whoever calls `step`; see `overlaps`.
+    meanwhile: work for the time in which a step is computed, set by whoever calls `step`; see `overlaps`.
     """
 
     info: BackendInfo
@@ -106,11 +126,9 @@ class Backend(Protocol):
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
-        ...
 
     def decode(self, token: int) -> bytes:
         """The bytes that `token` stands for, maybe a part of a character; none for a control token."""
-        ...
 
     def step(self, rows: Sequence[Row]) -> StepOutputs:
         """Run the rows; float32 logits [vocab] of each output in row order, valid until the next step.
@@ -118,27 +136,21 @@ class Backend(Protocol):
         The caller may write into them. Raises StepInterrupted, ValueError from `check_rows`, EdgeError where
         the device fails.
         """
-        ...
 
     def copy(self, src: int, dst: int, n: int) -> None:
         """Make `dst` hold the first `n` tokens of `src` and nothing else."""
-        ...
 
     def truncate(self, slot: int, n: int) -> None:
         """Keep the first `n` tokens of `slot`; 0 empties it."""
-        ...
 
     def save(self, slot: int) -> bytes:
-        """The cells of a slot in the backend's own format."""
-        ...
+        """The KV cells of a slot in the backend's own format."""
 
     def restore(self, slot: int, cells: bytes, length: int) -> bool:
         """Fill an empty slot with cells that `save` gave for `length` tokens. False where they do not fit."""
-        ...
 
     def interrupt(self) -> None:
         """Ask the running step to end early. From any thread; no effect where no long step runs."""
-        ...
 
     def close(self) -> None: ...
 
@@ -152,7 +164,62 @@ class Embeds(Protocol):
 
         Raises EdgeError where the memory does not suffice.
         """
-        ...
+
+
+class SlotBackend:
+    """The checks that backends over native code share. `_lengths`: tokens that each slot holds.
+
+    Subclasses set `info` and `_embedder`, and implement `_copy`, `_truncate` and `_restore`, which
+    may rely on their arguments.
+    """
+
+    info: BackendInfo
+    _embedder: Any
+
+    def __init__(self, slots: int) -> None:
+        self.meanwhile: Callable[[], None] = nothing
+        self._lengths = [0] * slots
+        self._interrupted = False
+
+    def copy(self, src: int, dst: int, n: int) -> None:
+        slots = range(self.info.slots)
+        if src == dst or src not in slots or dst not in slots or not 0 <= n <= self._lengths[src]:
+            raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
+        self._copy(src, dst, n)
+        self._lengths[dst] = n
+
+    def truncate(self, slot: int, n: int) -> None:
+        if slot not in range(self.info.slots) or not 0 <= n <= self._lengths[slot]:
+            raise ValueError(f"truncate slot {slot} to {n}")
+        self._truncate(slot, n)
+        self._lengths[slot] = n
+
+    def restore(self, slot: int, cells: bytes, length: int) -> bool:
+        if self._lengths[slot] != 0 or not 0 < length <= self.info.context:
+            raise ValueError(f"restore of {length} tokens into slot {slot} of {self._lengths[slot]}")
+        if not self._restore(slot, cells, length):
+            return False
+        self._lengths[slot] = length
+        return True
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """See `Embeds`. Raises EdgeError where the memory does not suffice."""
+        if not 0 < len(tokens) <= self.info.context or not all(0 <= t < self.info.vocab for t in tokens):
+            raise ValueError(f"cannot embed {len(tokens)} tokens")
+        vector: NDArray[np.float32] = self._embedder.embed(tokens)
+        return vector
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+
+    def _copy(self, src: int, dst: int, n: int) -> None:
+        raise NotImplementedError
+
+    def _truncate(self, slot: int, n: int) -> None:
+        pass
+
+    def _restore(self, slot: int, cells: bytes, length: int) -> bool:
+        raise NotImplementedError
 
 
 def check_rows(rows: Sequence[Row], info: BackendInfo, lengths: Sequence[int]) -> int:

@@ -1,7 +1,8 @@
-"""Vectors of texts out of a llama.cpp model that generates: the mean of its last hidden states.
+"""Hidden states of a llama.cpp model that generates, for the vectors of texts.
 
-A context of its own over the loaded model, made at the first request and only as large as the texts are:
-the one that generates keeps its slots. Used by the same thread, so that no two steps share the cores.
+They come from a context of their own over the loaded model, created at the first request and only as large as
+the texts are: the context that generates keeps its slots. Both run on the same thread, so that no two steps
+share the cores.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.embedding import check_memory, mean_state
 from edge.errors import EdgeError
-from edge.machine import hardware
 
 _BATCH = 512
 
@@ -32,41 +33,29 @@ class Embedder:
         self.width = int(lib.llama_model_n_embd(model))
 
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """The mean over `tokens` of the last layer's output, of length 1, [width].
-
-        Raises EdgeError where there is no memory for a context of that many tokens.
-        """
+        """See mean_state. Raises EdgeError where there is no memory for a context of that many tokens."""
         self._reserve(len(tokens))
-        lib = self._lib
-        total = np.zeros(self.width, np.float64)
         try:
-            for at in range(0, len(tokens), _BATCH):
-                chunk = tokens[at : at + _BATCH]
-                self._fill(chunk, at)
-                if (code := lib.llama_decode(self._context, self._batch)) != 0:
-                    raise EdgeError(f"llama.cpp failed to embed {len(tokens)} tokens (code {code})")
-                total += self._states(len(chunk)).sum(axis=0, dtype=np.float64)
+            return mean_state(self._states, tokens, _BATCH)
         finally:
-            lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, -1, -1)
-        length = float(np.linalg.norm(total))
-        return (total / length if length > 0 else total).astype(np.float32)
+            self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), 0, -1, -1)
 
-    def _states(self, count: int) -> NDArray[np.float32]:
-        pointer = self._lib.llama_get_embeddings(self._context)
-        if not pointer:
-            raise EdgeError("llama.cpp gives no hidden states of this model")
-        states: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (count, self.width))
-        return states
-
-    def _fill(self, tokens: Sequence[int], at: int) -> None:
+    def _states(self, tokens: Sequence[int], pos: int) -> NDArray[np.float32]:
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i] = token
-            batch.pos[i] = at + i
+            batch.pos[i] = pos + i
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = 1
+        if (code := self._lib.llama_decode(self._context, batch)) != 0:
+            raise EdgeError(f"llama.cpp failed to embed {len(tokens)} tokens (code {code})")
+        pointer = self._lib.llama_get_embeddings(self._context)
+        if not pointer:
+            raise EdgeError("llama.cpp gives no hidden states of this model")
+        states: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (len(tokens), self.width))
+        return states
 
     def _reserve(self, tokens: int) -> None:
         if tokens <= self._cells:
@@ -76,13 +65,7 @@ class Embedder:
         heads = max(1, lib.llama_model_n_head(model))
         # Keys and values in 16 bits; then a step's hidden states, several times over, in 32.
         cell = 2 * 2 * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * self.width // heads
-        need = cells * cell + 4 * _BATCH * self.width * 24
-        free = hardware.memory().available
-        if need > free:
-            raise EdgeError(
-                f"embedding {tokens} tokens needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
-                "send shorter texts, or free some memory",
-            )
+        check_memory(tokens, cells * cell + 4 * _BATCH * self.width * 24)
         self.close()
         params = lib.llama_context_default_params()
         params.n_ctx = cells

@@ -1,9 +1,9 @@
-"""Fewer threads while others use the cores.
+"""Uses fewer threads while other programs use the cores.
 
 llama.cpp's threads meet at a barrier after each operation and spin there. When another program takes one of
 their cores, all of them wait for it, hundreds of times a token: two threads can then be several times slower
-than one. The governor notices steps that take far longer than they did, tries fewer threads, keeps what is
-faster, and goes back to all of them when that pays again. Pure policy: it is told durations.
+than one. The controller notices steps that take far longer than they did, tries fewer threads, keeps what is
+faster, and returns to all threads when that pays again. It only sees durations and measures nothing itself.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ WINDOW = 6
 RETRY_S = 5.0
 
 
-class Governor:
-    """Chooses the number of threads from how long steps take. most: what a quiet machine runs best with."""
+class ThreadController:
+    """Chooses the number of threads from how long steps take. most: the fastest on a quiet machine."""
 
     def __init__(self, most: int) -> None:
         self._levels = sorted({most, -(-3 * most // 4), -(-most // 2)}, reverse=True)
@@ -36,17 +36,17 @@ class Governor:
         return self._levels[self._level]
 
     def learn(self, rows: int, seconds: float, now: float) -> None:
-        """A decoding step of `rows` took `seconds`; `threads` may be another number afterwards."""
+        """A decode step of `rows` took `seconds`; may change `threads`. now: on a monotonic clock."""
         if len(self._levels) == 1:
             return
         usual = self._usual.get(rows)
         if usual is None:
-            # The first steps of a size are taken as they come; only full threads tell what is usual.
+            # The first step of a size sets what is usual, if all threads ran it.
             if self._level == 0:
                 self._usual[rows] = seconds
             return
         if self._level == 0:
-            # It sinks at once and rises slowly: a longer context makes steps longer, too.
+            # Falls at once and rises slowly: a longer context makes steps longer, too.
             self._usual[rows] = seconds if seconds < usual else usual * 0.98 + min(seconds, 2 * usual) * 0.02
         self._recent.append(seconds / usual)
         if len(self._recent) < WINDOW:
@@ -66,12 +66,12 @@ class Governor:
         self._recent.clear()
 
     def _judge(self, slowness: float, now: float) -> None:
-        """End a trial: keep the new level if it is faster, after a look at those below if it is disturbed."""
+        """End a trial: keep the new level if it is faster. While disturbed, try the next lower one first."""
         assert self._before is not None
         level, was = self._before
         self._recent.clear()
         if self._level > level and slowness > DISTURBED and self._level + 1 < len(self._levels):
-            # One core less may not be enough; what is best of all so far is gone back to.
+            # One thread less may not be enough. `_before` keeps the best level so far, to return to.
             if slowness < was:
                 self._before = (self._level, slowness)
             self._level += 1

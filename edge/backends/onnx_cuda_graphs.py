@@ -1,84 +1,100 @@
-"""Decoding steps on a CUDA card as recordings: one launch in place of a kernel after the other.
+"""Decode steps on a GPU as captured CUDA graphs: one launch in place of a launch for each kernel.
 
-A step of a small model launches some thousand kernels, and launching them takes longer than what they do. A
-recording (onnxruntime's CUDA graph) does what a run did, at the same addresses and of the same shape. So its
-inputs and outputs lie in memory of its own on the card, the rows of the batch are made up to a power of two,
-and the mask to a length that holds for many steps. onnxruntime never gives a recording back: there are few.
+A step of a small model launches some thousand kernels, and launching them takes longer than running them. A
+captured CUDA graph repeats what a run did, at the same addresses and of the same shape. So its inputs and
+outputs lie in buffers of its own on the GPU, the rows of the batch are padded to a power of two, and the mask
+to a length that holds for many steps. onnxruntime never frees a captured graph, so there are few of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.artefact.onnx_header import CANDIDATES, OUTPUT_POSITIONS, OnnxHeader
-from edge.backends.onnx_kv_cache_cuda import DeviceRows
+from edge.backends.onnx_kv_cache_cuda import DeviceKVCache
 
-# Steps of one shape before it is recorded, which takes about as long as some of them.
+# Steps of one shape before it is captured, which takes about as long as some of them.
 _AFTER = 8
 _MOST = 32
 _LEAST_WIDTH = 256
-# The run option that says which recording a run is; -1 is none.
+# The run option that names the CUDA graph of a run; -1 is none.
 GRAPH = "gpu_graph_id"
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decode step of `count` rows from `first` on, of up to `longest` tokens each.
+
+    few: its outputs are candidates.
+    """
+
+    first: int
+    count: int
+    longest: int
+    few: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What graphs are captured from: a session that allows it, and the KV cache that it runs over."""
+
+    runtime: Any
+    session: Any
+    cache: DeviceKVCache
+    header: OnnxHeader
+
+
 def span(first: int, count: int, slots: int) -> tuple[int, int]:
-    """The rows (first, count) that are run for those asked for: a power of two of them, or all."""
+    """The rows (first, count) to run for those asked for: a power of two of them, or all."""
     whole = min(1 << (count - 1).bit_length(), slots)
     return min(first, slots - whole), whole
 
 
 def width(longest: int, context: int) -> int:
-    """The length of the mask that is run for rows of up to `longest` tokens."""
+    """The length of the mask for rows of up to `longest` tokens."""
     return min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), context)
 
 
-class Recording:
-    """A step of `count` rows from `first` on, with up to `longest` tokens each; recorded at its first run."""
+class CudaGraph:
+    """The graph of a step; captured at its first run. number: its id in the session, from 1 on."""
 
-    def __init__(
-        self,
-        runtime: Any,
-        session: Any,
-        rows: DeviceRows,
-        header: OnnxHeader,
-        first: int,
-        count: int,
-        longest: int,
-        few: bool,
-        *,
-        number: int,
-    ) -> None:
-        device, self._session = rows.device, session
-        self.first, self.count = first, count
-        self.made = False
-        allot = runtime.OrtValue.ortvalue_from_shape_and_type
-        self._ids = allot((count, 1), np.int64, device, 0)
-        self._mask = allot((count, longest), np.int64, device, 0)
+    def __init__(self, source: Source, shape: Shape, number: int) -> None:
+        self.shape = shape
+        self.captured = False
+        self._session = source.session
+        cache, header, value = source.cache, source.header, source.runtime.OrtValue
+        count, kind = shape.count, cache.dtype.type
+
+        def allocate(element: Any, *size: int) -> Any:
+            return value.ortvalue_from_shape_and_type(size, element, cache.device, 0)
+
+        self._ids = allocate(np.int64, count, 1)
+        self._mask = allocate(np.int64, count, shape.longest)
         # Bound below, and kept alive here.
-        self._position = runtime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64), device, 0)
-        kind = rows.dtype.type
-        if few:
-            shape = (count, 1, header.candidates)
-            outputs = {
-                CANDIDATES[0]: allot(shape, kind, device, 0),
-                CANDIDATES[1]: allot(shape, np.int64, device, 0),
-            }
+        self._position = value.ortvalue_from_numpy(np.zeros(1, np.int64), cache.device, 0)
+        if shape.few:
+            pair = (
+                allocate(kind, count, 1, header.candidates),
+                allocate(np.int64, count, 1, header.candidates),
+            )
+            outputs = dict(zip(CANDIDATES, pair, strict=True))
         else:
-            outputs = {"logits": allot((count, 1, header.vocab_size), kind, device, 0)}
+            outputs = {"logits": allocate(kind, count, 1, header.vocab_size)}
         self._outputs = list(outputs.values())
-        self._order = np.arange(longest, dtype=np.int64)
-        self._binding = session.io_binding()
+        self._order = np.arange(shape.longest, dtype=np.int64)
+        self._binding = source.session.io_binding()
         inputs = {"input_ids": self._ids, "attention_mask": self._mask, OUTPUT_POSITIONS: self._position}
-        for name, value in inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        rows.bind(self._binding, first, count)
-        for name, value in outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-        self._options = runtime.RunOptions()
+        for name, tensor in inputs.items():
+            self._binding.bind_ortvalue_input(name, tensor)
+        cache.bind(self._binding, shape.first, count)
+        for name, tensor in outputs.items():
+            self._binding.bind_ortvalue_output(name, tensor)
+        self._options = source.runtime.RunOptions()
         self._options.add_run_config_entry(GRAPH, str(number))
 
     def run(self, ids: NDArray[np.int64], totals: Sequence[int]) -> list[NDArray[Any]]:
@@ -86,25 +102,23 @@ class Recording:
         self._ids.update_inplace(ids[:, None])
         self._mask.update_inplace((self._order < np.array(totals)[:, None]).astype(np.int64))
         self._session.run_with_iobinding(self._binding, self._options)
-        self.made = True
-        return [value.numpy()[:, 0] for value in self._outputs]
+        self.captured = True
+        return [tensor.numpy()[:, 0] for tensor in self._outputs]
 
 
-class Recorder:
-    """Recordings of a session that was made to have them, by the steps that come often."""
+class CudaGraphs:
+    """The captured graphs of a session, by the shapes of steps that come often."""
 
-    def __init__(
-        self, runtime: Any, session: Any, rows: DeviceRows, header: OnnxHeader, *, slots: int, context: int
-    ) -> None:
-        self._parts = (runtime, session, rows, header)
+    def __init__(self, source: Source, *, slots: int, context: int) -> None:
+        self._source = source
         self._slots, self._context = slots, context
-        self._seen: dict[tuple[int, int, int, bool], int] = {}
-        self._made: dict[tuple[int, int, int, bool], Recording] = {}
+        self._seen: dict[Shape, int] = {}
+        self._graphs: dict[Shape, CudaGraph] = {}
 
     def find(
         self, first: int, count: int, few: bool, totals: Callable[[int, int], list[int]]
-    ) -> Recording | None:
-        """A recording that holds the `count` rows from `first` on; None while steps of its shape are rare.
+    ) -> CudaGraph | None:
+        """A graph that covers the `count` rows from `first` on; None while steps of its shape are rare.
 
         totals: tokens of each row of a span then. Every row of it needs room for them.
         """
@@ -112,10 +126,10 @@ class Recorder:
         longest = max(totals(first, count))
         if longest > self._context:
             return None
-        key = first, count, width(longest, self._context), few
-        if key not in self._made:
-            seen = self._seen[key] = self._seen.get(key, 0) + 1
-            if seen <= _AFTER or len(self._made) == _MOST:
+        shape = Shape(first, count, width(longest, self._context), few)
+        if shape not in self._graphs:
+            seen = self._seen[shape] = self._seen.get(shape, 0) + 1
+            if seen <= _AFTER or len(self._graphs) == _MOST:
                 return None
-            self._made[key] = Recording(*self._parts, *key, number=len(self._made) + 1)
-        return self._made[key]
+            self._graphs[shape] = CudaGraph(self._source, shape, len(self._graphs) + 1)
+        return self._graphs[shape]

@@ -1,7 +1,7 @@
-"""What a run of a session reads and writes, kept from run to run: what lies where it lay is not bound again.
+"""The inputs and outputs of a session's runs, kept bound from run to run while they stay where they are.
 
-A decoding step changes nothing but the length of its mask; telling onnxruntime everything anew, through
-Python, costs more than a percent of a small model's step.
+A decode step changes nothing but the length of its mask. Binding everything again, through Python, costs more
+than a percent of a small model's step.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A decoding step's mask holds for so many steps.
+# The mask of a decode step fits so many steps.
 _WIDTH = 64
 
 
 class Buffer:
-    """An array that stays where it is. flat: its numbers one by one, which is quicker than through numpy."""
+    """An array at a fixed address. flat: its numbers one by one, which is faster than through numpy.
+
+    constant: its numbers never change.
+    """
 
     __slots__ = ("address", "array", "constant", "flat", "row_bytes")
 
@@ -31,7 +34,7 @@ class Buffer:
 
 class Binding:
     """native: onnxruntime's IOBinding. copied: inputs are copied to a device when they are bound, so each
-    run has to bind them.
+    run has to bind those that are not constant.
     """
 
     __slots__ = ("_bound", "_copied", "native")
@@ -42,14 +45,14 @@ class Binding:
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def read(self, name: str, buffer: Buffer, shape: tuple[int, ...]) -> None:
-        """Let the input `name` be the beginning of `buffer`."""
+        """Bind the input `name` to the beginning of `buffer`."""
         place = (buffer.address, shape)
         if (self._copied and not buffer.constant) or self._bound.get(name) != place:
             self.native.bind_input(name, "cpu", 0, buffer.array.dtype.type, shape, buffer.address)
             self._bound[name] = place
 
     def write(self, name: str, buffer: Buffer, row: int, shape: tuple[int, ...]) -> None:
-        """Let the output `name` go to `buffer` from `row` on."""
+        """Bind the output `name` to `buffer` from `row` on."""
         place = (buffer.address + row * buffer.row_bytes, shape)
         if self._bound.get(name) != place:
             self.native.bind_output(name, "cpu", 0, buffer.array.dtype.type, shape, place[0])
@@ -57,10 +60,10 @@ class Binding:
 
 
 class Mask:
-    """Which of its cells each row of a run's window may look at, [rows, width], the first ones of each.
+    """The attention mask of a run [rows, width]: ones for the tokens that each row has, then zeros.
 
-    Its width is what attention takes for the longest row's length; a decoding step may be told of more, so
-    that the next ones find the same mask with a token more in each row.
+    Attention takes its width for the longest row's length. For a decode step it may be wider, so that the
+    next steps only set one more token in each row.
     """
 
     def __init__(self, slots: int, context: int) -> None:
@@ -71,7 +74,7 @@ class Mask:
         self._width = 0
 
     def set(self, totals: list[int], *, exact: bool) -> tuple[int, int]:
-        """Rows of `totals` tokens; the mask's shape. exact: it is no wider than the longest."""
+        """Set it for rows of `totals` tokens; returns its shape. exact: no wider than the longest row."""
         before, longest = self._totals, max(totals)
         width = longest if exact else min(-(-longest // _WIDTH) * _WIDTH, self._context)
         if width == self._width and _follows(before, totals):

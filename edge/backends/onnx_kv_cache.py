@@ -1,8 +1,9 @@
-"""The KV cache of an ONNX model: rows of one buffer, one for each slot, and which slot lies in which row.
+"""The KV cache of an ONNX model: a row of one buffer for each slot, and which slot lies in which row.
 
 A session runs a batch over a window of neighbouring rows, because a tensor lies in one piece. Requests come
-and go, so the slots that decode do not stay neighbours: rows between them are run along for nothing, or slots
-change rows, which copies their cells. `window` runs along until that has cost as much as the copying.
+and go, so the slots that decode do not stay neighbours. Then either the rows between them are computed too,
+for nothing, or slots change rows, which copies their KV cells. `window` computes idle rows until that has
+cost as much as the copying.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A row that is run along for one step costs about as much as copying so many tokens' cells: about 4 ms
-# against 14 us a token with 135 million parameters; the more parameters, the more tokens.
+# An idle row in one step costs about as much as copying the KV cells of so many tokens: about 4 ms against
+# 14 us a token with 135 million parameters; the more parameters, the more tokens.
 TOKENS_OF_A_ROW = 256
 
 
-class Placement:
-    """Which slot lies in which row; `_swap` is told when two are to change places.
+class KVCache:
+    """room: tokens of a row. shape: of a row in one part [heads, room, width].
 
-    shape: of one row of one part (heads, room, width); parts: a key and a value for each layer.
+    parts: 2 x layers; keys and values of a layer after each other.
     """
 
-    device: str
-    shape: tuple[int, int, int]
-    dtype: np.dtype[Any]
-    parts: int
+    device = "cpu"
 
-    def __init__(self, slots: int, room: int) -> None:
-        self._room = room
+    def __init__(self, *, layers: int, slots: int, heads: int, room: int, width: int, dtype: str) -> None:
+        self.shape, self.dtype, self.parts = (heads, room, width), np.dtype(dtype), 2 * layers
         self._row_of = list(range(slots))
-        self._run_along = 0
+        self._idle_rows = 0
 
     def row(self, slot: int) -> int:
         return self._row_of[slot]
@@ -49,18 +47,18 @@ class Placement:
         idle = count - len(rows)
         if idle == 0:
             return first, count
-        self._run_along += idle
+        self._idle_rows += idle
         wanted = set(slots)
-        cost, first = min(
-            (self._cost(wanted, at, lengths), at) for at in range(len(self._row_of) - len(rows) + 1)
+        starts = range(len(self._row_of) - len(rows) + 1)
+        cost, first = min((self._cost(wanted, start, lengths), start) for start in starts)
+        full = any(
+            lengths[slot] >= self.shape[1]
+            for slot, row in enumerate(self._row_of)
+            if slot not in wanted and rows[0] < row < rows[-1]
         )
-        others = [
-            slot for slot, row in enumerate(self._row_of) if slot not in wanted and rows[0] < row < rows[-1]
-        ]
-        full = any(lengths[slot] >= self._room for slot in others)
-        if not full and self._run_along < cost:
+        if not full and self._idle_rows < cost:
             return rows[0], count
-        self._run_along = 0
+        self._idle_rows = 0
         inside = range(first, first + len(rows))
         leave = [slot for slot, row in enumerate(self._row_of) if row in inside and slot not in wanted]
         come = [slot for slot in slots if self._row_of[slot] not in inside]
@@ -70,10 +68,10 @@ class Placement:
         return first, len(rows)
 
     def _cost(self, wanted: set[int], first: int, lengths: Sequence[int]) -> float:
-        """What it costs until `wanted` lie in the rows from `first` on, in rows run along for a step."""
+        """The cost of moving `wanted` to the rows from `first` on, in idle rows of a step."""
         inside = range(first, first + len(wanted))
         return sum(
-            self._worth(length)
+            self._move_cost(length)
             for slot, length in enumerate(lengths)
             if (slot in wanted) != (self._row_of[slot] in inside)
         )
@@ -86,12 +84,36 @@ class Placement:
             binding.bind_input(f"past_key_values.{name}", self.device, 0, kind, shape, pointer)
             binding.bind_output(f"present.{name}", self.device, 0, kind, shape, pointer)
 
+    def restore(self, slot: int, cells: bytes, n: int) -> bool:
+        """Take what `save` gave for `n` tokens. False where the size is another."""
+        heads, room, width = self.shape
+        if not 0 < n <= room or len(cells) != self.parts * heads * n * width * self.dtype.itemsize:
+            return False
+        self._write(slot, np.frombuffer(cells, self.dtype).reshape(self.parts, heads, n, width))
+        return True
+
     def pointer(self, part: int, row: int) -> int:
-        """The address of `row` in `part`: 2 x layer for keys, one more for values."""
+        """The address of `row` in `part`."""
         raise NotImplementedError
 
-    def _worth(self, length: int) -> float:
-        """What moving `length` tokens costs, in rows run along for a step."""
+    def copy(self, src: int, dst: int, n: int) -> None:
+        """The first `n` tokens of slot `src` to slot `dst`; what lies behind them may come along."""
+        raise NotImplementedError
+
+    def save(self, slot: int, n: int) -> bytes:
+        """The first `n` tokens of a slot: [parts, heads, n, width]."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the memory. No session may run afterwards."""
+        raise NotImplementedError
+
+    def _write(self, slot: int, cells: NDArray[Any]) -> None:
+        """`cells` [parts, heads, n, width] to a slot."""
+        raise NotImplementedError
+
+    def _move_cost(self, length: int) -> float:
+        """The cost of moving `length` tokens, in idle rows of a step."""
         return length / TOKENS_OF_A_ROW
 
     def _swap(self, a: int, b: int, n: int, m: int) -> None:
@@ -99,52 +121,41 @@ class Placement:
         raise NotImplementedError
 
 
-class Rows(Placement):
-    """Cells in memory: [2 x layers, rows, heads, room, width], key and value of a layer after each other.
+class HostKVCache(KVCache):
+    """In the system's memory: [parts, slots, heads, room, width].
 
-    The system gives pages when they are first written, so that a slot takes what its longest text took.
+    The system provides pages when they are first written, so that a slot takes what its longest text took.
     """
 
-    device = "cpu"
-
-    def __init__(self, *, layers: int, slots: int, heads: int, room: int, width: int, dtype: str) -> None:
-        super().__init__(slots, room)
-        shape = (2 * layers, slots, heads, room, width)
-        self.shape, self.dtype, self.parts = (heads, room, width), np.dtype(dtype), 2 * layers
-        self._memory = mmap.mmap(-1, int(np.prod(shape)) * self.dtype.itemsize)
-        # Huge pages would take memory for cells that are never used.
+    def __init__(self, *, slots: int, **shape: Any) -> None:
+        super().__init__(slots=slots, **shape)
+        whole = (self.parts, slots, *self.shape)
+        self._memory = mmap.mmap(-1, int(np.prod(whole)) * self.dtype.itemsize)
+        # Huge pages would take memory for KV cells that are never used.
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             with contextlib.suppress(OSError):
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self.cells: NDArray[np.generic] = np.frombuffer(self._memory, self.dtype).reshape(shape)
+        self.cells: NDArray[Any] = np.frombuffer(self._memory, self.dtype).reshape(whole)
 
     def pointer(self, part: int, row: int) -> int:
         strides = self.cells.strides
         return int(self.cells.ctypes.data + part * strides[0] + row * strides[1])
 
-    def _swap(self, a: int, b: int, n: int, m: int) -> None:
-        kept = self.cells[:, a, :, :n].copy()
-        self.cells[:, a, :, :m] = self.cells[:, b, :, :m]
-        self.cells[:, b, :, :n] = kept
-
     def copy(self, src: int, dst: int, n: int) -> None:
-        """The first `n` tokens of slot `src` to slot `dst`."""
         self.cells[:, self._row_of[dst], :, :n] = self.cells[:, self._row_of[src], :, :n]
 
     def save(self, slot: int, n: int) -> bytes:
         return self.cells[:, self._row_of[slot], :, :n].tobytes()
 
-    def restore(self, slot: int, cells: bytes, n: int) -> bool:
-        """Cells that `save` gave for `n` tokens. False where their number is another."""
-        parts, _, heads, room, width = self.cells.shape
-        if not 0 < n <= room or len(cells) != parts * heads * n * width * self.cells.itemsize:
-            return False
-        found = np.frombuffer(cells, self.cells.dtype).reshape(parts, heads, n, width)
-        self.cells[:, self._row_of[slot], :, :n] = found
-        return True
-
     def close(self) -> None:
-        """Give the memory back. No session may run afterwards."""
         self.cells = np.zeros((0, 0, 0, 0, 0), self.dtype)
         with contextlib.suppress(BufferError):
             self._memory.close()
+
+    def _write(self, slot: int, cells: NDArray[Any]) -> None:
+        self.cells[:, self._row_of[slot], :, : cells.shape[2]] = cells
+
+    def _swap(self, a: int, b: int, n: int, m: int) -> None:
+        kept = self.cells[:, a, :, :n].copy()
+        self.cells[:, a, :, :m] = self.cells[:, b, :, :m]
+        self.cells[:, b, :, :n] = kept

@@ -1,7 +1,7 @@
-"""The KV cache of an ONNX model in the memory of a device; see onnx_rows.
+"""The KV cache of an ONNX model in a GPU's memory; see onnx_kv_cache.
 
-onnxruntime's Python interface allots memory on a device but copies no part of it. A graph of Identities, one
-for each part, does: bound to addresses within the buffers it is a copy there, or to and from the host.
+onnxruntime's Python interface allocates memory on a device but cannot copy parts of it. A graph of Identity
+nodes, one for each part, can: bound to addresses within the buffers it copies there, or to and from the host.
 """
 
 from __future__ import annotations
@@ -11,62 +11,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.onnx_kv_cache import Placement
+from edge.backends.onnx_kv_cache import KVCache
 
-# What moving a row costs, in rows that are run along for one step.
+# The cost of moving a row, in idle rows of one step.
 _MOVE = 25.0
 # TensorProto.DataType.
 _KINDS = {"float32": 1, "float16": 10}
 
+_Places = list[tuple[str, int]]
 
-class DeviceRows(Placement):
-    """Cells on `device` (onnxruntime's name: cuda), [rows, heads, room, width] for each key and value.
 
-    All of it is allotted at once. One row more than slots is there, through which two rows change places.
+class DeviceKVCache(KVCache):
+    """On `device` (onnxruntime's name: cuda), [rows, heads, room, width] for each part.
+
+    All of it is allocated at once. There is one row more than slots, through which two rows change places.
     """
 
-    def __init__(
-        self,
-        runtime: Any,
-        provider: str,
-        device: str,
-        *,
-        layers: int,
-        slots: int,
-        heads: int,
-        room: int,
-        width: int,
-        dtype: str,
-    ) -> None:
-        super().__init__(slots, room)
+    def __init__(self, runtime: Any, provider: str, device: str, *, slots: int, **shape: Any) -> None:
+        super().__init__(slots=slots, **shape)
         self.device = device
-        self.shape, self.dtype, self.parts = (heads, room, width), np.dtype(dtype), 2 * layers
         whole = (slots + 1, *self.shape)
-        allot = runtime.OrtValue.ortvalue_from_shape_and_type
-        self._parts = [allot(whole, self.dtype.type, device, 0) for _ in range(self.parts)]
-        self._row_bytes = heads * room * width * self.dtype.itemsize
+        allocate = runtime.OrtValue.ortvalue_from_shape_and_type
+        self._parts = [allocate(whole, self.dtype.type, device, 0) for _ in range(self.parts)]
+        self._row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self._spare = slots
+        graph = identity(_KINDS[self.dtype.name], self.parts)
         providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
-        self._copier = runtime.InferenceSession(identity(_KINDS[dtype], self.parts), providers=providers)
+        self._copier = runtime.InferenceSession(graph, providers=providers)
 
     def pointer(self, part: int, row: int) -> int:
         return int(self._parts[part].data_ptr()) + row * self._row_bytes
 
-    def _worth(self, length: int) -> float:
-        # Binding what is copied takes longer than copying it, and a row more is nearly free to compute.
-        return _MOVE if length else 0.0
-
-    def _swap(self, a: int, b: int, n: int, m: int) -> None:
-        # Whole rows: a copy on the device is quicker than many calls.
-        if n:
-            self._copy(self._places(a), self._places(self._spare))
-        if m:
-            self._copy(self._places(b), self._places(a))
-        if n:
-            self._copy(self._places(self._spare), self._places(b))
-
     def copy(self, src: int, dst: int, n: int) -> None:
-        """The first `n` tokens of slot `src` to slot `dst`; what lies behind them comes along."""
         if n:
             self._copy(self._places(self.row(src)), self._places(self.row(dst)))
 
@@ -75,28 +51,35 @@ class DeviceRows(Placement):
         self._copy(self._places(self.row(slot)), _addresses(host))
         return host[:, :, :n].tobytes()
 
-    def restore(self, slot: int, cells: bytes, n: int) -> bool:
-        """Cells that `save` gave for `n` tokens. False where their number is another."""
-        heads, room, width = self.shape
-        if not 0 < n <= room or len(cells) != len(self._parts) * heads * n * width * self.dtype.itemsize:
-            return False
-        host = self._host()
-        host[:, :, :n] = np.frombuffer(cells, self.dtype).reshape(-1, heads, n, width)
-        self._copy(_addresses(host), self._places(self.row(slot)))
-        return True
-
     def close(self) -> None:
-        """Give the memory back. No session may run afterwards."""
         self._parts = []
         self._copier = None
 
-    def _host(self) -> NDArray[np.generic]:
-        return np.zeros((len(self._parts), *self.shape), self.dtype)
+    def _write(self, slot: int, cells: NDArray[Any]) -> None:
+        host = self._host()
+        host[:, :, : cells.shape[2]] = cells
+        self._copy(_addresses(host), self._places(self.row(slot)))
 
-    def _places(self, row: int) -> list[tuple[str, int]]:
+    def _move_cost(self, length: int) -> float:
+        # Binding what is copied takes longer than copying it, and an idle row is nearly free to compute.
+        return _MOVE if length else 0.0
+
+    def _swap(self, a: int, b: int, n: int, m: int) -> None:
+        # Whole rows: one copy on the device is faster than many calls.
+        if n:
+            self._copy(self._places(a), self._places(self._spare))
+        if m:
+            self._copy(self._places(b), self._places(a))
+        if n:
+            self._copy(self._places(self._spare), self._places(b))
+
+    def _host(self) -> NDArray[Any]:
+        return np.zeros((self.parts, *self.shape), self.dtype)
+
+    def _places(self, row: int) -> _Places:
         return [(self.device, self.pointer(part, row)) for part in range(self.parts)]
 
-    def _copy(self, sources: list[tuple[str, int]], targets: list[tuple[str, int]]) -> None:
+    def _copy(self, sources: _Places, targets: _Places) -> None:
         """Copy a row's bytes of every part between addresses, each with its device."""
         binding = self._copier.io_binding()
         size, kind = (int(np.prod(self.shape)),), self.dtype.type
@@ -108,13 +91,14 @@ class DeviceRows(Placement):
         binding.synchronize_outputs()
 
 
-def _addresses(host: NDArray[np.generic]) -> list[tuple[str, int]]:
+def _addresses(host: NDArray[Any]) -> _Places:
     return [("cpu", int(array.ctypes.data)) for array in host]
 
 
 def identity(kind: int, count: int) -> bytes:
-    """An ONNX model of `count` copies `y0 = Identity(x0)`, of vectors of the element type `kind`
-    (onnx.proto3).
+    """An ONNX model of `count` copies `y0 = Identity(x0)`, of vectors of the element type `kind`.
+
+    Field numbers are those of onnx.proto3.
     """
 
     def field(number: int, value: bytes | int) -> bytes:

@@ -1,7 +1,7 @@
-"""What a run of an ONNX model gives: logits of chosen positions, or the few largest of them with their ids.
+"""The outputs of a run of an ONNX model: logits of chosen positions, or only the largest ones with their ids.
 
-Where the model computes on a card, a vocabulary of logits for each row is what a step copies most of; a graph
-with a TopK at its end gives 64 candidates instead, and most requests are sampled from no more than that.
+On a GPU most of what a step copies is a vocabulary of logits for each row. A graph with a TopK at its end
+gives 64 candidates instead, and most requests are sampled from no more than that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edge.backends.onnx_io_binding import Binding, Buffer, zeros
 
 
 class Outputs:
-    """Buffers in the processor's memory for `rows` rows of a step's runs."""
+    """Buffers in the system's memory for `rows` outputs of a step's runs."""
 
     def __init__(self, header: OnnxHeader, *, rows: int) -> None:
         count = header.candidates
@@ -28,13 +28,13 @@ class Outputs:
         self._ids = zeros(rows if count else 0, count)
 
     def bind(self, binding: Binding, at: int, batch: int, picks: int, *, few: bool) -> None:
-        """Let a run over `batch` rows write what its `picks` positions of each give, from row `at` on."""
+        """Bind the outputs of a run, `picks` positions of `batch` rows, to the buffers from `at` on."""
         for name, buffer in self._of(few).items():
             binding.write(name, buffer, at, (batch, picks, buffer.array.shape[1]))
 
-    def take(self, found: Sequence[NDArray[Any]], *, few: bool) -> None:
-        """What a run over a batch gave elsewhere: one position of each row, as `bind` orders them."""
-        for array, buffer in zip(found, self._of(few).values(), strict=True):
+    def take(self, outputs: Sequence[NDArray[Any]], *, few: bool) -> None:
+        """Copy the outputs of a CUDA graph: one position of each row, in the order of `bind`."""
+        for array, buffer in zip(outputs, self._of(few).values(), strict=True):
             buffer.array[: len(array)] = array
 
     def _of(self, few: bool) -> dict[str, Buffer]:
@@ -44,22 +44,19 @@ class Outputs:
         return {"logits": self._logits}
 
     def read(self, places: Sequence[tuple[int, bool]]) -> StepOutputs:
-        """What each place holds: a row, and whether a run wrote candidates there."""
+        """The output at each place (row of the buffers, whether a run wrote candidates there)."""
         if any(few for _, few in places):
             return [self._one(row, few) for row, few in places]
         wanted = [row for row, _ in places]
         first = wanted[0] if wanted else 0
-        found = (
-            self._logits.array[first : first + len(wanted)]
-            if wanted == list(range(first, first + len(wanted)))
-            else self._logits.array[wanted]
-        )
-        return self._single(found)
+        if wanted == list(range(first, first + len(wanted))):
+            return self._single(self._logits.array[first : first + len(wanted)])
+        return self._single(self._logits.array[wanted])
 
     def _one(self, row: int, few: bool) -> Logits | Candidates:
         if few:
             return Candidates(self._ids.array[row], self._single(self._values.array[row]))
         return self._single(self._logits.array[row])
 
-    def _single(self, found: NDArray[Any]) -> Logits:
-        return found.astype(np.float32) if self._narrow else found
+    def _single(self, logits: NDArray[Any]) -> Logits:
+        return logits.astype(np.float32) if self._narrow else logits

@@ -80,12 +80,12 @@ def open_backend(load: Load) -> Backend:
     if load.kind == "onnx":
         return _open_onnx(load)
     from edge.backends.llamacpp import LlamaCpp, Model, Settings
-    from edge.loading import tune
+    from edge.loading import tune_llamacpp
 
     settings = msgspec.convert(load.settings, Settings)
     model = Model(Path(load.path), gpu_layers=settings.gpu_layers, extra_buffers=settings.extra_buffers)
     if load.tune:
-        settings = tune.settings(model, settings)
+        settings = tune_llamacpp.settings(model, settings)
     lora = Path(load.lora) if load.lora else None
     return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids), lora=lora)
 

@@ -1,10 +1,10 @@
 """Builds llama-cpp-python for this machine: `python -m edge.machine.build_llamacpp [--cuda] [--force]`.
 
 There is no wheel of it, and a build with default flags is wrong on some machines: it crashes on CPUs with
-AMX (see csrc/amx_tileconfig.h), and with OpenMP it crawls beside a busy core. So the pinned sdist is built
-with flags of our own and, on x86, with attention and matrix products of our own (csrc). The wheel is kept in
-the user's cache under a key of everything that shaped it, and the installed build is tried by some decodes in
-a child process. What came of it lies beside the build as JSON.
+AMX (see csrc/amx_tileconfig.h), and with OpenMP it becomes very slow beside a busy core. So the pinned sdist
+is built with flags of our own and, on x86, with attention and matrix products of our own (csrc). The wheel is
+kept in the user's cache under a key of everything that shapes it. The installed build is checked by some
+decodes in a child process; the outcome lies beside the build as JSON.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any
 
 from edge.artefact import manifest
 from edge.errors import EdgeError, UnavailableError
 from edge.machine import hardware
 from edge.machine.llamacpp_source import (
+    BUILD,
     CONSTRAINTS,
     PACKAGE,
     VERSION,
@@ -44,6 +42,9 @@ from edge.machine.llamacpp_source import (
     sdist_archive,
     tail,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CSRC = Path(__file__).parent.parent / "csrc"
 HEADER = CSRC / "amx_tileconfig.h"
@@ -77,9 +78,9 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to build: CMake definitions, and a key over all that shapes the binary.
+    """One way to build: CMake definitions, and a key over everything that shapes the binary.
 
-    stock_key: the same for llama.cpp as it comes, without what csrc puts in place of its own.
+    stock_key: the key of unmodified llama.cpp, without the replacements in csrc.
     """
 
     defines: dict[str, str]
@@ -94,53 +95,53 @@ def compiler() -> Compiler:
     if sys.platform == "win32":
         programs = Path(os.environ.get("PROGRAMFILES(X86)", ""))
         where = programs / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
-        found = _output([str(where), "-latest", "-products", "*", "-property", "installationVersion"])
-        if found or shutil.which("cl"):
-            return Compiler("msvc", found)
+        command = [str(where), "-latest", "-products", "*", "-property", "installationVersion"]
+        version = hardware.command_output(command)
+        if version or shutil.which("cl"):
+            return Compiler("msvc", version)
     else:
         for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-            text = _output([*name.split(), "--version"])
+            text = hardware.command_output([*name.split(), "--version"])
             if text:
                 return Compiler("clang" if "clang" in text.lower() else "gcc", text.splitlines()[0])
     hint = COMPILER_HINTS.get(sys.platform, COMPILER_HINTS["linux"])
-    raise UnavailableError(f"{PACKAGE} is built on this machine, and there is no C++ compiler", hint)
+    raise UnavailableError(f"{PACKAGE} is built on this machine, which has no C++ compiler", hint)
 
 
 def nvcc() -> tuple[str, str]:
-    """Path and version line of CUDA's compiler. Raises UnavailableError without it or without a card."""
+    """Path and version of CUDA's compiler. Raises UnavailableError without it, or without a GPU."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [str(Path(home) / "bin") for home in homes if home]
     path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
     if path is None:
         raise UnavailableError(
-            "CUDA was asked for, but its compiler `nvcc` is not there",
+            "--cuda: CUDA's compiler `nvcc` is not installed",
             "install NVIDIA's CUDA toolkit (Debian, Ubuntu: sudo apt-get install nvidia-cuda-toolkit), "
-            "or build for the CPU: python -m edge.machine.build_llamacpp",
+            f"or build for the CPU: {BUILD}",
         )
     if not hardware.gpus():
         raise UnavailableError(
-            "CUDA was asked for, but `nvidia-smi` shows no card",
-            "install NVIDIA's driver, or build for the CPU: python -m edge.machine.build_llamacpp",
+            "--cuda: `nvidia-smi` shows no GPU", f"install NVIDIA's driver, or build for the CPU: {BUILD}"
         )
-    return path, _output([path, "--version"])
+    return path, hardware.command_output([path, "--version"])
 
 
 def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
     """The build that fits this machine. `amx` False switches those instructions off."""
-    found = compiler()
+    tool = compiler()
     defines = dict.fromkeys(OFF, "OFF") | {"GGML_NATIVE": "ON"}
     cuda_version = ""
     if cuda:
         path, cuda_version = nvcc()
         defines |= {"GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": path}
     cxx_flags = ""
-    if found.kind == "gcc" and platform.machine() in ("x86_64", "AMD64"):
+    if tool.kind == "gcc" and platform.machine() in ("x86_64", "AMD64"):
         cxx_flags = "include-header" if amx else NO_AMX
     shape = {
         "version": VERSION,
         "defines": defines,
         "cxx_flags": cxx_flags,
-        "compiler": [found.kind, found.version],
+        "compiler": [tool.kind, tool.version],
         "cuda": [cuda_version, *(f"{gpu.name} {gpu.compute_capability}" for gpu in hardware.gpus())]
         if cuda
         else [],
@@ -150,25 +151,25 @@ def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
 
     def key(sources: Iterable[Path]) -> str:
         digests = {path.name: manifest.file_digest(path) for path in sources}
-        told = json.dumps(shape | {"csrc": digests}, sort_keys=True)
-        return hashlib.sha256(told.encode("utf-8")).hexdigest()[:20]
+        facts = json.dumps(shape | {"csrc": digests}, sort_keys=True)
+        return hashlib.sha256(facts.encode("utf-8")).hexdigest()[:20]
 
     ours = (path for path in CSRC.iterdir() if path.is_file())
-    return Plan(defines, cxx_flags, key(ours), key([HEADER]), found)
+    return Plan(defines, cxx_flags, key(ours), key([HEADER]), tool)
 
 
 def cpu_key() -> str:
-    """A word that differs between CPUs for which -march=native differs."""
+    """A key that differs between CPUs for which -march=native differs."""
     text = " ".join([hardware.cpu_model(), *hardware.cpu_flags(everything=True)])
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
 def build_info() -> dict[str, Any]:
-    """What is known of the installed build; empty without one, or where another build replaced it.
+    """What `install` wrote about the installed build; empty without one, or where another build replaced it.
 
     version, key, wanted (the key that was asked for), defines, cxx_flags, compiler, cpu, cpu_key, cuda,
-    created; check: mode -> outcome of one decode (plain, extra, gpu); use_extra_bufts, gpu: what may be used;
-    notes: what had to be given up, as sentences. Loads no native code.
+    created; check: mode -> outcome of its decodes (plain, extra, gpu); use_extra_bufts, gpu: may be used;
+    notes: what is switched off, as sentences. Loads no native code.
     """
     folder = _package_folder()
     if folder is None or not (folder / RECORD).is_file():
@@ -194,7 +195,10 @@ def _record_digest() -> str:
 
 
 def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
-    """The wheel for `chosen`, out of the user's cache or built now (minutes). EdgeError has the log's end."""
+    """The wheel for `chosen`, from the user's cache or built now (minutes).
+
+    Raises EdgeError with the end of the log where the build fails.
+    """
     folder = hardware.cache_dir() / "wheels" / chosen.key
     kept = sorted(folder.glob("*.whl"))
     if kept and not force:
@@ -205,38 +209,33 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest.check_free(folder.parent, 2 * 2**30)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work, tempfile.TemporaryDirectory() as extra:
-        made, csrc = Path(work) / "wheel", Path(extra) / CSRC.name
+        built, csrc = Path(work) / "wheel", Path(extra) / CSRC.name
         shutil.copytree(CSRC, csrc)  # a path without blanks, whatever ours is
         defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": (csrc / "build.cmake").as_posix()}
         if chosen.cxx_flags:
             forced = f'-include "{csrc / HEADER.name}"'
             defines["CMAKE_CXX_FLAGS"] = forced if chosen.cxx_flags == "include-header" else chosen.cxx_flags
-        command = [
-            "wheel",
-            "-v",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-cache-dir",
-            "--wheel-dir",
-            str(made),
-        ]
+        command = ["wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
+        command += ["--wheel-dir", str(built)]
         for name, value in defines.items():
             command += ["-C", f"cmake.define.{name}={value}"]
         command += ["-C", "wheel.exclude=include/**;lib/**", str(archive)]  # headers, and libraries twice
         _build(command, folder.parent / f"{chosen.key}.log", console)
         shutil.rmtree(folder, ignore_errors=True)
-        publish_folder(made, folder)
+        publish_folder(built, folder)
     return next(folder.glob("*.whl"))
 
 
 def _build(arguments: list[str], log: Path, console: Console) -> None:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     cores = min(os.cpu_count() or 1, int(hardware.cpu_quota() or 1024))
     jobs = max(1, min(cores, hardware.memory().available // 2**30))  # a compiler takes up to 1 GiB
     env = {
         name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "CXXFLAGS", "CFLAGS")
     }
     env |= {"CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "PYTHONUTF8": "1"}
-    console.print(f"llama.cpp: building for this machine, some minutes, once (log: {log})")
+    console.print(f"llama.cpp: building for this machine; this takes some minutes, once (log: {log})")
     start = time.monotonic()
     columns = (
         TextColumn("  compiling"),
@@ -269,16 +268,8 @@ def _build(arguments: list[str], log: Path, console: Console) -> None:
     console.print(f"llama.cpp: built in {time.monotonic() - start:.0f} s")
 
 
-def _output(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
-
-
 def check(mode: str) -> str:
-    """Decode a tiny model with the installed build in `mode` (plain, extra, gpu): "ok", or what happened."""
+    """Decode a tiny model with the installed build in `mode` (plain, extra, gpu): "ok", or the problem."""
     script = str(Path(__file__).with_name("build_check.py"))
     try:
         done = subprocess.run(
@@ -298,28 +289,43 @@ def check(mode: str) -> str:
     return f"exit code {done.returncode:#x}: {lines[-1] if lines else 'no message'}"
 
 
-def no_card() -> str:
-    """Why the installed build cannot put layers on a card; "" where it can (asked in a child process)."""
+@dataclass(frozen=True)
+class Probe:
+    """error: why the installed build does not load. no_gpu: why it cannot put layers on a GPU. "": it can."""
+
+    error: str = ""
+    no_gpu: str = ""
+
+
+def probe() -> Probe:
+    """Load the installed build in a child process."""
     code = "import sys, llama_cpp.llama_cpp as lib; sys.exit(0 if lib.llama_supports_gpu_offload() else 3)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return Probe("no answer in 60 s", f"{PACKAGE} gives no answer in 60 s")
     if done.returncode == 0:
-        return ""
-    said = done.stderr.decode("utf-8", "replace").strip()
-    if found := re.search(r"failed to initialize (?:CUDA|HIP|MUSA): (.+)", said):
-        return f"llama-cpp-python is built for cards, but finds none that it can use: {found[1].strip()}"
-    if done.returncode != 3:
-        return f"llama-cpp-python does not load: {said.splitlines()[-1] if said else 'it gives no reason'}"
-    return "llama-cpp-python was built without GPU support (make install CUDA=1 builds it)"
+        return Probe()
+    log = done.stderr.decode("utf-8", "replace").strip()
+    if match := re.search(r"failed to initialize (?:CUDA|HIP|MUSA): (.+)", log):
+        return Probe("", f"{PACKAGE} is built for GPUs, but finds none that it can use: {match[1].strip()}")
+    if done.returncode == 3:
+        return Probe("", f"{PACKAGE} was built without GPU support (make install CUDA=1 builds it)")
+    error = log.splitlines()[-1] if log else f"exit code {done.returncode}"
+    return Probe(error, f"{PACKAGE} does not load: {error}")
 
 
 def install(*, cuda: bool = False, force: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Build (or take from the cache), install into this Python, try, and record. Returns `build_info()`.
+    """Build (or take from the cache), install into this Python, check. Returns `build_info()`.
 
     A build that dies with repacked weights is replaced by one without AMX where the CPU has it, or limited to
-    ordinary buffers; `notes` says so. Raises UnavailableError where no setting decodes, or the card does not
-    although `cuda` was asked for.
+    ordinary buffers; `notes` says so. Raises UnavailableError where no build decodes, or where `cuda` was
+    asked for and the GPU does not decode.
     """
-    console = console or Console(markup=False, highlight=False, soft_wrap=True)
+    if console is None:
+        from rich.console import Console
+
+        console = Console(markup=False, highlight=False, soft_wrap=True)
     wanted = plan(cuda=cuda)
     info = build_info()
     if not force and info.get("wanted") == wanted.key:
@@ -337,59 +343,58 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
     if outcome["plain"] != "ok":
         raise UnavailableError(
             f"the build of {PACKAGE} cannot decode: {outcome['plain']}",
-            "try another compiler (CXX=clang++ python -m edge.machine.build_llamacpp --force)",
+            f"try another compiler (CXX=clang++ {BUILD} --force)",
         )
     if outcome["extra"] != "ok":
         notes.append("weights are not repacked (use_extra_bufts=False): slower than it could be")
     if cuda and outcome.get("gpu") != "ok":
         raise UnavailableError(
-            f"the CUDA build cannot decode on the card: {outcome.get('gpu', 'it sees no card')}",
-            "check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: python -m edge.machine.build_llamacpp",
+            f"the CUDA build cannot decode on the GPU: {outcome.get('gpu', 'it sees no GPU')}",
+            f"check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: {BUILD}",
         )
+    info = _describe(chosen, outcome) | {"wanted": wanted.key, "cuda": cuda, "notes": notes}
     folder = _package_folder()
     assert folder is not None
-    record = {
+    (folder / RECORD).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    for note in notes:
+        console.print(f"llama.cpp: {note}", style="yellow")
+    checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
+    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; checked by decoding: {checks}")
+    return info
+
+
+def _describe(chosen: Plan, outcome: dict[str, str]) -> dict[str, Any]:
+    return {
         "version": VERSION,
         "key": chosen.key,
-        "wanted": wanted.key,
         "defines": chosen.defines,
         "cxx_flags": chosen.cxx_flags,
         "compiler": f"{chosen.compiler.kind}: {chosen.compiler.version}",
         "cpu": hardware.cpu_model(),
         "cpu_key": cpu_key(),
-        "cuda": cuda,
         "check": outcome,
         "use_extra_bufts": outcome["extra"] == "ok",
         "gpu": outcome.get("gpu") == "ok",
-        "notes": notes,
         "record": _record_digest(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for note in notes:
-        console.print(f"llama.cpp: {note}", style="yellow")
-    checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
-    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; checked by decoding: {checks}")
-    return record
 
 
 def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
     constraints = ["-c", str(CONSTRAINTS)] if CONSTRAINTS.is_file() else []
-    pip(
-        ["install", "--quiet", "--force-reinstall", "--no-deps", "--no-index", str(path)],
-        "installing the wheel",
-    )
+    forced = ["install", "--quiet", "--force-reinstall", "--no-deps", "--no-index", str(path)]
+    pip(forced, "installing the wheel")
     pip(["install", "--quiet", *constraints, str(path)], "installing what the wheel needs")
     importlib.invalidate_caches()
     outcome = {mode: check(mode) for mode in ("plain", "extra")}
-    if cuda or not no_card():
+    if cuda or not probe().no_gpu:
         outcome["gpu"] = check("gpu")
     return outcome
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m edge.machine.build_llamacpp", description=__doc__)
-    parser.add_argument("--cuda", action="store_true", help="for an NVIDIA card (needs nvcc)")
+    parser = argparse.ArgumentParser(prog=BUILD, description=__doc__)
+    parser.add_argument("--cuda", action="store_true", help="for an NVIDIA GPU (needs nvcc)")
     parser.add_argument("--force", action="store_true", help="build again, whatever the cache holds")
     options = parser.parse_args(argv)
     install(cuda=options.cuda, force=options.force)

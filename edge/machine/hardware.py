@@ -1,8 +1,8 @@
-"""What this machine gives to this process: cores, memory, NVIDIA cards, the user's cache folder. No torch.
+"""What this machine offers to this process: cores, memory, NVIDIA GPUs, the user's cache folder. No torch.
 
 Threads are physical (or performance) cores, because decoding is bound by memory: a second thread on the same
-core only adds waiting, and one efficiency core makes all the others wait at each barrier. Containers count:
-the affinity mask and the cgroup quota (v1 and v2) bound cores and memory.
+core only adds waiting, and one efficiency core makes all the others wait at each barrier. In containers the
+affinity mask and the cgroup quota (v1 and v2) bound cores and memory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class GPU:
-    """One NVIDIA card. Memory in bytes, 0 where the driver does not say; `cuda`: the driver's newest CUDA."""
+    """One NVIDIA GPU. Memory in bytes, 0 where the driver does not say; `cuda`: the driver's newest CUDA."""
 
     index: int
     name: str
@@ -137,7 +137,7 @@ def windows_cores(records: bytes) -> list[Core]:
     A record: u32 relationship, u32 size, u8 flags, u8 efficiency class, 20 reserved bytes, u16 groups, then
     16 bytes a group (u64 mask, u16 group). CPUs are numbered 64 a group.
     """
-    found: list[tuple[int, frozenset[int]]] = []
+    cores: list[tuple[int, frozenset[int]]] = []
     position = 0
     while position + 32 <= len(records):
         size = int.from_bytes(records[position + 4 : position + 8], "little")
@@ -147,10 +147,10 @@ def windows_cores(records: bytes) -> list[Core]:
             entry = records[position + 32 + 16 * index : position + 48 + 16 * index]
             mask, group = int.from_bytes(entry[:8], "little"), int.from_bytes(entry[8:10], "little")
             cpus.update(64 * group + bit for bit in range(64) if mask >> bit & 1)
-        found.append((records[position + 9], frozenset(cpus)))
+        cores.append((records[position + 9], frozenset(cpus)))
         position += max(size, 32)
-    best = max((kind for kind, _ in found), default=0)
-    return [Core(cpus, kind == best) for kind, cpus in found]
+    best = max((kind for kind, _ in cores), default=0)
+    return [Core(cpus, kind == best) for kind, cpus in cores]
 
 
 def _windows_core_records() -> bytes:
@@ -223,16 +223,16 @@ def memory(root: Path = ROOT) -> Memory:
 
 
 def gpus() -> list[GPU]:
-    """NVIDIA cards that `nvidia-smi` lists; empty without the tool, without a card or when it fails."""
+    """NVIDIA GPUs that `nvidia-smi` lists; empty without the tool, without a GPU or when it fails."""
     fields = "index,name,memory.total,memory.free,driver_version,compute_cap"
-    rows = _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
-    return parse_gpus(rows, _output(["nvidia-smi"])) if rows else []
+    rows = command_output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+    return parse_gpus(rows, command_output(["nvidia-smi"])) if rows else []
 
 
 def parse_gpus(rows: str, banner: str) -> list[GPU]:
-    """Cards from `nvidia-smi`'s CSV (memory in MiB) and the CUDA version from its banner."""
+    """GPUs from `nvidia-smi`'s CSV (memory in MiB) and the CUDA version from its banner."""
     version = re.search(r"CUDA(?: UMD)? Version\s*:\s*(\d+(?:\.\d+)?)", banner)
-    found = []
+    gpus = []
     for line in rows.splitlines():
         index, _, rest = line.partition(",")
         parts = [part.strip() for part in rest.rsplit(",", 4)]  # a name may hold a comma
@@ -241,24 +241,25 @@ def parse_gpus(rows: str, banner: str) -> list[GPU]:
         name, total, free, driver, capability = parts
         memory_total, memory_free = (int(size) * 2**20 if size.isdigit() else 0 for size in (total, free))
         cuda = version[1] if version else ""
-        found.append(GPU(int(index), name, memory_total, memory_free, driver, capability, cuda))
-    return found
+        gpus.append(GPU(int(index), name, memory_total, memory_free, driver, capability, cuda))
+    return gpus
 
 
-def _output(command: list[str], timeout: float = 10.0) -> str:
+def command_output(command: list[str]) -> str:
+    """What a command prints, stripped; "" where it fails, is not there or takes longer than 30 s."""
     try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
 
 
 def _sysctl(name: str) -> str:
-    return _output(["sysctl", "-n", name]).strip()
+    return command_output(["sysctl", "-n", name])
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for edge (not made): XDG, ~/Library/Caches or %LOCALAPPDATA%."""
+    """The user's cache folder for edge (not created): XDG, ~/Library/Caches or %LOCALAPPDATA%."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -280,10 +281,12 @@ def cpu_model() -> str:
             winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
         ) as key:
             return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
-    found = re.search(
-        r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE
-    )
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return _cpuinfo("model name|Model|Hardware") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(names: str) -> str:
+    match = re.search(rf"^(?:{names})\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def cpu_flags(*, everything: bool = False) -> list[str]:
@@ -298,23 +301,22 @@ def cpu_flags(*, everything: bool = False) -> list[str]:
         arm |= {"bf16": "FEAT_BF16", "sme": "FEAT_SME"}
         text += " " + " ".join(name for name, key in arm.items() if _sysctl(f"hw.optional.arm.{key}") == "1")
     else:
-        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
-        text = found[1] if found else ""
+        text = _cpuinfo("flags|Features")
     words = set(text.split())
     return sorted(words) if everything else [flag for flag in FLAGS if flag in words]
 
 
 def describe() -> dict[str, Any]:
-    """What a report says about the machine. Memory in bytes."""
-    found = memory()
+    """The machine's facts for a report. Memory in bytes."""
+    ram = memory()
     return {
         "cpu": cpu_model(),
         "flags": cpu_flags(),
         "logical_cpus": os.cpu_count() or 1,
         "physical_cores": psutil.cpu_count(logical=False),
         "threads": cpu_threads(),
-        "memory_total": found.total,
-        "memory_available": found.available,
+        "memory_total": ram.total,
+        "memory_available": ram.available,
         "gpus": [vars(gpu) for gpu in gpus()],
         "os": platform.platform(),
         "machine": platform.machine(),

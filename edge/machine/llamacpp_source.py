@@ -1,6 +1,7 @@
 """The pinned sdist of llama-cpp-python: fetched once into the user's cache, checked, unpacked.
 
-Its `vendor/llama.cpp` holds the sources that edge.machine.build_llamacpp builds and the converter that convert.export.gguf runs.
+Its `vendor/llama.cpp` holds the sources that edge.machine.build_llamacpp builds, and the converter that
+convert.export.gguf runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from edge.errors import InputError, UnavailableError
 from edge.machine import hardware
 
 PACKAGE = "llama-cpp-python"
+# The command that builds it for this machine.
+BUILD = "python -m edge.machine.build_llamacpp"
 VERSION = "0.3.36"  # as in constraints.txt; the digest below belongs to it
 SDIST = f"llama_cpp_python-{VERSION}"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -156,18 +156,17 @@ def planned(path: Path, args: argparse.Namespace, lora: Path | None = None) -> P
     found, why = load_plan.pick(path, "llamacpp" if args.lora else args.backend, options)
     if lora is not None:
         found = find.with_lora(found, lora)
-    settings = load_plan.plan(found, options)
+    plan = load_plan.plan(found, options)
     load = Load.of(
         found,
-        settings,
+        plan.settings,
         max_queue=args.max_queue,
         tune=not args.no_tune,
         store=str(args.kv_store.absolute()) if args.kv_store else "",
         store_mib=args.kv_store_mib,
         why=f"{found.kind}: {why}",
     )
-    need = load_plan.estimate(found, kv_type=args.kv_type, slots=settings.slots)
-    return Planned(load, found, need.total(load_plan.cells(settings)))
+    return Planned(load, found, plan.bytes)
 
 
 def read_keys(path: Path | None, variable: str) -> list[str]:

@@ -20,7 +20,7 @@ Build = Callable[[dict[str, int]], Backend]
 class Maker:
     """`maker(slots=4, context=128, batch=64)`: an empty backend of its kind.
 
-    capacity: cells in one pool that the slots share, where the kind has pools; ONNX gives each slot its own.
+    capacity: of a unified KV cache, where the kind has one; ONNX has a KV buffer for each slot.
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
@@ -29,9 +29,9 @@ class Maker:
         self._patch = pytest.MonkeyPatch()
         self._made: dict[tuple[tuple[str, int], ...], Backend] = {}
         if kind in ("fake", "fake-card"):
-            # A card's steps are computed elsewhere: the engine has things to do meanwhile.
-            there = kind == "fake-card"
-            self._build: Build = lambda given: FakeBackend(**given, overlaps=there)  # type: ignore[arg-type]
+            # A GPU computes asynchronously: the engine has things to do meanwhile.
+            overlaps = kind == "fake-card"
+            self._build: Build = lambda given: FakeBackend(**given, overlaps=overlaps)  # type: ignore[arg-type]
         elif kind == "llamacpp":
             self._build = _llamacpp(folder)
         else:
@@ -64,21 +64,21 @@ def _llamacpp(folder: Path) -> Build:
     model = Model(tiny_llama.write(folder / "тест.gguf"))
 
     def build(given: dict[str, int]) -> Backend:
-        pool = {"capacity": given["slots"] * given["context"], **given}
-        return LlamaCpp(model, Settings(**pool))  # type: ignore[arg-type]
+        size = {"capacity": given["slots"] * given["context"], **given}
+        return LlamaCpp(model, Settings(**size))  # type: ignore[arg-type]
 
     return build
 
 
 def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
-    """patch: a device's memory, allotted and copied as a card's is, but the processor's."""
+    """patch: the KV cache is allocated and copied as on a GPU, but in the system's memory."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     from edge.backends import onnx, onnx_cuda_graphs, onnx_providers
-    from edge.backends.onnx_kv_cache_cuda import DeviceRows
+    from edge.backends.onnx_kv_cache_cuda import DeviceKVCache
     from tests.support import tiny_onnx
 
-    class OnTheProcessor(DeviceRows):
+    class OnTheCPU(DeviceKVCache):
         def __init__(self, runtime: Any, provider: str, device: str, **given: Any) -> None:
             super().__init__(runtime, provider, "cpu", **given)
 
@@ -88,12 +88,12 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
             onnx_providers,
             "open_session",
             lambda *given, **more: dataclasses.replace(
-                open_session(*given, **more), memory="host", unrecordable=""
+                open_session(*given, **more), memory="host", no_graphs=""
             ),
         )
-        patch.setattr(onnx, "DeviceRows", OnTheProcessor)
+        patch.setattr(onnx, "DeviceKVCache", OnTheCPU)
         patch.setattr(onnx_cuda_graphs, "_AFTER", 1)
-    # As a card is served: with candidates, too.
+    # As for a GPU: with candidates, too.
     count = 64 if patch is not None else 0
     model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx", candidates=count))
     return lambda given: onnx.Onnx(model, onnx.Settings(**given, device="cpu"))  # type: ignore[arg-type]

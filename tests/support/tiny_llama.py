@@ -7,6 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from edge.artefact import manifest
+
 WIDTH, HEADS, KV_HEADS, FEED, LAYERS, CONTEXT = 64, 4, 2, 128, 2, 512
 BYTES_AT = 3
 USER, END, SPACE = BYTES_AT + 256, BYTES_AT + 257, BYTES_AT + 258
@@ -105,3 +107,17 @@ def write_lora(path: Path, *, seed: int = 0, strength: float = 1.0) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def publish(folder: Path, **given: object) -> Path:
+    """A run whose gguf stage holds the tiny model."""
+    with manifest.publish(folder / "gguf") as partial:
+        write(partial / "微小.gguf")
+        fields: dict[str, object] = {
+            "stage": "gguf",
+            "name": "微小",
+            "stop_ids": [2, 7],
+            "chat_template": manifest.text_digest(TEMPLATE),
+        }
+        manifest.write(partial, manifest.Manifest(**{**fields, **given}))  # type: ignore[arg-type]
+    return folder

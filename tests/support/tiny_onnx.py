@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from convert.export.onnx_graph import add_candidates
+from edge.artefact import manifest
 from edge.artefact.onnx_header import HIDDEN, OUTPUT_POSITIONS
 from edge.backends.onnx_tokenizer import byte_table
 
@@ -170,3 +171,17 @@ def _graph(rng: np.random.Generator, dtype: np.dtype[np.generic]) -> onnx.GraphP
         side.append(value(name, kind, ["batch", KV_HEADS, length, HEAD]))
     inputs.append(value(OUTPUT_POSITIONS, 7, ["outputs"]))
     return helper.make_graph(nodes, "tiny", inputs, outputs, weights)
+
+
+def publish(run: Path, **given: object) -> Path:
+    """A run whose onnx stage holds the tiny model."""
+    with manifest.publish(run / "onnx") as partial:
+        write(partial, name="微小.onnx")
+        fields: dict[str, object] = {
+            "stage": "onnx",
+            "name": "微小",
+            "stop_ids": [END],
+            "chat_template": manifest.text_digest(TEMPLATE),
+        }
+        manifest.write(partial, manifest.Manifest(**{**fields, **given}))  # type: ignore[arg-type]
+    return run

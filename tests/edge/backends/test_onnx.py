@@ -27,7 +27,7 @@ from edge.backends import onnx_embedding
 from edge.backends.base import Candidates, Row, StepInterrupted
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.backends.onnx_io_binding import Buffer, Mask
-from edge.backends.onnx_kv_cache import Rows
+from edge.backends.onnx_kv_cache import HostKVCache
 from edge.backends.onnx_tokenizer import Vocabulary
 from edge.engine import protocol as msg
 from edge.engine.grammar import Constraint
@@ -231,15 +231,15 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
 # -- rows ------------------------------------------------------------------------------------------------
 
 
-def filled(lengths: list[int], room: int = 16) -> Rows:
+def filled(lengths: list[int], room: int = 16) -> HostKVCache:
     """Rows whose cells hold their slot's number."""
-    rows = Rows(layers=1, slots=len(lengths), heads=1, room=room, width=2, dtype="float32")
+    rows = HostKVCache(layers=1, slots=len(lengths), heads=1, room=room, width=2, dtype="float32")
     for slot, n in enumerate(lengths):
         rows.cells[:, rows.row(slot), :, :n] = slot + 1
     return rows
 
 
-def holds(rows: Rows, slot: int, n: int) -> bool:
+def holds(rows: HostKVCache, slot: int, n: int) -> bool:
     return bool((rows.cells[:, rows.row(slot), :, :n] == slot + 1).all())
 
 
@@ -390,9 +390,7 @@ def test_texts_of_about_one_length_are_begun_in_one_run(tmp_path: Path, candidat
         made = Onnx(Model(tiny_onnx.write(tmp_path, candidates=candidates)), SMALL)
         ran: list[tuple[int, int]] = []
         run = made._run
-        made._run = lambda first, n, totals, *more: (  # type: ignore[method-assign]
-            ran.append((n, len(totals))) or run(first, n, totals, *more)
-        )
+        made._run = lambda one: ran.append((one.width, len(one.totals))) or run(one)  # type: ignore[method-assign]
         return made, ran
 
     def best(found: Any) -> list[int]:

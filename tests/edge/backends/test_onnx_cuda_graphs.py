@@ -1,10 +1,11 @@
-"""Decoding steps that a card records: which shapes, when, and that they give what ordinary runs do.
+"""Decode steps as CUDA graphs: which shapes, when, and that they give what ordinary runs do.
 
-Where there is no card, its memory is the processor's, and a recording an ordinary run at its addresses.
+Without a GPU its memory is the system's, and a CUDA graph is an ordinary run at its addresses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from edge.backends import onnx_cuda_graphs as recorded
+from edge.backends import onnx_cuda_graphs as graphs
 from edge.backends.base import Candidates, Row
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.machine import hardware
@@ -35,8 +36,8 @@ from tests.support.backends import Maker
         ((2, 8), 12, (2, 8)),
     ],
 )
-def test_rows_are_made_up_to_a_power_of_two(asked: tuple[int, int], slots: int, got: tuple[int, int]) -> None:
-    assert recorded.span(*asked, slots) == got
+def test_rows_are_padded_to_a_power_of_two(asked: tuple[int, int], slots: int, got: tuple[int, int]) -> None:
+    assert graphs.span(*asked, slots) == got
 
 
 @pytest.mark.parametrize(
@@ -51,30 +52,33 @@ def test_rows_are_made_up_to_a_power_of_two(asked: tuple[int, int], slots: int, 
     ],
 )
 def test_a_mask_holds_for_many_steps(longest: int, context: int, got: int) -> None:
-    assert recorded.width(longest, context) == got
+    assert graphs.width(longest, context) == got
 
 
-def test_shapes_that_come_often_are_recorded_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(
-        recorded, "Recording", lambda *given, number: made.append((*given[4:], number)) or made[-1]
-    )
-    monkeypatch.setattr(recorded, "_MOST", 2)
-    parts: Any = (None, None, None, None)
-    recorder = recorded.Recorder(*parts, slots=4, context=1024)
+def test_shapes_that_come_often_are_captured_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[tuple[Any, ...]] = []
+
+    def capture(source: Any, shape: graphs.Shape, number: int) -> Any:
+        captured.append((*dataclasses.astuple(shape), number))
+        return captured[-1]
+
+    monkeypatch.setattr(graphs, "CudaGraph", capture)
+    monkeypatch.setattr(graphs, "_MOST", 2)
+    source: Any = None
+    kept = graphs.CudaGraphs(source, slots=4, context=1024)
 
     def find(first: int, count: int, longest: int, few: bool = True) -> Any:
-        return recorder.find(first, count, few, lambda first, count: [1] * (count - 1) + [longest])
+        return kept.find(first, count, few, lambda first, count: [1] * (count - 1) + [longest])
 
-    assert [find(0, 1, 10) for _ in range(recorded._AFTER)] == [None] * recorded._AFTER
+    assert [find(0, 1, 10) for _ in range(graphs._AFTER)] == [None] * graphs._AFTER
     assert find(0, 1, 250) == (0, 1, 256, True, 1)
-    assert find(0, 1, 100) is made[0] and len(made) == 1
-    assert [find(0, 3, 300) for _ in range(recorded._AFTER + 1)][-1] == (0, 4, 512, True, 2)
-    # A row without room for one token more is not run along.
+    assert find(0, 1, 100) is captured[0] and len(captured) == 1
+    assert [find(0, 3, 300) for _ in range(graphs._AFTER + 1)][-1] == (0, 4, 512, True, 2)
+    # A row without room for one token more is not computed as an idle row.
     assert find(0, 3, 1025) is None
-    # Enough of them: another shape is run as it comes.
-    assert [find(1, 1, 10) for _ in range(3 * recorded._AFTER)][-1] is None
-    assert find(0, 1, 10) is made[0]
+    # Enough of them: another shape is not captured.
+    assert [find(1, 1, 10) for _ in range(3 * graphs._AFTER)][-1] is None
+    assert find(0, 1, 10) is captured[0]
 
 
 @pytest.fixture
@@ -105,22 +109,22 @@ def tokens(backend: Any, few: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_recorded_steps_give_the_same_tokens(device: Maker, tmp_path: Path, few: bool) -> None:
-    setting = Settings(slots=4, context=128, device="cpu", record=False)
+def test_captured_steps_give_the_same_tokens(device: Maker, tmp_path: Path, few: bool) -> None:
+    setting = Settings(slots=4, context=128, device="cpu", cuda_graphs=False)
     plain = Onnx(Model(tiny_onnx.write(tmp_path / "plain")), setting)
     want = tokens(plain, few=False)
     backend: Any = device()
     ran: list[int] = []
     replay = backend._replay
-    backend._replay = lambda recording, *given: ran.append(recording.count) or replay(recording, *given)
+    backend._replay = lambda graph, *given: ran.append(graph.shape.count) or replay(graph, *given)
     assert tokens(backend, few) == want
     assert {1, 2, 4} & set(ran) and len(ran) > 10
-    assert backend.info.settings["recorded"] == "decoding steps"
-    assert plain.info.settings["recorded"] == "nothing: switched off"
+    assert backend.info.settings["cuda_graphs"] == "decode steps"
+    assert plain.info.settings["cuda_graphs"] == "none: switched off"
     plain.close()
 
 
-def test_what_cannot_be_recorded_is_run_as_it_comes_and_said(
+def test_a_step_that_cannot_be_captured_is_run_and_said(
     device: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend: Any = device()
@@ -128,26 +132,26 @@ def test_what_cannot_be_recorded_is_run_as_it_comes_and_said(
     other = device(slots=5)
 
     def fail(*given: Any) -> Any:
-        raise RuntimeError("the card's memory\nis full")
+        raise RuntimeError("the GPU's memory\nis full")
 
-    monkeypatch.setattr(recorded.Recording, "run", fail)
+    monkeypatch.setattr(graphs.CudaGraph, "run", fail)
     assert tokens(other, few=True) == want
-    assert other.info.settings["recorded"] == "nothing: the card's memory is full"
+    assert other.info.settings["cuda_graphs"] == "none: the GPU's memory is full"
 
 
 @pytest.mark.gpu
-def test_a_card_replays_what_it_would_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_replays_what_it_would_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hardware.gpus():
-        pytest.skip("needs a CUDA card")
-    monkeypatch.setattr(recorded, "_AFTER", 1)
+        pytest.skip("needs a CUDA GPU")
+    monkeypatch.setattr(graphs, "_AFTER", 1)
     model = Model(tiny_onnx.write(tmp_path, candidates=16, dtype="float16"))
     said = []
-    for record in (False, True):
+    for capture in (False, True):
         for few in (True, False):
-            backend = Onnx(model, Settings(slots=4, context=128, device="cuda", record=record))
+            backend = Onnx(model, Settings(slots=4, context=128, device="cuda", cuda_graphs=capture))
             said.append(tokens(backend, few))
-            assert backend.info.settings["recorded"] == (
-                "decoding steps" if record else "nothing: switched off"
+            assert backend.info.settings["cuda_graphs"] == (
+                "decode steps" if capture else "none: switched off"
             )
             backend.close()
     assert said == [said[0]] * 4

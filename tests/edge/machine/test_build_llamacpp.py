@@ -98,7 +98,7 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\n", encoding="utf-8")
     tool.chmod(0o755)
-    with pytest.raises(UnavailableError, match="shows no card"):
+    with pytest.raises(UnavailableError, match="shows no GPU"):
         build_llamacpp.nvcc()
 
 

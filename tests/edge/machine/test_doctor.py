@@ -9,36 +9,13 @@ import pytest
 
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, doctor, hardware
-from edge.machine.doctor import MissingLibrary, missing_library
 
-CARD = hardware.GPU(0, "RTX [4060]", 8 * 2**30, 7 * 2**30, "576.02", "8.9", "12.9")
-
-
-@pytest.mark.parametrize(
-    ("error", "library"),
-    [
-        (
-            "OSError: libcudart.so.12: cannot open shared object file: No such file or directory",
-            MissingLibrary("libcudart.so.12", "12", "nvidia-cuda-runtime-cu12"),
-        ),
-        ("libcublasLt.so.13: cannot open", MissingLibrary("libcublasLt.so.13", "13", "nvidia-cublas")),
-        ("libcudnn.so.9: cannot open", MissingLibrary("libcudnn.so.9", "13", "nvidia-cudnn-cu13")),
-        ("libcufft.so.11: cannot open", MissingLibrary("libcufft.so.11", "12", "nvidia-cufft-cu12")),
-        (
-            'depends on "cublas64_12.dll" which is',
-            MissingLibrary("cublas64_12.dll", "12", "nvidia-cublas-cu12"),
-        ),
-        ("libstdc++.so.6: version `GLIBCXX_3.4.30' not found", None),
-        ("something else", None),
-    ],
-)
-def test_s11_the_missing_library_is_named(error: str, library: MissingLibrary | None) -> None:
-    assert missing_library(error, "13.1") == library
+THE_GPU = hardware.GPU(0, "RTX [4060]", 8 * 2**30, 7 * 2**30, "576.02", "8.9", "12.9")
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A machine with a card and a build for the processor; the entries can be changed."""
+    """A machine with a GPU and a build for the CPU; the entries can be changed."""
     info: dict[str, Any] = {
         "defines": {"GGML_OPENMP": "OFF", "LLAMA_OPENSSL": "OFF"},
         "cpu": "A",
@@ -49,15 +26,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     found: dict[str, Any] = {
         "info": info,
-        "cards": [CARD],
+        "gpus": [THE_GPU],
         "error": "",
         "version": {doctor.PACKAGE: "0.3.36"},
     }
     monkeypatch.setattr(build_llamacpp, "build_info", lambda: found["info"])
     monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "key")
     monkeypatch.setattr(build_llamacpp, "compiler", lambda: build_llamacpp.Compiler("gcc", "12"))
-    monkeypatch.setattr(hardware, "gpus", lambda: found["cards"])
-    monkeypatch.setattr(doctor, "load_error", lambda: found["error"])
+    monkeypatch.setattr(hardware, "gpus", lambda: found["gpus"])
+    monkeypatch.setattr(build_llamacpp, "probe", lambda: build_llamacpp.Probe(found["error"]))
     monkeypatch.setattr(doctor, "_version", lambda package: found["version"].get(package, ""))
     return found
 
@@ -66,18 +43,18 @@ def item(name: str) -> doctor.Item:
     return next(item for item in doctor.items() if item.name == name)
 
 
-def test_a_card_that_the_build_does_not_use(machine: dict[str, Any]) -> None:
-    assert item("card").found == "not used by this build"
-    assert "--cuda" in item("card").todo
-    assert "RTX [4060], 8.0 GiB" in item("card 0").found
+def test_a_gpu_that_the_build_does_not_use(machine: dict[str, Any]) -> None:
+    assert item("GPU").found == "not used by this build"
+    assert "--cuda" in item("GPU").todo
+    assert "RTX [4060], 8.0 GiB" in item("GPU 0").found
     assert item("checked by decoding").todo == "AMX is switched off"
     assert "GGML_OPENMP=OFF" in item(doctor.PACKAGE).found and item(doctor.PACKAGE).todo == ""
 
 
-def test_no_card_is_said_and_is_no_fault(machine: dict[str, Any]) -> None:
-    machine["cards"] = []
+def test_no_gpu_is_said_and_is_no_fault(machine: dict[str, Any]) -> None:
+    machine["gpus"] = []
     assert "none" in item("NVIDIA").found and item("NVIDIA").todo == ""
-    assert all(row.name != "card" for row in doctor.items())
+    assert all(row.name != "GPU" for row in doctor.items())
 
 
 def test_s11_a_build_that_does_not_load(machine: dict[str, Any]) -> None:
@@ -90,7 +67,7 @@ def test_s11_a_build_that_does_not_load(machine: dict[str, Any]) -> None:
 
 def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     machine["info"] = {}
-    assert "built by something else" in item(doctor.PACKAGE).found
+    assert "not built by" in item(doctor.PACKAGE).found
     machine["version"] = {}
     assert item(doctor.PACKAGE) == doctor.Item("llama.cpp", doctor.PACKAGE, "not installed", doctor.BUILD)
 
@@ -101,9 +78,9 @@ def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest
     assert item("compiler") == doctor.Item("llama.cpp", "compiler", "none", "install one")
 
 
-def test_a_build_for_another_processor(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_for_another_cpu(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "another")
-    assert "another processor" in item(doctor.PACKAGE).todo
+    assert "another CPU" in item(doctor.PACKAGE).todo
 
 
 def test_packages_missing_and_other_than_tested(
@@ -122,7 +99,7 @@ def test_packages_missing_and_other_than_tested(
     assert train.found == "torch 2.13.0+cpu; missing: peft"
     assert train.todo == "pip install -c constraints.txt -e '.[train]'"
     assert "other than tested: httpx 0.27.0 (tested: 0.28.1)" in dev.found
-    assert "does not use the card" in item("torch").found
+    assert "does not use the GPU" in item("torch").found
 
 
 def test_both_forms_print(machine: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Cards that are there and those that cannot be used: what is taken instead, and what is said."""
+"""GPUs that are there and those that cannot be used: what is taken instead, and what is said."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from edge.machine.hardware import GPU
 from tests.edge.server.test_app import CHAT, user
 from tests.support.fake_server import fake_server
 
-CARD = GPU(0, "小卡", 8 * 2**30, 7 * 2**30, "550.54", "8.6", "12.4")
+THE_GPU = GPU(0, "小卡", 8 * 2**30, 7 * 2**30, "550.54", "8.6", "12.4")
 
 # What llama.cpp built for CUDA says in a child process, and what helps.
 SAID = {
-    "CUDA driver version is insufficient for CUDA runtime version": "550.54 knows CUDA up to 12.4",
-    "all CUDA-capable devices are busy or unavailable": "another process holds the card",
+    "CUDA driver version is insufficient for CUDA runtime version": "550.54 supports CUDA up to 12.4",
+    "all CUDA-capable devices are busy or unavailable": "exclusive use of the GPU",
     "no CUDA-capable device is detected": "CUDA_VISIBLE_DEVICES",
 }
 
 
 @pytest.fixture(autouse=True)
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: [CARD])
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [THE_GPU])
 
 
 # -- llama.cpp -------------------------------------------------------------------------------------------
@@ -43,26 +43,26 @@ def child(monkeypatch: pytest.MonkeyPatch, code: int, stderr: str) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *given, **more: done)
 
 
-def test_no_driver_or_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_driver_or_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: [])
     child(monkeypatch, 0, "")
-    assert load_plan.choose_device("auto") == ("cpu", 0, "no NVIDIA card was found")
-    with pytest.raises(UnavailableError, match="no NVIDIA card was found"):
+    assert load_plan.choose_device("auto") == ("cpu", 0, "no NVIDIA GPU was found")
+    with pytest.raises(UnavailableError, match="no NVIDIA GPU was found"):
         load_plan.choose_device("cuda")
 
 
 @pytest.mark.parametrize("said", SAID)
-def test_a_card_that_llama_cpp_cannot_use(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+def test_a_gpu_that_llama_cpp_cannot_use(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     child(monkeypatch, 3, f"ggml_cuda_init: failed to initialize CUDA: {said}\n")
     device, layers, why = load_plan.choose_device("auto")
     assert (device, layers) == ("cpu", 0)
-    assert said in why and "built for cards" in why
+    assert said in why and "built for GPUs" in why
     with pytest.raises(UnavailableError) as caught:
         load_plan.choose_device("cuda")
     assert said in caught.value.message and SAID[said] in caught.value.hint
 
 
-def test_wrong_cuda_major_and_a_build_for_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_cuda_major_and_a_build_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, 1, "Traceback:\nOSError: libcudart.so.13: cannot open shared object file")
     with pytest.raises(UnavailableError, match=r"does not load: OSError: libcudart\.so\.13") as caught:
         load_plan.choose_device("cuda")
@@ -71,10 +71,10 @@ def test_wrong_cuda_major_and_a_build_for_processors(monkeypatch: pytest.MonkeyP
     with pytest.raises(UnavailableError, match="make install CUDA=1"):
         load_plan.choose_device("cuda")
     child(monkeypatch, 0, "ggml_cuda_init: found 1 CUDA devices")
-    assert load_plan.choose_device("auto") == ("cuda: 小卡", gpu_offload.ALL, "a card was found")
+    assert load_plan.choose_device("auto") == ("cuda: 小卡", gpu_offload.ALL, "a GPU was found")
 
 
-def test_the_doctor_says_why_a_card_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     info = {
         "defines": {},
         "cpu": "A",
@@ -84,15 +84,14 @@ def test_the_doctor_says_why_a_card_is_not_used(monkeypatch: pytest.MonkeyPatch)
         "gpu": True,
     }
     monkeypatch.setattr(build_llamacpp, "build_info", lambda: info)
-    monkeypatch.setattr(doctor, "load_error", lambda: "")
     monkeypatch.setattr(doctor, "_version", lambda package: "0.3.36")
     lacks = {"": ("used", "")}
     for said, todo in SAID.items():
         lacks[f"finds none that it can use: {said}"] = (said, todo)
     lacks["something new"] = ("something new", "--force")
     for reason, (found, todo) in lacks.items():
-        monkeypatch.setattr(build_llamacpp, "no_card", lambda reason=reason: reason)
-        [item] = [one for one in doctor._llama([CARD]) if one.name == "card"]
+        monkeypatch.setattr(build_llamacpp, "probe", lambda reason=reason: build_llamacpp.Probe("", reason))
+        [item] = [one for one in doctor._llamacpp([THE_GPU]) if one.name == "GPU"]
         assert found in item.found and todo in item.todo
 
 
@@ -123,14 +122,14 @@ def test_a_step_that_fails_is_said_and_the_engine_started_anew() -> None:
 
 def test_s10_auto_says_why_it_takes_what_it_takes() -> None:
     cpu, cuda = providers.NAMES["cpu"][0], providers.NAMES["cuda"][0]
-    assert providers.choose("auto", [cpu], []) == ("cpu", "no NVIDIA card was found")
-    name, why = providers.choose("auto", [cpu], [CARD])
+    assert providers.choose("auto", [cpu], []) == ("cpu", "no NVIDIA GPU was found")
+    name, why = providers.choose("auto", [cpu], [THE_GPU])
     assert name == "cpu"
     assert "onnxruntime-gpu" in why
-    assert providers.choose("auto", [cuda, cpu], [CARD]) == ("cuda", "a card was found")
+    assert providers.choose("auto", [cuda, cpu], [THE_GPU]) == ("cuda", "a GPU was found")
     assert providers.choose("openvino", ["OpenVINOExecutionProvider", cpu], []) == ("openvino", "asked for")
     with pytest.raises(UnavailableError, match="CPUExecutionProvider only") as caught:
-        providers.choose("cuda", [cpu], [CARD])
+        providers.choose("cuda", [cpu], [THE_GPU])
     assert "onnxruntime-gpu" in str(caught.value)
     with pytest.raises(UsageError, match="no such device"):
         providers.choose("tpu", [cpu], [])
@@ -177,17 +176,17 @@ def test_s10_a_provider_that_gives_no_reason_is_an_error_all_the_same(
         providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
 
 
-def test_a_file_for_processors_is_not_put_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_for_cpus_is_not_put_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = providers.open_session(Stub(), Path("m.onnx"), "auto", threads=1, spin=True)
     assert opened.device == "cpu"
     assert "--ep cuda" in opened.why
-    with pytest.raises(InputError, match="exported for processors"):
+    with pytest.raises(InputError, match="exported for CPUs"):
         providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True)
 
 
 def test_a_driver_that_is_older_than_what_onnxruntime_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stub, "cuda_version", "13.0", raising=False)
-    with pytest.raises(UnavailableError, match="and the driver 550\\.54 knows CUDA up to"):
+    with pytest.raises(UnavailableError, match="and the driver 550\\.54 supports CUDA up to"):
         providers.open_session(Stub(), Path("m.onnx"), "cuda", threads=1, spin=True, cache_type="float16")
     opened = providers.open_session(
         Stub(), Path("m.onnx"), "auto", threads=1, spin=True, cache_type="float16"

@@ -1,10 +1,8 @@
-"""`edge serve` on a tiny real GGUF, as a user runs it; and how loading is planned."""
+"""`edge serve` on a tiny real GGUF, as a user runs it."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,33 +12,13 @@ from pathlib import Path
 import pytest
 
 from edge.artefact import find, manifest
-from edge.artefact.find import Artefact
-from edge.backends import linux_pages
-from edge.backends.llamacpp import Model, Settings
 from edge.engine.worker import Load
-from edge.errors import EdgeError, InputError, UnavailableError, UsageError
-from edge.loading import load_plan, tune
-from edge.loading.load_plan import Options
-from edge.machine import build_llamacpp, hardware
-from edge.machine.hardware import Memory
+from edge.errors import EdgeError, InputError
 from edge.server import cli as run_module
 from edge.server.model_registry import Planned
 from tests.support import tiny_llama
 from tests.support.fake_server import Server, launch
-
-
-def publish(folder: Path, **given: object) -> Path:
-    """A run whose gguf stage holds the tiny model."""
-    with manifest.publish(folder / "gguf") as partial:
-        tiny_llama.write(partial / "微小.gguf")
-        fields: dict[str, object] = {
-            "stage": "gguf",
-            "name": "微小",
-            "stop_ids": [2, 7],
-            "chat_template": manifest.text_digest(tiny_llama.TEMPLATE),
-        }
-        manifest.write(partial, manifest.Manifest(**{**fields, **given}))  # type: ignore[arg-type]
-    return folder
+from tests.support.tiny_llama import publish
 
 
 @pytest.fixture(scope="module")
@@ -133,164 +111,7 @@ def test_a_foreign_file_is_served_by_its_own_header(tmp_path: Path) -> None:
     assert (found.name, found.digest, found.chat_template) == ("x", "", None)
 
 
-# -- how it is loaded ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny(run: Path) -> Artefact:
-    return find.resolve(run)
-
-
-def memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
-    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, int(mib * 2**20)))
-
-
-def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
-    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need = load_plan.estimate(tiny, kv_type="f16", slots=1)
-    assert need.cell == 2 * 2 * (16 + 16) * 2
-    memory(monkeypatch, (need.total(400) + 100) / 2**20)
-    assert load_plan.plan(tiny, Options(context=384, slots=1)).context == 384
-    with pytest.raises(InputError, match="MiB are free") as caught:
-        load_plan.plan(tiny, Options(context=512, slots=1))
-    assert "--ctx 256" in str(caught.value)
-
-
-def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
-    with pytest.raises(UsageError, match="trained for 512"):
-        load_plan.plan(tiny, Options(context=10_000_000))
-
-
-@pytest.mark.parametrize(
-    "options", [Options(slots=0), Options(slots=999), Options(context=1), Options(threads=0)]
-)
-def test_options_out_of_range_are_named(tiny: Artefact, options: Options) -> None:
-    with pytest.raises(UsageError, match="--"):
-        load_plan.plan(tiny, options)
-
-
-def test_the_pool_shrinks_to_the_memory_before_the_context_does(
-    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert load_plan.plan(tiny, Options(slots=16)).capacity == 8192
-    assert load_plan.plan(tiny, Options(slots=32)).capacity == 8192
-    assert load_plan.plan(tiny, Options(slots=32, context=512)).capacity == 32 * 512
-    need = load_plan.estimate(tiny, kv_type="f16", slots=16)
-    memory(monkeypatch, (need.total(1000) + 100) / 2**20)
-    planned = load_plan.plan(tiny, Options(slots=16))
-    assert planned.context == 512
-    assert 990 <= planned.capacity <= 1000
-
-
-def test_a_whole_context_for_each_slot_takes_a_part_of_the_memory(
-    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need = load_plan.estimate(tiny, kv_type="f16", slots=32)
-    whole = 32 * 512
-    rest = need.total(0)
-    monkeypatch.setattr(linux_pages, "WORKS", True)
-    memory(monkeypatch, (rest + 3.1 * whole * need.cell) / 2**20)
-    planned = load_plan.plan(tiny, Options(slots=32))
-    assert planned.parts and planned.capacity == 8192
-    assert load_plan.cells(planned) == whole
-    memory(monkeypatch, (rest + 2.9 * whole * need.cell) / 2**20)
-    planned = load_plan.plan(tiny, Options(slots=32))
-    assert not planned.parts and load_plan.cells(planned) == 8192
-    memory(monkeypatch, 2**20)
-    assert load_plan.plan(tiny, Options(slots=32)).parts
-    # Where cleared memory is not given back, or clearing it takes long.
-    for module, name, value in (
-        (linux_pages, "WORKS", False),
-        (load_plan, "_MOST_CLEARED", need.cell * (whole - 1)),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
-            assert not load_plan.plan(tiny, Options(slots=32)).parts
-
-
-def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: [])
-    monkeypatch.setattr(build_llamacpp, "no_card", lambda: "built without GPU support (make install CUDA=1)")
-    device, layers, why = load_plan.choose_device("auto")
-    assert (device, layers) == ("cpu", 0)
-    assert "no NVIDIA card" in why
-    with pytest.raises(UnavailableError, match="CUDA=1"):
-        load_plan.choose_device("cuda")
-    assert load_plan.choose_device("cpu") == ("cpu", 0, "asked for")
-
-
-# -- tuning --------------------------------------------------------------------------------------------
-
-
-def test_tuning_measures_once_and_keeps_the_result(
-    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(tune, "BUDGET_S", 60.0)
-    model = Model(run / "gguf" / "微小.gguf")
-    asked = Settings(threads=1, slots=8)
-    first = tune.settings(model, asked)
-    again = tune.settings(model, asked)
-    assert first == again
-    assert first.tuned.startswith("measured")
-    assert len(list((tmp_path / "tune").iterdir())) == 1
-    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured twice"))
-    assert tune.settings(model, asked) == first
-    model.close()
-
-
-def test_a_layout_that_the_plan_has_no_room_for_is_never_taken(run: Path) -> None:
-    asked = Settings(slots=4, context=512, capacity=1024)
-    assert tune._unified(asked) == [True]
-    assert tune._unified(dataclasses.replace(asked, parts=True)) == [True, False]
-
-
-def test_tuning_that_killed_the_process_is_not_tried_again(
-    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
-    model = Model(run / "gguf" / "微小.gguf")
-    asked = Settings(threads=1)
-    path = tune._cache(model.path, asked)
-    path.parent.mkdir()
-    path.write_text('{"state": "measuring"}', encoding="utf-8")
-    assert tune.settings(model, asked).tuned.startswith("skipped")
-    model.close()
-
-
-def test_a_machine_too_busy_to_measure_is_served_as_asked(
-    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(tune, "BUDGET_S", -1.0)
-    model = Model(run / "gguf" / "微小.gguf")
-    settings = tune.settings(model, Settings(threads=1))
-    assert "too busy" in settings.tuned
-    assert list((tmp_path / "tune").iterdir()) == []
-    model.close()
-
-
-def test_of_two_layouts_that_are_near_the_parts_are_taken() -> None:
-    def trial(unified: bool, one: float) -> tune.Trial:
-        return tune.Trial(2, False, unified, one, 1.0, 1.0)
-
-    assert not tune._best([trial(True, 1.0), trial(False, 1.02)]).unified
-    assert tune._best([trial(True, 1.0), trial(False, 1.3)]).unified
-
-
-@pytest.mark.slow
-def test_edge_tune_shows_a_table(tmp_path: Path, run: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edge.cli", "tune", str(run), "--threads", "1"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "taken" in done.stdout
+# -- what is loaded ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("default", "once"), [(None, "a"), ("b", "b")])

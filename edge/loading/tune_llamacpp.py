@@ -1,0 +1,65 @@
+"""Threads, flash attention and KV cache layout of llama.cpp, measured with this artefact on this machine.
+
+Which is fastest differs from CPU to CPU, by factors. So the first start of an artefact takes a few seconds to
+try the combinations; later starts read the kept result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from edge.backends.llamacpp import LlamaCpp, Model, Settings
+from edge.loading import tune_results
+from edge.loading import tune_trials as trials
+from edge.loading.tune_trials import Choice, Trial, Trials
+
+# Where two layouts are this near, per-slot KV buffers are taken: steps over a unified KV cache get slower
+# with all that lies in it, and during the measurement other requests have little in it.
+_TIE = 1.1
+
+
+def settings(model: Model, asked: Settings) -> Settings:
+    """`asked` with what is fastest here; measured now unless it was before."""
+    return tune_results.tuned(model.path, asked, lambda: measure(model, asked))
+
+
+def measure(model: Model, asked: Settings) -> dict[str, Any]:
+    """Try the combinations; see Trials.result.
+
+    Raises TimeoutError where the machine is too busy, and what creating a context raises.
+    """
+
+    def open_context(choice: Choice, slots: int, context: int) -> LlamaCpp:
+        return LlamaCpp(
+            model,
+            dataclasses.replace(asked, slots=slots, context=context, capacity=slots * context, **choice),
+        )
+
+    timing = Trials(open_context, slots=asked.slots, context=asked.context)
+    # A quantised V cache exists only with flash attention.
+    flash = [False, True] if asked.kv_type == "f16" else [True]
+    rows = timing.run(
+        [
+            {"threads": asked.threads, "flash_attention": on, "unified": unified}
+            for on in flash
+            for unified in asked.layouts
+        ],
+        trials.BUDGET_S,
+    )
+    winner = best(rows)
+    if asked.threads > 2:
+        fewer = {**winner.choice, "threads": asked.threads - 1}
+        again = timing.run([winner.choice, fewer], 2 * trials.BUDGET_S)
+        rows += again[1:]
+        winner = best(again)
+    return timing.result(rows, winner)
+
+
+def best(rows: Sequence[Trial]) -> Trial:
+    """The best score; of layouts that are near it, per-slot KV buffers."""
+    scored = list(zip(rows, trials.scores([trial.speed for trial in rows]), strict=True))
+    limit = _TIE * min(score for _, score in scored)
+    near = [pair for pair in scored if pair[1] <= limit]
+    return min(near, key=lambda pair: (pair[0].choice["unified"], pair[1]))[0]

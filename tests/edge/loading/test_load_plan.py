@@ -1,0 +1,177 @@
+"""Which artefact is served, and how it is loaded: what fits the memory, on which device."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.artefact import find
+from edge.artefact.find import Artefact
+from edge.backends import linux_memory, onnx
+from edge.errors import InputError, UnavailableError, UsageError
+from edge.loading import load_plan
+from edge.loading.load_plan import Options
+from edge.machine import build_llamacpp, hardware
+from edge.machine.hardware import Memory
+from tests.support import tiny_llama
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnxruntime", "onnx", "tokenizers")),
+    reason="needs the packages for ONNX",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return find.resolve(tiny_llama.publish(tmp_path_factory.mktemp("运行 run")))
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, int(mib * 2**20)))
+
+
+def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = load_plan.estimate(tiny, kv_type="f16", slots=1)
+    assert need.cell == 2 * 2 * (16 + 16) * 2
+    memory(monkeypatch, (need.total(400) + 100) / 2**20)
+    assert load_plan.plan(tiny, Options(context=384, slots=1)).settings.context == 384
+    with pytest.raises(InputError, match="MiB are free") as caught:
+        load_plan.plan(tiny, Options(context=512, slots=1))
+    assert "--ctx 256" in str(caught.value)
+
+
+def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
+    with pytest.raises(UsageError, match="trained for 512"):
+        load_plan.plan(tiny, Options(context=10_000_000))
+
+
+@pytest.mark.parametrize(
+    "options", [Options(slots=0), Options(slots=999), Options(context=1), Options(threads=0)]
+)
+def test_options_out_of_range_are_named(tiny: Artefact, options: Options) -> None:
+    with pytest.raises(UsageError, match="--"):
+        load_plan.plan(tiny, options)
+
+
+def test_the_kv_cache_shrinks_to_the_memory_before_the_context_does(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_plan.plan(tiny, Options(slots=16)).settings.capacity == 8192
+    assert load_plan.plan(tiny, Options(slots=32)).settings.capacity == 8192
+    assert load_plan.plan(tiny, Options(slots=32, context=512)).settings.capacity == 32 * 512
+    need = load_plan.estimate(tiny, kv_type="f16", slots=16)
+    memory(monkeypatch, (need.total(1000) + 100) / 2**20)
+    planned = load_plan.plan(tiny, Options(slots=16)).settings
+    assert planned.context == 512
+    assert 990 <= planned.capacity <= 1000
+
+
+def test_a_whole_context_for_each_slot_takes_a_part_of_the_memory(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = load_plan.estimate(tiny, kv_type="f16", slots=32)
+    whole = 32 * 512
+    rest = need.total(0)
+    monkeypatch.setattr(linux_memory, "AVAILABLE", True)
+    memory(monkeypatch, (rest + 3.1 * whole * need.cell) / 2**20)
+    planned = load_plan.plan(tiny, Options(slots=32))
+    assert planned.settings.per_slot_fits and planned.settings.capacity == 8192
+    assert planned.bytes == need.total(whole)
+    memory(monkeypatch, (rest + 2.9 * whole * need.cell) / 2**20)
+    planned = load_plan.plan(tiny, Options(slots=32))
+    assert not planned.settings.per_slot_fits and planned.bytes == need.total(8192)
+    memory(monkeypatch, 2**20)
+    assert load_plan.plan(tiny, Options(slots=32)).settings.per_slot_fits
+    # Where cleared memory is not returned, or clearing it takes long.
+    for module, name, value in (
+        (linux_memory, "AVAILABLE", False),
+        (load_plan, "_MOST_CLEARED", need.cell * (whole - 1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert not load_plan.plan(tiny, Options(slots=32)).settings.per_slot_fits
+
+
+def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [])
+    problem = build_llamacpp.Probe("", "built without GPU support (make install CUDA=1)")
+    monkeypatch.setattr(build_llamacpp, "probe", lambda: problem)
+    device, layers, why = load_plan.choose_device("auto")
+    assert (device, layers) == ("cpu", 0)
+    assert "no NVIDIA GPU" in why
+    with pytest.raises(UnavailableError, match="CUDA=1"):
+        load_plan.choose_device("cuda")
+    assert load_plan.choose_device("cpu") == ("cpu", 0, "asked for")
+
+
+# -- ONNX and the choice ----------------------------------------------------------------------------------
+
+
+@needs_onnx
+def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support import tiny_onnx
+
+    tiny_onnx.publish(tmp_path)
+    found = find.candidates(tiny_llama.publish(tmp_path))
+    assert [one.kind for one in found] == ["llamacpp", "onnx"]
+    missing: set[str] = set()
+    monkeypatch.setattr(
+        load_plan.importlib.util, "find_spec", lambda name: None if name in missing else object()
+    )
+
+    def choose(asked: str | None = None, **speeds: Any) -> tuple[str, str]:
+        one, why = load_plan.choose_backend(found, asked, lambda one: speeds.get(one.kind))
+        return one.kind, why
+
+    assert choose()[0] == "llamacpp"
+    assert "edge tune RUN --backend onnx" in choose()[1]
+    assert choose("onnx") == ("onnx", "asked for")
+    fast, slow = (0.01, 0.02, 0.001), (0.02, 0.03, 0.001)
+    kind, why = choose(onnx=fast, llamacpp=slow)
+    assert (kind, why) == ("onnx", "the faster one here: llamacpp 50, onnx 100 tok/s for one stream")
+    assert choose(onnx=slow, llamacpp=fast)[0] == "llamacpp"
+    missing.add("llama_cpp")
+    assert choose() == ("onnx", "llama_cpp is not installed")
+    missing.add("onnxruntime")
+    with pytest.raises(UnavailableError, match="llama_cpp"):
+        choose()
+    with pytest.raises(InputError, match="edge export gguf"):
+        load_plan.choose_backend(found[1:], "llamacpp", lambda one: None)
+
+
+@needs_onnx
+def test_s12_slots_shrink_to_the_memory_and_what_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support import tiny_onnx
+
+    tiny = find.resolve(tiny_onnx.publish(tmp_path))
+    need = load_plan.estimate(tiny, kv_type="f16", slots=16)
+    assert need.cell == 2 * 2 * (16 + 16) * 4
+    available = need.total(5 * 512 + 100)
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, available))
+    planned = load_plan.plan(tiny, Options()).settings
+    assert isinstance(planned, onnx.Settings)
+    assert (planned.slots, planned.context) == (5, 512)
+    with pytest.raises(InputError, match="--slots 5"):
+        load_plan.plan(tiny, Options(slots=16))
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, need.total(300)))
+    with pytest.raises(InputError, match="--ctx 256"):
+        load_plan.plan(tiny, Options())
+    with pytest.raises(UsageError, match="trained for 512"):
+        load_plan.plan(tiny, Options(context=10_000_000))
+    with pytest.raises(UsageError, match=r"is for llama\.cpp"):
+        monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, 2**40))
+        load_plan.plan(tiny, Options(kv_type="q8_0"))
+
+
+def test_other_devices_are_for_onnx() -> None:
+    with pytest.raises(UnavailableError, match="is for ONNX"):
+        load_plan.choose_device("dml")
