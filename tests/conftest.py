@@ -21,7 +21,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
-@pytest.fixture(scope="module", params=["fake", "fake-card", "llamacpp", "onnx", "onnx-device"])
+@pytest.fixture(scope="module", params=["fake", "fake-gpu", "llamacpp", "onnx", "onnx-device"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     """Makes backends; a test that takes it runs over every kind."""
     # Late: the conformance suites run in environments that have nothing of edge.

@@ -1,4 +1,4 @@
-"""Finds the GGUF and ONNX files behind a run, a folder or a file, and what is known of them."""
+"""Finds the GGUF and ONNX files behind a run, a folder or a file, and reads their headers and manifests."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SUFFIXES = {"llamacpp": "gguf", "onnx": "onnx"}
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A model file to serve. digest: of the folder it was published in, or of nothing known ("").
+    """A model file to serve. digest: of the folder that it was published in; "" without a manifest.
 
-    kind: the backend that serves it. lora: an adapter that goes on top of it; llama.cpp puts one on a whole
-    context, so on every request.
+    kind: the backend that serves it. lora: an adapter that is applied to it; llama.cpp applies one to a whole
+    context, so to every request.
     """
 
     path: Path
@@ -40,24 +40,22 @@ def resolve(given: Path, kind: str | None = None) -> Artefact:
 
     Raises InputError where nothing can be served, naming what was looked for, or where a header is broken.
     """
-    found = candidates(given, (kind,) if kind is not None else tuple(SUFFIXES))
-    return found[0]
+    return candidates(given, (kind,) if kind is not None else tuple(SUFFIXES))[0]
 
 
 def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Artefact]:
     """Every artefact of `kinds` behind `given`, at least one. Raises as `resolve`."""
     if given.is_file():
-        kind = next((one for one in kinds if given.suffix.lower() == f".{SUFFIXES[one]}"), None)
-        if kind is None:
-            names = " or ".join(f".{SUFFIXES[one]}" for one in kinds)
+        matching = [kind for kind in kinds if given.suffix.lower() == f".{SUFFIXES[kind]}"]
+        if not matching:
+            names = " or ".join(f".{SUFFIXES[kind]}" for kind in kinds)
             raise InputError(f"{given} is not a {names} file", "give such a file, or a folder that edge made")
-        known = _manifest(given.parent)
-        return [_artefact(given, kind, known if known is not None and given.name in known.files else None)]
+        return [_artefact(given, matching[0])]
     if not given.is_dir():
         raise InputError(
             f"no such file or folder: {given}", "give a run, a folder with a model, or a .gguf or .onnx file"
         )
-    found = []
+    artefacts = []
     for kind in kinds:
         for folder in (given / SUFFIXES[kind], given):
             files = [file for file in sorted(folder.glob(f"*.{SUFFIXES[kind]}")) if not is_later(file)]
@@ -68,10 +66,10 @@ def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Ar
                     "give one of them by its path",
                 )
             if files:
-                found.append(_artefact(files[0], kind, _manifest(folder)))
+                artefacts.append(_artefact(files[0], kind))
                 break
-    if found:
-        return found
+    if artefacts:
+        return artefacts
     format = SUFFIXES[kinds[0]]
     if (given / "merged").is_dir():
         raise InputError(
@@ -83,7 +81,7 @@ def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Ar
             f"edge merge {given}, then edge export {format} {given}",
         )
     raise InputError(
-        f"{given} holds no {' or '.join(SUFFIXES[one].upper() for one in kinds)} file",
+        f"{given} holds no {' or '.join(SUFFIXES[kind].upper() for kind in kinds)} file",
         f"run `edge export {format}`, or give another folder",
     )
 
@@ -91,8 +89,8 @@ def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Ar
 def check_lora(path: Path, base: GGUFHeader | None = None) -> GGUFHeader:
     """The header of a LoRA adapter in GGUF, checked before native code sees it.
 
-    base: the model that it is to go on top of. Raises InputError for another kind of file, fields of a wrong
-    type (llama.cpp would end the process over those), halves that do not pair, or a model that does not fit.
+    base: the model that it is for. Raises InputError for another kind of file, fields of a wrong type (over
+    which llama.cpp would end the process), halves that do not pair, or a model that does not fit.
     """
     header = read_header(path)
     if (header.metadata.get("general.type"), header.metadata.get("adapter.type")) != ("adapter", "lora"):
@@ -117,9 +115,9 @@ def check_lora(path: Path, base: GGUFHeader | None = None) -> GGUFHeader:
                 "give the model that the adapter was trained on",
             )
         for layer, two in pairs.items():
-            there = base.tensors.get(layer)
-            if there is None or there.shape != (two["a"][0], two["b"][1]):
-                shape = "none" if there is None else "x".join(map(str, there.shape))
+            changed = base.tensors.get(layer)
+            if changed is None or changed.shape != (two["a"][0], two["b"][1]):
+                shape = "none" if changed is None else "x".join(map(str, changed.shape))
                 raise InputError(
                     f"{path} changes {layer} of {two['a'][0]}x{two['b'][1]}, {base.path} has {shape}",
                     "give the model that the adapter was trained on",
@@ -127,35 +125,36 @@ def check_lora(path: Path, base: GGUFHeader | None = None) -> GGUFHeader:
     return header
 
 
-def with_lora(found: Artefact, lora: Path) -> Artefact:
-    """`found` with the adapter `lora` on top: a .gguf file, a run, or its folder of that.
+def with_lora(artefact: Artefact, lora: Path) -> Artefact:
+    """`artefact` with an adapter. lora: a .gguf file, a run, or a run's folder with one.
 
     Raises InputError as `check_lora`, and where the adapter was trained with another chat template.
     """
     if lora.is_dir():
         files = sorted([*lora.glob("*.gguf"), *(lora / "lora").glob("*.gguf")])
         if len(files) != 1:
-            raise InputError(f"{lora} holds {len(files)} adapters as GGUF", "make one: edge export lora RUN")
+            raise InputError(
+                f"{lora} holds {len(files)} adapters as GGUF, one is needed", "make one: edge export lora RUN"
+            )
         lora = files[0]
-    if not isinstance(found.header, GGUFHeader):
-        raise InputError(f"{found.path} is no GGUF: an adapter goes on top of one", "edge export gguf RUN")
-    check_lora(lora, found.header)
-    folder = lora.parent
-    known = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
-    if known is None or lora.name not in known.files:
-        return replace(found, name=lora.stem, lora=lora.absolute())
-    if known.chat_template not in (None, manifest.text_digest(found.chat_template)):
+    if not isinstance(artefact.header, GGUFHeader):
+        raise InputError(f"{artefact.path} is no GGUF: an adapter is applied to one", "edge export gguf RUN")
+    check_lora(lora, artefact.header)
+    published = _manifest(lora)
+    if published is None:
+        return replace(artefact, name=lora.stem, lora=lora.absolute())
+    if published.chat_template not in (None, manifest.text_digest(artefact.chat_template)):
         raise InputError(
-            f"{lora} was trained with another chat template than {found.path} has",
+            f"{lora} was trained with another chat template than {artefact.path} has",
             "serve it on the model that it was trained on",
         )
     return replace(
-        found,
-        name=known.name,
+        artefact,
+        name=published.name,
         lora=lora.absolute(),
-        digest=f"{found.digest}+{known.digest}",
-        stop_ids=found.stop_ids | frozenset(known.stop_ids),
-        thinking=known.thinking,
+        digest=f"{artefact.digest}+{published.digest}",
+        stop_ids=artefact.stop_ids | frozenset(published.stop_ids),
+        thinking=published.thinking,
     )
 
 
@@ -165,40 +164,40 @@ def read_template(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _manifest(folder: Path) -> manifest.Manifest | None:
-    return manifest.read(folder) if (folder / manifest.FILE).is_file() else None
+def _manifest(file: Path) -> manifest.Manifest | None:
+    """The manifest of the file's folder; None without one, or where it does not name the file."""
+    if not (file.parent / manifest.FILE).is_file():
+        return None
+    published = manifest.read(file.parent)
+    return published if file.name in published.files else None
 
 
-def _artefact(path: Path, kind: str, known: manifest.Manifest | None) -> Artefact:
-    header: GGUFHeader | OnnxHeader
-    if kind == "onnx":
-        header = read_onnx(path)
-        template = read_template(path.parent)
-    else:
-        header = read_whole(path)
-        template = header.chat_template
-    if known is None:
+def _artefact(path: Path, kind: str) -> Artefact:
+    header = read_onnx(path) if kind == "onnx" else read_whole(path)
+    template = header.chat_template if isinstance(header, GGUFHeader) else read_template(path.parent)
+    published = _manifest(path)
+    if published is None:
         return Artefact(path.absolute(), path.stem, header, chat_template=template, kind=kind)
-    if known.chat_template is not None and known.chat_template != manifest.text_digest(template):
+    if published.chat_template not in (None, manifest.text_digest(template)):
         raise InputError(
             f"{path}: its chat template is not the one that {manifest.FILE} names",
             "the file was changed after its export; export it again",
         )
     for name in header.files if isinstance(header, OnnxHeader) else ():
         size = (path.parent / name).stat().st_size
-        told = known.files.get(name, {}).get("size", size)
-        if size != told:
+        exported = published.files.get(name, {}).get("size", size)
+        if size != exported:
             raise InputError(
-                f"{path.parent / name} has {size:,} bytes, {manifest.FILE} says {told:,}",
+                f"{path.parent / name} has {size:,} bytes, {manifest.FILE} says {exported:,}",
                 "the file was changed after its export; export it again",
             )
     return Artefact(
         path=path.absolute(),
-        name=known.name,
+        name=published.name,
         header=header,
-        digest=known.digest,
-        stop_ids=frozenset(known.stop_ids),
-        thinking=known.thinking,
+        digest=published.digest,
+        stop_ids=frozenset(published.stop_ids),
+        thinking=published.thinking,
         chat_template=template,
         kind=kind,
     )

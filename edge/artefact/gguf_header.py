@@ -4,8 +4,8 @@
     header.architecture, header.context_length, header.chat_template
 
 Layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The checks are those that llama.cpp makes, and
-more: every count and length lies within the file, and so does every tensor. Arrays (a tokenizer has several
-with as many entries as its vocabulary) are walked over, not decoded, until somebody asks for their values.
+more: every count, length and tensor must lie within the file. Arrays (a tokenizer has several, as long as its
+vocabulary) are skipped over and only decoded when their values are asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,7 +83,7 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-# Lists that llama.cpp reads without asking what they are: another type would end the process.
+# Lists whose type llama.cpp does not check: another type would end the process.
 _ARRAYS = {
     "tokenizer.ggml.tokens": (_STRING,),
     "tokenizer.ggml.merges": (_STRING,),
@@ -99,7 +99,7 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True)
 class GGUFArray:
-    """An array that was walked over: `count` items of GGUF type `item_type`, at `offset` in the file."""
+    """An array that was skipped over: `count` items of GGUF type `item_type`, at `offset` in the file."""
 
     path: Path
     item_type: int
@@ -141,7 +141,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says about itself. Lengths are in tokens, layers, heads or elements; sizes in bytes.
+    """The header of a GGUF file. Lengths are in tokens, layers, heads or elements; sizes in bytes.
 
     The properties raise InputError where the field is missing or of the wrong type.
     """
@@ -293,7 +293,7 @@ class _Reader:
             _fail(
                 self.path,
                 "version",
-                "has the other byte order" if swapped else f"is {version}, known are 2 and 3",
+                "has the other byte order" if swapped else f"is {version}, supported are 2 and 3",
             )
         tensor_count = self.count("the number of tensors", least=24)
         metadata_count = self.count("the number of metadata fields", least=13)
@@ -343,7 +343,7 @@ class _Reader:
         if kind != _STRING:
             self.need(count * _SCALARS[kind].size, key)
             return GGUFArray(self.path, kind, count, start, self.position - start)
-        # A million strings pass here: no call, no check inside the loop that one check after it can make.
+        # Up to a million strings: no call, and one check after the loop in place of one for each string.
         unpack: Callable[[mmap.mmap, int], tuple[int, ...]] = _U64.unpack_from
         data, position = self.data, start
         try:
@@ -357,46 +357,42 @@ class _Reader:
         return GGUFArray(self.path, kind, count, start, position - start)
 
     def tensors(self, count: int, alignment: int) -> dict[str, GGUFTensor]:
-        found: list[tuple[str, tuple[int, ...], str, int, int]] = []
-        names: set[str] = set()
+        tensors: dict[str, GGUFTensor] = {}
         expected = 0
         for index in range(count):
             name = self.text(f"the name of tensor {index}")
-            if len(name.encode("utf-8")) >= _MAX_NAME or name in names:
-                _fail(
-                    self.path, f"tensor {index}", f"has a name that is too long or a duplicate: {name[:80]!r}"
-                )
-            names.add(name)
-            what = f"tensor {name!r}"
-            dims = self.u32(f"the dimensions of {what}")
-            if dims > _MAX_DIMS:
-                _fail(self.path, what, f"has {dims} dimensions, at most {_MAX_DIMS} are possible")
-            shape = tuple(self.u64(f"the shape of {what}") for _ in range(dims))
-            kind = self.u32(f"the type of {what}")
-            if kind not in GGML_TYPES:
-                _fail(self.path, what, f"has the unknown type {kind}")
-            type_name, block, block_bytes = GGML_TYPES[kind]
-            if max(shape, default=0) > _INT64_MAX or math.prod(shape) > _INT64_MAX:
-                _fail(self.path, what, f"has a shape that overflows: {shape}")
-            row = shape[0] if shape else 1
-            if row % block:
-                _fail(self.path, what, f"has rows of {row} elements, {type_name} wants multiples of {block}")
-            size = math.prod(shape) // block * block_bytes
-            offset = self.u64(f"the offset of {what}")
-            if offset != expected:
-                _fail(self.path, what, f"has the offset {offset}, expected {expected}")
-            expected += -(-size // alignment) * alignment
-            found.append((name, shape, type_name, offset, size))
+            if len(name.encode("utf-8")) >= _MAX_NAME or name in tensors:
+                problem = f"has a name that is too long or a duplicate: {name[:80]!r}"
+                _fail(self.path, f"tensor {index}", problem)
+            tensors[name] = self.tensor(name)
+            if tensors[name].offset != expected:
+                problem = f"has the offset {tensors[name].offset}, expected {expected}"
+                _fail(self.path, f"tensor {name!r}", problem)
+            expected += -(-tensors[name].bytes // alignment) * alignment
         base = -(-self.position // alignment) * alignment
-        for name, _, _, offset, size in found:
-            if base + offset + size > self.size:
-                want = base + offset + size
-                _fail(
-                    self.path,
-                    f"tensor {name!r}",
-                    f"ends at byte {want}, the file has {self.size}: it is truncated",
-                )
-        return {
-            name: GGUFTensor(name, shape, type_name, base + offset, size)
-            for name, shape, type_name, offset, size in found
-        }
+        for name, tensor in tensors.items():
+            tensors[name] = replace(tensor, offset=base + tensor.offset)
+            end = base + tensor.offset + tensor.bytes
+            if end > self.size:
+                problem = f"ends at byte {end}, the file has {self.size}: it is truncated"
+                _fail(self.path, f"tensor {name!r}", problem)
+        return tensors
+
+    def tensor(self, name: str) -> GGUFTensor:
+        """What is said about one tensor; its offset is from the start of the data."""
+        what = f"tensor {name!r}"
+        dims = self.u32(f"the dimensions of {what}")
+        if dims > _MAX_DIMS:
+            _fail(self.path, what, f"has {dims} dimensions, at most {_MAX_DIMS} are possible")
+        shape = tuple(self.u64(f"the shape of {what}") for _ in range(dims))
+        kind = self.u32(f"the type of {what}")
+        if kind not in GGML_TYPES:
+            _fail(self.path, what, f"has the unknown type {kind}")
+        type_name, block, block_bytes = GGML_TYPES[kind]
+        if max(shape, default=0) > _INT64_MAX or math.prod(shape) > _INT64_MAX:
+            _fail(self.path, what, f"has a shape that overflows: {shape}")
+        row = shape[0] if shape else 1
+        if row % block:
+            _fail(self.path, what, f"has rows of {row} elements, {type_name} wants multiples of {block}")
+        size = math.prod(shape) // block * block_bytes
+        return GGUFTensor(name, shape, type_name, self.u64(f"the offset of {what}"), size)

@@ -1,7 +1,7 @@
-"""Every folder says what it is: `edge.json`, content digests, and atomic publishing.
+"""`edge.json`, the manifest of every folder that a stage writes: contents, digests, and where it came from.
 
-A stage writes into a sibling folder and renames it into place, so that a killed export never leaves
-a half-written folder, or an old shard, under the final name.
+A stage writes into a sibling folder and renames it into place, so that a killed export never leaves a
+half-written folder, or an old shard, under the final name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Manifest:
 
     stage: one of STAGES. name: what people call it. parents: `{"stage", "path", "digest"}` of each input.
     digest: over the names and contents of `files`. base_model: where the weights began.
-    settings: what this stage was told. chat_template: sha256 of the template's UTF-8 text, None without one.
+    settings: of this stage. chat_template: sha256 of the template's UTF-8 text, None without one.
     stop_ids: the union of what tokenizer, generation config and template end a turn with.
     thinking: None (the model does not think), "on", "off" or "mixed". verify: the equivalence report.
     """
@@ -52,13 +52,13 @@ class Manifest:
     schema: int = SCHEMA
 
     def parent(self, path: Path) -> dict[str, str]:
-        """This manifest as an entry for a child's `parents`; `path` is where it lies."""
+        """This manifest as an entry for a child's `parents`; `path`: its folder."""
         return {"stage": self.stage, "path": str(path), "digest": self.digest}
 
     def child(self, stage: str, path: Path, *, settings: dict[str, Any], packages: Iterable[str]) -> Manifest:
-        """The manifest of what was made from this one's folder at `path`: the same model in another form.
+        """The manifest of the same model in another form, made from this manifest's folder at `path`.
 
-        packages: those that made it.
+        packages: those that made it, whose versions are noted.
         """
         return Manifest(
             stage=stage,
@@ -85,11 +85,11 @@ def file_digest(path: Path) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of `packages`; one that is missing is left out."""
-    found = {}
+    installed = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
@@ -122,8 +122,7 @@ def read(folder: Path) -> Manifest:
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        known = {key: data[key] for key in Manifest.__dataclass_fields__ if key in data}
-        manifest = Manifest(**known)
+        manifest = Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__ if key in data})
     except (ValueError, TypeError) as error:
         raise InputError(
             f"{path} cannot be read: {error}", "run the stage that made this folder again"
@@ -153,7 +152,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ExistsError(f"{target} is a file, a folder is to be written there", "choose another folder")
+        raise ExistsError(f"{target} is a file; a folder must be written there", "choose another folder")
     if not any(target.iterdir()):
         return
     if not (target / FILE).is_file():

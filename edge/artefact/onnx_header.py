@@ -1,7 +1,7 @@
-"""What an ONNX file says of itself, read and checked before native code sees it. No onnx package is needed.
+"""The header of an ONNX file, read and checked before native code sees the file. Needs no onnx package.
 
-The file is untrusted: every length is bounded by what is really there, weights beside it must lie in its own
-folder and be as long as their shapes say, and operators are only those that onnxruntime brings itself.
+The file is untrusted: every length must lie within what is really there, weights beside it must lie in its
+own folder and be as long as their shapes say, and operators are only those that onnxruntime itself has.
 Field numbers are those of onnx.proto3 (onnx/onnx).
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from edge.errors import InputError
@@ -21,6 +21,10 @@ MAX_GRAPH = 512 * 2**20
 _MAX_DEPTH = 8
 _DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 _ATTENTION = "GroupQueryAttention"
+# Wire type of protobuf -> bytes of a value.
+_FIXED = {1: 8, 5: 4}
+# Element type and dimensions (0 where they are open).
+_Shape = tuple[int, list[int]]
 # TensorProto.DataType -> (name, bits of an element).
 _TYPES = {
     1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 4: ("uint16", 16), 5: ("int16", 16),
@@ -28,10 +32,10 @@ _TYPES = {
     12: ("uint32", 32), 13: ("uint64", 64), 16: ("bfloat16", 16), 21: ("uint4", 4), 22: ("int4", 4),
 }  # fmt: skip
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-# The input that names the positions whose logits are wanted; it has a default, so others need not know it.
+# The input with the positions whose logits are wanted. It has a default, so other programs need not know it.
 OUTPUT_POSITIONS = "output_positions"
-# Outputs that a graph may have beside logits: the last layer's states of every position, and the largest
-# logits of each chosen position with their ids.
+# Outputs that a graph may have beside logits: the last layer's hidden states of every position, and the
+# largest logits of each chosen position with their ids.
 HIDDEN = "hidden_states"
 CANDIDATES = ("candidate_values", "candidate_ids")
 
@@ -40,9 +44,10 @@ CANDIDATES = ("candidate_values", "candidate_ids")
 class OnnxHeader:
     """A decoder's shape. Lengths in elements, sizes in bytes.
 
-    cache_type: of keys, values and logits: float32 or float16. selects: whether logits can be had for chosen
-    positions alone. candidates: how many of the largest logits can be had without the others, 0: none.
-    hidden: length of the states that can be had, 0: none. matrices: by the bits of their weights, how many.
+    cache_type: of keys, values and logits: float32 or float16. selects: whether it can compute the logits of
+    chosen positions only. candidates: how many of the largest logits it can output without the others, 0:
+    none. hidden: width of the hidden states that it can output, 0: none. matrices: how many, by the bits of
+    their weights.
     """
 
     path: Path
@@ -59,27 +64,8 @@ class OnnxHeader:
     selects: bool
     candidates: int
     hidden: int
-    inputs: tuple[str, ...]
     matrices: dict[int, int]
     files: tuple[str, ...]
-
-
-@dataclass
-class _Tensor:
-    name: str = ""
-    dims: list[int] = field(default_factory=list)
-    kind: int = 0
-
-
-@dataclass
-class _Graph:
-    inputs: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    outputs: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    tensors: dict[str, _Tensor] = field(default_factory=dict)
-    attention: list[list[str]] = field(default_factory=list)
-    heads: list[int] = field(default_factory=list)
-    matrices: dict[int, int] = field(default_factory=dict)
-    external: dict[str, int] = field(default_factory=dict)
 
 
 def read_onnx(path: Path) -> OnnxHeader:
@@ -93,25 +79,69 @@ def read_onnx(path: Path) -> OnnxHeader:
             f"{path} has {size:,} bytes; a graph with its weights beside it has fewer than {MAX_GRAPH:,}",
             _AGAIN,
         )
-    graph = _Graph()
+    graph = _Graph(path)
     try:
-        found = 0
-        for number, value in _fields(memoryview(path.read_bytes())):
-            if number == 7 and isinstance(value, memoryview):
-                found += 1
-                _read_graph(path, value, graph, 0)
-            elif number == 8 and isinstance(value, memoryview):
-                _check_domain(path, _text(_one(value, 1)))
-            elif number == 25:
-                raise InputError(f"{path} defines functions of its own, which are not run", _AGAIN)
-        if found != 1:
-            raise ValueError(f"{found} graphs")
+        model = _Message(memoryview(path.read_bytes()))
+        graphs = model.messages(7)
+        for opset in model.messages(8):
+            graph.check_domain(opset.text(1))
+        if model.messages(25):
+            raise InputError(f"{path} defines functions of its own, which are not run", _AGAIN)
+        if len(graphs) != 1:
+            raise ValueError(f"{len(graphs)} graphs")
+        graph.read(graphs[0])
         return _header(path, size, graph)
     except (ValueError, IndexError, OverflowError) as error:
         raise InputError(f"{path} is damaged or no ONNX model: {error}", _AGAIN) from error
 
 
 def _header(path: Path, size: int, graph: _Graph) -> OnnxHeader:
+    kind, heads, width, layers = _cache(path, graph)
+    needed = {"input_ids", "attention_mask", OUTPUT_POSITIONS}
+    free = [
+        name
+        for name in graph.inputs
+        if name not in graph.tensors and name not in needed and not _PAST.fullmatch(name)
+    ]
+    if free or not {"input_ids", "attention_mask"} <= set(graph.inputs):
+        raise InputError(
+            f"{path}: its inputs {', '.join(free) or 'lack input_ids'} are not supported", _AGAIN
+        )
+    _, logits = graph.outputs.get("logits", (0, []))
+    if len(logits) != 3 or logits[2] < 1:
+        raise ValueError("it has no logits of a known vocabulary")
+    # Rotation tables of the attention: as many rows as positions.
+    tables = {graph.tensors[name][0] for one in graph.attention for name in one[7:8] if name in graph.tensors}
+    if len(tables) != 1:
+        raise InputError(f"{path}: its attention does not rotate keys by position itself", _AGAIN)
+    hidden_kind, hidden = graph.outputs.get(HIDDEN, (kind, [0, 0, 0]))
+    if hidden_kind != kind or len(hidden) != 3:
+        raise ValueError("its hidden states are of another type or shape than its cache")
+    # Those that are not in blocks of bits are in the type that the graph computes in.
+    matrices = {bits or _TYPES[kind][1]: count for bits, count in graph.matrices.items()}
+    norms = [dims for name, dims in graph.tensors.items() if name.endswith("input_layernorm.weight") and dims]
+    return OnnxHeader(
+        path=path,
+        block_count=layers,
+        head_count_kv=heads,
+        key_length=width,
+        value_length=width,
+        embedding_length=norms[0][0] if norms else max(graph.heads) * width,
+        vocab_size=logits[2],
+        context_length=tables.pop(),
+        weights_bytes=size + sum(graph.external.values()),
+        head_count=max(graph.heads),
+        cache_type=_TYPES[kind][0],
+        selects=OUTPUT_POSITIONS in graph.inputs,
+        candidates=_candidates(graph, kind, logits[2]),
+        hidden=hidden[2],
+        matrices=dict(sorted(matrices.items())),
+        files=tuple(sorted({path.name, *graph.external})),
+    )
+
+
+def _cache(path: Path, graph: _Graph) -> tuple[int, int, int, int]:
+    """(element type, heads, width, layers) of the KV cache."""
     past = {name: shape for name, shape in graph.inputs.items() if _PAST.fullmatch(name)}
     if not past or not graph.attention:
         raise InputError(
@@ -120,100 +150,175 @@ def _header(path: Path, size: int, graph: _Graph) -> OnnxHeader:
     layers = len(past) // 2
     if set(past) != {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}:
         raise ValueError("its caches are not numbered from 0, a key and a value each")
-    shapes = {(kind, *shape[1:2], *shape[3:]) for kind, shape in past.values()}
-    if len(shapes) != 1 or any(len(shape) != 4 for _, shape in past.values()):
+    shapes = {(kind, *dims[1:2], *dims[3:]) for kind, dims in past.values()}
+    if len(shapes) != 1 or any(len(dims) != 4 for _, dims in past.values()):
         raise InputError(
             f"{path}: its caches differ in shape or type, which is not supported", "serve a GGUF"
         )
     kind, heads, width = next(iter(shapes))
     if kind not in (1, 10) or heads < 1 or width < 1:
-        raise InputError(
-            f"{path}: its cache is of type {_TYPES.get(kind, ('?', 0))[0]}", "export fp32 or fp16"
-        )
-    needed = {"input_ids", "attention_mask", *past, OUTPUT_POSITIONS}
-    free = [name for name in graph.inputs if name not in graph.tensors and name not in needed]
-    if free or not {"input_ids", "attention_mask"} <= set(graph.inputs):
-        raise InputError(
-            f"{path}: its inputs {', '.join(free) or 'lack input_ids'} are not known here", _AGAIN
-        )
-    logits = graph.outputs.get("logits")
-    if logits is None or len(logits[1]) != 3 or logits[1][2] < 1:
-        raise ValueError("it has no logits of a known vocabulary")
-    # Rotation tables of the attention: as many rows as positions.
-    tables = {
-        graph.tensors[name].dims[0] for one in graph.attention for name in one[7:8] if name in graph.tensors
-    }
-    if len(tables) != 1:
-        raise InputError(f"{path}: its attention does not turn keys by position itself", _AGAIN)
-    # Those that are not in blocks of bits are in the type that the graph computes in.
-    matrices = {bits or _TYPES[kind][1]: count for bits, count in graph.matrices.items()}
-    norm = next((one for one in graph.tensors.values() if one.name.endswith("input_layernorm.weight")), None)
-    return OnnxHeader(
-        path=path,
-        block_count=layers,
-        head_count_kv=heads,
-        key_length=width,
-        value_length=width,
-        embedding_length=norm.dims[0] if norm and norm.dims else max(graph.heads) * width,
-        vocab_size=logits[1][2],
-        context_length=tables.pop(),
-        weights_bytes=size + sum(graph.external.values()),
-        head_count=max(graph.heads),
-        cache_type=_TYPES[kind][0],
-        selects=OUTPUT_POSITIONS in graph.inputs,
-        candidates=_candidates(graph, kind, logits[1][2]),
-        hidden=_hidden(graph, kind),
-        inputs=tuple(graph.inputs),
-        matrices=dict(sorted(matrices.items())),
-        files=tuple(sorted({path.name, *graph.external})),
-    )
+        name = _TYPES.get(kind, ("?", 0))[0]
+        raise InputError(f"{path}: its cache is of type {name}", "export fp32 or fp16")
+    return kind, heads, width, layers
 
 
 def _candidates(graph: _Graph, kind: int, vocab: int) -> int:
-    found = [graph.outputs.get(name) for name in CANDIDATES]
-    if None in found:
+    if not set(CANDIDATES) <= set(graph.outputs):
         return 0
-    (values, shape), (ids, same) = (one for one in found if one is not None)
-    if (values, ids) != (kind, 7) or shape != same or len(shape) != 3 or not 0 < shape[2] <= vocab:
+    (values, shape), (ids, ids_shape) = (graph.outputs[name] for name in CANDIDATES)
+    if (values, ids) != (kind, 7) or shape != ids_shape or len(shape) != 3 or not 0 < shape[2] <= vocab:
         raise ValueError("its candidates are not values and ids of some of the vocabulary")
     return shape[2]
 
 
-def _hidden(graph: _Graph, kind: int) -> int:
-    found, shape = graph.outputs.get(HIDDEN, (kind, [0, 0, 0]))
-    if found != kind or len(shape) != 3:
-        raise ValueError("its hidden states are of another type or shape than its cache")
-    return shape[2]
+class _Graph:
+    """What is read of a model's graph and of the graphs within it; everything in them is checked.
+
+    tensors: dimensions by name. attention: inputs of each attention node; heads: of each. matrices: products
+    by bits of their weights, 0 for those that are not in blocks. external: sizes of the files with weights.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inputs: dict[str, _Shape] = {}
+        self.outputs: dict[str, _Shape] = {}
+        self.tensors: dict[str, list[int]] = {}
+        self.attention: list[list[str]] = []
+        self.heads: list[int] = []
+        self.matrices: Counter[int] = Counter()
+        self.external: dict[str, int] = {}
+
+    def read(self, graph: _Message, depth: int = 0) -> None:
+        if depth > _MAX_DEPTH:
+            raise ValueError("graphs within graphs, too deep")
+        if graph.messages(15):
+            raise ValueError("sparse weights")
+        for node in graph.messages(1):
+            self._node(node, depth)
+        for tensor in graph.messages(5):
+            self.tensors[tensor.text(8)] = self._tensor(tensor)
+        if depth == 0:
+            self.inputs = dict(map(_value_info, graph.messages(11)))
+            self.outputs = dict(map(_value_info, graph.messages(12)))
+
+    def check_domain(self, domain: str) -> None:
+        if domain not in _DOMAINS:
+            raise InputError(
+                f"{self.path} wants operators of '{domain}', which come from a library of native code", _AGAIN
+            )
+
+    def _node(self, node: _Message, depth: int) -> None:
+        kind = node.text(4)
+        self.check_domain(node.text(7))
+        numbers: dict[str, int] = {}
+        for attribute in node.messages(5):
+            numbers[attribute.text(1)] = attribute.number(3)
+            for tensor in (*attribute.messages(5), *attribute.messages(10)):
+                self._tensor(tensor)
+            for graph in (*attribute.messages(6), *attribute.messages(11)):
+                self.read(graph, depth + 1)
+        if kind == _ATTENTION:
+            self.attention.append(node.texts(1))
+            self.heads.append(numbers.get("num_heads", 0))
+        elif kind == "EPContext":
+            raise InputError(f"{self.path} holds a program for one device, compiled elsewhere", _AGAIN)
+        elif kind in ("MatMul", "MatMulNBits"):
+            self.matrices[numbers.get("bits", 4) if kind == "MatMulNBits" else 0] += 1
+
+    def _tensor(self, tensor: _Message) -> list[int]:
+        """Its dimensions. Weights beside the model must lie in its folder, in a file that is long enough."""
+        dims, name = tensor.numbers(1), tensor.text(8)
+        entries = {entry.text(1): entry.text(2) for entry in tensor.messages(13)}
+        if tensor.number(14) != 1 and not entries:
+            return dims
+        place = entries.get("location", "")
+        parts = (PurePosixPath(place), PureWindowsPath(place))
+        if not place or "\0" in place or any(len(p.parts) != 1 or p.anchor for p in parts) or place == "..":
+            raise InputError(f"{self.path}: the weights {name} lie in {place!r}, outside its folder", _AGAIN)
+        if place not in self.external:
+            file = self.path.parent / place
+            if not file.is_file() or file.resolve().parent != self.path.parent.resolve():
+                raise InputError(f"{self.path}: its weights {place} are not a file in its folder", _AGAIN)
+            self.external[place] = file.stat().st_size
+        kind = tensor.number(2)
+        if kind not in _TYPES:
+            raise ValueError(f"{name} is of type {kind}")
+        offset = int(entries.get("offset") or 0)
+        need = -(-math.prod(dims) * _TYPES[kind][1] // 8)
+        length = int(entries.get("length") or need)
+        if length != need or not 0 <= offset <= self.external[place] - length:
+            raise InputError(
+                f"{self.path}: {name} should have {need:,} bytes at {offset:,} of {place}, "
+                f"which has {self.external[place]:,}",
+                "the file was cut off: " + _AGAIN,
+            )
+        return dims
 
 
-# -- protobuf ------------------------------------------------------------------------------------------
+def _value_info(value: _Message) -> tuple[str, _Shape]:
+    tensor = value.message(2).message(1)
+    return value.text(1), (tensor.number(1), [dim.number(1) for dim in tensor.message(2).messages(1)])
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message: varints and fixed numbers as int, the rest as bytes.
+class _Message:
+    """A protobuf message: its fields by number. Of a field that is not repeated the last value counts.
 
     Raises ValueError where a length reaches beyond what is there.
     """
-    at, end = 0, len(data)
-    while at < end:
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        length = 8 if wire == 1 else 4
-        if wire == 2:
-            length, at = _varint(data, at)
-        elif wire not in (1, 5):
-            raise ValueError(f"wire type {wire} at byte {at}")
-        if length > end - at:
-            raise ValueError(f"a field of {length} bytes where {end - at} are left")
-        yield number, data[at : at + length]
-        at += length
+
+    def __init__(self, data: memoryview) -> None:
+        self._fields: dict[int, list[int | memoryview]] = {}
+        at, end = 0, len(data)
+        while at < end:
+            key, at = _varint(data, at)
+            number, wire = key >> 3, key & 7
+            value: int | memoryview
+            if wire == 0:
+                value, at = _varint(data, at)
+            elif wire == 2 or wire in _FIXED:
+                length, at = _varint(data, at) if wire == 2 else (_FIXED[wire], at)
+                if length > end - at:
+                    raise ValueError(f"a field of {length} bytes where {end - at} are left")
+                value = data[at : at + length]
+                at += length
+            else:
+                raise ValueError(f"wire type {wire} at byte {at}")
+            self._fields.setdefault(number, []).append(value)
+
+    def _bytes(self, field: int) -> list[memoryview]:
+        return [value for value in self._fields.get(field, ()) if isinstance(value, memoryview)]
+
+    def messages(self, field: int) -> list[_Message]:
+        return [_Message(value) for value in self._bytes(field)]
+
+    def message(self, field: int) -> _Message:
+        return _Message((self._bytes(field) or [memoryview(b"")])[-1])
+
+    def texts(self, field: int) -> list[str]:
+        return [bytes(value).decode("utf-8") for value in self._bytes(field)]
+
+    def text(self, field: int) -> str:
+        return (self.texts(field) or [""])[-1]
+
+    def numbers(self, field: int) -> list[int]:
+        """Whole numbers, one by one or packed."""
+        numbers = []
+        for value in self._fields.get(field, ()):
+            if isinstance(value, int):
+                numbers.append(value)
+                continue
+            at = 0
+            while at < len(value):
+                number, at = _varint(value, at)
+                numbers.append(number)
+        return numbers
+
+    def number(self, field: int) -> int:
+        return (self.numbers(field) or [0])[-1]
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """(a number of variable length, where the next field begins)."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
@@ -224,155 +329,3 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if not byte & 0x80:
             return value, at
         shift += 7
-
-
-def _one(data: memoryview, wanted: int) -> memoryview:
-    """The last field `wanted` of a message, empty where it is not given."""
-    found = memoryview(b"")
-    for number, value in _fields(data):
-        if number == wanted and isinstance(value, memoryview):
-            found = value
-    return found
-
-
-def _text(data: memoryview) -> str:
-    return bytes(data).decode("utf-8")
-
-
-def _read_graph(path: Path, data: memoryview, graph: _Graph, depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError("graphs within graphs, too deep")
-    for number, value in _fields(data):
-        if not isinstance(value, memoryview):
-            continue
-        if number == 1:
-            _read_node(path, value, graph, depth)
-        elif number == 5:
-            tensor = _read_tensor(path, value, graph)
-            graph.tensors[tensor.name] = tensor
-        elif number == 11 and depth == 0:
-            name, shape = _value_info(value)
-            graph.inputs[name] = shape
-        elif number == 12 and depth == 0:
-            name, shape = _value_info(value)
-            graph.outputs[name] = shape
-        elif number == 15:
-            raise ValueError("sparse weights")
-
-
-def _read_node(path: Path, data: memoryview, graph: _Graph, depth: int) -> None:
-    inputs: list[str] = []
-    kind = domain = ""
-    numbers: dict[str, int] = {}
-    for number, value in _fields(data):
-        if not isinstance(value, memoryview):
-            continue
-        if number == 1:
-            inputs.append(_text(value))
-        elif number == 4:
-            kind = _text(value)
-        elif number == 7:
-            domain = _text(value)
-        elif number == 5:
-            name, number_in_it = _read_attribute(path, value, graph, depth)
-            numbers[name] = number_in_it
-    _check_domain(path, domain)
-    if kind == _ATTENTION:
-        graph.attention.append(inputs)
-        graph.heads.append(numbers.get("num_heads", 0))
-    elif kind == "EPContext":
-        raise InputError(f"{path} holds a program for one device, compiled elsewhere", _AGAIN)
-    elif kind == "MatMulNBits":
-        bits = numbers.get("bits", 4)
-        graph.matrices[bits] = graph.matrices.get(bits, 0) + 1
-    elif kind == "MatMul":
-        graph.matrices[0] = graph.matrices.get(0, 0) + 1
-
-
-def _read_attribute(path: Path, data: memoryview, graph: _Graph, depth: int) -> tuple[str, int]:
-    """(name, whole number, or 0 where it holds something else); tensors and graphs in it are checked."""
-    name, integer = "", 0
-    for number, value in _fields(data):
-        if number == 3 and isinstance(value, int):
-            integer = value
-        elif isinstance(value, memoryview):
-            if number == 1:
-                name = _text(value)
-            elif number in (5, 10):
-                _read_tensor(path, value, graph)
-            elif number in (6, 11):
-                _read_graph(path, value, graph, depth + 1)
-    return name, integer
-
-
-def _read_tensor(path: Path, data: memoryview, graph: _Graph) -> _Tensor:
-    tensor = _Tensor()
-    entries: dict[str, str] = {}
-    external = False
-    for number, value in _fields(data):
-        if number == 1:
-            tensor.dims += [value] if isinstance(value, int) else _packed(value)
-        elif number == 2 and isinstance(value, int):
-            tensor.kind = value
-        elif number == 8 and isinstance(value, memoryview):
-            tensor.name = _text(value)
-        elif number == 13 and isinstance(value, memoryview):
-            entries[_text(_one(value, 1))] = _text(_one(value, 2))
-        elif number == 14:
-            external = value == 1
-    if external or entries:
-        _check_external(path, tensor, entries, graph)
-    return tensor
-
-
-def _packed(data: memoryview) -> list[int]:
-    values, at = [], 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        values.append(value)
-    return values
-
-
-def _check_external(path: Path, tensor: _Tensor, entries: dict[str, str], graph: _Graph) -> None:
-    """Weights beside the file: in its own folder, within their file, as long as their shape says."""
-    place = entries.get("location", "")
-    parts = (PurePosixPath(place), PureWindowsPath(place))
-    if not place or "\0" in place or any(len(one.parts) != 1 or one.anchor for one in parts) or place == "..":
-        raise InputError(f"{path}: the weights {tensor.name} lie in {place!r}, outside its folder", _AGAIN)
-    if place not in graph.external:
-        file = path.parent / place
-        if not file.is_file() or file.resolve().parent != path.parent.resolve():
-            raise InputError(f"{path}: its weights {place} are not a file in its folder", _AGAIN)
-        graph.external[place] = file.stat().st_size
-    if tensor.kind not in _TYPES:
-        raise ValueError(f"{tensor.name} is of type {tensor.kind}")
-    offset = int(entries.get("offset") or 0)
-    need = -(-math.prod(tensor.dims) * _TYPES[tensor.kind][1] // 8)
-    length = int(entries.get("length") or need)
-    if length != need or not 0 <= offset <= graph.external[place] - length:
-        raise InputError(
-            f"{path}: {tensor.name} should have {need:,} bytes at {offset:,} of {place}, "
-            f"which has {graph.external[place]:,}",
-            "the file was cut off: " + _AGAIN,
-        )
-
-
-def _value_info(data: memoryview) -> tuple[str, tuple[int, list[int]]]:
-    """(name, (element type, dimensions, 0 where they are open))."""
-    tensor = _one(_one(data, 2), 1)
-    kind, dims = 0, []
-    for number, value in _fields(tensor):
-        if number == 1 and isinstance(value, int):
-            kind = value
-        elif number == 2 and isinstance(value, memoryview):
-            for inner, dim in _fields(value):
-                if inner == 1 and isinstance(dim, memoryview):
-                    dims.append(next((v for n, v in _fields(dim) if n == 1 and isinstance(v, int)), 0))
-    return _text(_one(data, 1)), (kind, dims)
-
-
-def _check_domain(path: Path, domain: str) -> None:
-    if domain not in _DOMAINS:
-        raise InputError(
-            f"{path} wants operators of '{domain}', which come from a library of native code", _AGAIN
-        )

@@ -8,6 +8,7 @@ Python first: by `check_rows`, and by `SlotBackend` for what changes a slot outs
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -166,11 +167,10 @@ class Embeds(Protocol):
         """
 
 
-class SlotBackend:
+class SlotBackend(ABC):
     """The checks that backends over native code share. `_lengths`: tokens that each slot holds.
 
-    Subclasses set `info` and `_embedder`, and implement `_copy`, `_truncate` and `_restore`, which
-    may rely on their arguments.
+    Subclasses set `info` and `_embedder`. What they implement may rely on its arguments.
     """
 
     info: BackendInfo
@@ -212,14 +212,17 @@ class SlotBackend:
     def interrupt(self) -> None:
         self._interrupted = True
 
+    @abstractmethod
     def _copy(self, src: int, dst: int, n: int) -> None:
-        raise NotImplementedError
+        """See Backend.copy."""
 
+    @abstractmethod
     def _truncate(self, slot: int, n: int) -> None:
-        pass
+        """See Backend.truncate."""
 
+    @abstractmethod
     def _restore(self, slot: int, cells: bytes, length: int) -> bool:
-        raise NotImplementedError
+        """See Backend.restore."""
 
 
 def check_rows(rows: Sequence[Row], info: BackendInfo, lengths: Sequence[int]) -> int:

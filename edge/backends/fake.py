@@ -1,4 +1,4 @@
-"""A backend without a model, for tests: exact, instant, and unforgiving.
+"""A backend without a model, for tests: exact, instant, and strict.
 
 Its KV cache is a chain of hashes, so that the next token depends on every token before it and on nothing
 else: a wrong position, a stale prefix or a mixed-up slot changes the output.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.base import BackendInfo, Logits, Row, StepInterrupted, check_rows, nothing
+from edge.backends.base import BackendInfo, Logits, Row, SlotBackend, StepInterrupted, check_rows
 from edge.errors import EdgeError
 
 EOS = 256
@@ -21,13 +21,14 @@ VOCAB = 260
 _MASK = (1 << 64) - 1
 
 
-class FakeBackend:
+class FakeBackend(SlotBackend):
     """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i].
 
-    reply: what is answered, a text or the ids for all ids so far, then the end token; None: a hash decides.
-    script: pairs of texts, the first of which names the prompts (by a part of them) that the second answers.
-    embedding: length of its vectors, which count tokens by their ids.
-    step_s: seconds a step takes; token_s: seconds for each token of it.
+    reply: the answer before the end token: a text, or a function of the ids so far; None: a hash decides.
+    script: pairs of texts; the second answers every prompt that contains the first.
+    capacity: of a unified KV cache; None: per-slot KV buffers. embedding: length of its vectors, which count
+    tokens by their ids.
+    step_s: seconds of a step; token_s: for each token of it. fails_at: which step fails, 0: none.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class FakeBackend:
         fails_at: int = 0,
         overlaps: bool = False,
     ) -> None:
+        super().__init__(slots)
         self.info = BackendInfo(
             kind="fake",
             name="fake",
             device="none",
-            why="a stand-in for tests",
+            why="a fake for tests",
             slots=slots,
             context=context,
             capacity=slots * context if capacity is None else capacity,
@@ -64,7 +66,6 @@ class FakeBackend:
             embedding=embedding,
             overlaps=overlaps,
         )
-        self.meanwhile: Callable[[], None] = nothing
         self._reply = (lambda _: list(reply.encode("utf-8"))) if isinstance(reply, str) else reply
         self._script = [(part.encode("utf-8"), list(answer.encode("utf-8"))) for part, answer in script]
         self._pieces = pieces
@@ -73,7 +74,6 @@ class FakeBackend:
         self._fails_at = fails_at
         self._held: list[list[tuple[int, int, int]]] = [[] for _ in range(slots)]
         self._cells = 0
-        self._interrupted = False
         self.steps: list[int] = []
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -92,7 +92,7 @@ class FakeBackend:
         return bytes([token]) if token < 256 else b""
 
     def step(self, rows: Sequence[Row]) -> Logits:
-        total = check_rows(rows, self.info, [len(held) for held in self._held])
+        total = check_rows(rows, self.info, self._lengths)
         self._interrupted = False
         until = time.monotonic() + self._step_s + self._token_s * total
         while (left := until - time.monotonic()) > 0:
@@ -100,22 +100,23 @@ class FakeBackend:
             if self._interrupted:
                 raise StepInterrupted
         if self._fails_at and len(self.steps) + 1 >= self._fails_at:
-            raise EdgeError(f"the stand-in failed in a step of {total} tokens", "it was told to")
+            raise EdgeError(f"the fake failed in a step of {total} tokens", "its settings say so (fails_at)")
         if self.info.overlaps:
             self.meanwhile()
         out = np.zeros((sum(row.outputs for row in rows), VOCAB), np.float32)
-        at = 0
+        filled = 0
         for row in rows:
             held = self._held[row.slot]
+            self._lengths[row.slot] += len(row.tokens)
             for i, token in enumerate(row.tokens):
                 before = held[-1][1] if held else 0x9E3779B97F4A7C15
                 self._cells += 1
                 held.append((token, (before ^ (token + 1)) * 0xBF58476D1CE4E5B9 & _MASK, self._cells))
                 if i >= len(row.tokens) - row.outputs:
-                    self._fill(out[at], held)
-                    at += 1
+                    self._fill(out[filled], held)
+                    filled += 1
         if self.info.shared and self.used() > self.info.capacity:
-            raise ValueError("the KV pool overflowed")
+            raise ValueError("the unified KV cache overflowed")
         self.steps.append(total)
         return out
 
@@ -140,17 +141,13 @@ class FakeBackend:
         return next((answer for part, answer in self._script if part in text), None)
 
     def used(self) -> int:
-        """Cells in use; one that several slots hold counts once."""
+        """KV cells in use; one that several slots hold counts once."""
         return len({cell for held in self._held for _, _, cell in held})
 
-    def copy(self, src: int, dst: int, n: int) -> None:
-        if src == dst or not 0 <= n <= len(self._held[src]):
-            raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
+    def _copy(self, src: int, dst: int, n: int) -> None:
         self._held[dst] = self._held[src][:n]
 
-    def truncate(self, slot: int, n: int) -> None:
-        if not 0 <= n <= len(self._held[slot]):
-            raise ValueError(f"truncate slot {slot} to {n} of {len(self._held[slot])}")
+    def _truncate(self, slot: int, n: int) -> None:
         del self._held[slot][n:]
 
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -160,17 +157,14 @@ class FakeBackend:
     def save(self, slot: int) -> bytes:
         return json.dumps([(token, state) for token, state, _ in self._held[slot]]).encode("ascii")
 
-    def restore(self, slot: int, cells: bytes, length: int) -> bool:
+    def _restore(self, slot: int, cells: bytes, length: int) -> bool:
         rows = json.loads(cells)
-        if self._held[slot] or len(rows) != length:
-            raise ValueError(f"restore of {length} tokens into slot {slot}")
+        if len(rows) != length:
+            raise ValueError(f"restore of {length} tokens from {len(rows)}")
         for token, state in rows:
             self._cells += 1
             self._held[slot].append((token, state, self._cells))
         return True
-
-    def interrupt(self) -> None:
-        self._interrupted = True
 
     def close(self) -> None:
         self._held = []

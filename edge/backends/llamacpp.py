@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edge.artefact.gguf_shards import part_files
 from edge.backends import base, linux_memory
 from edge.backends.base import FULL, BackendInfo, Logits, Row, SlotBackend, StepInterrupted, check_rows
-from edge.backends.llamacpp_embedding import Embedder
+from edge.backends.llamacpp_embedding import Embedder, filled
 from edge.backends.llamacpp_threads import ThreadController
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.machine.llamacpp_source import BUILD
@@ -66,7 +66,7 @@ class Settings(base.Settings):
 
 
 class Model:
-    """A loaded GGUF file; contexts with different settings may be made over it.
+    """A loaded GGUF file; contexts with different settings may be created over it.
 
     Raises UnavailableError without the library, InputError for a file that cannot be served.
     """
@@ -74,9 +74,9 @@ class Model:
     def __init__(self, path: Path, *, gpu_layers: int = 0, extra_buffers: bool = True) -> None:
         self.lib = lib = library()
         self.path = path
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        params.use_extra_bufts = extra_buffers
+        params = filled(
+            lib.llama_model_default_params(), n_gpu_layers=gpu_layers, use_extra_bufts=extra_buffers
+        )
         with native_errors() as log:
             self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
@@ -125,7 +125,7 @@ def _no_memory(path: Path, log: str) -> EdgeError | None:
 
 
 class LlamaCpp(SlotBackend):
-    """A context over a model, as a Backend. Raises InputError where the context cannot be made.
+    """A context over a model, as a Backend. Raises InputError where it cannot be created.
 
     lora: an adapter that goes on top of the model, for all of the context's sequences alike.
     """
@@ -167,23 +167,29 @@ class LlamaCpp(SlotBackend):
         if settings.kv_type != "f16" and not settings.flash_attention:
             # Native code would fall over it rather than say so.
             raise UsageError(f"a {settings.kv_type} KV cache needs flash attention", "use kv type f16")
-        params = lib.llama_context_default_params()
-        params.n_ctx = settings.cells
-        params.n_batch = params.n_ubatch = settings.batch
-        params.n_seq_max = settings.slots
-        params.n_outputs_max = settings.outputs
-        params.n_threads = params.n_threads_batch = settings.threads
-        params.flash_attn_type = 1 if settings.flash_attention else 0
-        params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
-        params.kv_unified = settings.unified
-        params.no_perf = True
+        params = filled(
+            lib.llama_context_default_params(),
+            n_ctx=settings.cells,
+            n_batch=settings.batch,
+            n_ubatch=settings.batch,
+            n_seq_max=settings.slots,
+            n_outputs_max=settings.outputs,
+            n_threads=settings.threads,
+            n_threads_batch=settings.threads,
+            flash_attn_type=int(settings.flash_attention),
+            type_k=_KV_TYPES[settings.kv_type],
+            type_v=_KV_TYPES[settings.kv_type],
+            kv_unified=settings.unified,
+            no_perf=True,
+        )
         # CUDA has threads and pinned memory of its own, which must not be touched.
         returned = linux_memory.return_zero_pages() if settings.gpu_layers == 0 else contextlib.nullcontext()
         with native_errors() as log, returned:
             context = lib.llama_init_from_model(self._model.pointer, params)
         if not context:
             raise _no_memory(self._model.path, log.tail()) or InputError(
-                f"{self._model.path}: llama.cpp cannot make a context of {params.n_ctx} tokens: {log.tail()}",
+                f"{self._model.path}: llama.cpp cannot create a context of {settings.cells} tokens: "
+                f"{log.tail()}",
                 "serve with a smaller --ctx or fewer --slots",
             )
         return context
@@ -311,21 +317,21 @@ class LlamaCpp(SlotBackend):
 
     def _pass(self, rows: Sequence[Row], *, last: bool) -> Logits:
         """One llama_decode; logits [outputs, vocab]. last: `meanwhile` overlaps the step's last pass."""
-        at = outputs = 0
+        start = outputs = 0
         for row in rows:
-            end = at + len(row.tokens)
-            self._tokens[at:end] = row.tokens
-            self._positions[at:end] = range(row.pos, row.pos + len(row.tokens))
-            self._slot_of[at:end] = row.slot
-            self._wanted[at:end] = 0
+            end = start + len(row.tokens)
+            self._tokens[start:end] = row.tokens
+            self._positions[start:end] = range(row.pos, row.pos + len(row.tokens))
+            self._slot_of[start:end] = row.slot
+            self._wanted[start:end] = 0
             self._wanted[end - row.outputs : end] = 1
             outputs += row.outputs
-            at = end
-        self._batch.n_tokens = at
+            start = end
+        self._batch.n_tokens = start
         long = max(len(row.tokens) for row in rows) >= _INTERRUPTIBLE_TOKENS
         if long:
             self._lib.llama_set_abort_callback(self._context, self._abort, None)
-        code = self._decode(at, at == len(rows))
+        code = self._decode(start, start == len(rows))
         if code == 0 and last and self.info.overlaps:
             self.meanwhile()
         if long:
@@ -333,7 +339,7 @@ class LlamaCpp(SlotBackend):
         if code == 2:
             raise StepInterrupted
         if code != 0:
-            raise EdgeError(f"llama.cpp failed in a step of {at} tokens (code {code})", FULL)
+            raise EdgeError(f"llama.cpp failed in a step of {start} tokens (code {code})", FULL)
         return self._logits(outputs) if outputs else np.zeros((0, self.info.vocab), np.float32)
 
     def _decode(self, total: int, decodes: bool) -> int:

@@ -19,6 +19,14 @@ from edge.errors import EdgeError
 _BATCH = 512
 
 
+def filled(parameters: Any, **values: Any) -> Any:
+    """A structure of llama.cpp with these fields set. Raises AttributeError for a field that it lacks."""
+    for name, value in values.items():
+        getattr(parameters, name)
+        setattr(parameters, name, value)
+    return parameters
+
+
 class Embedder:
     """lib, model: llama.cpp's bindings and a loaded model. Not thread-safe."""
 
@@ -67,19 +75,24 @@ class Embedder:
         cell = 2 * 2 * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * self.width // heads
         check_memory(tokens, cells * cell + 4 * _BATCH * self.width * 24)
         self.close()
-        params = lib.llama_context_default_params()
-        params.n_ctx = cells
-        params.n_batch = params.n_ubatch = params.n_outputs_max = _BATCH
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = self._threads
-        params.flash_attn_type = 1 if self._flash_attention else 0
-        params.embeddings = True
-        # No pooling: llama.cpp would pool each batch by itself.
-        params.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
-        params.no_perf = True
+        params = filled(
+            lib.llama_context_default_params(),
+            n_ctx=cells,
+            n_batch=_BATCH,
+            n_ubatch=_BATCH,
+            n_outputs_max=_BATCH,
+            n_seq_max=1,
+            n_threads=self._threads,
+            n_threads_batch=self._threads,
+            flash_attn_type=int(self._flash_attention),
+            embeddings=True,
+            # No pooling: llama.cpp would pool each batch by itself.
+            pooling_type=lib.LLAMA_POOLING_TYPE_NONE,
+            no_perf=True,
+        )
         self._context = lib.llama_init_from_model(model, params)
         if not self._context:
-            raise EdgeError(f"llama.cpp cannot make a context of {cells} tokens for embeddings")
+            raise EdgeError(f"llama.cpp cannot create a context of {cells} tokens for embeddings")
         self._batch = lib.llama_batch_init(_BATCH, 0, 1)
         self._cells = cells
 

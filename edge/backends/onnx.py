@@ -355,6 +355,9 @@ class Onnx(SlotBackend):
     def _copy(self, src: int, dst: int, n: int) -> None:
         self._cache.copy(src, dst, n)
 
+    def _truncate(self, slot: int, n: int) -> None:
+        """Nothing to do: the length alone tells what a row holds."""
+
     def _restore(self, slot: int, cells: bytes, length: int) -> bool:
         return self._cache.restore(slot, cells, length)
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.artefact.onnx_header import CANDIDATES, OUTPUT_POSITIONS, OnnxHeader
+from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader
 from edge.backends.onnx_kv_cache_cuda import DeviceKVCache
+from edge.backends.onnx_logits import tensors
 
 # Steps of one shape before it is captured, which takes about as long as some of them.
 _AFTER = 8
@@ -67,31 +68,26 @@ class CudaGraph:
         self.shape = shape
         self.captured = False
         self._session = source.session
-        cache, header, value = source.cache, source.header, source.runtime.OrtValue
-        count, kind = shape.count, cache.dtype.type
+        cache, value = source.cache, source.runtime.OrtValue
 
-        def allocate(element: Any, *size: int) -> Any:
-            return value.ortvalue_from_shape_and_type(size, element, cache.device, 0)
+        def allocate(kind: Any, *size: int) -> Any:
+            return value.ortvalue_from_shape_and_type(size, np.dtype(kind).type, cache.device, 0)
 
-        self._ids = allocate(np.int64, count, 1)
-        self._mask = allocate(np.int64, count, shape.longest)
+        self._ids = allocate(np.int64, shape.count, 1)
+        self._mask = allocate(np.int64, shape.count, shape.longest)
         # Bound below, and kept alive here.
         self._position = value.ortvalue_from_numpy(np.zeros(1, np.int64), cache.device, 0)
-        if shape.few:
-            pair = (
-                allocate(kind, count, 1, header.candidates),
-                allocate(np.int64, count, 1, header.candidates),
-            )
-            outputs = dict(zip(CANDIDATES, pair, strict=True))
-        else:
-            outputs = {"logits": allocate(kind, count, 1, header.vocab_size)}
+        outputs = {
+            name: allocate(kind, shape.count, 1, width)
+            for name, (kind, width) in tensors(source.header, shape.few).items()
+        }
         self._outputs = list(outputs.values())
         self._order = np.arange(shape.longest, dtype=np.int64)
         self._binding = source.session.io_binding()
         inputs = {"input_ids": self._ids, "attention_mask": self._mask, OUTPUT_POSITIONS: self._position}
         for name, tensor in inputs.items():
             self._binding.bind_ortvalue_input(name, tensor)
-        cache.bind(self._binding, shape.first, count)
+        cache.bind(self._binding, shape.first, shape.count)
         for name, tensor in outputs.items():
             self._binding.bind_ortvalue_output(name, tensor)
         self._options = source.runtime.RunOptions()

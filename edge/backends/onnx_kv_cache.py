@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 TOKENS_OF_A_ROW = 256
 
 
-class KVCache:
+class KVCache(ABC):
     """room: tokens of a row. shape: of a row in one part [heads, room, width].
 
     parts: 2 x layers; keys and values of a layer after each other.
@@ -92,33 +93,33 @@ class KVCache:
         self._write(slot, np.frombuffer(cells, self.dtype).reshape(self.parts, heads, n, width))
         return True
 
+    @abstractmethod
     def pointer(self, part: int, row: int) -> int:
         """The address of `row` in `part`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copy(self, src: int, dst: int, n: int) -> None:
         """The first `n` tokens of slot `src` to slot `dst`; what lies behind them may come along."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, slot: int, n: int) -> bytes:
         """The first `n` tokens of a slot: [parts, heads, n, width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Free the memory. No session may run afterwards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write(self, slot: int, cells: NDArray[Any]) -> None:
         """`cells` [parts, heads, n, width] to a slot."""
-        raise NotImplementedError
 
     def _move_cost(self, length: int) -> float:
         """The cost of moving `length` tokens, in idle rows of a step."""
         return length / TOKENS_OF_A_ROW
 
+    @abstractmethod
     def _swap(self, a: int, b: int, n: int, m: int) -> None:
         """Exchange the first `n` tokens of row `a` and the first `m` of row `b`."""
-        raise NotImplementedError
 
 
 class HostKVCache(KVCache):

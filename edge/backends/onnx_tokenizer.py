@@ -1,8 +1,8 @@
-"""Text to token ids and back, from a tokenizer.json alone, through the package `tokenizers`.
+"""Text to token ids and back, from a tokenizer.json, through the package `tokenizers`.
 
-A token's bytes are wanted, not its text: a character may be spread over several tokens. Two families of
-vocabularies can tell them: byte-level BPE (GPT-2's table of printable stand-ins, one for each byte), and
-SentencePiece's (a space is "▁", and `<0x0A>` is a byte). Another family is refused, never guessed.
+A token's bytes are needed, not its text: a character may be spread over several tokens. Two families of
+vocabularies have them: byte-level BPE (GPT-2's table of a printable character for each byte), and
+SentencePiece (a space is "▁", and `<0x0A>` is a byte). Another family is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_BYTES = 256 * 2**20
 
 
 def byte_table() -> dict[str, int]:
-    """GPT-2's stand-ins: printable characters of Latin-1 stand for themselves, the others for U+0100 on."""
+    """GPT-2's characters for bytes: printable Latin-1 as it is, U+0100 on for the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -27,9 +27,9 @@ def byte_table() -> dict[str, int]:
 
 
 class Vocabulary:
-    """A tokenizer of `size` ids; those beyond its own are ids that no text has.
+    """A tokenizer for a model of `size` ids; no text has ids beyond the tokenizer's own.
 
-    Thread-safe. Raises InputError for a file that is missing, broken or of a family that is not known.
+    Thread-safe. Raises InputError for a file that is missing, broken or of an unsupported family.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -42,12 +42,13 @@ class Vocabulary:
         path = folder / "tokenizer.json"
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             raise InputError(
-                f"{path} is missing or no tokenizer", "export again: edge export onnx RUN --overwrite"
+                f"{path} is missing, or too large to be a tokenizer",
+                "export again: edge export onnx RUN --overwrite",
             )
         text = path.read_text(encoding="utf-8")
         try:
             described: dict[str, Any] = json.loads(text)
-            # One that parses control tokens, one that reads them as plain text.
+            # The first parses control tokens, the second reads them as plain text.
             self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
         except Exception as error:  # the package raises plain Exception
             raise InputError(
@@ -86,7 +87,7 @@ def _pieces(path: Path, tokenizer: Any, described: dict[str, Any], size: int) ->
         table = byte_table()
 
         def convert(text: str) -> bytes:
-            # A token that was added as it is may hold characters that stand for no byte.
+            # An added token may hold characters that stand for no byte.
             if all(character in table for character in text):
                 return bytes(table[character] for character in text)
             return text.encode("utf-8")
@@ -99,7 +100,7 @@ def _pieces(path: Path, tokenizer: Any, described: dict[str, Any], size: int) ->
 
     else:
         raise InputError(
-            f"{path}: the bytes of its tokens are not known (decoder {', '.join(sorted(map(str, names)))})",
+            f"{path}: the bytes of its tokens cannot be told (decoder {', '.join(sorted(map(str, names)))})",
             "serve this model as GGUF: edge export gguf RUN",
         )
     pieces = [b""] * size

@@ -1,11 +1,10 @@
 """Decodes of a tiny model, run as a process of its own: `python build_check.py plain|extra|gpu`.
 
-A wrong build dies in native code at its first matrix product, so the check must not share a process with
-anything. `plain` uses ordinary buffers, `extra` lets the CPU backend repack weights (AMX and the like), `gpu`
-puts all layers on the card; the last two compare their logits with `plain`. Two threads, because tile
-configuration is per thread; chunks of several lengths, because few and many tokens are multiplied each in
-their own way. The model is written here: one llama layer of random weights, of the types that code of ours
-multiplies.
+A wrong build dies in native code at its first matrix product, so the check has a process of its own. `plain`
+uses ordinary buffers, `extra` lets the CPU backend repack weights (AMX and the like), `gpu` puts all layers
+on the GPU; the last two compare their logits with `plain`. There are two threads, because tile configuration
+is per thread, and chunks of several lengths, because few and many tokens are multiplied by different code.
+The model is written here: one llama layer of random weights, of the types that edge/csrc multiplies.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def write_model(path: Path) -> None:
         tensors.append((name, shape, 0, values.astype("<f4").tobytes()))
 
     def quantised(name: str, kind: str, columns: int, rows: int) -> None:
-        # GGUF's number for the type, values and bytes of a block, where its halves lie, and what they hold.
+        # GGUF's number of the type; values and bytes of a block; offset and values of its float16 scales.
         number, values, size, place, halves = {
             "Q4_0": (2, 32, 18, 0, (0.02,)),
             "Q8_0": (8, 32, 34, 0, (0.0015,)),

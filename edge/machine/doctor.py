@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, hardware
 from edge.machine.cuda_libraries import gpu_remedy, missing_library
@@ -71,7 +72,7 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         yield Item(group, "compiler", f"{compiler.kind}: {compiler.version or 'found'}")
     except UnavailableError as error:
         yield Item(group, "compiler", "none", error.hint)
-    installed = _version(PACKAGE)
+    installed = manifest.versions(PACKAGE).get(PACKAGE)
     if not installed:
         yield Item(group, PACKAGE, "not installed", BUILD)
         return
@@ -102,13 +103,6 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         yield Item(group, "GPU", outcome.no_gpu or "used", remedy if outcome.no_gpu else "")
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def pins() -> dict[str, str]:
     """Package -> version of constraints.txt; empty where edge is installed without its source."""
     if not CONSTRAINTS.is_file():
@@ -127,9 +121,9 @@ def _packages(gpus: list[hardware.GPU]) -> Iterator[Item]:
     tested = pins()
     for extra in EXTRAS:
         wanted = [row for row in requirements if re.search(rf"extra == ['\"]{extra}['\"]", row)]
-        versions = {name: _version(name) for name in (re.split(r"[ ;<>=!~\[]", row)[0] for row in wanted)}
-        installed = {name: version for name, version in versions.items() if version}
-        missing = [name for name in versions if name not in installed]
+        names = [re.split(r"[ ;<>=!~\[]", row)[0] for row in wanted]
+        installed = manifest.versions(*names)
+        missing = [name for name in names if name not in installed]
         # A local part ("2.13.0+cpu") says how a package was built, not which version it is.
         other = [
             f"{name} {version} (tested: {tested[name.lower()]})"
@@ -141,7 +135,7 @@ def _packages(gpus: list[hardware.GPU]) -> Iterator[Item]:
             text += f"; {title}: {', '.join(names)}" if names else ""
         todo = f"pip install -c constraints.txt -e '.[{extra}]'" if missing or other else ""
         yield Item("packages", extra, text, todo)
-    if gpus and _version("torch").endswith("+cpu"):
+    if gpus and manifest.versions("torch").get("torch", "").endswith("+cpu"):
         text = "built for the CPU: training does not use the GPU"
         yield Item("packages", "torch", text, "install torch for CUDA")
 

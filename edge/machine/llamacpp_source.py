@@ -64,10 +64,10 @@ def sdist() -> Path:
     return target
 
 
-def publish_folder(made: Path, target: Path) -> None:
-    """Rename `made` to `target`; where another process was faster, its equal result stays."""
+def publish_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; where another process was faster, its equal result stays."""
     try:
-        made.rename(target)
+        source.rename(target)
     except OSError:
         if not target.is_dir():
             raise

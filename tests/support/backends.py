@@ -25,12 +25,12 @@ class Maker:
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
-        self.pools = kind in ("fake", "fake-card", "llamacpp")
+        self.pools = kind in ("fake", "fake-gpu", "llamacpp")
         self._patch = pytest.MonkeyPatch()
         self._made: dict[tuple[tuple[str, int], ...], Backend] = {}
-        if kind in ("fake", "fake-card"):
+        if kind in ("fake", "fake-gpu"):
             # A GPU computes asynchronously: the engine has things to do meanwhile.
-            overlaps = kind == "fake-card"
+            overlaps = kind == "fake-gpu"
             self._build: Build = lambda given: FakeBackend(**given, overlaps=overlaps)  # type: ignore[arg-type]
         elif kind == "llamacpp":
             self._build = _llamacpp(folder)

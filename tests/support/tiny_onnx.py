@@ -31,7 +31,7 @@ def write(
 ) -> Path:
     """Write model, tokenizer and template: token i is byte i; `<|begin|>` and `<|end|>` are control.
 
-    candidates: as convert.export.onnx_graph.complete. dtype: of weights and cells; cards want float16.
+    candidates: as convert.export.onnx_graph.complete. dtype: of weights and KV cells; GPUs need float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name

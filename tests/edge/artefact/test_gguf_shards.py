@@ -44,14 +44,14 @@ def test_parts_that_do_not_fit_are_said(parts: list[Path]) -> None:
         with pytest.raises(InputError, match=message):
             find.resolve(path)
 
-    refused("is not the first of its parts", parts[1])
+    refused("is not the first of its shards", parts[1])
     kept = parts[1].read_bytes()
     shutil.copyfile(parts[2], parts[1])
-    refused("is not part 2 of")
+    refused("is not shard 2 of")
     parts[1].write_bytes(kept[:-4096])
     refused("it is truncated")
     parts[1].unlink()
-    refused("lacks 1 of its .* parts: 模型 m-00002-of-")
+    refused("lacks 1 of its .* shards: 模型 m-00002-of-")
     renamed = parts[0].rename(parts[0].with_name("m.gguf"))
     refused("which its name does not say", renamed)
 

@@ -517,7 +517,8 @@ def test_another_precision_of_the_cache_gives_float32_logits(tmp_path: Path) -> 
     # What the backend makes of 16-bit logits, without a model that computes in them.
     made = Onnx(Model(tiny_onnx.write(tmp_path)), SMALL)
     want = made.step([Row(0, 0, list(b"ab"), 2)]).copy()
-    made._outputs._logits = Buffer(made._outputs._logits.array.astype(np.float16))
+    buffers = made._outputs._buffers[False]
+    buffers["logits"] = Buffer(buffers["logits"].array.astype(np.float16))
     made._outputs._narrow = True
     made.truncate(0, 0)
     with pytest.MonkeyPatch.context() as patch:

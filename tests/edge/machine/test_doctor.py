@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, doctor, hardware
 
@@ -35,7 +36,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(build_llamacpp, "compiler", lambda: build_llamacpp.Compiler("gcc", "12"))
     monkeypatch.setattr(hardware, "gpus", lambda: found["gpus"])
     monkeypatch.setattr(build_llamacpp, "probe", lambda: build_llamacpp.Probe(found["error"]))
-    monkeypatch.setattr(doctor, "_version", lambda package: found["version"].get(package, ""))
+    monkeypatch.setattr(
+        manifest,
+        "versions",
+        lambda *names: {name: found["version"][name] for name in names if name in found["version"]},
+    )
     return found
 
 

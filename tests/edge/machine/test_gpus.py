@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edge.artefact import manifest
 from edge.backends import onnx_providers as providers
 from edge.errors import InputError, UnavailableError, UsageError
 from edge.loading import gpu_offload, load_plan
@@ -84,7 +85,7 @@ def test_the_doctor_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) 
         "gpu": True,
     }
     monkeypatch.setattr(build_llamacpp, "build_info", lambda: info)
-    monkeypatch.setattr(doctor, "_version", lambda package: "0.3.36")
+    monkeypatch.setattr(manifest, "versions", lambda *names: dict.fromkeys(names, "0.3.36"))
     lacks = {"": ("used", "")}
     for said, todo in SAID.items():
         lacks[f"finds none that it can use: {said}"] = (said, todo)

@@ -1,4 +1,4 @@
-"""Cores, quotas, memory limits and cards, on fake systems."""
+"""Cores, quotas, memory limits and GPUs, on fake systems."""
 
 from __future__ import annotations
 
