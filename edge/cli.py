@@ -1,7 +1,7 @@
-"""The command `edge`: verbs dispatched lazily by name, so that `edge serve` never imports torch.
+"""The command `edge`. Each verb is a `main(argv) -> int` in a module of its own, imported when it is called.
 
-Each verb is a `main(argv) -> int` in its own module. Every error a user can mend ends here, as one
-message and a non-zero exit code; no traceback.
+So `edge serve` never imports torch. An error that a user can mend ends as one message and a non-zero exit
+code, without a traceback.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from edge.errors import EdgeError, UsageError
 
 VERBS: dict[str, tuple[str, str]] = {
     "pull": ("convert.pull", "get a model: the embedded default, a folder, a GGUF file or a hub id"),
-    "data": ("convert.data.cli", "what a configuration's data holds, row by row, without training"),
+    "data": ("convert.data.cli", "show a configuration's data row by row, without training"),
     "train": ("convert.train.cli", "LoRA, QLoRA, full or DPO from a LLaMA-Factory style YAML"),
     "eval": (
         "convert.train.evaluate",
         "a run on held-out rows: loss, answers, BLEU and ROUGE, beside its base",
     ),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
-    "export": ("convert.export.cli", "merged model -> gguf"),
-    "verify": ("convert.verify.compare", "compare two stages of a model: words, stops, logits"),
+    "export": ("convert.export.cli", "merged model -> GGUF or ONNX; adapter -> GGUF"),
+    "verify": ("convert.verify.compare", "compare two stages of a model: tokenizer, stop tokens, logits"),
     "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
-    "bench": ("bench.cli", "measure ours against the slow baseline"),
+    "bench": ("bench.cli", "measure this server against the baseline"),
     "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),
     "doctor": ("edge.machine.doctor", "what this machine has, and what to install for more"),
 }

@@ -1,4 +1,4 @@
-"""What a user did wrong, as exceptions.
+"""The errors that a user can mend, as exceptions.
 
     EdgeError            anything a user can mend; exit code 1, HTTP 500 unless a subclass says more
     ├─ UsageError        the command line or a configuration value; exit code 2
@@ -44,9 +44,9 @@ class UnavailableError(EdgeError):
 
 
 class RequestError(EdgeError):
-    """A request the server answers with `status` and an OpenAI-style error body.
+    """A request that the server answers with the HTTP status `status` and an error body.
 
-    `code` is a short machine-readable word, `param` the request field it is about.
+    code: a short machine-readable word. param: the request field. retry_after: seconds.
     """
 
     def __init__(
@@ -64,9 +64,3 @@ class RequestError(EdgeError):
         self.code = code
         self.param = param
         self.retry_after = retry_after
-
-    def body(self) -> dict[str, dict[str, str | None]]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

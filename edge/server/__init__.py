@@ -1,1 +1,1 @@
-"""The HTTP process: FastAPI over a supervised engine. Artefact in, HTTP out; no torch."""
+"""The HTTP process: FastAPI over an engine in a process of its own. An artefact in, HTTP out; no torch."""

@@ -1,6 +1,7 @@
-"""A request id, a line in the log and a count for every request. Pure ASGI, outermost.
+"""The access log: a request id, a line and a count for every request. Pure ASGI, outermost.
 
-The line has the route, never what was asked or answered. A client's own X-Request-Id is kept if it is sane.
+A line names the route and never quotes a prompt or an answer. A client's own X-Request-Id is kept where it is
+short printable ASCII.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from edge.server.streaming import SEND
 log = logging.getLogger("edge.http")
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
-# Asked again and again by programs that watch: logged only when they fail.
+# Monitoring asks these again and again: they are logged only when they fail.
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 
 
-class Trace:
-    """metrics: counts the answers. The rest of the application sees the id as `scope["edge.id"]`."""
+class AccessLog:
+    """metrics: counts the answers. The rest of the application reads the id as `scope["edge.id"]`."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -35,8 +36,8 @@ class Trace:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        name = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = client_id if _ID.fullmatch(client_id) else secrets.token_hex(8)
         began = time.monotonic()
         status = 0
 
@@ -44,10 +45,10 @@ class Trace:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode("ascii"))]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
             await send(message)
 
-        scope["edge.id"] = name
+        scope["edge.id"] = request_id
         scope[SEND] = send
         try:
             await self._app(scope, receive, start)
@@ -55,28 +56,27 @@ class Trace:
             status = status or 500
             raise
         finally:
-            # Nothing was sent: the client had gone before there was an answer.
-            self._close(scope, name, status or 499, time.monotonic() - began)
+            # Nothing was sent: the client left before there was an answer.
+            self._record(scope, status or 499, time.monotonic() - began)
 
-    def _close(self, scope: Scope, name: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "other"
         self._metrics.answered(route, scope["method"], status)
         if route in _QUIET and status < 400:
             return
         fields: dict[str, Any] = {
-            "id": name,
+            "id": scope["edge.id"],
             "method": scope["method"],
             "route": route,
             "status": status,
             "ms": round(seconds * 1000),
+            "model": scope.get("state", {}).get("model"),
         }
-        if (model := scope.get("state", {}).get("model")) is not None:
-            fields["model"] = model
-        log.info(" ".join(f"{key}={_value(value)}" for key, value in fields.items()))
+        log.info(" ".join(f"{key}={_logfmt(value)}" for key, value in fields.items() if value is not None))
 
 
-def _value(value: Any) -> str:
-    """For logfmt: quoted where it has to be."""
+def _logfmt(value: Any) -> str:
+    """The value as logfmt has it: quoted where it must be."""
     text = str(value)
     if re.fullmatch(r"[^\s\"=\x00-\x1f\x7f]+", text):
         return text

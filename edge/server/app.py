@@ -1,19 +1,24 @@
-"""The FastAPI application: routes, error bodies, what is said of each in /openapi.json."""
+"""The FastAPI application: the API families, error bodies, and the answers that /openapi.json lists.
+
+To add an API family, write a module in edge/server/api/ that has a `router`, and list it in FAMILIES.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import edge
 from edge.errors import RequestError
 from edge.server import auth, error_body
-from edge.server.access_log import Trace
+from edge.server.access import Access
+from edge.server.access_log import AccessLog
 from edge.server.api import (
     admin,
     anthropic,
@@ -28,35 +33,34 @@ from edge.server.api import (
     tokenize,
     web_page,
 )
-from edge.server.auth import Access, Guard
 from edge.server.model_registry import Registry
 
-_ROUTERS = (
-    generate,
-    openai_chat,
-    openai_completions,
-    openai_embeddings,
-    openai_responses,
-    anthropic,
-    ollama,
-    ollama_models,
-    tokenize,
-    health,
-    admin,
-    web_page,
+# The routes of each family, and the error body that its clients read.
+FAMILIES: tuple[tuple[APIRouter, error_body.ErrorBody], ...] = (
+    (generate.router, error_body.openai),
+    (openai_chat.router, error_body.openai),
+    (openai_completions.router, error_body.openai),
+    (openai_embeddings.router, error_body.openai),
+    (openai_responses.router, error_body.openai),
+    (anthropic.router, anthropic.error_body),
+    (ollama.router, ollama.error_body),
+    (ollama_models.router, ollama.error_body),
+    (tokenize.router, error_body.openai),
+    (health.router, error_body.openai),
+    (admin.router, error_body.openai),
+    (web_page.router, error_body.openai),
 )
 _ERRORS = {
     "400": "The request cannot be honoured; the message names the field and its bound.",
     "401": "A key is needed, or this one is not valid.",
     "403": "The host name, the page or the route is not open to this client.",
     "404": "No such model.",
-    "408": "The request ran out of the time that it gave itself.",
+    "408": "The request ran out of its own time limit.",
     "413": "The body is too large.",
     "429": "The queue is full; see Retry-After.",
     "500": "A fault of the server.",
     "503": "No model is loaded, or its engine has died.",
 }
-_STREAMS: dict[str, Any] = {"text/event-stream": {}, "application/x-ndjson": {}}
 
 
 def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
@@ -64,84 +68,74 @@ def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
     app = FastAPI(
         title="edge",
         version=edge.__version__,
-        description=f"Serves {', '.join(registry.names)}.",
+        description=f"Serves {', '.join(registry.entries)}.",
         # FastAPI's own page runs scripts of another host; edge.server.api.web_page has one that runs none.
         docs_url=None,
         redoc_url=None,
     )
     app.state.registry = registry
-    app.add_middleware(Guard, access=access or Access())
+    app.state.error_bodies = {
+        router.prefix: body for router, body in FAMILIES if body is not error_body.openai
+    }
+    app.add_middleware(auth.Guard, access=access or Access())
     # Added last, so it is the outermost.
-    app.add_middleware(Trace, metrics=registry.metrics)
+    app.add_middleware(AccessLog, metrics=registry.metrics)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(ValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(UnicodeEncodeError, _no_text)
+    app.add_exception_handler(UnicodeEncodeError, _surrogate)
     app.add_exception_handler(Exception, _fault)
-    for module in _ROUTERS:
-        app.include_router(module.router)
+    for router, _ in FAMILIES:
+        app.include_router(router)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the answers that are really given."""
+    """FastAPI's document, with the errors that are really answered."""
     if app.openapi_schema is None:
         document = FastAPI.openapi(app)
-        for path, methods in document["paths"].items():
-            for about in methods.values():
-                about["responses"].pop("422", None)
-                for status, text in _ERRORS.items():
-                    content = {"application/json": {"schema": {"type": "object"}}}
-                    about["responses"].setdefault(status, {"description": text, "content": content})
-                if path in _STREAMING:
-                    about["responses"]["200"].setdefault("content", {}).update(_STREAMS)
+        for about in (about for methods in document["paths"].values() for about in methods.values()):
+            about["responses"].pop("422", None)
+            for status, text in _ERRORS.items():
+                content = {"application/json": {"schema": {"type": "object"}}}
+                about["responses"].setdefault(status, {"description": text, "content": content})
         for name in ("HTTPValidationError", "ValidationError"):
             document.get("components", {}).get("schemas", {}).pop(name, None)
         app.openapi_schema = document
     return app.openapi_schema
 
 
-_STREAMING = frozenset(
-    {
-        "/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
-        "/api/generate", "/api/chat",
-    }
-)  # fmt: skip
-
-
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return error_body.respond(request.url.path, error)
+    return error_body.respond(request.scope, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    # Where a field may be of several kinds, a bound that was crossed says more than a kind that it is not.
-    same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
-    first = max(same, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    """A body that has the wrong form: FastAPI found it, or a route when it put parts of the body together."""
+    assert isinstance(error, (RequestValidationError, ValidationError))
+    errors = error.errors()
+    # Where a field may have several types, a crossed bound says more than a type that does not match.
+    alike = [entry for entry in errors if entry["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(alike, key=lambda entry: (not entry["type"].endswith("_type"), len(entry["loc"])))
     if first["type"] == "json_invalid":
-        said = RequestError(
-            f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
-            code="json_invalid",
-            param="body",
-        )
-        return error_body.respond(request.url.path, said)
-    where = _field(first["loc"], error.body)
-    said = RequestError(f"{where}: {first['msg']}", code=str(first["type"]), param=where)
-    return error_body.respond(request.url.path, said)
+        message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        return error_body.respond(request.scope, RequestError(message, code="json_invalid", param="body"))
+    where = _field(first["loc"], error.body) if isinstance(error, RequestValidationError) else "messages"
+    message = f"{where}: {first['msg']}"
+    return error_body.respond(request.scope, RequestError(message, code=str(first["type"]), param=where))
 
 
 def _field(place: Sequence[int | str], body: Any) -> str:
-    """The field that a validation error is about, without pydantic's names for the kinds that it tried."""
+    """The field that a validation error is about, without pydantic's names for the types that it tried."""
     if place[0] != "body":
         return ".".join(map(str, place[1:]))
     path = []
     for part in place[1:]:
-        held: Any = body if isinstance(body, (dict, list)) else {}
+        container: Any = body if isinstance(body, (dict, list)) else {}
         try:
-            body = held[part]
+            body = container[part]
         except (KeyError, IndexError, TypeError):
             if part is not place[-1] or not isinstance(body, dict) or not str(part).isidentifier():
                 continue
@@ -151,28 +145,24 @@ def _field(place: Sequence[int | str], body: Any) -> str:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 413:
-        said = auth.too_large()
-    else:
+    failure = auth.too_large()
+    if error.status_code != 413:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        said = RequestError(
-            f"{request.method} {request.url.path}: {error.detail}", status=error.status_code, code=code
-        )
-    response = error_body.respond(request.url.path, said)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        failure = RequestError(message, status=error.status_code, code=code)
+    response = error_body.respond(request.scope, failure)
     response.headers.update(error.headers or {})
     return response
 
 
-async def _no_text(request: Request, error: Exception) -> Response:
-    said = RequestError("a text holds half of a surrogate pair, which is no character", code="invalid_text")
-    return error_body.respond(request.url.path, said)
+async def _surrogate(request: Request, error: Exception) -> Response:
+    message = "a text holds half of a surrogate pair, which is no character"
+    return error_body.respond(request.scope, RequestError(message, code="invalid_text"))
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    name = request.scope.get("edge.id", "")
-    said = RequestError(
-        f"a fault of the server; its log has it under the request id {name}", status=500, code="server_error"
-    )
-    response = error_body.respond(request.url.path, said)
-    response.headers["x-request-id"] = name
+    request_id = request.scope.get("edge.id", "")
+    message = f"a fault of the server; its log has it under the request id {request_id}"
+    response = error_body.respond(request.scope, RequestError(message, status=500, code="server_error"))
+    response.headers["x-request-id"] = request_id
     return response

@@ -1,11 +1,9 @@
-"""Who gets in, and with how much: keys, Host and Origin, body size. Pure ASGI, before any route."""
+"""The checks before any route: Host and Origin, keys, body size. Pure ASGI."""
 
 from __future__ import annotations
 
 import base64
 import hmac
-import ipaddress
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -15,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import RequestError
 from edge.server import error_body
+from edge.server.access import Access, is_loopback
 
 MAX_BODY = 4 * 2**20
 OPEN_PATHS = frozenset({"/health"})
@@ -23,40 +22,16 @@ ADMIN = "/admin/"
 _PREFLIGHT_S = 600
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """keys: any of them opens every route; none: no key is asked.
-
-    admin_keys: open what changes the server as well; none: nobody may. origins: pages that may call, as
-    `https://host[:port]`.
-    """
-
-    keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` (a name or an address) means this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 class Guard:
-    """Refuses what must not reach a route.
+    """Refuses requests that must not reach a route.
 
-    Without a key only this machine's own names are taken as Host, so that a web page whose name points here
-    cannot drive the server; a page of another origin is refused as well, unless it was configured.
+    Without a key the Host header must be a name of this machine: a web page whose host name was made to point
+    here cannot drive the server. A page of another origin is refused too, unless it was configured.
     """
 
     def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
         self._admin_keys = [key.encode("utf-8") for key in access.admin_keys]
-        # Who may change the server may also ask it.
         self._keys = [key.encode("utf-8") for key in access.keys]
         self._origins = frozenset(access.origins)
 
@@ -66,98 +41,112 @@ class Guard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        shared = origin is not None and origin in self._origins
-        if shared:
-            assert origin is not None
+        allowed = origin is not None and origin in self._origins
+        if origin is not None and allowed:
             send = _with_cors(send, origin)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await Response(status_code=204)(scope, receive, send)
                 return
-        error = self._refusal(scope["path"], headers, shared)
-        if error is not None:
-            refused = error_body.respond(scope["path"], error)
+        try:
+            self._check_host(headers.get("host", ""))
+            if not allowed:
+                _check_origin(scope["path"], headers)
+            self._check_key(scope["path"], headers)
+            _check_length(headers.get("content-length", "0"))
+        except RequestError as error:
+            response = error_body.respond(scope, error)
             if error.status == 401:
                 # A browser asks its user for the key, and sends it along from then on.
                 scheme = 'Basic realm="edge: the API key is the password"'
-                refused.headers["www-authenticate"] = scheme if scope["path"] in PAGES else "Bearer"
-            await refused(scope, receive, send)
+                response.headers["www-authenticate"] = scheme if scope["path"] in PAGES else "Bearer"
+            await response(scope, receive, send)
             return
         if scope["method"] == "POST":
-            # Every body here is JSON, whatever it is called: `curl -d` and some clients call it a form.
-            kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-            scope["headers"] = [*kept, (b"content-type", b"application/json")]
-        await self._app(scope, self._counted(receive), send)
+            # Every body here is JSON, whatever its type says: `curl -d` and some clients call it a form.
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope["headers"] = [*others, (b"content-type", b"application/json")]
+        await self._app(scope, _limited(receive), send)
 
-    def _refusal(self, path: str, headers: Headers, shared: bool) -> RequestError | None:
+    def _check_host(self, given: str) -> None:
         try:
-            host = urlsplit("//" + headers.get("host", "")).hostname or ""
+            host = urlsplit("//" + given).hostname or ""
         except ValueError:
             host = ""
-        origin = headers.get("origin")
         if not self._keys and not is_loopback(host):
-            return RequestError(
+            raise _forbidden(
                 f"this server does not answer to the host name '{host}'",
-                status=403,
-                code="wrong_host",
-                hint="ask for 127.0.0.1 or localhost, or serve with an API key",
+                "wrong_host",
+                "ask for 127.0.0.1 or localhost, or serve with an API key",
             )
-        if origin is not None and not shared and not _same(origin, headers.get("host")):
-            return RequestError(
-                f"pages of {origin} may not use this server",
-                status=403,
-                code="wrong_origin",
-                hint="--cors-origin allows one",
-            )
-        if path not in PAGES and headers.get("sec-fetch-site") in ("cross-site", "same-site") and not shared:
-            # An image or a form of a foreign page: browsers send no Origin with all of those.
-            return RequestError("pages of others may not use this server", status=403, code="wrong_origin")
+
+    def _check_key(self, path: str, headers: Headers) -> None:
         if path.startswith(ADMIN):
             if not self._admin_keys:
-                return RequestError(
+                raise _forbidden(
                     "this server has no admin key, so nobody may change it",
-                    status=403,
-                    code="no_admin_key",
-                    hint="serve with --admin-key-file",
+                    "no_admin_key",
+                    "serve with --admin-key-file",
                 )
-            if not _has_key(headers, self._admin_keys):
-                return RequestError("an admin key is needed", status=401, code="invalid_api_key")
-        elif path not in OPEN_PATHS and self._keys and not _has_key(headers, self._keys + self._admin_keys):
-            return RequestError(
-                "a valid API key is needed: Authorization: Bearer ...", status=401, code="invalid_api_key"
-            )
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MAX_BODY:
-            return too_large()
-        return None
+            keys, message = self._admin_keys, "an admin key is needed"
+        elif path in OPEN_PATHS or not self._keys:
+            return
+        else:
+            # An admin key opens every other route too.
+            keys = self._keys + self._admin_keys
+            message = "a valid API key is needed: Authorization: Bearer ..."
+        if not _has_key(headers, keys):
+            raise RequestError(message, status=401, code="invalid_api_key")
 
-    def _counted(self, receive: Receive) -> Receive:
-        taken = 0
 
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > MAX_BODY:
-                # FastAPI lets this kind of exception through while it reads a body.
-                raise HTTPException(413)
-            return message
+def _forbidden(message: str, code: str, hint: str = "") -> RequestError:
+    return RequestError(message, status=403, code=code, hint=hint)
 
-        return counted
+
+def _check_origin(path: str, headers: Headers) -> None:
+    origin = headers.get("origin")
+    if origin is not None and not _same(origin, headers.get("host")):
+        raise _forbidden(
+            f"pages of {origin} may not use this server", "wrong_origin", "--cors-origin allows one"
+        )
+    if path not in PAGES and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        # An image or a form of another site's page: browsers send no Origin with all of those.
+        raise _forbidden("pages of other sites may not use this server", "wrong_origin")
+
+
+def _check_length(length: str) -> None:
+    if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MAX_BODY:
+        raise too_large()
+
+
+def _limited(receive: Receive) -> Receive:
+    """Count a body while it comes: a chunked one has no length to check before."""
+    total = 0
+
+    async def limited() -> Message:
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > MAX_BODY:
+            # FastAPI lets this kind of exception through while it reads a body.
+            raise HTTPException(413)
+        return message
+
+    return limited
 
 
 def _has_key(headers: Headers, keys: list[bytes]) -> bool:
-    scheme, _, given = headers.get("authorization", "").partition(" ")
+    scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
-        given = _password(given)
+        key = _password(key)
     elif scheme.lower() != "bearer":
-        given = headers.get("x-api-key", "")
+        key = headers.get("x-api-key", "")
     # Every key is compared, each in constant time.
-    return any([hmac.compare_digest(key, given.encode("utf-8")) for key in keys])
+    return any([hmac.compare_digest(valid, key.encode("utf-8")) for valid in keys])
 
 
-def _password(given: str) -> str:
+def _password(credentials: str) -> str:
     try:
-        return base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
+        return base64.b64decode(credentials, validate=True).decode("utf-8").partition(":")[2]
     except ValueError:
         return ""
 

@@ -1,37 +1,33 @@
-"""Errors in the words of the API that was asked: OpenAI's, Ollama's or Anthropic's body."""
+"""Error bodies: OpenAI's form, or the one of the API family whose path was asked."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
+from starlette.types import Scope
 
 from edge.errors import RequestError
 
-_ANTHROPIC = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-    408: "timeout_error",
-}  # fmt: skip
+# An error as the clients of one API family read it.
+ErrorBody = Callable[[RequestError], dict[str, Any]]
 
 
-def body(path: str, error: RequestError) -> dict[str, Any]:
-    """The error body that clients of `path` read. What it quotes of theirs may be no valid text."""
-    said = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
-    if path.startswith("/api/"):
-        return {"error": said}
-    if path.startswith("/v1/messages"):
-        kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-        return {"type": "error", "error": {"type": kind, "message": said}}
-    whole: dict[str, Any] = error.body()
-    whole["error"]["message"] = said
-    if error.param is not None:
-        whole["error"]["param"] = error.param.encode("utf-8", "backslashreplace").decode("utf-8")
-    return whole
+def openai(error: RequestError) -> dict[str, Any]:
+    """OpenAI's error object, which every family has that does not define one of its own."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
-def respond(path: str, error: RequestError) -> JSONResponse:
-    headers = {}
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
-    return JSONResponse(body(path, error), status_code=error.status, headers=headers)
+def respond(scope: Scope, error: RequestError) -> Response:
+    """The HTTP answer to a request that failed, in the form of its path's API family."""
+    bodies: dict[str, ErrorBody] = scope["app"].state.error_bodies
+    body = next((form for prefix, form in bodies.items() if scope["path"].startswith(prefix)), openai)
+    text = json.dumps(body(error), ensure_ascii=False, separators=(",", ":"))
+    headers = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
+    # The message may quote half of a surrogate pair, which UTF-8 has no bytes for.
+    return Response(text.encode("utf-8", "replace"), error.status, headers, "application/json")

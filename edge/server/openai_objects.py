@@ -1,124 +1,192 @@
-"""The parts that OpenAI's objects share: identifiers, usage, logprobs of both kinds, ready-made chunks."""
+"""What OpenAI's routes share: request fields, the response objects and chunks, usage, logprobs."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import secrets
 import time
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from edge.engine import protocol as msg
-from edge.server.served_model import Serving
-from edge.server.streaming import dump, event
+from edge.engine.client import Stream
+from edge.engine.grammar import Constraint
+from edge.errors import RequestError
+from edge.server.conversation import Item, merged
+from edge.server.request_fields import Open, Sampled, TokenId, answer_format, only_constraint
+from edge.server.served_model import ServedModel
+from edge.server.streaming import DONE, dump, event
 
-# JSON has no infinity; OpenAI writes this for a probability of nothing.
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+assert MAX_CHOICES <= MAX_PROMPTS
+
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+IdPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+# Fields that would change the answer and cannot be honoured; others (user, metadata) are ignored.
+_REFUSED = ("modalities", "audio", "prediction", "web_search_options", "suffix", "functions", "function_call")
+_NEUTRAL = ("none", "auto", {"type": "text"}, ["text"])
+# JSON has no infinity; OpenAI writes this for a probability of zero.
 _NEVER = -9999.0
 
 
-class Shape:
-    """The fields that every object of one response shares.
+class CompletionFields(Sampled, Open):
+    """Fields of both kinds of completions. guided_*: vLLM's names for what an answer must match."""
 
-    A chunk of plain text is put together from bytes that are made once: nothing is encoded but the text.
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream_options: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    guided_grammar: str | None = None
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must match. Raises RequestError for an unknown format, or for several."""
+        wanted = self.response_format
+        if wanted and isinstance(wanted.get("json_schema"), dict):
+            wanted = {**wanted["json_schema"], "type": wanted.get("type")}
+        choices = " | ".join(dump(choice).decode("utf-8") for choice in self.guided_choice or [])
+        return only_constraint(
+            {
+                "guided_json": ("json_schema", _parsed(self.guided_json)),
+                "guided_regex": ("regex", self.guided_regex),
+                "guided_choice": ("lark", f"start: {choices}" if choices else None),
+                "guided_grammar": ("lark", self.guided_grammar),
+            },
+            answer_format(wanted or None, "response_format", "response_format.json_schema.schema"),
+        )
+
+    def check(self) -> None:
+        """Raise RequestError for what cannot be honoured."""
+        self.refuse(*_REFUSED, neutral=_NEUTRAL)
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options goes with stream: true", param="stream_options")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+def _parsed(schema: dict[str, Any] | str | None) -> Any:
+    try:
+        return json.loads(schema) if isinstance(schema, str) else schema
+    except ValueError as error:
+        raise RequestError(f"guided_json is not JSON: {error}", param="guided_json") from error
+
+
+def prompt_list(given: Any) -> list[str | list[int]]:
+    """One entry for each prompt of a text, token ids, or a list of either."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+
+
+class ResponseObjects:
+    """The objects of one response: its id, its time and its model are the same in each.
+
+    A chunk that carries only text is put together from bytes that are made once; only the text is encoded.
     """
 
-    def __init__(self, serving: Serving, kind: str, prefix: str) -> None:
-        self.serving = serving
+    def __init__(self, model: ServedModel, kind: str, prefix: str) -> None:
         self._kind = kind
         self._base = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": serving.name,
-            "system_fingerprint": serving.digest or None,
+            "model": model.name,
+            "system_fingerprint": model.digest or None,
         }
         self._chunk_kind = "chat.completion.chunk" if kind == "chat.completion" else kind
         self._before: dict[tuple[int, str], bytes] = {}
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
         return {**self._base, "object": self._kind, "choices": choices, "usage": usage}
 
-    def chunk(self, choice: dict[str, Any] | None, usage: dict[str, Any] | None = None) -> bytes:
-        choices = [] if choice is None else [choice]
-        body = {**self._base, "object": self._chunk_kind, "choices": choices}
-        if usage is not None:
-            body["usage"] = usage
-        return event(body)
+    def chunk(self, *choices: dict[str, Any], **extra: Any) -> bytes:
+        return event({**self._base, "object": self._chunk_kind, "choices": choices, **extra})
 
     def text(self, index: int, name: str, text: str) -> bytes:
-        """A chunk that carries nothing but text; name: content, reasoning_content, or text (completions)."""
+        """A chunk with only text in it. name: content, reasoning_content, or text (completions)."""
         before = self._before.get((index, name))
         if before is None:
             head = dump({**self._base, "object": self._chunk_kind, "choices": []})[:-2]
             field = b'"text":' if name == "text" else b'"delta":{"' + name.encode("ascii") + b'":'
             before = b"data: " + head + b'{"index":' + str(index).encode("ascii") + b"," + field
             self._before[(index, name)] = before
-        after = _AFTER_TEXT if name == "text" else _AFTER_DELTA
-        return before + dump(text) + after
+        return before + dump(text) + (_AFTER_TEXT if name == "text" else _AFTER_DELTA)
+
+    async def events(
+        self,
+        streams: list[Stream],
+        take: Callable[[int, Item], bytes],
+        *,
+        choices: int,
+        include_usage: bool,
+    ) -> AsyncIterator[bytes]:
+        """The chunks of a whole response. take: those of one item of a stream. choices: for each prompt."""
+        dones: dict[int, msg.Done] = {}
+        async for index, item in merged(streams):
+            chunk = take(index, item)
+            if isinstance(item, msg.Done):
+                dones[index] = item
+                if len(dones) == len(streams):
+                    total = usage([dones[i] for i in range(len(streams))], choices)
+                    chunk += (self.chunk(usage=total) if include_usage else b"") + DONE
+            if chunk:
+                yield chunk
 
 
 _AFTER_TEXT = b',"logprobs":null,"finish_reason":null}]}\n\n'
-_AFTER_DELTA = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+_AFTER_DELTA = b"}" + _AFTER_TEXT
 
 
-def usage(dones: list[msg.Done]) -> dict[str, Any]:
-    """OpenAI's usage object over the choices of each prompt: one prompt counts once."""
-    prompt = dones[0].prompt_tokens
-    made = sum(done.completion_tokens for done in dones)
+def usage(dones: list[msg.Done], choices: int = 1) -> dict[str, Any]:
+    """OpenAI's usage object. choices: so many answers in a row share a prompt, which counts once."""
+    firsts = dones[::choices]
+    prompt = sum(done.prompt_tokens for done in firsts)
+    completion = sum(done.completion_tokens for done in dones)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": dones[0].cached_tokens},
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in firsts)},
         "completion_tokens_details": {"reasoning_tokens": sum(done.reasoning_tokens for done in dones)},
     }
 
 
-def summed(usages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The usage of several prompts in one request."""
-    total: dict[str, Any] = {
-        name: sum(one[name] for one in usages)
-        for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-    }
-    for name in ("prompt_tokens_details", "completion_tokens_details"):
-        total[name] = {key: sum(one[name][key] for one in usages) for key in usages[0][name]}
-    return total
-
-
-def _token(piece: bytes) -> dict[str, Any]:
-    return {"token": piece.decode("utf-8", "replace"), "bytes": list(piece)}
-
-
-def _finite(value: float) -> float:
-    return max(value, _NEVER)
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
 
 
 def chat_logprobs(logprobs: list[msg.Logprob] | None) -> dict[str, Any] | None:
+    """Logprobs in the form of chat completions."""
+
+    def row(piece: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": _text(piece), "bytes": list(piece), "logprob": max(logprob, _NEVER)}
+
     if not logprobs:
         return None
     rows = [
-        {
-            **_token(entry.token),
-            "logprob": _finite(entry.logprob),
-            "top_logprobs": [{**_token(piece), "logprob": _finite(value)} for piece, value in entry.top],
-        }
+        {**row(entry.token, entry.logprob), "top_logprobs": [row(*pair) for pair in entry.top]}
         for entry in logprobs
     ]
     return {"content": rows, "refusal": None}
 
 
 def text_logprobs(logprobs: list[msg.Logprob] | None, offset: int) -> dict[str, Any] | None:
-    """The older shape; offset: where in the answer's text the first of these tokens begins."""
+    """Logprobs in the form of completions. offset: where in the answer's text the first token begins."""
     if not logprobs:
         return None
-    tokens = [entry.token.decode("utf-8", "replace") for entry in logprobs]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    tops = [
-        {piece.decode("utf-8", "replace"): _finite(value) for piece, value in entry.top} for entry in logprobs
-    ]
+    tokens = [_text(entry.token) for entry in logprobs]
     return {
         "tokens": tokens,
-        "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
-        "top_logprobs": tops,
-        "text_offset": offsets,
+        "token_logprobs": [max(entry.logprob, _NEVER) for entry in logprobs],
+        "top_logprobs": [
+            {_text(piece): max(value, _NEVER) for piece, value in entry.top} for entry in logprobs
+        ],
+        "text_offset": list(itertools.accumulate(map(len, tokens[:-1]), initial=offset)),
     }

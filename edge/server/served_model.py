@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import functools
+import struct
+
+from starlette.requests import Request
 
 from edge.artefact.find import Artefact
 from edge.backends.base import BackendInfo
@@ -10,10 +13,14 @@ from edge.chat_template import ChatTemplate
 from edge.engine import protocol as msg
 from edge.engine.client import EngineProcess
 from edge.errors import RequestError
+from edge.reasoning import THINK, THINK_END
+
+# The status of a request whose client has left; nobody receives it.
+GONE = 499
 
 
-class Serving:
-    """An artefact behind HTTP. name: its id in `model` fields. created: when this server took it up."""
+class ServedModel:
+    """An artefact behind HTTP. name: its id in `model` fields."""
 
     def __init__(self, artefact: Artefact | None, engine: EngineProcess, name: str) -> None:
         self.engine = engine
@@ -21,17 +28,21 @@ class Serving:
         self.digest = artefact.digest if artefact else ""
         self.artefact = artefact
         self.thinking = artefact.thinking if artefact else None
-        self.created = int(time.time())
-        self._template: tuple[str, ChatTemplate] | None = None
 
     @property
     def ready(self) -> BackendInfo:
-        """The loaded model. Raises RequestError (503) until it is."""
+        """What the engine has loaded. Raises RequestError (503) until it has."""
         if self.engine.failure is not None:
             raise RequestError(str(self.engine.failure), status=503, code="model_failed")
         if self.engine.ready is None:
-            raise RequestError("the model is being loaded", status=503, code="model_loading", retry_after=1.0)
+            raise loading()
         return self.engine.ready
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model writes its reasoning before an answer."""
+        template = self.ready.chat_template or ""
+        return THINK in template or THINK_END in template or self.thinking in ("on", "mixed")
 
     def template(self) -> ChatTemplate:
         """The model's chat template. Raises RequestError (400) where it has none."""
@@ -43,38 +54,58 @@ class Serving:
                 param="messages",
                 hint="ask with raw: true, or serve a model that has one",
             )
-        if self._template is None or self._template[0] != ready.chat_template:
-            compiled = ChatTemplate(ready.chat_template, bos=ready.bos_text, eos=ready.eos_text)
-            self._template = (ready.chat_template, compiled)
-        return self._template[1]
+        return _compiled(ready.chat_template, ready.bos_text, ready.eos_text)
 
     def headers(self) -> dict[str, str]:
-        """Which model answered, and on what device."""
-        ready = self.ready
-        headers = {"x-edge-model": self.name, "x-edge-device": ready.device}
+        """Response headers: which model answers, and on what device."""
+        headers = {"x-edge-model": self.name, "x-edge-device": self.ready.device}
         if self.digest:
             headers["x-edge-digest"] = self.digest
         # Header values are latin-1: a name with other characters is sent escaped.
         return {k: v.encode("ascii", "backslashreplace").decode("ascii") for k, v in headers.items()}
 
+    async def embed(self, request: Request, texts: list[str | list[int]]) -> list[msg.Embedded]:
+        """The vector of each text, in order. Raises RequestError for an empty one, or a client that left."""
+        vectors = []
+        for i, text in enumerate(texts):
+            if not text:
+                raise RequestError(f"input[{i}] is empty", param="input")
+            if await request.is_disconnected():
+                raise RequestError("the client has gone", status=GONE, code="client_closed")
+            vectors.append(await self.engine.embed(text))
+        return vectors
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str, bos: str, eos: str) -> ChatTemplate:
+    return ChatTemplate(template, bos=bos, eos=eos)
+
+
+def floats(embedded: msg.Embedded) -> list[float]:
+    """A vector as numbers; the engine sends it as little-endian float32."""
+    return list(struct.unpack(f"<{len(embedded.vector) // 4}f", embedded.vector))
+
+
+def loading() -> RequestError:
+    return RequestError("the model is being loaded", status=503, code="model_loading", retry_after=1.0)
+
 
 def timings(done: msg.Done) -> dict[str, float]:
-    """Seconds in the queue, reading the prompt and decoding, and tokens a second of the latter two."""
+    """Seconds in the queue, in prefill and in decode; tokens per second of the latter two."""
     computed = done.prompt_tokens - done.cached_tokens
+    # The first token comes out of the prefill.
+    decoded = max(done.completion_tokens - 1, 0)
     return {
         "queue_s": round(done.queue_s, 4),
         "prefill_s": round(done.prefill_s, 4),
         "decode_s": round(done.decode_s, 4),
         "prefill_tokens_per_s": round(computed / done.prefill_s, 1) if done.prefill_s > 0 else 0.0,
-        # The first token comes out of the prefill.
-        "decode_tokens_per_s": round(max(done.completion_tokens - 1, 0) / done.decode_s, 1)
-        if done.decode_s > 0
-        else 0.0,
+        "decode_tokens_per_s": round(decoded / done.decode_s, 1) if done.decode_s > 0 else 0.0,
     }
 
 
 def finish_reason(done: msg.Done) -> str:
-    """stop or length. Raises RequestError (408) where the request ran out of the time that it gave itself."""
+    """stop or length. Raises RequestError: 408 after the request's own time limit, 503 in a shutdown."""
     if done.reason == "timeout":
         raise RequestError("the request ran out of its time", status=408, code="timeout", param="timeout")
     if done.reason == "cancelled":

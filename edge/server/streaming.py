@@ -1,21 +1,25 @@
-"""Answers that are made while the client listens, and stop being made when it has gone."""
+"""Responses that are generated while the client listens, and stop being generated when it leaves."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from edge.engine.client import Stream
 from edge.errors import RequestError
+from edge.server import error_body
+from edge.server.served_model import GONE
 
-GONE = 499
 # Where the outermost middleware leaves the server's own `send`: chunks of a stream need no wrapper around it.
 SEND = "edge.send"
-_Headers = list[tuple[bytes, bytes]]
+DONE = b"data: [DONE]\n\n"
+# For a route's `responses`: its answer may be a stream of server-sent events.
+SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 # Compact UTF-8 JSON.
 dump: Callable[[Any], bytes] = msgspec.json.Encoder().encode
@@ -26,29 +30,46 @@ def event(value: Any) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
 
 
-DONE = b"data: [DONE]\n\n"
+def named_event(value: dict[str, Any]) -> bytes:
+    """`value` as one server-sent event whose name is its `type`."""
+    return f"event: {value['type']}\n".encode("ascii") + event(value)
 
 
-class Cancels(Protocol):
-    """Work that can be stopped from outside."""
+def openai_failure(error: RequestError) -> bytes:
+    """The end of an OpenAI stream that failed after it had begun."""
+    return event(error_body.openai(error)) + DONE
 
-    def cancel(self) -> None: ...
+
+def respond(
+    streams: Sequence[Stream],
+    headers: dict[str, str],
+    *,
+    answer: Callable[[], Awaitable[Any]],
+    events: AsyncIterator[bytes] | None,
+    **options: Any,
+) -> Response:
+    """The response that reads `streams`: events where a stream was asked for, else the JSON of `answer`.
+
+    options: keywords of `EventStream`.
+    """
+    if events is None:
+        return JsonAnswer(streams, headers, answer)
+    return EventStream(streams, headers, events, **options)
 
 
-class _Live(Response):
-    """Watches the connection while `_produce` works; a client that goes away cancels its streams."""
+class _LiveResponse(Response):
+    """Watches the connection while `produce` works; a client that leaves cancels its streams."""
 
-    def __init__(self, streams: Sequence[Cancels], headers: dict[str, str]) -> None:
+    def __init__(self, streams: Sequence[Stream], headers: dict[str, str]) -> None:
         super().__init__(headers=headers)
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
         try:
-            await self._produce(send, scope.get(SEND, send))
+            await self.produce(send, scope.get(SEND, send))
         except BaseException as error:
-            for stream in self._streams:
-                stream.cancel()
+            self._cancel()
             if not isinstance(error, RequestError) or error.status != GONE:
                 raise
         finally:
@@ -57,60 +78,68 @@ class _Live(Response):
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        self._cancel()
+
+    def _cancel(self) -> None:
         for stream in self._streams:
             stream.cancel()
 
-    async def _produce(self, send: Send, send_body: Send) -> None:
+    async def produce(self, send: Send, send_body: Send) -> None:
         raise NotImplementedError
 
-    def _head(self, content_type: bytes, extra: _Headers) -> dict[str, Any]:
+    def head(self, **extra: str) -> dict[str, Any]:
+        """The message that starts the response. extra: headers, with underscores for dashes."""
         kept = [(k, v) for k, v in self.raw_headers if k not in (b"content-length", b"content-type")]
-        headers = [*kept, (b"content-type", content_type), *extra]
-        return {"type": "http.response.start", "status": 200, "headers": headers}
+        rows = [(name.replace("_", "-").encode(), value.encode()) for name, value in extra.items()]
+        return {"type": "http.response.start", "status": 200, "headers": [*kept, *rows]}
 
 
-class Answer(_Live):
-    """A JSON answer, sent when `make` has read the streams."""
+class JsonAnswer(_LiveResponse):
+    """A JSON answer, sent when `answer` has read the streams."""
 
     def __init__(
-        self, streams: Sequence[Cancels], make: Callable[[], Awaitable[Any]], headers: dict[str, str]
+        self, streams: Sequence[Stream], headers: dict[str, str], answer: Callable[[], Awaitable[Any]]
     ) -> None:
         super().__init__(streams, headers)
-        self._make = make
+        self._answer = answer
 
-    async def _produce(self, send: Send, send_body: Send) -> None:
-        body = dump(await self._make())
-        length = (b"content-length", str(len(body)).encode())
-        await send(self._head(b"application/json", [length]))
+    async def produce(self, send: Send, send_body: Send) -> None:
+        body = dump(await self._answer())
+        await send(self.head(content_type="application/json", content_length=str(len(body))))
         await send_body({"type": "http.response.body", "body": body})
 
 
-class EventStream(_Live):
-    """Server-sent events. An error before the first is an HTTP error, a later one an event."""
+class EventStream(_LiveResponse):
+    """Events as they come, server-sent by default. An error before the first is an HTTP error.
 
-    content_type = b"text/event-stream; charset=utf-8"
+    failure: the last event of a stream that fails later.
+    """
 
     def __init__(
-        self, streams: Sequence[Cancels], chunks: AsyncIterator[bytes], headers: dict[str, str]
+        self,
+        streams: Sequence[Stream],
+        headers: dict[str, str],
+        events: AsyncIterator[bytes],
+        *,
+        failure: Callable[[RequestError], bytes] = openai_failure,
+        content_type: str = "text/event-stream; charset=utf-8",
     ) -> None:
         super().__init__(streams, headers)
-        self._chunks = chunks
+        self._events = events
+        self._failure = failure
+        self._content_type = content_type
 
-    def _failed(self, error: RequestError) -> bytes:
-        """How a stream that has begun says that it has failed."""
-        return event(error.body()) + DONE
-
-    async def _produce(self, send: Send, send_body: Send) -> None:
-        chunks = self._chunks
-        chunk = await anext(chunks)
-        quiet: _Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await send(self._head(self.content_type, quiet))
+    async def produce(self, send: Send, send_body: Send) -> None:
+        chunk = await anext(self._events)
+        headers = {"cache_control": "no-cache", "x_accel_buffering": "no"}
+        await send(self.head(content_type=self._content_type, **headers))
         await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
         try:
-            async for chunk in chunks:
+            async for chunk in self._events:
                 await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
         except RequestError as error:
             if error.status == GONE:
                 raise
-            await send_body({"type": "http.response.body", "body": self._failed(error), "more_body": True})
+            chunk = self._failure(error)
+            await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
         await send_body({"type": "http.response.body", "body": b""})

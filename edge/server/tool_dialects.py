@@ -1,7 +1,7 @@
-"""Tool calls: what a model is told about tools, and what it must write.
+"""Tool calls: how each family of models writes them, and the grammars that force them.
 
-Each family of templates has its own dialect of text. A dialect is recognised by the marks in the chat
-template; one that is not known is refused, for its calls could not be told from prose:
+A dialect is recognised by its marks in the chat template. A template without a known dialect is refused: its
+calls could not be told from prose.
 
     hermes    Qwen, Hermes, SmolLM3 ...   <tool_call>{"name": ..., "arguments": {...}}</tool_call>
     deepseek  V3, R1 and its distills     <｜tool▁call▁begin｜>function<｜tool▁sep｜>name ```json {...}```
@@ -20,18 +20,18 @@ from edge.engine.grammar import WHITESPACE, Constraint
 from edge.errors import RequestError
 
 MAX_TOOLS = 128
-# A forced answer ends after so many calls, whatever the model wants.
+# A forced answer has at most this many calls.
 MAX_CALLS = 16
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _BLANK = r"/[ \n]{1,4}/"
-# An answer that does not begin as a call of Llama's does.
+# An answer that does not begin like one of Llama's calls.
 PROSE = r"/[^{ \n](.|\n)*/"
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. parameters: the JSON schema of its arguments; without it, none."""
+    """A function that the model may call. parameters: the JSON schema of its arguments; by default, none."""
 
     name: str
     description: str = ""
@@ -46,7 +46,7 @@ class Tool:
             )
 
     def spec(self) -> dict[str, Any]:
-        """As chat templates read it, which is OpenAI's form."""
+        """The tool as chat templates read it, in OpenAI's form."""
         return {
             "type": "function",
             "function": {
@@ -59,7 +59,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that the model made. arguments: JSON text of an object."""
+    """A call by the model. arguments: the JSON text of an object."""
 
     name: str
     arguments: str
@@ -70,9 +70,9 @@ class Call:
 class Dialect:
     """How one family writes a call.
 
-    opening, closing: the marks around each. noise: marks around the whole list, which say nothing.
-    before, between, after: what a forced answer holds around its calls. key: the name of the arguments.
-    as_text: the template wants past arguments as JSON text. fenced: arguments stand in a fenced block.
+    opening, closing: the marks around each call. noise: marks around the whole list, which are dropped.
+    before, between, after: the text around the calls of a forced answer. key: the name of the arguments.
+    as_text: the template reads past arguments as JSON text. fenced: arguments stand in a fenced block.
     """
 
     name: str
@@ -87,48 +87,36 @@ class Dialect:
     fenced: bool = False
 
     def parse(self, body: str) -> Call | None:
-        """The call between two marks; None where it is none."""
-        if self.name == "deepseek":
-            head, mark, rest = body.partition("<｜tool▁sep｜>")
-            if not mark:
-                return None
+        """The call between two marks; None where the text is no call."""
+        try:
+            if self.name != "deepseek":
+                return call_of(json.loads(body))
+            head, _, rest = body.partition("<｜tool▁sep｜>")
             if head.strip() == "function":
                 head, _, rest = rest.partition("\n")
-            name, text = head.strip(), rest.strip().removeprefix("```json").removesuffix("```").strip()
-            try:
-                arguments = json.loads(text)
-            except ValueError:
-                return None
-            return call_of({"name": name, "arguments": arguments})
-        try:
-            return call_of(json.loads(body))
+            text = rest.strip().removeprefix("```json").removesuffix("```").strip()
+            return call_of({"name": head.strip(), "arguments": json.loads(text)})
         except ValueError:
             return None
 
-    def one(self, tool: Tool, rule: str) -> list[str]:
-        """Lark lines for `rule`: what stands between the marks of a call of `tool`."""
+    def rules(self, tool: Tool, rule: str) -> list[str]:
+        """Lark lines for `rule`: the text between the marks of a call of `tool`."""
         arguments = f"{rule}_args: {json_rule({'type': 'object', **tool.parameters})}"
         if self.name == "deepseek":
-            head = (
-                f"function<｜tool▁sep｜>{tool.name}\n```json\n"
-                if self.fenced
-                else f"{tool.name}<｜tool▁sep｜>"
-            )
-            tail = ' "\\n```"' if self.fenced else ""
-            return [
-                f"{rule}: {_quoted(head)} {rule}_args{tail}",
-                arguments,
-            ]
+            head, tail = f"{tool.name}<｜tool▁sep｜>", ""
+            if self.fenced:
+                head, tail = f"function<｜tool▁sep｜>{tool.name}\n```json\n", ' "\\n```"'
+            return [f"{rule}: {_quoted(head)} {rule}_args{tail}", arguments]
         name = _quoted(f'{{"name": {json.dumps(tool.name)}, "{self.key}": ')
         return [f'{rule}: {name} {rule}_args "}}"', arguments]
 
     def grammar(
         self, tools: list[Tool], *, many: bool, begun: bool = False, other: str = "", param: str = "tools"
     ) -> Constraint:
-        """What an answer must be that calls one of `tools` (many: up to MAX_CALLS times).
+        """The grammar of an answer that calls one of `tools` (many: up to MAX_CALLS times).
 
-        begun: the grammar starts behind the first opening mark, which the model wrote of its own accord.
-        other: a Lark expression of what the answer may be instead. param: the field that errors name.
+        begun: the grammar starts after the first opening mark, which the model wrote by itself.
+        other: a Lark expression that the answer may match instead. param: the field that errors name.
         """
         rules = [f"tool{i}" for i in range(len(tools))]
         blank = "blank? " if self.name == "hermes" else ""
@@ -143,7 +131,7 @@ class Dialect:
         lines += [f"blank: {_BLANK}"] if blank else []
         lines += [f"body: {' | '.join(rules)}"]
         for tool, rule in zip(tools, rules, strict=True):
-            lines += self.one(tool, rule)
+            lines += self.rules(tool, rule)
         return Constraint("lark", "\n".join(lines), param)
 
 
@@ -164,7 +152,7 @@ _LLAMA_TAG = "<|python_tag|>"
 
 
 def dialect_of(source: str) -> Dialect | None:
-    """The dialect of a chat template; None where it has none that is known."""
+    """The dialect of a chat template; None where it has no known one."""
     if "<｜tool▁calls▁begin｜>" in source:
         return DEEPSEEK if "```json" in source else replace(DEEPSEEK, between="", fenced=False)
     if "<tool_call>" in source:
@@ -175,9 +163,9 @@ def dialect_of(source: str) -> Dialect | None:
 
 
 def described(tools: list[Tool], dialect: Dialect) -> str:
-    """A system text that explains the tools, for templates that know calls but have no place for these.
+    """A system text that explains the tools, for templates that render calls but no definitions.
 
-    The DeepSeek distills are so: their template renders calls and results, never a definition.
+    DeepSeek's distills have such a template.
     """
     rows = "\n".join(json.dumps(tool.spec(), ensure_ascii=False) for tool in tools)
     example = (
@@ -192,7 +180,7 @@ def described(tools: list[Tool], dialect: Dialect) -> str:
 
 def json_rule(schema: dict[str, Any]) -> str:
     """A Lark expression for JSON that fits `schema`."""
-    # Without a bound a model may write blank space for ever.
+    # Without a bound a model may write blank space without end.
     bounded = {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
     return f"%json {json.dumps(bounded, ensure_ascii=False)}"
 
@@ -202,7 +190,7 @@ def _quoted(text: str) -> str:
 
 
 def call_of(value: Any, *, explicit: bool = False) -> Call | None:
-    """A call from its JSON object; None where it is none. explicit: its arguments must be there."""
+    """A call from its JSON object; None where it is no call. explicit: its arguments must be there."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
     if explicit and not {"arguments", "parameters"} & set(value):

@@ -1,8 +1,8 @@
-"""Reads tool calls out of an answer as it comes, between marks or as plain JSON, and leaves the rest as text.
+"""Reads the tool calls of an answer while it streams, between marks or as plain JSON; the rest stays text.
 
 Dialects with marks open and close each call. Llama 3 has none, and small models of the other families forget
-theirs and write the bare object, often in a fenced block; such an object is a call only if it begins with the
-name of a tool that was offered, and fits the schema where that is strict. What looks like a call and is none
+theirs and write the bare object, often in a fenced block. Such an object is a call only if it begins with the
+name of a tool that was offered, and fits the schema of a strict tool. Anything else that looks like a call
 stays text.
 """
 
@@ -25,28 +25,28 @@ _LOOK = 1024
 _BLANK = " \t\r\n;"
 
 
-class CallReader:
-    """Parts a stream of an answer's text into (text, calls), the same for any chunking.
+class ToolParser:
+    """Splits a stream of an answer's text into (text, calls), the same for any chunking.
 
-    tools: those that were offered. parallel: False keeps the first call and drops what comes after it,
-    as the request asked.
+    tools: those that were offered. parallel: False keeps the first call and drops everything after it, as the
+    request asked.
     """
 
     def __init__(self, dialect: Dialect, tools: list[Tool], *, parallel: bool = True) -> None:
         self._marks = _Marks(dialect) if dialect.opening else None
         self._bare = _Bare(tools)
         self._parallel = parallel
-        self.made = 0
+        self._count = 0
 
     def push(self, text: str, *, last: bool = False) -> tuple[str, list[Call]]:
         """What is certain after `text`; with `last`, what was held back too."""
         pieces: Iterable[str | Call] = [text] if self._marks is None else self._marks.push(text, last=last)
-        return self._booked(self._sifted(pieces, last))
+        return self._counted(self._with_bare(pieces, last))
 
-    def _sifted(self, pieces: Iterable[str | Call], last: bool) -> Iterator[str | Call]:
+    def _with_bare(self, pieces: Iterable[str | Call], last: bool) -> Iterator[str | Call]:
         for piece in pieces:
             if isinstance(piece, Call):
-                # What was held back in front of a mark is no call.
+                # Text that was held back in front of a mark is no call.
                 yield from self._bare.push("", last=True)
                 yield piece
             else:
@@ -54,15 +54,15 @@ class CallReader:
         if last:
             yield from self._bare.push("", last=True)
 
-    def _booked(self, pieces: Iterable[str | Call]) -> tuple[str, list[Call]]:
+    def _counted(self, pieces: Iterable[str | Call]) -> tuple[str, list[Call]]:
         shown, calls = "", []
         for piece in pieces:
-            if self.made and not self._parallel:
+            if self._count and not self._parallel:
                 continue
             if isinstance(piece, Call):
-                self.made += 1
+                self._count += 1
                 calls.append(piece)
-            elif not self.made or piece.strip():
+            elif not self._count or piece.strip():
                 shown += piece
         return shown, calls
 
@@ -80,24 +80,23 @@ class _Marks:
         self._held += text
         while True:
             if self._inside:
-                at = self._held.find(self._dialect.closing)
-                if at < 0:
+                body, closing, rest = self._held.partition(self._dialect.closing)
+                if not closing:
                     break
-                end = at + len(self._dialect.closing)
-                yield self._ended(self._held[:at], self._held[:end])
-                self._held = self._held[end:]
+                yield self._ended(body, body + closing)
+                self._held = rest
                 continue
-            found = [(at, mark) for mark in self._openings if (at := self._held.find(mark)) >= 0]
-            if not found:
+            marks = [(index, mark) for mark in self._openings if (index := self._held.find(mark)) >= 0]
+            if not marks:
                 # A mark that may have begun, and blank space that may stand before it, are held back.
                 keep = len(self._held) - max(overlap(self._held, mark) for mark in self._openings)
                 keep = len(self._held[:keep].rstrip())
                 yield self._held[:keep]
                 self._held = self._held[keep:]
                 break
-            at, mark = min(found)
-            yield self._held[:at].rstrip()
-            self._held = self._held[at + len(mark) :]
+            index, mark = min(marks)
+            yield self._held[:index].rstrip()
+            self._held = self._held[index + len(mark) :]
             self._inside = mark == self._dialect.opening
         if last:
             yield self._ended(self._held, self._held) if self._inside else self._held
@@ -120,8 +119,6 @@ class _Bare:
             for opening, closing in _OPENINGS.items()
             for kind in _KINDS
         }
-        self._all = tuple(self._heads)
-        self._longest = max(map(len, self._all))
         self._held = ""
         # At the beginning of the text, or behind a call.
         self._fresh = True
@@ -139,24 +136,26 @@ class _Bare:
                 continue
             if self._closing and not self._skipped_closing():
                 break
-            at = len(self._held) - len(self._held.lstrip(_BLANK)) if self._fresh else self._held.find(_FENCE)
-            if at < 0:
+            begin = (
+                len(self._held) - len(self._held.lstrip(_BLANK)) if self._fresh else self._held.find(_FENCE)
+            )
+            if begin < 0:
                 # A fence that may have begun, and blank space that may stand before a call, are held back.
-                at = len(self._held) - overlap(self._held, _FENCE)
-                yield self._cut(len(self._held[:at].rstrip()))
+                begin = len(self._held) - overlap(self._held, _FENCE)
+                yield self._cut(len(self._held[:begin].rstrip()))
                 break
-            head = "".join(self._held[at : at + _LOOK].split())
-            if head.startswith(self._all):
-                known = next(known for known in self._all if head.startswith(known))
-                yield self._cut(at).rstrip(_BLANK if self._fresh else None)
-                self._closing, self._object = self._heads[known], _Braces(self._held.index("{"))
-            elif len(head) < self._longest and any(known.startswith(head) for known in self._all):
-                yield self._cut(0 if self._fresh else len(self._held[:at].rstrip()))
+            compact = "".join(self._held[begin : begin + _LOOK].split())
+            head = next((head for head in self._heads if compact.startswith(head)), None)
+            if head is not None:
+                yield self._cut(begin).rstrip(_BLANK if self._fresh else None)
+                self._closing, self._object = self._heads[head], _Braces(self._held.index("{"))
+            elif any(head.startswith(compact) for head in self._heads):
+                yield self._cut(0 if self._fresh else len(self._held[:begin].rstrip()))
                 break
             elif self._fresh:
                 self._fresh = False
             else:
-                yield self._cut(at + len(_FENCE))
+                yield self._cut(begin + len(_FENCE))
         if last:
             yield self._cut(len(self._held))
             self._object = None
@@ -167,7 +166,7 @@ class _Bare:
         return taken
 
     def _skipped_closing(self) -> bool:
-        """Drop the mark that closes a call's block; False while it may still come."""
+        """Drop the mark that closes a call's block. False while it may still come."""
         bare = self._held.lstrip()
         if bare != self._closing and self._closing.startswith(bare):
             return False
@@ -186,7 +185,7 @@ class _Bare:
         except ValueError:
             call = None
         if call is not None and call.name in self._strict:
-            # No mask bound what was written without a mark.
+            # No grammar bound a call that was written without a mark.
             call = call if fits(self._strict[call.name], json.loads(call.arguments)) else None
         self._fresh = call is not None
         if call is None:
@@ -196,17 +195,17 @@ class _Bare:
 
 
 class _Braces:
-    """Finds the end of a JSON object that comes in parts. begin: where its first brace is."""
+    """Finds the end of a JSON object that streams in. begin: the index of its first brace."""
 
     def __init__(self, begin: int) -> None:
-        self.begin = self._at = begin
+        self.begin = self._next = begin
         self._depth = 0
         self._quoted = self._escaped = False
 
     def end(self, text: str) -> int | None:
-        """The index behind its last brace; None until that has come. `text` may only have grown."""
-        for at in range(self._at, len(text)):
-            character = text[at]
+        """The index after its last brace; None until that has come. `text` only grows between calls."""
+        for index in range(self._next, len(text)):
+            character = text[index]
             if self._escaped:
                 self._escaped = False
             elif self._quoted:
@@ -217,6 +216,6 @@ class _Braces:
             elif character in "{}":
                 self._depth += 1 if character == "{" else -1
                 if not self._depth:
-                    return at + 1
-        self._at = len(text)
+                    return index + 1
+        self._next = len(text)
         return None

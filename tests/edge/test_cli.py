@@ -47,7 +47,7 @@ def test_an_unknown_verb_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (EdgeError("wrong", "do this"), 1, "error: wrong\n  do this\n"),
         (UsageError("bad"), 2, "error: bad\n"),
@@ -57,10 +57,10 @@ def test_an_unknown_verb_is_named() -> None:
     ],
 )
 def test_errors_become_messages(
-    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert console.guarded(raising(error), []) == code
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_t6_the_console_never_raises_under_another_locale(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_beyond_loopback_a_key_is_needed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "said"),
+    ("name", "make", "message"),
     [
         ("nothing", None, "no such file or folder"),
         ("empty", lambda p: p.mkdir(), "holds no GGUF or ONNX file"),
@@ -97,11 +97,36 @@ def test_beyond_loopback_a_key_is_needed() -> None:
     ],
 )
 def test_serve_says_what_is_wrong_with_a_path(
-    tmp_path: Path, name: str, make: Callable[[Path], object] | None, said: str
+    tmp_path: Path, name: str, make: Callable[[Path], object] | None, message: str
 ) -> None:
     if make is not None:
         make(tmp_path / name)
     done = edge("serve", str(tmp_path / name), "--port", "0")
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat"])
+def test_help_and_wrong_arguments_import_nothing_heavy(verb: str) -> None:
+    heavy = {"fastapi", "starlette", "pydantic", "uvicorn", "numpy", "llama_cpp", "onnxruntime", "jinja2"}
+    code = f"""
+import sys
+from edge.cli import main
+for argv in (["{verb}", "--help"], ["{verb}", "x", "--ctx", "many"], ["{verb}", "x", "--device", "abacus"]):
+    try:
+        main(argv)
+    except SystemExit:
+        pass
+print(sorted({heavy} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "invalid choice: 'abacus'" in done.stderr
+
+
+def test_the_devices_are_those_of_the_backends() -> None:
+    from edge.arguments import DEVICES
+    from edge.backends import onnx_providers
+
+    assert DEVICES == onnx_providers.DEVICES

@@ -1,8 +1,8 @@
 """A whole server over the fake backend, in processes of its own, as a user would run it.
 
-As a script: `python -m tests.support.fake_server SETTINGS_JSON` (keywords of FakeBackend; "keys", "admin_keys",
-"origins", "max_queue", "drain", "budget", "keep_alive"; "models": settings by name, in place of one "fake";
-"bytes": what a model is said to take; "file": a JSON file whose settings are read at each load).
+As a script: `python -m tests.support.fake_server SETTINGS_JSON`. Settings are keywords of FakeBackend, and
+"keys", "admin_keys", "origins", "max_queue", "drain", "budget", "keep_alive"; "models": settings by name, in
+place of one "fake"; "bytes": the memory that a model claims; "file": a JSON file that is read at each load.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[2]
+CHAT = "/v1/chat/completions"
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
@@ -30,6 +31,36 @@ TEMPLATE = (
     "{% if messages[-1].role == 'assistant' %}{{ raise_exception('the last turn must be yours') }}{% endif %}"
     "<assistant>"
 )
+
+
+def user(text: Any = "hi") -> list[dict[str, Any]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": text}]
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    """The error object, of OpenAI's form."""
+    body: dict[str, Any] = response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    return body
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The server-sent events of a stream that ends with [DONE]."""
+    rows = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
+    assert rows[-1] == "[DONE]"
+    return [json.loads(row) for row in rows[:-1]]
+
+
+def named_events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The server-sent events of a stream whose events have the name of their type."""
+    rows = []
+    for block in response.text.strip().split("\n\n"):
+        kind, data = block.split("\n")
+        row = json.loads(data.removeprefix("data: "))
+        assert kind == f"event: {row['type']}"
+        rows.append(row)
+    return rows
 
 
 class Server:
@@ -112,8 +143,9 @@ def fake_server(**settings: Any) -> Iterator[Server]:
 def main() -> int:
     from edge.console import guarded
     from edge.engine.worker import Load
-    from edge.server.auth import Access
-    from edge.server.cli import bind, serve
+    from edge.server.access import Access
+    from edge.server.cli import bind
+    from edge.server.launch import serve
     from edge.server.model_registry import Planned
 
     settings = json.loads(sys.argv[1])

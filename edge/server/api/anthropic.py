@@ -8,62 +8,66 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
-from edge.engine.grammar import Constraint, json_constraint
-from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.server import error_body
-from edge.server.conversation import Conversation, Reader, Turn, collect
-from edge.server.model_registry import serving_for
+from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
+from edge.server.model_registry import served_model
 from edge.server.request_fields import (
     MAX_CALLS,
     MAX_MESSAGES,
+    MAX_STOPS,
     MAX_TOKENS,
     Count,
     Floor,
     Message,
+    Name,
+    Open,
+    Part,
     Share,
     Stop,
     TopK,
+    answer_format,
     flat,
+    sampling,
+    text_of,
 )
-from edge.server.served_model import Serving, finish_reason
-from edge.server.streaming import Answer, EventStream, dump
+from edge.server.served_model import ServedModel, finish_reason
+from edge.server.streaming import SSE, named_event, respond
 from edge.server.tool_dialects import MAX_TOOLS, Call, Tool
 
-PATH = "/v1/messages"
-MAX_STOP_SEQUENCES = 16
+router = APIRouter(prefix="/v1/messages", tags=["anthropic"])
 
-router = APIRouter(tags=["anthropic"])
-
-# What changes the answer and cannot be honoured.
-_REFUSED = ("mcp_servers", "container", "context_management")
+_ERROR_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    408: "timeout_error",
+}  # fmt: skip
 
 Blocks = Annotated[list[dict[str, Any]], Field(max_length=MAX_CALLS)]
 
 
-class Said(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+def error_body(error: RequestError) -> dict[str, Any]:
+    """Anthropic's error object."""
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
+
+class AnthropicMessage(Part):
     role: Literal["user", "assistant"]
     content: str | Blocks
 
 
-class Thinks(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class ThinkingMode(Part):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
 
 
-class AnthropicTool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+class AnthropicTool(Part):
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     type: str | None = None
@@ -79,165 +83,125 @@ class AnthropicTool(BaseModel):
         return Tool(self.name, self.description or "", self.input_schema, strict=bool(self.strict))
 
 
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class ToolChoice(Part):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Asked(BaseModel):
+class ConversationFields(Open):
     """What a conversation is made of, for an answer as for a count."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    messages: Annotated[list[Said], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     system: str | Blocks | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: Thinks | None = None
+    thinking: ThinkingMode | None = None
     output_format: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
 
     def conversation(self) -> Conversation:
-        for name in _REFUSED:
-            if (self.model_extra or {}).get(name):
-                raise RequestError(f"{name} is not supported", code="unsupported", param=name)
-        choice, parallel = "auto", True
-        if self.tool_choice is not None:
-            if self.tool_choice.type == "tool" and not self.tool_choice.name:
-                raise RequestError("tool_choice of type tool needs a name", param="tool_choice")
-            named = self.tool_choice.name or ""
-            choice = {"any": "required", "tool": named}.get(self.tool_choice.type, self.tool_choice.type)
-            parallel = not self.tool_choice.disable_parallel_tool_use
+        self.refuse("mcp_servers", "container", "context_management")
+        wanted = self.tool_choice or ToolChoice(type="auto")
+        if wanted.type == "tool" and not wanted.name:
+            raise RequestError("tool_choice of type tool needs a name", param="tool_choice")
+        choices = {"any": "required", "tool": wanted.name or ""}
         switch = budget = None
         if self.thinking is not None and self.thinking.type != "adaptive":
             switch, budget = self.thinking.type == "enabled", self.thinking.budget_tokens
+        output = self.output_format or (self.output_config or {}).get("format")
         return Conversation(
-            self._flat(),
+            self._messages(),
             tools=[tool.tool() for tool in self.tools or []],
-            choice=choice,
-            parallel=parallel,
+            choice=choices.get(wanted.type, wanted.type),
+            parallel=not wanted.disable_parallel_tool_use,
             thinking=switch,
             budget=budget,
-            constraint=self._constraint(),
+            constraint=answer_format(output, "output_format", "output_format.schema"),
         )
 
-    def _constraint(self) -> Constraint | None:
-        wanted = self.output_format or (self.output_config or {}).get("format")
-        if wanted is None:
-            return None
-        if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
-            raise RequestError("output_format is known as json_schema only", param="output_format")
-        return json_constraint(wanted.get("schema"), "output_format.schema")
-
-    def _flat(self) -> list[dict[str, Any]]:
+    def _messages(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         if self.system:
-            text = self.system if isinstance(self.system, str) else _texts(self.system, "system")
-            rows.append({"role": "system", "content": text})
-        for i, said in enumerate(self.messages):
-            rows += _rows(said, f"messages[{i}]")
+            rows.append({"role": "system", "content": text_of(self.system, "system")})
+        for i, message in enumerate(self.messages):
+            rows += _rows(message, f"messages[{i}]")
         return flat([Message(**row) for row in rows])
 
 
-class Messages(Asked):
+class Messages(ConversationFields):
     max_tokens: Count
     stream: bool | None = None
     temperature: Floor | None = None
     top_p: Share | None = None
     top_k: TopK | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
-
-    def params(self) -> Params:
-        return Params(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            max_tokens=self.max_tokens,
-            stop=self.stop_sequences or [],
-        )
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
 
 
-def _rows(said: Said, where: str) -> list[dict[str, Any]]:
-    """A message as rows of OpenAI's kind: results of tools become messages of their own, in front."""
-    if isinstance(said.content, str):
-        return [{"role": said.role, "content": said.content}]
+def _rows(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
+    """A message in the form of chat completions. Results of tools become messages of their own, in front."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
     texts, thoughts, calls, results = [], [], [], []
-    for block in said.content:
+    for block in message.content:
         kind = block.get("type")
         try:
             if kind == "text":
                 texts.append(str(block["text"]))
             elif kind == "thinking":
                 thoughts.append(str(block["thinking"]))
-            elif kind == "redacted_thinking":
-                continue
             elif kind == "tool_use":
                 function = {"name": block["name"], "arguments": block["input"]}
                 calls.append({"id": block["id"], "type": "function", "function": function})
             elif kind == "tool_result":
-                content = block.get("content") or ""
-                text = content if isinstance(content, str) else _texts(content, f"{where}.content")
+                text = text_of(block.get("content") or "", f"{where}.content")
                 results.append({"role": "tool", "content": text, "tool_call_id": block["tool_use_id"]})
-            else:
+            elif kind != "redacted_thinking":
                 raise RequestError(
                     f"{where}.content has a block of type {kind!r}; this is a text model", param=where
                 )
         except KeyError as error:
             raise RequestError(f"{where}.content: a {kind} block lacks {error}", param=where) from error
-    rows: list[dict[str, Any]] = results
-    if texts or calls or thoughts or not results:
-        row: dict[str, Any] = {"role": said.role, "content": "".join(texts)}
-        if calls:
-            row["tool_calls"] = calls
-        if thoughts:
-            row["reasoning_content"] = "".join(thoughts)
-        rows = [*results, row]
-    return rows
+    if results and not (texts or calls or thoughts):
+        return results
+    row: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
+    if calls:
+        row["tool_calls"] = calls
+    if thoughts:
+        row["reasoning_content"] = "".join(thoughts)
+    return [*results, row]
 
 
-def _texts(blocks: Any, where: str) -> str:
-    if not isinstance(blocks, list):
-        raise RequestError(f"{where} must be a text or a list of blocks", param=where)
-    for block in blocks:
-        if (
-            not isinstance(block, dict)
-            or block.get("type") != "text"
-            or not isinstance(block.get("text"), str)
-        ):
-            raise RequestError(f"{where} may hold text blocks only; this is a text model", param=where)
-    return "".join(block["text"] for block in blocks)
-
-
-@router.post(PATH, summary="Anthropic's messages")
+@router.post("", summary="Anthropic's messages", responses=SSE)
 async def messages(request: Request, body: Messages) -> Response:
-    asked, params = body.conversation(), body.params()
-    serving = await serving_for(request, body.model)
-    turn = Turn(serving, asked)
-    [stream] = turn.start(params)
+    asked, params = body.conversation(), sampling(body, stop=body.stop_sequences or [])
+    model = await served_model(request, body.model)
+    chat = PreparedChat(model, asked)
+    [stream] = chat.start(params)
     head = {
         "id": f"msg_{secrets.token_hex(12)}",
         "type": "message",
         "role": "assistant",
-        "model": serving.name,
+        "model": model.name,
     }
-    reader = turn.reader()
-    if body.stream:
-        return _Events([stream], _events(head, turn, reader, stream), serving.headers())
-    return Answer([stream], lambda: _answer(head, reader, stream), serving.headers())
+    return respond(
+        [stream],
+        model.headers(),
+        answer=lambda: _answer(head, chat.reader(), stream),
+        events=_events(head, chat, stream) if body.stream else None,
+        failure=lambda error: named_event(error_body(error)),
+    )
 
 
-@router.post(f"{PATH}/count_tokens", summary="How many tokens a conversation has")
-async def count_tokens(request: Request, body: Asked) -> dict[str, int]:
-    serving = await serving_for(request, body.model)
-    return {"input_tokens": await _count(serving, Turn(serving, body.conversation()).prompt)}
+@router.post("/count_tokens", summary="How many tokens a conversation has")
+async def count_tokens(request: Request, body: ConversationFields) -> dict[str, int]:
+    model = await served_model(request, body.model)
+    return {"input_tokens": await _count(model, PreparedChat(model, body.conversation()).prompt)}
 
 
-async def _count(serving: Serving, prompt: str) -> int:
-    return len((await serving.engine.encode(prompt, special=True, whole=True)).ids)
+async def _count(model: ServedModel, prompt: str) -> int:
+    return len((await model.engine.encode(prompt, special=True, whole=True)).ids)
 
 
 def _usage(done: msg.Done) -> dict[str, int]:
@@ -250,14 +214,11 @@ def _usage(done: msg.Done) -> dict[str, int]:
 
 
 def _stop(done: msg.Done, *, called: bool) -> dict[str, str | None]:
-    reason = finish_reason(done)
-    if reason == "length":
+    if finish_reason(done) == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if called:
         return {"stop_reason": "tool_use", "stop_sequence": None}
-    if done.stop is not None:
-        return {"stop_reason": "stop_sequence", "stop_sequence": done.stop}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
+    return {"stop_reason": "end_turn" if done.stop is None else "stop_sequence", "stop_sequence": done.stop}
 
 
 def _tool_use(call: Call) -> dict[str, Any]:
@@ -269,62 +230,53 @@ def _tool_use(call: Call) -> dict[str, Any]:
     }
 
 
-async def _answer(head: dict[str, Any], reader: Reader | None, stream: Stream) -> dict[str, Any]:
-    whole = await collect(stream, reader)
+async def _answer(head: dict[str, Any], reader: AnswerReader, stream: Stream) -> dict[str, Any]:
+    answer = await collect(stream, reader)
     blocks: list[dict[str, Any]] = []
-    if whole.thought:
-        blocks.append({"type": "thinking", "thinking": whole.thought, "signature": ""})
-    if whole.text:
-        blocks.append({"type": "text", "text": whole.text})
-    blocks += [_tool_use(call) for call in whole.calls]
-    done = whole.done
-    stop = _stop(done, called=bool(whole.calls))
-    return {**head, "content": blocks, **stop, "usage": _usage(done)}
+    if answer.reasoning:
+        blocks.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
+    if answer.text:
+        blocks.append({"type": "text", "text": answer.text})
+    blocks += [_tool_use(call) for call in answer.calls]
+    stop = _stop(answer.done, called=bool(answer.calls))
+    return {**head, "content": blocks, **stop, "usage": _usage(answer.done)}
 
 
 def _event(kind: str, **fields: Any) -> bytes:
-    return b"event: " + kind.encode("ascii") + b"\ndata: " + dump({"type": kind, **fields}) + b"\n\n"
+    return named_event({"type": kind, **fields})
 
 
-class _Events(EventStream):
-    def _failed(self, error: RequestError) -> bytes:
-        return _event("error", error=error_body.body(PATH, error)["error"])
-
-
-async def _events(
-    head: dict[str, Any], turn: Turn, reader: Reader | None, stream: Stream
-) -> AsyncIterator[bytes]:
-    blocks = _Blocks()
-    opening = b""
+async def _events(head: dict[str, Any], chat: PreparedChat, stream: Stream) -> AsyncIterator[bytes]:
+    reader, blocks = chat.reader(), _Blocks()
     begun = False
     async for item in stream:
+        chunk = b""
         if not begun:
-            # The prompt's length is known to the engine alone, and it has it by now.
-            count = await _count(turn.serving, turn.prompt)
-            usage = {"input_tokens": count, "output_tokens": 0}
-            start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-            opening = _event("message_start", message=start)
             begun = True
-        last = isinstance(item, msg.Done)
-        thought, text, calls = reader.push(item.text, last=last) if reader else ("", item.text, [])
-        chunk, opening = opening, b""
-        if thought:
-            chunk += blocks.add("thinking", thought)
+            # Only the engine knows the prompt's length, and it has read the prompt by now.
+            usage = {"input_tokens": await _count(chat.model, chat.prompt), "output_tokens": 0}
+            start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+            chunk = _event("message_start", message=start)
+        reasoning, text, calls = reader.take(item)
+        if reasoning:
+            chunk += blocks.add("thinking", reasoning)
         if text:
             chunk += blocks.add("text", text)
         for call in calls:
             chunk += blocks.call(call)
         if isinstance(item, msg.Done):
-            stop = _stop(item, called=blocks.called)
             chunk += blocks.close()
-            chunk += _event("message_delta", delta=stop, usage=_usage(item))
+            chunk += _event("message_delta", delta=_stop(item, called=blocks.called), usage=_usage(item))
             chunk += _event("message_stop")
         if chunk:
             yield chunk
 
 
+_EMPTY_BLOCKS = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}
+
+
 class _Blocks:
-    """The content blocks of a stream, opened and closed in order."""
+    """The content blocks of a stream, opened and closed in order. called: whether one was a tool call."""
 
     def __init__(self) -> None:
         self._index = -1
@@ -332,34 +284,30 @@ class _Blocks:
         self.called = False
 
     def add(self, kind: Literal["thinking", "text"], text: str) -> bytes:
-        chunk = b""
-        if self._open != kind:
-            empty = {"type": "text", "text": ""}
-            if kind == "thinking":
-                empty = {"type": "thinking", "thinking": "", "signature": ""}
-            chunk = self._start(kind, empty)
+        """The events for more text of this kind."""
+        chunk = b"" if self._open == kind else self._start({"type": kind, **_EMPTY_BLOCKS[kind]})
         return chunk + self._delta({"type": f"{kind}_delta", kind: text})
 
     def call(self, call: Call) -> bytes:
+        """The events of a whole tool call."""
         self.called = True
-        chunk = self._start("tool_use", {**_tool_use(call), "input": {}})
-        return (
-            chunk + self._delta({"type": "input_json_delta", "partial_json": call.arguments}) + self.close()
-        )
+        chunk = self._start({**_tool_use(call), "input": {}})
+        chunk += self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+        return chunk + self.close()
 
     def close(self) -> bytes:
+        """The events that end the open block."""
         if not self._open:
             return b""
-        chunk = b""
-        if self._open == "thinking":
-            chunk = self._delta({"type": "signature_delta", "signature": ""})
+        signature = {"type": "signature_delta", "signature": ""}
+        chunk = self._delta(signature) if self._open == "thinking" else b""
         self._open = ""
         return chunk + _event("content_block_stop", index=self._index)
 
-    def _start(self, kind: str, block: dict[str, Any]) -> bytes:
+    def _start(self, block: dict[str, Any]) -> bytes:
         chunk = self.close()
         self._index += 1
-        self._open = kind
+        self._open = block["type"]
         return chunk + _event("content_block_start", index=self._index, content_block=block)
 
     def _delta(self, delta: dict[str, Any]) -> bytes:

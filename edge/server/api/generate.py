@@ -1,8 +1,8 @@
-"""The tutorial's own interface: GET /generate?prompt=... -> {"generate_text": ...}; POST for all else.
+"""The tutorial's interface: GET /generate?prompt=... -> {"generate_text": ...}, and a POST with every option.
 
-Prompts go through the model's chat template unless `raw` is asked. Without a temperature decoding is
-greedy, as transformers' `generate` is by default; without max_tokens an answer has at most 512 tokens, the
-tutorial's number.
+Prompts go through the model's chat template unless `raw` is asked. Without a temperature decoding is greedy,
+as transformers' `generate` is by default. Without max_tokens an answer has at most 512 tokens, the tutorial's
+number.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from starlette.responses import Response
 
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
-from edge.engine.grammar import Constraint, json_constraint
+from edge.engine.grammar import Constraint
 from edge.errors import RequestError
-from edge.server.conversation import Conversation, Turn
-from edge.server.model_registry import serving_for
+from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
+from edge.server.model_registry import served_model
 from edge.server.openai_objects import usage
-from edge.server.request_fields import MAX_TOKENS, Messages, Sampled, Thinking, flat
-from edge.server.served_model import Serving, finish_reason, timings
-from edge.server.streaming import DONE, Answer, EventStream, event
+from edge.server.request_fields import MAX_TOKENS, Messages, Sampled, Thinking, flat, only_constraint
+from edge.server.served_model import ServedModel, finish_reason, timings
+from edge.server.streaming import DONE, SSE, event, respond
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -46,19 +46,16 @@ class Generate(Sampled, Thinking):
 
     def constraint(self) -> Constraint | None:
         """What the answer must match. Raises RequestError for more than one."""
-        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise RequestError(f"give one of {' and '.join(given)}", param=given[1])
-        if not given:
-            return None
-        if self.json_schema is not None:
-            return json_constraint(self.json_schema, "json_schema")
-        if self.regex is not None:
-            return Constraint("regex", self.regex, "regex")
-        return Constraint("lark", self.grammar or "", "grammar")
+        return only_constraint(
+            {
+                "json_schema": ("json_schema", self.json_schema),
+                "regex": ("regex", self.regex),
+                "grammar": ("lark", self.grammar),
+            }
+        )
 
 
-@router.get("/generate", summary="Answer a prompt, as the tutorial's server does")
+@router.get("/generate", summary="Answer a prompt, as the tutorial's server does", responses=SSE)
 async def get_generate(
     request: Request,
     prompt: Annotated[str, Query(min_length=1)],
@@ -68,15 +65,11 @@ async def get_generate(
     stream: bool = False,
 ) -> Response:
     body = Generate(prompt=prompt, max_tokens=max_tokens, temperature=temperature, raw=raw, stream=stream)
-    return await _respond(request, body)
+    return await post_generate(request, body)
 
 
-@router.post("/generate", summary="Answer a prompt or a conversation")
+@router.post("/generate", summary="Answer a prompt or a conversation", responses=SSE)
 async def post_generate(request: Request, body: Generate) -> Response:
-    return await _respond(request, body)
-
-
-async def _respond(request: Request, body: Generate) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
     constraint = body.constraint()
@@ -84,40 +77,40 @@ async def _respond(request: Request, body: Generate) -> Response:
     if body.raw:
         if body.prompt is None:
             raise RequestError("raw needs prompt, not messages", param="raw")
-        serving = await serving_for(request, body.model)
-        stream = serving.engine.submit(body.prompt, params, constraint=constraint, **body.run())
+        model = await served_model(request, body.model)
+        stream = model.engine.submit(body.prompt, params, constraint=constraint, **body.run())
     else:
-        turns = flat(body.messages) if body.messages else [{"role": "user", "content": body.prompt}]
-        # The thought stays in the text: there is no other field that this interface could put it into.
-        asked = Conversation(turns, constraint=constraint, **{**body.thinking(), "raw": True})
-        serving = await serving_for(request, body.model)
-        [stream] = Turn(serving, asked).start(params, **body.run())
-    if body.stream:
-        return EventStream([stream], _events(serving, stream), serving.headers())
-    return Answer([stream], lambda: _answer(serving, stream), serving.headers())
+        messages = flat(body.messages) if body.messages else [{"role": "user", "content": body.prompt}]
+        # The reasoning stays in the text: this interface has no other field for it.
+        asked = Conversation(messages, constraint=constraint, **{**body.thinking(), "raw": True})
+        model = await served_model(request, body.model)
+        [stream] = PreparedChat(model, asked).start(params, **body.run())
+    return respond(
+        [stream],
+        model.headers(),
+        answer=lambda: _answer(model, stream),
+        events=_events(model, stream) if body.stream else None,
+    )
 
 
-async def _answer(serving: Serving, stream: Stream) -> dict[str, Any]:
-    parts = []
-    async for item in stream:
-        parts.append(item.text)
-    assert isinstance(item, msg.Done)
-    return {"generate_text": "".join(parts), **_closing(serving, item)}
+async def _answer(model: ServedModel, stream: Stream) -> dict[str, Any]:
+    answer = await collect(stream, AnswerReader())
+    return {"generate_text": answer.text, **_closing(model, answer.done)}
 
 
-async def _events(serving: Serving, stream: Stream) -> AsyncIterator[bytes]:
+async def _events(model: ServedModel, stream: Stream) -> AsyncIterator[bytes]:
     async for item in stream:
         if item.text:
             yield event({"text": item.text, "tokens": item.tokens})
         if isinstance(item, msg.Done):
-            yield event({"done": True, **_closing(serving, item)}) + DONE
+            yield event({"done": True, **_closing(model, item)}) + DONE
 
 
-def _closing(serving: Serving, done: msg.Done) -> dict[str, Any]:
+def _closing(model: ServedModel, done: msg.Done) -> dict[str, Any]:
     return {
         "finish_reason": finish_reason(done),
         "usage": usage([done]),
         "timings": timings(done),
-        "model": serving.name,
-        "digest": serving.digest or None,
+        "model": model.name,
+        "digest": model.digest or None,
     }

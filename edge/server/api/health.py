@@ -7,58 +7,49 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from edge.engine import protocol as msg
 from edge.server.metrics import CONTENT_TYPE
-from edge.server.model_registry import Known, Registry
+from edge.server.model_registry import registry_of
 
 router = APIRouter(tags=["state"])
 
 
-def _registry(request: Request) -> Registry:
-    registry: Registry = request.app.state.registry
-    return registry
-
-
 @router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
-    """Alive, and what it serves on which device."""
-    registry = _registry(request)
-    known = registry.known(None)
-    engine = known.serving.engine if known.serving else None
+    """Whether the server is alive, and what it serves on which device."""
+    registry = registry_of(request)
+    entry = registry.entry(None)
+    engine = entry.served.engine if entry.served else None
     return {
-        "status": _status(known),
-        "model": known.name,
+        "status": entry.status,
+        "model": entry.name,
         "device": engine.ready.device if engine and engine.ready else None,
         "why": engine.ready.why if engine and engine.ready else None,
         "error": str(engine.failure) if engine and engine.failure else None,
-        "models": {name: _status(registry.known(name)) for name in registry.names},
+        "models": {name: entry.status for name, entry in registry.entries.items()},
     }
-
-
-def _status(known: Known) -> str:
-    if known.serving is not None:
-        return known.serving.engine.state
-    return "loading" if known.loading is not None else "unloaded"
 
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
     """200 when the default model is loaded, 503 before."""
-    known = _registry(request).known(None)
-    known.ready()
-    return {"status": "ready", "model": known.name}
+    entry = registry_of(request).entry(None)
+    entry.ready()
+    return {"status": "ready", "model": entry.name}
 
 
 @router.get("/info")
 async def info(request: Request, model: str | None = None) -> dict[str, Any]:
-    """The artefact, how it is loaded, and what it does now; of the default model, or of `model`."""
-    known = _registry(request).known(model)
-    loaded = known.ready()
-    assert known.serving is not None
-    serving, engine = known.serving, known.serving.engine
-    stats = engine.stats
+    """The artefact, how it is loaded, and the engine's gauges; of the default model, or of `model`."""
+    registry = registry_of(request)
+    entry = registry.entry(model)
+    loaded = entry.ready()
+    assert entry.served is not None
+    engine = entry.served.engine
+    stats = engine.stats or msg.Stats()
     return {
-        "model": serving.name,
-        "digest": serving.digest or None,
+        "model": entry.name,
+        "digest": entry.digest or None,
         "file": loaded.name,
         "backend": loaded.kind,
         "device": loaded.device,
@@ -69,29 +60,24 @@ async def info(request: Request, model: str | None = None) -> dict[str, Any]:
         "vocab": loaded.vocab,
         "embedding": loaded.embedding,
         "stop_ids": sorted(loaded.stop_ids),
-        "thinking": serving.thinking,
+        "thinking": entry.served.thinking,
         "settings": loaded.settings,
         "load_s": round(engine.load_s, 3),
         "restarts": engine.restarts,
-        "running": stats.running if stats else 0,
-        "waiting": stats.waiting if stats else 0,
-        "busy_slots": stats.busy_slots if stats else 0,
-        "kv_tokens": stats.kv_tokens if stats else 0,
-        "steps": stats.steps if stats else 0,
-        "step_tokens": stats.step_tokens if stats else 0,
-        "step_s": round(stats.step_s, 4) if stats else 0.0,
-        "up_s": round(stats.up_s, 4) if stats else 0.0,
-        "models": [{"id": one.name, "status": _status(one)} for one in _all(request)],
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "busy_slots": stats.busy_slots,
+        "kv_tokens": stats.kv_tokens,
+        "steps": stats.steps,
+        "step_tokens": stats.step_tokens,
+        "step_s": round(stats.step_s, 4),
+        "up_s": round(stats.up_s, 4),
+        "models": [{"id": name, "status": other.status} for name, other in registry.entries.items()],
     }
-
-
-def _all(request: Request) -> list[Known]:
-    registry = _registry(request)
-    return [registry.known(name) for name in registry.names]
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    registry = _registry(request)
-    return Response(registry.metrics.text(registry), headers={"content-type": CONTENT_TYPE})
+    registry = registry_of(request)
+    return Response(registry.metrics.text(registry.engines), headers={"content-type": CONTENT_TYPE})

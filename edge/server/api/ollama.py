@@ -1,7 +1,7 @@
 """Ollama's interface, which many desktop programs speak: NDJSON streams, durations in nanoseconds.
 
-What of Ollama's options is about loading (num_ctx, num_gpu, num_thread ...) is settled when serving and has
-no effect here: a prompt that does not fit is refused, never cut. Models are not pulled, made or deleted.
+Options about loading (num_ctx, num_gpu, num_thread ...) are settled by `edge serve` and have no effect here.
+A prompt that does not fit is refused, never cut. Models are not pulled, made or deleted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
@@ -22,27 +23,31 @@ from edge.engine.client import Stream
 from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.reasoning import THINK
-from edge.server.api.openai_chat import FunctionTool
-from edge.server.api.openai_embeddings import MAX_INPUTS, embed_all, floats
-from edge.server.conversation import Conversation, Reader, Turn, collect
-from edge.server.model_registry import Registry
+from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
+from edge.server.model_registry import registry_of, served_model
 from edge.server.request_fields import (
+    MAX_INPUTS,
     MAX_MESSAGES,
-    MAX_STOPS,
     MAX_TOKENS,
     Floor,
+    FunctionTools,
     Message,
+    Open,
+    PastCall,
     Penalty,
     Repetition,
+    Role,
     Stop,
+    Stops,
     Temperature,
     TopK,
     flat,
+    sampling,
+    stops,
 )
-from edge.server.served_model import Serving, finish_reason
-from edge.server.streaming import Answer, EventStream, dump
-from edge.server.tool_dialects import MAX_TOOLS, Call
+from edge.server.served_model import ServedModel, finish_reason, floats
+from edge.server.streaming import dump, respond
+from edge.server.tool_dialects import Call
 
 # Ollama's own defaults for what a request leaves open.
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K, DEFAULT_TOP_P = 0.8, 40, 0.9
@@ -51,12 +56,19 @@ _DURATION = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)")
 Lifetime = (
     Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)] | Annotated[str, Field(max_length=64)]
 )
+_NDJSON = "application/x-ndjson"
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {_NDJSON: {}}}}
 
 router = APIRouter(prefix="/api", tags=["ollama"])
 
 
+def error_body(error: RequestError) -> dict[str, Any]:
+    """Ollama's error object."""
+    return {"error": str(error)}
+
+
 class Options(BaseModel):
-    """Sampling options. What is not named here and would change the answer is refused."""
+    """Sampling options. An unknown one that would change the answer is refused."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -69,7 +81,7 @@ class Options(BaseModel):
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     num_predict: Annotated[int, Field(ge=-2, le=MAX_TOKENS)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Stops | None = None
 
     def params(self) -> Params:
         extra = self.model_extra or {}
@@ -83,23 +95,22 @@ class Options(BaseModel):
                 param="repeat_last_n",
             )
         limit = self.num_predict
-        return Params(
-            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
-            top_k=DEFAULT_TOP_K if self.top_k is None else self.top_k,
-            # Ollama takes 0 for "the best token alone".
-            top_p=DEFAULT_TOP_P if self.top_p is None else max(self.top_p, 1e-6),
-            min_p=self.min_p or 0.0,
+        params = sampling(
+            self,
+            temperature=DEFAULT_TEMPERATURE,
+            top_k=DEFAULT_TOP_K,
+            top_p=DEFAULT_TOP_P,
             repetition_penalty=self.repeat_penalty or 1.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            seed=None if self.seed is None or self.seed < 0 else self.seed,
             max_tokens=None if limit is None or limit < 1 else limit,
-            stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            stop=stops(self.stop),
         )
+        # Ollama reads a top_p of 0 as "the best token alone", and a negative seed as none.
+        seed = None if params.seed is None or params.seed < 0 else params.seed
+        return msgspec.structs.replace(params, top_p=max(params.top_p, 1e-6), seed=seed)
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class _Fields(Open):
+    model_config = ConfigDict(strict=False)
 
     model: Annotated[str, Field(min_length=1)]
     stream: bool = True
@@ -113,59 +124,40 @@ class _Asked(BaseModel):
             return None
         return json_constraint(True if self.format == "json" else self.format, "format")
 
-    def thinking(self, serving: Serving) -> dict[str, Any]:
-        """Keywords of `Conversation`. No thought may be asked of a model that has none."""
-        if self.think is None or (self.think is False and not thinks(serving)):
+    def thinking(self, model: ServedModel) -> dict[str, Any]:
+        """Keywords of `Conversation`. A model that does not reason may be told not to."""
+        if self.think is None or (self.think is False and not model.reasons):
             return {}
         return {"thinking": bool(self.think)}
 
-    def refuse(self, *names: str) -> None:
-        for name in names:
-            if (self.model_extra or {}).get(name):
-                raise RequestError(f"{name} is not supported", code="unsupported", param=name)
 
-
-class Generate(_Asked):
+class Generate(_Fields):
     prompt: str = ""
     system: str | None = None
     raw: bool = False
 
 
-class OllamaFunction(BaseModel):
-    name: str
-    arguments: dict[str, Any] | str = Field(default_factory=dict)
-
-
-class OllamaCall(BaseModel):
-    function: OllamaFunction
-
-
-class Turned(BaseModel):
+class OllamaMessage(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Role
     content: str = ""
     thinking: str | None = None
-    tool_calls: list[OllamaCall] | None = None
+    tool_calls: list[PastCall] | None = None
     tool_name: str | None = None
     images: list[str] | None = None
 
     def message(self, where: str) -> Message:
         if self.images:
             raise RequestError(f"{where}.images: this is a text model", param=f"{where}.images")
-        row: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.thinking:
-            row["reasoning_content"] = self.thinking
-        if self.tool_name:
-            row["name"] = self.tool_name
-        if self.tool_calls:
-            row["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        return Message(**row)
+        extra = {"reasoning_content": self.thinking, "name": self.tool_name, "tool_calls": self.tool_calls}
+        given: dict[str, Any] = {name: value for name, value in extra.items() if value}
+        return Message(role=self.role, content=self.content, **given)
 
 
-class Chat(_Asked):
-    messages: Annotated[list[Turned], Field(max_length=MAX_MESSAGES)] = Field(default_factory=list)
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+class Chat(_Fields):
+    messages: Annotated[list[OllamaMessage], Field(max_length=MAX_MESSAGES)] = Field(default_factory=list)
+    tools: FunctionTools | None = None
 
 
 class Embed(BaseModel):
@@ -182,13 +174,8 @@ class EmbedOne(BaseModel):
     keep_alive: Lifetime | None = None
 
 
-def thinks(serving: Serving) -> bool:
-    template = serving.ready.chat_template or ""
-    return THINK in template or serving.thinking in ("on", "mixed")
-
-
 def seconds(given: float | str | None) -> float | None:
-    """A keep_alive: seconds, or a duration as Go writes it ("5m", "1h30m"); negative means for good."""
+    """A keep_alive in seconds, from a number or a duration in Go's form ("1h30m"); negative: for good."""
     if given is None or isinstance(given, (int, float)):
         return given
     text = given.strip()
@@ -201,61 +188,53 @@ def seconds(given: float | str | None) -> float | None:
     return sign * min(sum(float(number) * _UNITS[unit] for number, unit in parts), 1e9)
 
 
-@router.post("/chat", summary="Ollama's chat")
+@router.post("/chat", summary="Ollama's chat", responses=_STREAMED)
 async def chat(request: Request, body: Chat) -> Response:
     keep_alive, params, constraint = seconds(body.keep_alive), body.options.params(), body.constraint()
     began = time.monotonic_ns()
     if not body.messages:
         return await _load_only(request, body.model, keep_alive, {"message": _message("", "", [])})
-    serving = await taken(request, body.model, keep_alive)
+    model = await served_model(request, body.model, keep_alive)
     asked = Conversation(
-        flat([turned.message(f"messages[{i}]") for i, turned in enumerate(body.messages)]),
-        tools=[one.function.tool() for one in body.tools or []],
+        flat([message.message(f"messages[{i}]") for i, message in enumerate(body.messages)]),
+        tools=[tool.function.tool() for tool in body.tools or []],
         constraint=constraint,
-        **body.thinking(serving),
+        **body.thinking(model),
     )
-    turn = Turn(serving, asked)
-    [stream] = turn.start(params)
-    return _respond(_Chat(serving, turn.reader(), began), stream, body.stream)
+    prepared = PreparedChat(model, asked)
+    [stream] = prepared.start(params)
+    return _respond(_ChatObjects(model, prepared.reader(), began), stream, body.stream)
 
 
-@router.post("/generate", summary="Ollama's completion")
+@router.post("/generate", summary="Ollama's completion", responses=_STREAMED)
 async def generate(request: Request, body: Generate) -> Response:
     body.refuse("images", "suffix", "template", "context")
     keep_alive, params, constraint = seconds(body.keep_alive), body.options.params(), body.constraint()
     began = time.monotonic_ns()
     if not body.prompt:
         return await _load_only(request, body.model, keep_alive, {"response": ""})
-    serving = await taken(request, body.model, keep_alive)
+    model = await served_model(request, body.model, keep_alive)
     if body.raw:
-        stream, reader = serving.engine.submit(body.prompt, params, constraint=constraint), None
+        stream, reader = model.engine.submit(body.prompt, params, constraint=constraint), AnswerReader()
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": body.prompt}]
-        turn = Turn(serving, Conversation(messages, constraint=constraint, **body.thinking(serving)))
-        [stream] = turn.start(params)
-        reader = turn.reader()
-    return _respond(_Generate(serving, reader, began), stream, body.stream)
-
-
-async def taken(request: Request, model: str, keep_alive: float | None) -> Serving:
-    """The model of that id, loaded. Raises RequestError (see `Registry.take`)."""
-    registry: Registry = request.app.state.registry
-    serving = await registry.take(model, keep_alive=keep_alive)
-    request.state.model = serving.name
-    return serving
+        prepared = PreparedChat(model, Conversation(messages, constraint=constraint, **body.thinking(model)))
+        [stream] = prepared.start(params)
+        reader = prepared.reader()
+    return _respond(_GenerateObjects(model, reader, began), stream, body.stream)
 
 
 async def _load_only(
-    request: Request, model: str, keep_alive: float | None, empty: dict[str, Any]
+    request: Request, name: str, keep_alive: float | None, empty: dict[str, Any]
 ) -> Response:
-    """Nothing was asked: the model is loaded, or with a keep_alive of 0 let go."""
-    registry: Registry = request.app.state.registry
+    """A request without a prompt loads the model, or with a keep_alive of 0 unloads it."""
+    registry = registry_of(request)
     if keep_alive == 0:
-        await registry.unload(model)
+        await registry.unload(name)
     else:
-        await registry.take(model, keep_alive=keep_alive)
-    row = {"model": registry.known(model).name, "created_at": _now(), **empty, "done": True}
+        await registry.take(name, keep_alive=keep_alive)
+    row = {"model": registry.entry(name).name, "created_at": _now(), **empty, "done": True}
     reason = "unload" if keep_alive == 0 else "load"
     return Response(dump({**row, "done_reason": reason}) + b"\n", media_type="application/json")
 
@@ -264,10 +243,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
-def _message(text: str, thought: str, calls: list[Call]) -> dict[str, Any]:
+def _message(text: str, reasoning: str, calls: list[Call]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": text}
-    if thought:
-        message["thinking"] = thought
+    if reasoning:
+        message["thinking"] = reasoning
     if calls:
         message["tool_calls"] = [
             {"function": {"name": call.name, "arguments": json.loads(call.arguments)}} for call in calls
@@ -275,20 +254,20 @@ def _message(text: str, thought: str, calls: list[Call]) -> dict[str, Any]:
     return message
 
 
-class _Chat:
+class _ChatObjects:
     """The objects of one answer. began: when the request came, time.monotonic_ns()."""
 
-    def __init__(self, serving: Serving, reader: Reader | None, began: int) -> None:
-        self.serving = serving
+    def __init__(self, model: ServedModel, reader: AnswerReader, began: int) -> None:
+        self.model = model
         self.reader = reader
         self._began = began
 
-    def part(self, text: str, thought: str, calls: list[Call]) -> dict[str, Any]:
-        return {"message": _message(text, thought, calls)}
+    def part(self, text: str, reasoning: str, calls: list[Call]) -> dict[str, Any]:
+        return {"message": _message(text, reasoning, calls)}
 
-    def row(self, text: str, thought: str, calls: list[Call]) -> dict[str, Any]:
-        part = self.part(text, thought, calls)
-        return {"model": self.serving.name, "created_at": _now(), **part, "done": False}
+    def row(self, text: str, reasoning: str, calls: list[Call]) -> dict[str, Any]:
+        part = self.part(text, reasoning, calls)
+        return {"model": self.model.name, "created_at": _now(), **part, "done": False}
 
     def last(self, row: dict[str, Any], done: msg.Done) -> dict[str, Any]:
         total = time.monotonic_ns() - self._began
@@ -298,7 +277,7 @@ class _Chat:
             "done": True,
             "done_reason": finish_reason(done),
             "total_duration": total,
-            # What passed before the engine had the request: the model may have been loaded for it.
+            # The time before the engine had the request: the model may have been loaded for it.
             "load_duration": max(total - spent, 0),
             "prompt_eval_count": done.prompt_tokens,
             "prompt_eval_duration": round(done.prefill_s * 1e9),
@@ -307,38 +286,37 @@ class _Chat:
         }
 
 
-class _Generate(_Chat):
-    def part(self, text: str, thought: str, calls: list[Call]) -> dict[str, Any]:
-        return {"response": text, "thinking": thought} if thought else {"response": text}
+class _GenerateObjects(_ChatObjects):
+    def part(self, text: str, reasoning: str, calls: list[Call]) -> dict[str, Any]:
+        return {"response": text, "thinking": reasoning} if reasoning else {"response": text}
 
 
-class _Lines(EventStream):
-    content_type = b"application/x-ndjson"
-
-    def _failed(self, error: RequestError) -> bytes:
-        return dump({"error": str(error)}) + b"\n"
-
-
-def _respond(shape: _Chat, stream: Stream, streamed: bool) -> Response:
-    headers = shape.serving.headers()
-    if streamed:
-        return _Lines([stream], _lines(shape, stream), headers)
-    return Answer([stream], lambda: _answer(shape, stream), headers)
+def _respond(objects: _ChatObjects, stream: Stream, streamed: bool) -> Response:
+    return respond(
+        [stream],
+        objects.model.headers(),
+        answer=lambda: _answer(objects, stream),
+        events=_lines(objects, stream) if streamed else None,
+        failure=_failure,
+        content_type=_NDJSON,
+    )
 
 
-async def _answer(shape: _Chat, stream: Stream) -> dict[str, Any]:
-    whole = await collect(stream, shape.reader)
-    return shape.last(shape.row(whole.text, whole.thought, whole.calls), whole.done)
+def _failure(error: RequestError) -> bytes:
+    return dump(error_body(error)) + b"\n"
 
 
-async def _lines(shape: _Chat, stream: Stream) -> AsyncIterator[bytes]:
-    reader = shape.reader
+async def _answer(objects: _ChatObjects, stream: Stream) -> dict[str, Any]:
+    answer = await collect(stream, objects.reader)
+    return objects.last(objects.row(answer.text, answer.reasoning, answer.calls), answer.done)
+
+
+async def _lines(objects: _ChatObjects, stream: Stream) -> AsyncIterator[bytes]:
     async for item in stream:
-        last = isinstance(item, msg.Done)
-        thought, text, calls = reader.push(item.text, last=last) if reader else ("", item.text, [])
-        lines = dump(shape.row(text, thought, calls)) + b"\n" if thought or text or calls else b""
+        reasoning, text, calls = objects.reader.take(item)
+        lines = dump(objects.row(text, reasoning, calls)) + b"\n" if reasoning or text or calls else b""
         if isinstance(item, msg.Done):
-            lines += dump(shape.last(shape.row("", "", []), item)) + b"\n"
+            lines += dump(objects.last(objects.row("", "", []), item)) + b"\n"
         if lines:
             yield lines
 
@@ -347,22 +325,22 @@ async def _lines(shape: _Chat, stream: Stream) -> AsyncIterator[bytes]:
 async def embed(request: Request, body: Embed) -> dict[str, Any]:
     """A text that is too long is refused, whatever `truncate` says: nothing is cut in silence."""
     began = time.monotonic_ns()
-    serving = await taken(request, body.model, seconds(body.keep_alive))
-    if body.dimensions not in (None, serving.ready.embedding):
-        raise RequestError(f"the vectors have {serving.ready.embedding} dimensions", param="dimensions")
+    model = await served_model(request, body.model, seconds(body.keep_alive))
+    if body.dimensions not in (None, model.ready.embedding):
+        raise RequestError(f"the vectors have {model.ready.embedding} dimensions", param="dimensions")
     texts: list[str | list[int]] = [body.input] if isinstance(body.input, str) else [*body.input]
-    found = await embed_all(request, serving, texts)
+    vectors = await model.embed(request, texts)
     return {
-        "model": serving.name,
-        "embeddings": [floats(one) for one in found],
+        "model": model.name,
+        "embeddings": [floats(vector) for vector in vectors],
         "total_duration": time.monotonic_ns() - began,
         "load_duration": 0,
-        "prompt_eval_count": sum(one.tokens for one in found),
+        "prompt_eval_count": sum(vector.tokens for vector in vectors),
     }
 
 
 @router.post("/embeddings", summary="The vector of a text (older)")
 async def embeddings(request: Request, body: EmbedOne) -> dict[str, Any]:
-    serving = await taken(request, body.model, seconds(body.keep_alive))
-    [found] = await embed_all(request, serving, [body.prompt])
-    return {"embedding": floats(found)}
+    model = await served_model(request, body.model, seconds(body.keep_alive))
+    [vector] = await model.embed(request, [body.prompt])
+    return {"embedding": floats(vector)}

@@ -8,47 +8,54 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
-from edge.engine.grammar import Constraint, json_constraint
-from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.server.conversation import EFFORTS, Conversation, Reader, Turn, collect
-from edge.server.model_registry import serving_for
-from edge.server.request_fields import MAX_MESSAGES, Count, Function, Message, Share, Temperature, flat
-from edge.server.served_model import Serving, finish_reason
-from edge.server.streaming import Answer, EventStream, dump
+from edge.server.conversation import EFFORTS, AnswerReader, Conversation, PreparedChat, collect
+from edge.server.model_registry import served_model
+from edge.server.request_fields import (
+    MAX_MESSAGES,
+    Count,
+    Effort,
+    Function,
+    Message,
+    Open,
+    Part,
+    Share,
+    Temperature,
+    answer_format,
+    flat,
+    sampling,
+    text_of,
+)
+from edge.server.served_model import ServedModel, finish_reason
+from edge.server.streaming import SSE, named_event, respond
 from edge.server.tool_dialects import MAX_TOOLS, Call
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-# What changes the answer and cannot be honoured.
-_REFUSED = ("previous_response_id", "conversation", "prompt", "background", "max_tool_calls")
+# Fields that would change the answer and cannot be honoured.
+_REFUSED = ("previous_response_id", "conversation", "prompt", "background", "max_tool_calls", "store")
+_TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 class FlatTool(Function):
     type: Literal["function"]
 
 
-class Reasoning(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+class Reasoning(Part):
+    effort: Effort | None = None
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class NamedTool(Part):
     type: Literal["function"]
     name: str
 
 
-class Responses(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class Responses(Open):
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     instructions: str | None = None
@@ -64,50 +71,19 @@ class Responses(BaseModel):
     reasoning: Reasoning | None = None
     metadata: dict[str, Any] | None = None
 
-    def check(self) -> None:
-        """Raise RequestError for what cannot be honoured."""
-        for name in _REFUSED:
-            if (self.model_extra or {}).get(name):
-                raise RequestError(
-                    f"{name} is not supported: this server keeps nothing between requests",
-                    code="unsupported",
-                    param=name,
-                )
-        if self.store:
-            raise RequestError(
-                "store: true is not supported: this server keeps nothing", code="unsupported", param="store"
-            )
-
-    def params(self) -> Params:
-        return Params(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            max_tokens=self.max_output_tokens,
-        )
-
     def conversation(self) -> Conversation:
         choice = self.tool_choice or "auto"
         effort = self.reasoning.effort if self.reasoning else None
+        wanted = (self.text or {}).get("format") or None
         return Conversation(
             self._messages(),
-            tools=[one.tool() for one in self.tools or []],
+            tools=[tool.tool() for tool in self.tools or []],
             choice=choice if isinstance(choice, str) else choice.name,
             parallel=self.parallel_tool_calls is not False,
             thinking=False if effort == "none" else None,
             budget=EFFORTS.get(effort) if effort else None,
-            constraint=self._constraint(),
+            constraint=answer_format(wanted, "text.format", "text.format.schema"),
         )
-
-    def _constraint(self) -> Constraint | None:
-        wanted: Any = (self.text or {}).get("format") or {"type": "text"}
-        kind = wanted.get("type") if isinstance(wanted, dict) else wanted
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return json_constraint(True, "text.format")
-        if kind == "json_schema":
-            return json_constraint(wanted.get("schema"), "text.format.schema")
-        raise RequestError(f"text.format of type {kind!r} is not known", code="unsupported", param="text")
 
     def _messages(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -122,64 +98,54 @@ class Responses(BaseModel):
 
 
 def _add(rows: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
-    """An item as a row of the older kind; calls that follow each other belong to one message."""
+    """Append an item as a message in the form of chat completions; calls in a row share one message."""
     kind = item.get("type", "message")
     try:
         if kind == "message":
-            rows.append({"role": str(item["role"]), "content": _text(item["content"], where)})
+            text = text_of(item["content"], where, _TEXT_PARTS)
+            rows.append({"role": str(item["role"]), "content": text})
         elif kind == "function_call":
-            call = {"name": item["name"], "arguments": item["arguments"]}
-            row = {"id": item["call_id"], "type": "function", "function": call}
-            if rows and rows[-1]["role"] == "assistant":
-                rows[-1].setdefault("tool_calls", []).append(row)
-            else:
-                rows.append({"role": "assistant", "content": "", "tool_calls": [row]})
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            if not rows or rows[-1]["role"] != "assistant":
+                rows.append({"role": "assistant", "content": ""})
+            calls = rows[-1].setdefault("tool_calls", [])
+            calls.append({"id": item["call_id"], "type": "function", "function": function})
         elif kind == "function_call_output":
-            text = _text(item["output"], where)
+            text = text_of(item["output"], where, _TEXT_PARTS)
             rows.append({"role": "tool", "content": text, "tool_call_id": item["call_id"]})
         elif kind != "reasoning":
-            # A thought of an earlier turn is not shown to the model again, as templates have it.
+            # Chat templates leave out the reasoning of earlier answers, so a reasoning item is skipped.
             raise RequestError(f"{where} is of type {kind!r}, which is not supported", param=where)
     except KeyError as error:
         raise RequestError(f"{where} lacks {error}", param=where) from error
 
 
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [None]
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text") or not isinstance(text, str):
-            raise RequestError(f"{where} has a part of type {kind!r}; this is a text model", param=where)
-        texts.append(text)
-    return "".join(texts)
-
-
-@router.post("/responses", summary="OpenAI's responses, stateless")
+@router.post("/responses", summary="OpenAI's responses, stateless", responses=SSE)
 async def responses(request: Request, body: Responses) -> Response:
-    body.check()
-    asked, params = body.conversation(), body.params()
-    serving = await serving_for(request, body.model)
-    turn = Turn(serving, asked)
-    [stream] = turn.start(params)
-    shape = _Shape(serving, body)
-    if body.stream:
-        return _Events([stream], _events(shape, turn.reader(), stream), serving.headers())
-    return Answer([stream], lambda: _answer(shape, turn.reader(), stream), serving.headers())
+    body.refuse(*_REFUSED, why=": this server keeps nothing between requests")
+    asked, params = body.conversation(), sampling(body, max_tokens=body.max_output_tokens)
+    model = await served_model(request, body.model)
+    chat = PreparedChat(model, asked)
+    [stream] = chat.start(params)
+    response = _ResponseObject(model, body)
+    return respond(
+        [stream],
+        model.headers(),
+        answer=lambda: _answer(response, chat.reader(), stream),
+        events=_events(response, chat.reader(), stream) if body.stream else None,
+        failure=_failure,
+    )
 
 
-class _Shape:
+class _ResponseObject:
     """The response object, as far as it is known."""
 
-    def __init__(self, serving: Serving, body: Responses) -> None:
+    def __init__(self, model: ServedModel, body: Responses) -> None:
         self._base: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": serving.name,
+            "model": model.name,
             "error": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
@@ -197,48 +163,41 @@ class _Shape:
         }
 
     def begun(self) -> dict[str, Any]:
-        body: dict[str, Any] = {
+        return {
+            **self._base,
             "status": "in_progress",
             "incomplete_details": None,
             "output": [],
             "usage": None,
         }
-        return {**self._base, **body}
 
     def ended(self, output: list[dict[str, Any]], done: msg.Done) -> dict[str, Any]:
         cut = finish_reason(done) == "length"
-        usage = {
-            "input_tokens": done.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": done.cached_tokens},
-            "output_tokens": done.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": done.reasoning_tokens},
-            "total_tokens": done.prompt_tokens + done.completion_tokens,
-        }
         return {
             **self._base,
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": output,
-            "usage": usage,
+            "usage": {
+                "input_tokens": done.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": done.cached_tokens},
+                "output_tokens": done.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": done.reasoning_tokens},
+                "total_tokens": done.prompt_tokens + done.completion_tokens,
+            },
         }
 
 
-def _item(kind: str, status: str) -> dict[str, Any]:
-    """An output item that has nothing in it yet."""
-    if kind == "reasoning":
-        return {
-            "type": kind,
-            "id": f"rs_{secrets.token_hex(12)}",
-            "status": status,
-            "summary": [],
-            "content": [],
-        }
+def _item(kind: str, status: str, *content: dict[str, Any]) -> dict[str, Any]:
+    """An output item: a message, or reasoning."""
+    extra: dict[str, Any] = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+    prefix = "rs" if kind == "reasoning" else "msg"
     return {
-        "type": "message",
-        "id": f"msg_{secrets.token_hex(12)}",
+        "type": kind,
+        "id": f"{prefix}_{secrets.token_hex(12)}",
         "status": status,
-        "role": "assistant",
-        "content": [],
+        **extra,
+        "content": [*content],
     }
 
 
@@ -248,46 +207,44 @@ def _part(kind: str, text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _called(call: Call, status: str) -> dict[str, Any]:
+def _call_item(call: Call) -> dict[str, Any]:
     return {
         "type": "function_call",
         "id": f"fc_{secrets.token_hex(12)}",
         "call_id": call.id,
         "name": call.name,
         "arguments": call.arguments,
-        "status": status,
+        "status": "completed",
     }
 
 
-async def _answer(shape: _Shape, reader: Reader | None, stream: Stream) -> dict[str, Any]:
-    whole = await collect(stream, reader)
+async def _answer(response: _ResponseObject, reader: AnswerReader, stream: Stream) -> dict[str, Any]:
+    answer = await collect(stream, reader)
     output = []
-    for kind, text in (("reasoning", whole.thought), ("message", whole.text)):
-        if text or (kind == "message" and not whole.calls):
-            output.append({**_item(kind, "completed"), "content": [_part(kind, text)]})
-    output += [_called(call, "completed") for call in whole.calls]
-    return shape.ended(output, whole.done)
+    if answer.reasoning:
+        output.append(_item("reasoning", "completed", _part("reasoning", answer.reasoning)))
+    if answer.text or not answer.calls:
+        output.append(_item("message", "completed", _part("message", answer.text)))
+    output += [_call_item(call) for call in answer.calls]
+    return response.ended(output, answer.done)
 
 
-class _Events(EventStream):
-    def _failed(self, error: RequestError) -> bytes:
-        body = {"type": "error", "code": error.code, "message": str(error), "param": error.param}
-        return b"event: error\ndata: " + dump(body) + b"\n\n"
+def _failure(error: RequestError) -> bytes:
+    return named_event({"type": "error", "code": error.code, "message": str(error), "param": error.param})
 
 
-async def _events(shape: _Shape, reader: Reader | None, stream: Stream) -> AsyncIterator[bytes]:
+async def _events(response: _ResponseObject, reader: AnswerReader, stream: Stream) -> AsyncIterator[bytes]:
     output = _Output()
     begun = False
     async for item in stream:
         chunk = b""
         if not begun:
             begun = True
-            chunk = output.event("response.created", response=shape.begun())
-            chunk += output.event("response.in_progress", response=shape.begun())
-        last = isinstance(item, msg.Done)
-        thought, text, calls = reader.push(item.text, last=last) if reader else ("", item.text, [])
-        if thought:
-            chunk += output.add("reasoning", thought)
+            chunk = output.event("response.created", response=response.begun())
+            chunk += output.event("response.in_progress", response=response.begun())
+        reasoning, text, calls = reader.take(item)
+        if reasoning:
+            chunk += output.add("reasoning", reasoning)
         if text:
             chunk += output.add("message", text)
         for call in calls:
@@ -296,13 +253,15 @@ async def _events(shape: _Shape, reader: Reader | None, stream: Stream) -> Async
             if not output.items and not output.opened:
                 chunk += output.add("message", "")
             chunk += output.close()
-            whole = shape.ended(output.items, item)
+            whole = response.ended(output.items, item)
             chunk += output.event(f"response.{whole['status']}", response=whole)
         if chunk:
             yield chunk
 
 
 _NAMES = {"message": "response.output_text", "reasoning": "response.reasoning_text"}
+# What the events of a text have besides it.
+_EXTRA: dict[str, dict[str, Any]] = {"message": {"logprobs": []}, "reasoning": {}}
 
 
 class _Output:
@@ -311,52 +270,51 @@ class _Output:
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
         self.opened: dict[str, Any] | None = None
-        self._kind = ""
         self._text: list[str] = []
         self._number = 0
 
     def event(self, kind: str, **fields: Any) -> bytes:
-        body = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return b"event: " + kind.encode("ascii") + b"\ndata: " + dump(body) + b"\n\n"
+        return named_event({"type": kind, "sequence_number": self._number - 1, **fields})
 
     def add(self, kind: str, text: str) -> bytes:
+        """The events for more text of an item of this kind, which is opened where it is not."""
         chunk = b""
-        if self.opened is None or self._kind != kind:
+        if self.opened is None or self.opened["type"] != kind:
             chunk = self.close()
-            self.opened, self._kind, self._text = _item(kind, "in_progress"), kind, []
-            at = len(self.items)
-            chunk += self.event("response.output_item.added", output_index=at, item=self.opened)
+            self.opened, self._text = _item(kind, "in_progress"), []
+            chunk += self._added(self.opened)
             chunk += self.event("response.content_part.added", **self._where(), part=_part(kind, ""))
         self._text.append(text)
-        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
-        return chunk + self.event(f"{_NAMES[kind]}.delta", **self._where(), delta=text, **extra)
+        return chunk + self.event(f"{_NAMES[kind]}.delta", **self._where(), delta=text, **_EXTRA[kind])
 
     def call(self, call: Call) -> bytes:
-        chunk = self.close()
-        at, whole = len(self.items), _called(call, "completed")
-        begun = {**whole, "arguments": "", "status": "in_progress"}
-        where = {"item_id": whole["id"], "output_index": at}
-        chunk += self.event("response.output_item.added", output_index=at, item=begun)
+        """The events of a whole tool call."""
+        chunk, item = self.close(), _call_item(call)
+        where = {"item_id": item["id"], "output_index": len(self.items)}
+        chunk += self._added({**item, "arguments": "", "status": "in_progress"})
         chunk += self.event("response.function_call_arguments.delta", **where, delta=call.arguments)
         done = {"arguments": call.arguments, "name": call.name}
         chunk += self.event("response.function_call_arguments.done", **where, **done)
-        self.items.append(whole)
-        return chunk + self.event("response.output_item.done", output_index=at, item=whole)
+        return chunk + self._done(item)
 
     def close(self) -> bytes:
+        """The events that end the open item."""
         if self.opened is None:
             return b""
-        text, kind, where = "".join(self._text), self._kind, self._where()
-        extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        text, kind, where = "".join(self._text), self.opened["type"], self._where()
         part = _part(kind, text)
-        whole = {**self.opened, "status": "completed", "content": [part]}
-        chunk = self.event(f"{_NAMES[kind]}.done", **where, text=text, **extra)
+        chunk = self.event(f"{_NAMES[kind]}.done", **where, text=text, **_EXTRA[kind])
         chunk += self.event("response.content_part.done", **where, part=part)
-        chunk += self.event("response.output_item.done", output_index=len(self.items), item=whole)
-        self.items.append(whole)
-        self.opened = None
-        return chunk
+        item, self.opened = {**self.opened, "status": "completed", "content": [part]}, None
+        return chunk + self._done(item)
+
+    def _added(self, item: dict[str, Any]) -> bytes:
+        return self.event("response.output_item.added", output_index=len(self.items), item=item)
+
+    def _done(self, item: dict[str, Any]) -> bytes:
+        self.items.append(item)
+        return self.event("response.output_item.done", output_index=len(self.items) - 1, item=item)
 
     def _where(self) -> dict[str, Any]:
         assert self.opened is not None

@@ -1,6 +1,6 @@
-"""The chat page at `/`, one file of plain HTML that is a client like any other; and the interface at `/docs`.
+"""The chat page at `/`, one file of plain HTML that is a client like any other, and the interface at `/docs`.
 
-Neither loads anything from elsewhere: what a page of this origin runs could drive the server.
+Neither loads anything from another host: a script on a page of this origin could drive the server.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def page() -> HTMLResponse:
 
 @router.get("/docs")
 async def docs(request: Request) -> HTMLResponse:
-    """/openapi.json to read: every route, and what a body may hold."""
+    """/openapi.json as a page: every route, and the fields of its body."""
     document = request.app.openapi()
     rows = [
         _row(document, method, path, about)
@@ -72,15 +72,15 @@ _DOCS = """<!doctype html>
 
 
 def _row(document: dict[str, Any], method: str, path: str, about: dict[str, Any]) -> str:
-    said = [about.get("summary", ""), about.get("description", "")]
-    fields: dict[str, Any] = {one["name"]: one["schema"] for one in about.get("parameters", [])}
+    texts = [about.get("summary", ""), about.get("description", "")]
+    fields: dict[str, Any] = {field["name"]: field["schema"] for field in about.get("parameters", [])}
     body = about.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     if "$ref" in body:
         schema = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[-1]]
-        said.append(schema.get("description", ""))
+        texts.append(schema.get("description", ""))
         fields |= schema["properties"]
-    words = "".join(f"<p>{html.escape(text)}</p>" for text in said if text)
+    content = "".join(f"<p>{html.escape(text)}</p>" for text in texts if text)
     if fields:
         shown = html.escape(json.dumps(fields, ensure_ascii=False, indent=1))
-        words += f"<details><summary>{html.escape(', '.join(fields))}</summary><pre>{shown}</pre></details>"
-    return f"<h2>{method.upper()} {html.escape(path)}</h2>{words}\n"
+        content += f"<details><summary>{html.escape(', '.join(fields))}</summary><pre>{shown}</pre></details>"
+    return f"<h2>{method.upper()} {html.escape(path)}</h2>{content}\n"

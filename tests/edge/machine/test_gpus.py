@@ -18,8 +18,7 @@ from edge.errors import InputError, UnavailableError, UsageError
 from edge.loading import gpu_offload, load_plan
 from edge.machine import build_llamacpp, doctor, hardware
 from edge.machine.hardware import GPU
-from tests.edge.server.test_app import CHAT, user
-from tests.support.fake_server import fake_server
+from tests.support.fake_server import CHAT, fake_server, user
 
 THE_GPU = GPU(0, "小卡", 8 * 2**30, 7 * 2**30, "550.54", "8.6", "12.4")
 

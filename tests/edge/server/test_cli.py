@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge.artefact import find, manifest
-from edge.engine.worker import Load
 from edge.errors import EdgeError, InputError
-from edge.server import cli as run_module
-from edge.server.model_registry import Planned
+from edge.server import cli
 from tests.support import tiny_llama
 from tests.support.fake_server import Server, launch
 from tests.support.tiny_llama import publish
@@ -111,31 +108,6 @@ def test_a_foreign_file_is_served_by_its_own_header(tmp_path: Path) -> None:
     assert (found.name, found.digest, found.chat_template) == ("x", "", None)
 
 
-# -- what is loaded ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("default", "once"), [(None, "a"), ("b", "b")])
-def test_only_what_is_loaded_at_the_start_is_loaded_as_it_was_seen(
-    monkeypatch: pytest.MonkeyPatch, default: str | None, once: str
-) -> None:
-    looks: list[str] = []
-
-    def planned(path: Path, args: argparse.Namespace, lora: Path | None) -> Planned:
-        looks.append(path.name)
-        return Planned(Load(kind="fake", path=str(path)), bytes=len(looks))
-
-    monkeypatch.setattr(run_module, "planned", planned)
-    args = argparse.Namespace(paths=[Path("a"), Path("b")], name=None, lora=[], default=default)
-    models = run_module.sources(args)
-    assert looks == ["a", "b"]
-    first = {name: models[name]().bytes for name in ("a", "b")}
-    other = "b" if once == "a" else "a"
-    assert first[once] == looks.index(once) + 1
-    assert looks == ["a", "b", other]
-    # A reload looks afresh.
-    assert models[once]().bytes == 4
-
-
 # -- several artefacts ------------------------------------------------------------------------------------
 
 
@@ -155,14 +127,14 @@ def test_several_artefacts_by_their_names(tmp_path: Path) -> None:
         assert (
             server.post("/v1/embeddings", {"model": "one", "input": "hi"}).json()["usage"]["total_tokens"] > 0
         )
-    for extra, said in (
+    for extra, message in (
         (["--default", "x"], "none of"),
         (["--name", "n"], "single model"),
         (paths, "the id"),
     ):
         done = subprocess.run([*serve, *extra], capture_output=True, text=True, encoding="utf-8", timeout=60)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 @pytest.mark.slow
@@ -215,10 +187,10 @@ def test_adapters_that_cannot_be_served_are_said_at_once(tmp_path: Path, run: Pa
     lora = tiny_llama.write_lora(tmp_path / "x.gguf")
     for more, message in (
         (["--lora", str(lora), "--lora", str(lora)], "two of the models have the id 'x'"),
-        (["--lora", f"={lora}"], "a name or a path lacks"),
+        (["--lora", f"={lora}"], "the name or the path is missing"),
         (["--lora", f"n={tmp_path / 'none.gguf'}"], "no such file"),
         (["--lora", f"n={run / 'gguf' / '微小.gguf'}"], "is no LoRA adapter"),
         ([str(run), "--lora", str(lora)], "--lora goes with a single model"),
     ):
         with pytest.raises(EdgeError, match=message):
-            run_module.main([str(run), *more, "--port", "0"])
+            cli.main([str(run), *more, "--port", "0"])

@@ -132,7 +132,7 @@ def test_an_id_is_never_a_path(name: str) -> None:
 
     registry = Registry({"m": lambda: Planned(Load(kind="fake"))})
     with pytest.raises(RequestError) as caught:
-        registry.known(name)
+        registry.entry(name)
     assert caught.value.status == 404
 
 

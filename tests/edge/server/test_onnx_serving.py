@@ -57,7 +57,7 @@ import sys
 for name in ("torch", "transformers", "peft", "llama_cpp", "onnx"):
     sys.modules[name] = None
 from pathlib import Path
-import edge.server.cli, edge.server.app, edge.engine.worker
+import edge.server.launch, edge.server.model_plans
 from edge.backends.base import Row
 from edge.engine import worker
 from edge.loading import load_plan

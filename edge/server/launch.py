@@ -1,0 +1,93 @@
+"""The HTTP process: serves on a bound socket while the first model loads, and drains at a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from edge.server.access import Access
+from edge.server.app import create_app
+from edge.server.model_registry import Planned, Registry
+from edge.server.served_model import ServedModel
+
+
+def serve(
+    listener: socket.socket,
+    models: dict[str, Callable[[], Planned]],
+    *,
+    default: str | None = None,
+    access: Access | None = None,
+    budget: int | None = None,
+    keep_alive: float | None = None,
+    drain: float = 10.0,
+) -> int:
+    """Serve `models` on `listener` until a signal comes; the exit code.
+
+    budget: bytes that loaded models may take. keep_alive, drain: seconds. Raises EdgeError where the default
+    model cannot be loaded.
+    """
+    registry = Registry(models, default=default, budget=budget, keep_alive=keep_alive)
+    return asyncio.run(_serve(listener, registry, access or Access(), drain))
+
+
+class _Server(uvicorn.Server):
+    # uvicorn raises the signal that ended it once more; a drained server ends with code 0.
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+async def _serve(listener: socket.socket, registry: Registry, access: Access, drain: float) -> int:
+    config = uvicorn.Config(
+        create_app(registry, access),
+        log_config=None,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    server = _Server(config)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    names = ", ".join(registry.entries)
+    _print(f"{names}: http://{address}:{port}  (loading; /docs describes the interface, Ctrl-C ends it)")
+    loading = registry.start()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and loading.exception() is None:
+            _print(_ready_line(loading.result()))
+        elif loading.done():
+            server.should_exit = True
+        await serving
+    finally:
+        await registry.close(0.5)
+    if not loading.cancelled():
+        loading.result()
+    return 0
+
+
+def _ready_line(model: ServedModel) -> str:
+    ready = model.ready
+    return (
+        f"ready in {model.engine.load_s:.1f} s on {ready.device} ({ready.why}) "
+        f"by {ready.settings.get('chosen', ready.kind)}, "
+        f"{ready.settings.get('threads', '?')} threads, context {ready.context}, "
+        f"{ready.slots} requests at once"
+    )
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,102 @@
+"""Anthropic's interface: bodies, streams, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.fake_server import Server, fake_server, named_events, user
+
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
+
+REPLY = "你好, world!"
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"k": 1}}\n</tool_call>'
+
+
+TOOL = {"type": "object", "properties": {"k": {"type": "integer"}}}
+
+
+THINKER = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    common = {"context": 512, "slots": 4, "batch": 128}
+    models = {
+        "fake": {**common, "reply": REPLY, "script": [["<tool>", "done"], ["please", "Sure. " + CALL]]},
+        "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
+    }
+    with fake_server(models=models) as started:
+        yield started
+
+
+def test_anthropic_events_come_in_order(server: Server) -> None:
+    body = {"model": "thinker", "max_tokens": 99, "messages": user(), "stream": True}
+    rows = named_events(server.post("/v1/messages", body))
+    kinds = [row["type"] for row in rows if row["type"] != "content_block_delta"]
+    block = ["content_block_start", "content_block_stop"]
+    assert kinds == ["message_start", *block, *block, "message_delta", "message_stop"]
+    deltas = [row["delta"] for row in rows if row["type"] == "content_block_delta"]
+    assert "".join(d.get("thinking", "") for d in deltas) == "well"
+    assert "".join(d.get("text", "") for d in deltas) == "seven"
+    counted = server.post("/v1/messages/count_tokens", {"model": "thinker", "messages": user()}).json()
+    assert rows[0]["message"]["usage"]["input_tokens"] == counted["input_tokens"] == len("hi<think>")
+    usage = rows[-2]["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == counted["input_tokens"]
+
+
+def test_anthropic_tools_and_blocks(server: Server) -> None:
+    tools = [{"name": "f", "input_schema": TOOL}]
+    asked = {"model": "fake", "max_tokens": 200, "tools": tools, "temperature": 0}
+    first = server.post("/v1/messages", {**asked, "messages": user("please")}).json()
+    assert [block["type"] for block in first["content"]] == ["text", "tool_use"]
+    assert (first["stop_reason"], first["content"][1]["input"]) == ("tool_use", {"k": 1})
+    result = {
+        "type": "tool_result",
+        "tool_use_id": first["content"][1]["id"],
+        "content": [{"type": "text", "text": "5"}],
+    }
+    turns = [
+        *user("please"),
+        {"role": "assistant", "content": first["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    again = server.post("/v1/messages", {**asked, "messages": turns}).json()
+    assert again["content"] == [{"type": "text", "text": "done"}]
+    rows = named_events(server.post("/v1/messages", {**asked, "messages": user("please"), "stream": True}))
+    starts = [row["content_block"] for row in rows if row["type"] == "content_block_start"]
+    assert [start["type"] for start in starts] == ["text", "tool_use"]
+    parts = [r["delta"]["partial_json"] for r in rows if r.get("delta", {}).get("type") == "input_json_delta"]
+    assert json.loads("".join(parts)) == {"k": 1}
+
+
+def test_anthropic_stops_and_errors(server: Server) -> None:
+    def ask(**extra: Any) -> httpx.Response:
+        return server.post("/v1/messages", {"max_tokens": 99, "messages": user(), **extra})
+
+    assert ask(stop_sequences=["world"]).json()["stop_sequence"] == "world"
+    assert ask(max_tokens=2).json()["stop_reason"] == "max_tokens"
+    image = [{"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/x"}}]
+    for bad in (
+        {"temperature": 1.5},
+        {"max_tokens": None},
+        {"messages": user(image)},
+        {"mcp_servers": [{"url": "http://x"}]},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        {"messages": user([{"type": "tool_result"}])},
+    ):
+        response = ask(**bad)
+        assert response.status_code == 400, bad
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    missing = ask(model="nobody")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+    shaped = {"format": {"type": "json_schema", "schema": {"enum": [7]}}}
+    assert ask(output_config=shaped).json()["content"][0]["text"] == "7"

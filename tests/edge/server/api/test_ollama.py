@@ -1,0 +1,112 @@
+"""Ollama's interface: bodies, streams, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from edge.errors import RequestError
+from edge.server.api.ollama import seconds
+from tests.support.fake_server import Server, fake_server, user
+
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
+
+REPLY = "你好, world!"
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"k": 1}}\n</tool_call>'
+
+
+TOOL = {"type": "object", "properties": {"k": {"type": "integer"}}}
+
+
+THINKER = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    common = {"context": 512, "slots": 4, "batch": 128}
+    models = {
+        "fake": {**common, "reply": REPLY, "script": [["<tool>", "done"], ["please", "Sure. " + CALL]]},
+        "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
+    }
+    with fake_server(models=models) as started:
+        yield started
+
+
+def lines(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.headers["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def test_ollama_streams_unless_told_not_to(server: Server) -> None:
+    rows = lines(server.post("/api/chat", {"model": "fake", "messages": user()}))
+    assert "".join(row["message"]["content"] for row in rows) == REPLY
+    assert [row["done"] for row in rows] == [False] * (len(rows) - 1) + [True]
+    last = rows[-1]
+    assert last["done_reason"] == "stop"
+    assert last["eval_count"] == len(REPLY.encode()) + 1
+    whole = last["total_duration"]
+    assert whole >= last["prompt_eval_duration"] + last["eval_duration"] > 0
+    one = server.post("/api/generate", {"model": "fake", "prompt": "x", "stream": False}).json()
+    assert one["response"] == REPLY
+
+
+def test_ollama_options(server: Server) -> None:
+    def ask(**options: Any) -> httpx.Response:
+        body = {"model": "fake:latest", "prompt": "x", "stream": False, "options": options}
+        return server.post("/api/generate", body)
+
+    assert ask(num_predict=3, num_ctx=99999, num_gpu=1).json()["done_reason"] == "length"
+    assert ask(num_predict=-1, stop=["world"]).json()["response"] == "你好, "
+    for bad in ({"mirostat": 2}, {"temperature": 9}, {"repeat_penalty": 1.1, "repeat_last_n": 64}):
+        response = ask(**bad)
+        assert response.status_code == 400
+        assert set(response.json()) == {"error"}
+
+
+def test_ollama_tools_thoughts_and_formats(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": TOOL}}]
+    asked = {"model": "fake", "messages": user("please"), "tools": tools, "options": {"temperature": 0}}
+    rows = lines(server.post("/api/chat", asked))
+    [calls] = [row["message"]["tool_calls"] for row in rows if "tool_calls" in row["message"]]
+    assert calls == [{"function": {"name": "f", "arguments": {"k": 1}}}]
+    past = {"role": "assistant", "content": "", "tool_calls": calls}
+    turns = [*user("please"), past, {"role": "tool", "tool_name": "f", "content": "5"}]
+    again = server.post("/api/chat", {**asked, "messages": turns, "stream": False}).json()
+    assert again["message"]["content"] == "done"
+    thought = server.post("/api/chat", {"model": "thinker", "messages": user(), "stream": False}).json()
+    assert thought["message"] == {"role": "assistant", "content": "seven", "thinking": "well"}
+    shaped = {"model": "fake", "messages": user(), "stream": False, "format": {"enum": [7]}}
+    assert server.post("/api/chat", shaped).json()["message"]["content"] == "7"
+    image = [{"role": "user", "content": "x", "images": ["aGk="]}]
+    assert "text model" in server.post("/api/chat", {"model": "fake", "messages": image}).json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("5m", 300.0),
+        ("1h30m", 5400.0),
+        ("-1", -1.0),
+        ("-1s", -1.0),
+        ("10", 10.0),
+        (0, 0),
+        (None, None),
+        ("1.5s", 1.5),
+    ],
+)
+def test_ollama_durations(given: Any, want: Any) -> None:
+    assert seconds(given) == want
+
+
+@pytest.mark.parametrize("given", ["", "m5", "5x", "--5"])
+def test_ollama_durations_that_are_none(given: str) -> None:
+    with pytest.raises(RequestError, match="no duration"):
+        seconds(given)

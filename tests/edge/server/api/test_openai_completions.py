@@ -1,0 +1,35 @@
+"""OpenAI's older completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.fake_server import Server, events, fake_server
+
+REPLY = "你好, world!"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with fake_server(reply=REPLY, context=256, slots=4) as started:
+        yield started
+
+
+def test_lists_of_prompts_in_the_older_interface(server: Server) -> None:
+    url = "/v1/completions"
+    body = {"prompt": ["ab", "cd"], "temperature": 0, "echo": True}
+    whole = server.post(url, body).json()
+    assert [c["text"] for c in whole["choices"]] == ["ab" + REPLY, "cd" + REPLY]
+    assert whole["usage"]["prompt_tokens"] == 4
+    texts = {0: "", 1: ""}
+    for row in events(server.post(url, {**body, "stream": True})):
+        for choice in row["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == {0: "ab" + REPLY, 1: "cd" + REPLY}
+    ids = server.post(url, {"prompt": [[97, 98], [99]], "echo": True}).json()
+    assert [c["text"][:2] for c in ids["choices"]] == ["ab", "c你"]
+    assert server.post(url, {"prompt": "x", "echo": True, "logprobs": 1}).status_code == 400
+    assert server.post(url, {"prompt": ["x"] * 33, "n": 2}).json()["error"]["param"] == "n"
+    assert server.post(url, {"prompt": [[1, 999]]}).status_code == 400

@@ -1,0 +1,74 @@
+"""The life of the HTTP process: crashes of the engine, signals, a model that cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.fake_server import CHAT, error, fake_server, user
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_crash_answers_503_and_http_stays_up() -> None:
+    with fake_server(reply="z" * 3000, context=4096, step_s=0.02) as server:
+        with ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(server.post, "/generate", {"prompt": "x", "speculate": False})
+            body = {"messages": user(), "stream": True, "speculate": False}
+            streamed = pool.submit(server.post, CHAT, body)
+            server.until(lambda info: info["running"] == 2)
+            worker = server.worker()
+            os.kill(worker, signal.SIGSEGV)
+            assert whole.result().status_code == 503
+            assert error(whole.result())["code"] == "engine_crashed"
+            rows = [line for line in streamed.result().text.split("\n") if line.startswith("data: ")]
+            assert json.loads(rows[-2][6:])["error"]["code"] == "engine_crashed"
+            assert rows[-1] == "data: [DONE]"
+        assert server.get("/health").status_code == 200
+        server.wait()
+        assert server.worker() != worker
+        assert server.get("/info").json()["restarts"] == 1
+        answer = server.post("/generate", {"prompt": "x", "max_tokens": 3})
+        assert answer.json()["generate_text"] == "zzz"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_sigterm_drains_and_exits_with_zero() -> None:
+    with fake_server(reply="w" * 3000, context=4096, step_s=0.02, drain=20.0) as server:
+        body = {"prompt": "x", "max_tokens": 30, "stream": True, "speculate": False}
+        with httpx.stream("POST", server.url + "/generate", json=body, timeout=30) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            worker = server.worker()
+            server.process.send_signal(signal.SIGTERM)
+            rows = [line[6:] for line in [first, *lines] if line.startswith("data: ")]
+        assert rows.pop() == "[DONE]"
+        assert "".join(json.loads(row).get("text", "") for row in rows) == "w" * 30
+        assert server.process.wait(10) == 0
+        assert not psutil.pid_exists(worker)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_the_engine_ends_with_the_http_process() -> None:
+    with fake_server() as server:
+        worker = psutil.Process(server.worker())
+        server.process.kill()
+        assert worker.wait(5) is not None or not worker.is_running()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_load_ends_the_server_with_its_reason() -> None:
+    command = [sys.executable, "-m", "tests.support.fake_server", json.dumps({"slots": "x"})]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 1
+    assert "3 times while loading" in done.stderr

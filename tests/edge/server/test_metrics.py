@@ -1,0 +1,51 @@
+"""What /metrics counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.fake_server import Server, fake_server
+
+# Seconds of servers and training: left out of the quick part.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with fake_server(reply="你好", context=256, origins=["https://app.example"]) as started:
+        yield started
+
+
+def test_metrics_count_what_was_done(server: Server) -> None:
+    def value(name: str) -> float:
+        text = server.get("/metrics").text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    names = [
+        'edge_http_requests_total{route="/generate",method="POST",status="200"}',
+        'edge_answers_total{model="fake",reason="stop"}',
+        'edge_completion_tokens_total{model="fake"}',
+        'edge_time_to_first_token_seconds_count{model="fake"}',
+        'edge_time_to_first_token_seconds_bucket{model="fake",le="+Inf"}',
+        'edge_answer_seconds_count{model="fake"}',
+    ]
+    before = [value(name) for name in names]
+    assert server.post("/generate", {"prompt": "x"}).status_code == 200
+    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 7, 1, 1, 1]
+    assert value('edge_ready{model="fake"}') == 1
+    assert value('edge_kv_cells{model="fake"}') == 1024
+    text = server.get("/metrics").text
+    kinds = re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE)
+    assert len(kinds) == len({name for name, _ in kinds})
+    for line in text.splitlines():
+        assert line.startswith("# ") or re.fullmatch(r'[a-z_]+(\{([a-z]+="[^"]*",?)+\})? [0-9.e+-]+', line), (
+            line
+        )
+    unknown = 'edge_http_requests_total{route="other",method="GET",status="404"}'
+    old = value(unknown)
+    server.get("/no/such/" + "path")
+    assert value(unknown) == old + 1
