@@ -134,11 +134,8 @@ class LayeredModel(TorchModel):
     def through(self, number: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """What layer `number`, which must be present, makes of a batch's states."""
         arguments, options = batch.calls[number]
-        self._real = batch.real
-        try:
+        with self._observing(batch.real):
             output: torch.Tensor = self.layers[number](states, *arguments, **options)
-        finally:
-            self._real = None
         return output
 
     @contextlib.contextmanager

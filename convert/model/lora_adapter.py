@@ -8,7 +8,6 @@ tokens  W'[i] = what the adapter holds for the tokens i (trainable_token_indices
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -21,15 +20,16 @@ from safetensors import safe_open
 
 from convert.model import chat_format
 from convert.model.dequantized_base import Rows, spans
-from convert.model.hf_folder import check_safetensors
+from convert.model.hf_folder import check_safetensors, read_json
 from edge.artefact import manifest
 from edge.errors import InputError
 
-_LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?(A|B)(\.weight)?")
+_LOW_RANK = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B)(\.weight)?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 # Beside the tables of a model with added tokens peft also writes its wrappers' views of them.
 _VIEW = re.compile(r".+\.(modules_to_save|original_module)\.weight")
-_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<layer>.+)\.lora_(?P<part>magnitude_vector)(\.weight)?")
+_AGAIN = "train again: edge train"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -53,9 +53,9 @@ class Lora:
         return self.scaling * (self.b[start:stop].float() @ self.a.float())
 
     def onto(self, rows: Rows) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """What makes some of the base's rows, which begin at a number, those of the trained weight.
+        """A function of some of the base's rows and the number of the first that gives the trained rows.
 
-        All in float32; rows: the base's, for norms that go over all of them.
+        All in float32. rows: the base's, for norms that go over all of them.
         """
 
         def plain(old: torch.Tensor, start: int) -> torch.Tensor:
@@ -124,12 +124,12 @@ class Adapter:
         places = torch.tensor(indices)
 
         def replaced(start: int, stop: int) -> torch.Tensor:
-            found = rows(start, stop)
+            table = rows(start, stop)
             here = (places >= start) & (places < stop)
             if here.any():
-                found = found.float()
-                found[places[here] - start] = values[here].float()
-            return found
+                table = table.float()
+                table[places[here] - start] = values[here].float()
+            return table
 
         return replaced
 
@@ -157,23 +157,19 @@ def read_adapter(folder: Path) -> Adapter:
                 f"{folder} has its adapter as *.bin (pickle), which can run code when it is read",
                 "if you trust where it comes from, load it with peft and save_pretrained it as safetensors",
             )
-        raise InputError(f"{folder} lacks {path.name} or {weights.name}", "train again: edge train")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "train again: edge train") from error
-    if kind != "LORA":
+        raise InputError(f"{folder} lacks {path.name} or {weights.name}", _AGAIN)
+    config = read_json(path, hint=_AGAIN)
+    if config.get("peft_type") != "LORA":
         raise InputError(
-            f"{path}: an adapter of the type {kind!r} cannot be merged", "only LoRA and DoRA can"
+            f"{path}: an adapter of the type {config.get('peft_type')!r} cannot be merged",
+            "only LoRA and DoRA can",
         )
     for key in ("fan_in_fan_out", "lora_bias", "target_parameters"):
         if config.get(key):
             raise InputError(f"{path}: {key} is {config[key]!r}, which cannot be merged")
     check_safetensors(weights)
     adapter = Adapter(folder, weights, config)
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    magnitudes: dict[str, torch.Tensor] = {}
+    layers: dict[str, dict[str, torch.Tensor]] = {}
     tables: set[str] = set()
     with safe_open(weights, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
@@ -181,26 +177,24 @@ def read_adapter(folder: Path) -> Adapter:
             name = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             if _VIEW.fullmatch(name):
                 continue
-            if found := _TOKENS.fullmatch(name):
-                adapter.tokens[f"{found[1]}.weight"] = _tokens(config, found[1], file.get_tensor(key), path)
-            elif found := _LOW_RANK.fullmatch(name):
-                halves.setdefault(found[1], {})[found[3]] = file.get_tensor(key)
-                if found[2]:
-                    tables.add(found[1])
-            elif found := _MAGNITUDE.fullmatch(name):
-                magnitudes[found[1]] = file.get_tensor(key)
+            if match := _TOKENS.fullmatch(name):
+                adapter.tokens[f"{match[1]}.weight"] = _tokens(config, match[1], file.get_tensor(key), path)
+            elif match := _LOW_RANK.fullmatch(name) or _MAGNITUDE.fullmatch(name):
+                layers.setdefault(match["layer"], {})[match["part"]] = file.get_tensor(key)
+                if "embedding_" in name:
+                    tables.add(match["layer"])
             elif "lora_" in name:
                 raise InputError(f"{weights}: {key} is no weight of LoRA or DoRA that can be merged")
             else:
                 adapter.whole[name] = key
-    for layer, two in halves.items():
-        if set(two) != {"A", "B"} or two["A"].dim() != 2 or two["A"].shape[0] != two["B"].shape[-1]:
+    for layer, parts in layers.items():
+        a, b = parts.get("A"), parts.get("B")
+        if a is None or b is None or a.dim() != 2 or a.shape[0] != b.shape[-1]:
             raise InputError(
                 f"{weights}: the two halves of {layer} do not fit", "the file is damaged: train again"
             )
-        adapter.updates[f"{layer}.weight"] = Lora(
-            two["A"], two["B"], scaling(config, layer), magnitudes.get(layer), layer in tables
-        )
+        scale, magnitude = scaling(config, layer), parts.get("magnitude_vector")
+        adapter.updates[f"{layer}.weight"] = Lora(a, b, scale, magnitude, layer in tables)
     return adapter
 
 
@@ -209,8 +203,12 @@ def _tokens(
 ) -> tuple[list[int], torch.Tensor]:
     given = config.get("trainable_token_indices")
     if isinstance(given, dict):
-        given = next((one for name, one in given.items() if f".{layer}".endswith(f".{name}")), None)
-    if not isinstance(given, list) or len(given) != len(values) or any(type(one) is not int for one in given):
+        given = next((ids for name, ids in given.items() if f".{layer}".endswith(f".{name}")), None)
+    if (
+        not isinstance(given, list)
+        or len(given) != len(values)
+        or any(type(token) is not int for token in given)
+    ):
         raise InputError(
             f"{path}: trainable_token_indices does not name the {len(values)} tokens that {layer} holds",
             "the file is damaged: train again",
@@ -231,12 +229,9 @@ def known_adapter(folder: Path) -> manifest.Manifest:
             )
         return known
     path = folder / "adapter_config.json"
-    try:
-        base = str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} does not name its base model: {error!r}", "train it again: edge train"
-        ) from error
+    base = str(read_json(path, hint=_AGAIN).get("base_model_name_or_path") or "")
+    if not base:
+        raise InputError(f"{path} does not name its base model", _AGAIN)
     known = manifest.Manifest("adapter", folder.resolve().name, base, settings={"model_name_or_path": base})
     form = load_format(folder, find_base(known, folder))
     known.chat_template, known.stop_ids = manifest.text_digest(form.source), form.stop_ids
@@ -255,7 +250,7 @@ def find_base(known: manifest.Manifest, adapter: Path) -> Path:
     """The base's folder by the adapter's manifest. Raises InputError where it is gone or was changed."""
     parent = known.parents[0] if known.parents else {"path": "", "digest": ""}
     name = str(known.settings.get("model_name_or_path", ""))
-    folder = next((Path(one) for one in (parent["path"], name) if one and Path(one).is_dir()), None)
+    folder = next((Path(path) for path in (parent["path"], name) if path and Path(path).is_dir()), None)
     if folder is None and name:
         from convert.model.hub import resolve
 

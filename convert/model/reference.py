@@ -71,14 +71,20 @@ class TorchModel:
     def _hidden(self, rows: list[list[int]]) -> torch.Tensor:
         """The decoder's states (rows, longest, width) of rows that are padded at their ends."""
         ids, mask, real = padded(rows)
+        with torch.inference_mode(), self._observing(real):
+            states: torch.Tensor = self._decoder(
+                input_ids=ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state
+        return states
+
+    @contextlib.contextmanager
+    def _observing(self, real: torch.Tensor) -> Iterator[None]:
+        """Within the block observers are told of the positions in `real`, a mask over the flat batch."""
         self._real = real
         try:
-            with torch.inference_mode():
-                output = self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            yield
         finally:
             self._real = None
-        states: torch.Tensor = output.last_hidden_state
-        return states
 
     def greedy(self, ids: list[int], count: int, ends: frozenset[int]) -> list[int]:
         """At most `count` most probable next tokens, an end included."""
@@ -110,16 +116,11 @@ class TorchModel:
 
             return tell
 
-        handles = [
-            module.register_forward_pre_hook(hook(name))
-            for name, module in self._inner.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        ]
-        try:
+        with contextlib.ExitStack() as stack:
+            for name, module in self._inner.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    stack.callback(module.register_forward_pre_hook(hook(name)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def linear(self, name: str) -> torch.nn.Linear:
         """The linear layer that an observer is told of as `name`."""

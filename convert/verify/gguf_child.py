@@ -43,7 +43,6 @@ class Session:
             "ends": sorted(info.stop_ids),
             "bos": info.bos_text,
             "eos": info.eos_text,
-            "build": info.settings["build"],
         }
 
     def encode(self, request: dict[str, Any]) -> dict[str, Any]:

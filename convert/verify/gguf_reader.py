@@ -78,12 +78,10 @@ class GgufReader(Reader):
         )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._ask({"op": "encode", "texts": texts})["ids"]
-        return ids
+        return list(self._ask({"op": "encode", "texts": texts})["ids"])
 
     def decode(self, rows: list[list[int]]) -> list[str]:
-        texts: list[str] = self._ask({"op": "decode", "rows": rows})["texts"]
-        return texts
+        return list(self._ask({"op": "decode", "rows": rows})["texts"])
 
     def special_tokens(self) -> list[str]:
         arrays = (self._header.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
@@ -107,8 +105,7 @@ class GgufReader(Reader):
 
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
         request = {"op": "greedy", "ids": ids, "count": count, "ends": sorted(self.stop_ids)}
-        tokens: list[int] = self._ask(request)["ids"]
-        return tokens
+        return list(self._ask(request)["ids"])
 
     def speed(self, *, prompt: int = 256, steps: int = 24, rounds: int = 3) -> tuple[float, float]:
         """(prompt, decode) in tokens a second on this machine, one stream."""

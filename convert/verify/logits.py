@@ -53,7 +53,7 @@ class Reference:
         self._path = Path(self._folder.name) / "logits"
         try:
             self._rows = [*_answers(a, data.probes), *self._continued(a, speaker)]
-            self._columns = self._keep(a)
+            self._keep(a)
         except BaseException:
             self.close()
             raise
@@ -87,24 +87,18 @@ class Reference:
     def _logits(self, reader: Reader) -> Iterator[Logits]:
         return reader.all_logits([row.ids for row in self._rows], [len(row.answer) for row in self._rows])
 
-    def _keep(self, reader: Reader) -> int:
-        """Write the logits of `reader` to the file, row after row; their columns."""
-        columns = 0
+    def _keep(self, reader: Reader) -> None:
+        """Write the logits of `reader` to the file, row after row."""
+        positions = sum(len(row.answer) for row in self._rows)
+        manifest.check_free(self._path.parent, 4 * positions * reader.vocab)
         # Written and read, not mapped: mapped pages would count as memory of this process.
         with self._path.open("wb") as file:
             for logits in self._logits(reader):
-                if not columns:
-                    columns = logits.shape[1]
-                    total = sum(len(row.answer) for row in self._rows)
-                    manifest.check_free(self._path.parent, 4 * total * columns)
-                file.write(np.ascontiguousarray(logits, np.float32).data)
-        return columns
+                np.save(file, np.asarray(logits, np.float32))
 
     def _kept(self) -> Iterator[Logits]:
         with self._path.open("rb") as file:
-            for row in self._rows:
-                count = len(row.answer) * self._columns
-                yield np.fromfile(file, np.float32, count).reshape(len(row.answer), self._columns)
+            yield from (np.load(file) for _ in self._rows)
 
 
 def _answers(reader: Reader, asked: list[probes.Probe]) -> list[_Row]:

@@ -1,7 +1,7 @@
-"""What two stages are asked: texts in which tokenizers differ, conversations, and rows of the data set.
+"""What a comparison asks two stages: texts in which tokenizers differ, conversations, rows of the data set.
 
-The data set is found through the adapter that the model came from; a model made elsewhere is asked the fixed
-ones alone.
+The data set is found through the adapter that the model came from; a model from elsewhere is asked the fixed
+conversations alone.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Probe:
 
 @dataclass
 class Probes:
-    """rows: what the data set's answers are called, "" without any. note: why there are none."""
+    """rows: how many of which rows of the data set, "" without any. note: why there are none."""
 
     probes: list[Probe] = field(default_factory=list)
     rows: str = ""
@@ -76,8 +76,8 @@ class Probes:
 
 def fixed() -> list[Probe]:
     """The conversations that every model is asked."""
-    one = [Probe([{"role": "user", "content": text}]) for text in _ASKED]
-    return one + [Probe(list(messages)) for messages in _CONVERSATIONS]
+    questions = [Probe([{"role": "user", "content": text}]) for text in _ASKED]
+    return questions + [Probe(list(messages)) for messages in _CONVERSATIONS]
 
 
 def special_texts(tokens: list[str], count: int = 24) -> list[str]:
@@ -106,22 +106,14 @@ def from_data(known: manifest.Manifest | None) -> Probes:
 
 def adapter_settings(known: manifest.Manifest | None) -> dict[str, Any] | None:
     """The settings of the adapter that a stage came from, itself or through its parents; None without one."""
-    seen: set[str] = set()
-    while known is not None:
-        if known.stage == "adapter":
-            return known.settings
-        following = None
-        for parent in known.parents:
-            folder = Path(parent["path"])
-            if parent["digest"] in seen or not (folder / manifest.FILE).is_file():
-                continue
-            seen.add(parent["digest"])
-            found = manifest.read(folder)
-            # Trained again meanwhile: its rows may be others.
-            if found.digest == parent["digest"]:
-                following = found
-                break
-        known = following
+    if known is None or known.stage == "adapter":
+        return known.settings if known else None
+    for entry in known.parents:
+        folder = Path(entry["path"])
+        parent = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
+        # With another digest it was trained again meanwhile: its rows may be others.
+        if parent is not None and parent.digest == entry["digest"]:
+            return adapter_settings(parent)
     return None
 
 
