@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -147,10 +148,8 @@ def older_folder(source: Path, target: Path) -> None:
     transformers 5 keeps rope_theta inside rope_parameters, where older ones do not look: they would take
     their default without a word. Raises InputError for a rope that they cannot be told of.
     """
-    target.mkdir()
-    for path in source.iterdir():
-        if path.name != "config.json":
-            (target / path.name).symlink_to(path.resolve())
+    ignore = shutil.ignore_patterns("config.json")
+    shutil.copytree(source.resolve(), target, ignore=ignore, copy_function=os.symlink)
     config = read_json(source / "config.json")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and rope.get("rope_type", "default") == "default":

@@ -265,16 +265,13 @@ def show(report: Report, console: Console) -> None:
     table.add_column(f"{a.stage} ({a.kind})", overflow="fold")
     table.add_column(f"{b.stage} ({b.kind})", overflow="fold")
     table.add_column("", style="bold")
+    lengths = [f"{len(reader.template):,} characters" for reader in (a, b)]
+    stops = [", ".join(map(str, sorted(reader.stop_ids))) for reader in (a, b)]
     for label, left, right, key in (
-        (
-            "chat template",
-            f"{len(a.template):,} characters",
-            f"{len(b.template):,} characters",
-            "chat_template",
-        ),
+        ("chat template", *lengths, "chat_template"),
         ("prompt ids", f"{facts['texts']} texts", "", "token_ids"),
         ("text -> ids -> text", f"exact: {facts.get('round_trip_exact')}", "", "round_trip"),
-        ("stop tokens", _ids(a), _ids(b), "stops"),
+        ("stop tokens", *stops, "stops"),
     ):
         if key in facts:
             table.add_row(
@@ -322,10 +319,6 @@ def summary(report: Report, console: Console) -> None:
             text += f", greedy text equal for {_greedy(logits)}"
     console.print(text, markup=False)
     _remarks(report, console)
-
-
-def _ids(reader: Reader) -> str:
-    return ", ".join(map(str, sorted(reader.stop_ids)))
 
 
 def keep(report: Report) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -325,6 +326,37 @@ def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None
     assert report.logits["greedy_equal"] == report.logits["greedy_tokens"] > 20
     # What the export itself kept is the same comparison.
     assert manifest.read(real / "onnx").verify["logits"] == report.logits
+
+
+@pytest.mark.slow
+def test_a_large_model_is_compared_with_one_layer_in_memory(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from convert.model import layerwise, reference
+
+    shutil.copytree(real / "merged", tmp_path / "merged")
+    monkeypatch.setattr(reference, "WHOLE", 0)
+    # It would be in memory as a whole.
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    most, order = [0], []
+    real_present = layerwise.LayeredModel.present
+
+    @contextlib.contextmanager
+    def counted(self: layerwise.LayeredModel, layer: Any) -> Iterator[None]:
+        with real_present(self, layer):
+            order.append(self.name(layer))
+            loaded = [any(not p.is_meta for p in one.parameters()) for one in self.layers]
+            most[0] = max(most[0], sum(loaded))
+            yield
+
+    monkeypatch.setattr(layerwise.LayeredModel, "present", counted)
+    export.run(tmp_path, precision="fp32", console=Console(quiet=True))
+    verify = manifest.read(tmp_path / "onnx").verify
+    assert verify["logits"]["kl_mean"] < 1e-6 and verify["logits"]["greedy_tokens"] > 20
+    # Each layer once for all rows, and never two of them.
+    assert order == ["model.layers.0", "model.layers.1"] and most == [1]
 
 
 @pytest.mark.slow
