@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class BackendInfo:
     capacity: KV cells in all; with `shared` the KV cache is unified: slots draw on it, `copy` costs no cells.
     batch, outputs: tokens and logits of one step at most. device: what is really in use; why: how it was
     chosen. stop_ids: every id that ends a turn. bos_id: prepended to a text unless `add_bos` is false.
-    embedding: length of the vectors that `Embeds.embed` gives; 0 where the backend has none.
+    embedding: length of the vectors that `Backend.embed` gives; 0 where the model has none.
     candidates: how many of the most probable tokens suffice to let a row be `few`; 0: no row may be.
     draft_streams: a step may verify drafts while no more streams than this decode; beyond that, drafts cost
     more than they save. overlaps: a step is computed asynchronously, and calls `Backend.meanwhile` meanwhile.
@@ -153,18 +153,13 @@ class Backend(Protocol):
     def interrupt(self) -> None:
         """Ask the running step to end early. From any thread; no effect where no long step runs."""
 
-    def close(self) -> None: ...
-
-
-@runtime_checkable
-class Embeds(Protocol):
-    """A backend that can also turn a text into a vector. Called on the thread that owns it."""
-
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The mean of the last hidden states of `tokens` (1 to context), of length 1. [embedding]
 
-        Raises EdgeError where the memory does not suffice.
+        Only where `BackendInfo.embedding` is not 0. Raises EdgeError where the memory does not suffice.
         """
+
+    def close(self) -> None: ...
 
 
 class SlotBackend(ABC):
@@ -203,7 +198,7 @@ class SlotBackend(ABC):
         return True
 
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """See `Embeds`. Raises EdgeError where the memory does not suffice."""
+        """See Backend.embed."""
         if not 0 < len(tokens) <= self.info.context or not all(0 <= t < self.info.vocab for t in tokens):
             raise ValueError(f"cannot embed {len(tokens)} tokens")
         vector: NDArray[np.float32] = self._embedder.embed(tokens)

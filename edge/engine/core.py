@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from edge.backends.base import Backend, Embeds, Row, StepInterrupted, StepOutputs
+from edge.backends.base import Backend, Row, StepInterrupted, StepOutputs
 from edge.engine import protocol as msg
 from edge.engine.grammar import Grammars
 from edge.engine.kv_cache import KVCache
@@ -151,7 +151,7 @@ class Engine:
     def embed(self, message: msg.Embed) -> None:
         """Take in a text to be turned into a vector, between steps; answered with Embedded or Refused."""
         try:
-            if not isinstance(self._backend, Embeds) or not self._backend.info.embedding:
+            if not self._backend.info.embedding:
                 raise RequestError("this backend gives no embeddings", code="unsupported", param="model")
             self._inbox.put(msg.Embed(message.key, prompt_tokens(self._backend, message.prompt)))
         except RequestError as error:
@@ -241,7 +241,7 @@ class Engine:
 
     def _embed_next(self) -> None:
         message = self._embeds.popleft()
-        assert isinstance(self._backend, Embeds) and isinstance(message.prompt, list)
+        assert isinstance(message.prompt, list)
         try:
             vector = self._backend.embed(message.prompt)
         except EdgeError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.backends.base import Backend, Embeds, Row
+from edge.backends.base import Backend, Row
 from tests.support.backends import Maker
 
 SLOTS, CONTEXT, BATCH = 4, 128, 64
@@ -114,7 +114,6 @@ def test_cells_are_saved_and_restored(backend: Backend) -> None:
 
 
 def test_vectors_of_texts_leave_the_slots_alone(backend: Backend) -> None:
-    assert isinstance(backend, Embeds)
     prompt = ids(backend, "abcdefgh")
     whole = backend.step([Row(0, 0, prompt, 1)]).copy()
     backend.truncate(0, 7)
