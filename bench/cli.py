@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from bench import rate_sweep
-from bench.engines.bare_llamacpp import counts
 from bench.measure import roofline, workloads
 from bench.measure.process_probe import noise
 from bench.measure.progress import View
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> int:
     tokens = base.tokens if args.tokens is None else args.tokens
     if not 2 <= tokens <= 4096:
         raise UsageError(f"--tokens {tokens} is not within 2..4096")
-    clients = counts(args.clients) if args.clients is not None else base.clients
+    clients = workloads.counts(args.clients) if args.clients is not None else base.clients
     if max(clients) > 256:
         raise UsageError(f"--clients {max(clients)} is more than 256")
     plan = dataclasses.replace(

@@ -19,8 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.measure import workloads
-from bench.measure.http1 import request
-from bench.measure.load import Job, Ours, ask, get
+from bench.measure.load import Changed, Job, Ours, ask, get, send
 from bench.servers.target import ours, started
 from edge.console import guarded
 
@@ -78,10 +77,7 @@ async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, 
 
 async def _leave(url: str, job: Job, after: float) -> None:
     """Ask, and close the connection after some seconds, whatever has come by then."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    _, writer = await asyncio.open_connection(host, int(port))
-    method, path, body = Ours().ask(job)
-    writer.write(request(method, f"{host}:{port}", path, {**body, "stream": job.index % 2 == 0}))
+    writer = await send(url, Changed({"stream": job.index % 2 == 0}), job)
     await asyncio.sleep(after)
     writer.transport.abort()
 

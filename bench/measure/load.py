@@ -96,6 +96,17 @@ class Ours:
         )
 
 
+@dataclass(frozen=True)
+class Changed(Ours):
+    """Our dialect with some fields of the request changed."""
+
+    changes: dict[str, Any]
+
+    def ask(self, job: Job) -> tuple[str, str, Any]:
+        method, path, body = super().ask(job)
+        return method, path, {**body, **self.changes}
+
+
 class Baseline:
     """The tutorial's interface: one JSON answer when all is done."""
 
@@ -268,6 +279,15 @@ async def _connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asynci
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def send(url: str, dialect: Dialect, job: Job) -> asyncio.StreamWriter:
+    """Send a request and read nothing of its answer; the caller ends the connection."""
+    parts = urlsplit(url)
+    _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    method, path, body = dialect.ask(job)
+    writer.write(request(method, parts.netloc, path, body, key=dialect.key))
+    return writer
 
 
 async def get(

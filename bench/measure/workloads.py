@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.measure.load import Job
+from edge.errors import UsageError
 
 _OPENINGS = (
     "A traveller from the north asked the keeper of the lighthouse",
@@ -91,6 +92,14 @@ def make(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
         opening = f"{draw.randrange(1000, 10000)}. {draw.choice(_OPENINGS)}:"
         jobs.append(Job(" ".join([opening, *draw.sample(_SENTENCES, 4)]), index, tokens))
     return jobs
+
+
+def counts(text: str) -> list[int]:
+    """`"1,8"` -> [1, 8]. Raises UsageError for anything but positive whole numbers."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"'{text}' is not a list of positive whole numbers such as 1,8")
+    return [int(word) for word in words]
 
 
 def _each(write: Callable[[random.Random, str], str]) -> Callable[[int, int, int, int], list[Job]]:

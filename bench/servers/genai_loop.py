@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ class Loop:
             config.overlay(json.dumps({"model": {"decoder": options}}))
             self.model = onnxruntime_genai.Model(config)
 
-    def generator(self, prompts: list[list[int]], tokens: int) -> Any:
+    def generator(self, prompts: Sequence[Sequence[int]], tokens: int) -> Any:
         """One that has read `prompts`, of equal length, and makes `tokens` greedy tokens after each."""
         count = len(prompts[0]) + tokens
         params = self.library.GeneratorParams(self.model)
         params.set_search_options(
             batch_size=len(prompts), max_length=count, min_length=count, do_sample=False
         )
-        made = self.library.Generator(self.model, params)
-        made.append_tokens(np.array(prompts, np.int32))
-        return made
+        generator = self.library.Generator(self.model, params)
+        generator.append_tokens(np.array(prompts, np.int32))
+        return generator

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from bench import demo
 from bench.cli import check_same_model, main
-from bench.engines.bare_llamacpp import counts
 from bench.measure import workloads
+from bench.measure.workloads import counts
 from bench.measure.load import Baseline, Job, Ours
 from bench.measure.metrics import Sample
 from bench.measure.process_probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory

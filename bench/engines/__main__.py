@@ -1,0 +1,396 @@
+"""Engines side by side on this machine: one program, one table, interleaved rounds.
+
+    python -m bench.engines MODEL.gguf                 our server, a bare llama.cpp loop, reference servers
+    python -m bench.engines RUN --backend onnx         our engine, onnxruntime-genai's Generator, transformers
+    python -m bench.engines RUN/gguf RUN/onnx --merged RUN/merged --gpu [--report docs/reports/serve-GPU]
+    python -m bench.engines MODEL.gguf --only bare --streams 1,8 --kv-unified on,off --flash-attention on,off
+
+All sides make the same forced number of greedy tokens, without speculation. Against servers ours is a server
+too, with the same threads and flash attention; against libraries it is the engine without HTTP. The last line
+on standard output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.engines import bare_llamacpp, features, race, sides
+from bench.engines.bare_llamacpp import BareLoop
+from bench.engines.race import Case, Rates, Row, Side
+from bench.measure.process_probe import noise
+from bench.measure.workloads import counts
+from bench.servers.reference_servers import llama_cpp_server, llama_server, xllamacpp
+from bench.servers.target import Running, ours, started
+from edge.artefact import find, manifest
+from edge.backends import onnx
+from edge.backends.base import Backend
+from edge.engine.worker import Load, open_backend
+from edge.console import guarded
+from edge.errors import UnavailableError, UsageError
+from edge.loading import load_plan
+from edge.machine import hardware
+
+TOKENS, CONTEXT, LONG_CONTEXT = 64, 512, 4096
+# Bytes of weights between the two sizes of model that the goals are for, 135M and 1.5B.
+_LARGE = 400_000_000
+_PACKAGES = (
+    "edge", "llama-cpp-python", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+    "onnxruntime-genai-cuda", "torch", "transformers",
+)  # fmt: skip
+Rows = Generator[Row, None, None]
+
+
+@dataclasses.dataclass
+class Bench:
+    """One artefact to measure, the command's options, and the samples of all cases so far."""
+
+    found: find.Artefact
+    options: argparse.Namespace
+    logs: Path
+    console: Console
+    samples: dict[str, Any]
+    settings: dict[str, Any]
+    transformers: Sequence[Side] = ()
+
+    def race(self, case: Case) -> Generator[Row, None, dict[str, list[Rates]]]:
+        """Yield the rows of a case; returns its samples."""
+        seed = len(self.samples)
+        rates = race.race(case, rounds=self.options.rounds, console=self.console, seed=seed)
+        self.samples[case.name] = race.plain(rates)
+        yield from race.rows(case, rates)
+        return rates
+
+    @contextlib.contextmanager
+    def edge(self, *words: str) -> Iterator[Running]:
+        """Our server over the artefact."""
+        target = ours(self.found.path, "--threads", str(self.options.threads), *words)
+        with started(target, self.logs / "edge.log", watch=False) as server:
+            yield server
+
+
+def streams(bench: Bench) -> Rows:
+    """Our server beside a bare llama.cpp loop and llama-server, at several numbers of streams."""
+    path, options = bench.found.path, bench.options
+    slots = max(options.streams)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(bench.edge("--slots", str(slots), "--ctx", str(CONTEXT)))
+        settings = asyncio.run(features.state(server))["settings"]
+        bench.settings[path.name] = settings
+        flash = settings["flash_attention"] == "on"
+        model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(path)))
+        bare = BareLoop(model, options.threads, flash, settings["kv"] == "one pool")
+        measured: list[Side] = [sides.Server(server), bare]
+        if options.reference_servers:
+            target = llama_server(
+                path, slots=slots, context=CONTEXT, threads=options.threads, flash_attention=flash
+            )
+            other = started(target, bench.logs / "llama-server.log", watch=False)
+            measured.append(sides.Server(stack.enter_context(other)))
+        # The longer a step, the less of it is HTTP.
+        alone = 0.95 if bench.found.header.weights_bytes > _LARGE else 0.85
+        total: dict[int, float] = {}
+        for count in sorted(options.streams):
+            goals = {"llama-server": 1.0} | ({bare.name: alone} if count == 1 else {})
+            tokens = (options.tokens or TOKENS,) * count
+            case = Case(f"{count} streams", tokens, "total", measured, model.vocab, options.prompt, goals)
+            rates = yield from bench.race(case)
+            total[count] = statistics.median(result.total for result in rates["edge"])
+            if count > 8 in total:
+                growth = total[count] / total[8]
+                what = f"{count} streams against 8"
+                yield Row(what, f"{growth:.2f} x", goal="not lower", reached=growth >= 0.97)
+
+
+def servers(bench: Bench) -> Rows:
+    """Eight streams against the two servers that come as Python packages."""
+    path, threads = bench.found.path, bench.options.threads
+    for goal, target in (
+        (1.5, xllamacpp(path, slots=8, context=CONTEXT, threads=threads)),
+        (6.0, llama_cpp_server(path, context=CONTEXT, threads=threads)),
+    ):
+        with (
+            bench.edge("--slots", "8", "--ctx", str(CONTEXT)) as server,
+            started(target, bench.logs / f"{target.name}.log", watch=False) as other,
+        ):
+            pair = (sides.Server(server), sides.Server(other))
+            name = f"8 streams, beside {target.name}"
+            yield from bench.race(Case(name, (TOKENS,) * 8, "total", pair, 1000, goals={target.name: goal}))
+
+
+def ours_alone(bench: Bench) -> Rows:
+    """What only our server has to show."""
+    context = min(LONG_CONTEXT, bench.found.header.context_length)
+    with bench.edge("--ctx", str(context)) as server:
+        options = bench.options
+        yield from features.rows(server, context, rounds=options.rounds, requests=options.requests)
+
+
+def bare(bench: Bench) -> Rows:
+    """The bare llama.cpp loop alone, in each setting."""
+    options = bench.options
+    with contextlib.closing(bare_llamacpp.Model(bench.found.path, gpu=options.gpu)) as model:
+        words = {True: "on", False: "off"}
+        loops = [
+            BareLoop(
+                model, options.threads, flash, unified, options.ctx, memory=not options.gpu,
+                name=f"unified KV cache {words[unified]}, flash attention {words[flash]}",
+            )
+            for unified, flash in itertools.product(options.kv_unified, options.flash_attention)
+        ]  # fmt: skip
+        for count in options.streams:
+            tokens = (options.tokens or TOKENS,) * count
+            yield from bench.race(
+                Case(f"{count} streams", tokens, "decode", loops, model.vocab, options.prompt)
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much the engines are asked, and how many times faster ours should be.
+
+    unequal: lengths of answers that join and leave; many: against the other loop with all streams;
+    alone, together: against transformers with one stream and with all.
+    """
+
+    tokens: int
+    streams: int
+    unequal: tuple[int, ...]
+    alone: float
+    together: float
+    many: float | None = None
+
+
+CPU = Size(64, 8, (16, 32, 48, 64, 64, 80, 96, 112), alone=3.5, together=10.0)
+GPU = Size(256, 32, tuple(128 + 256 * n // 31 for n in range(32)), alone=10.0, together=100.0, many=1.0)
+
+
+def cases(
+    name: str, pair: tuple[Side, Side], size: Size, *, slow: Sequence[Side], plain: Sequence[Side], vocab: int
+) -> list[Case]:
+    """What is measured of one artefact. pair: ours and another loop over the same file.
+
+    slow: transformers; plain: ours without captured CUDA graphs, where there are any.
+    """
+    other = pair[1].name
+    library = other == sides.Generator.name
+    one, equal = (size.tokens,), (size.tokens,) * size.streams
+    many = {other: size.many} if size.many else {}
+    limits = dict.fromkeys((side.name for side in slow), 2 if size is CPU else 1)
+
+    def against_slow(goal: float) -> dict[str, float]:
+        return dict.fromkeys((side.name for side in slow), goal)
+
+    def case(what: str, tokens: tuple[int, ...], more: Sequence[Side], goals: Mapping[str, float]) -> Case:
+        rate = what.split()[0].rstrip(",")
+        limited = limits if len(tokens) > 1 else {}
+        return Case(f"{name}: {what}", tokens, rate, [*pair, *more], vocab, goals=goals, limits=limited)
+
+    result = [
+        case("decode, 1 stream", one, plain, {other: 0.97 if library else 0.95}),
+        case("total, 1 stream", one, slow, against_slow(size.alone)),
+        case(f"decode, {size.streams} streams", equal, plain, many),
+        case(f"total, {size.streams} streams", equal, slow, against_slow(size.together) | many),
+    ]
+    if library:
+        # The Generator's batch runs until its longest answer ends.
+        what = f"total, {size.streams} streams, joining and leaving"
+        result.append(case(what, size.unequal, slow, {other: 1.0}))
+    return result
+
+
+def libraries(bench: Bench) -> Rows:
+    """Our engine beside a library's own loop over the same file, and beside transformers; no HTTP."""
+    found, options = bench.found, bench.options
+    size = GPU if options.gpu else CPU
+    with contextlib.ExitStack() as stack:
+
+        def engine(name: str = "edge", *, graphs: bool = True) -> tuple[Side, Backend]:
+            backend = open_ours(found, options, size.streams, graphs=graphs)
+            stack.callback(backend.close)
+            return sides.Ours(backend, name), backend
+
+        mine, backend = engine()
+        info = backend.info
+        bench.settings[found.path.name] = {"device": info.device, **info.settings}
+        plain: list[Side] = []
+        other: Side
+        if found.kind == "onnx":
+            other = sides.Generator(found.path.parent, options.threads)
+            if options.gpu:
+                plain = [engine("edge without CUDA graphs", graphs=False)[0]]
+            else:
+                # Between ours, so that neither side has the earlier ones.
+                second = sides.Generator(found.path.parent, options.threads)
+                mine, other = sides.Pair(mine, engine()[0]), sides.Pair(other, second)
+        else:
+            model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(found.path, gpu=options.gpu)))
+            unified, flash = info.settings["kv"] == "one pool", info.settings["flash_attention"] == "on"
+            other = BareLoop(model, int(info.settings["threads"]), flash, unified)
+        for case in cases(
+            found.path.name, (mine, other), size, slow=bench.transformers, plain=plain, vocab=info.vocab
+        ):
+            yield from bench.race(case)
+
+
+def open_ours(
+    found: find.Artefact, options: argparse.Namespace, streams: int, *, graphs: bool = True
+) -> Backend:
+    """As the server would load it, but for a context of the length that is needed here.
+
+    Raises UnavailableError where it does not run on the GPU that was asked for.
+    """
+    device = "cuda" if options.gpu else "cpu"
+    threads = None if options.gpu else options.threads
+    settings = load_plan.plan(
+        found, load_plan.Options(context=CONTEXT, slots=streams, threads=threads, device=device)
+    )
+    if isinstance(settings, onnx.Settings):
+        settings = dataclasses.replace(settings, record=graphs)
+    backend = open_backend(Load.of(found, settings, tune=True))
+    if not backend.info.device.startswith(device):
+        raise UnavailableError(f"{found.path} runs on {backend.info.device}: {backend.info.why}")
+    return backend
+
+
+PARTS = {"streams": streams, "servers": servers, "features": ours_alone, "libraries": libraries, "bare": bare}
+
+
+def switches(text: str) -> list[bool]:
+    """`"on,off"` -> [True, False]. Raises UsageError for other words."""
+    words = text.split(",")
+    if not set(words) <= {"on", "off"}:
+        raise UsageError(f"'{text}' is none of on, off and on,off")
+    return [word == "on" for word in words]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__.splitlines()[0])
+    made.add_argument("paths", type=Path, nargs="+", help="runs, folders with a GGUF or ONNX model, or files")
+    made.add_argument("--backend", choices=tuple(find.SUFFIXES), help="of a run: which artefact")
+    made.add_argument("--gpu", action="store_true", help="engines without HTTP, on the GPU")
+    made.add_argument("--only", choices=tuple(PARTS), help="one part of the table")
+    made.add_argument("--merged", type=Path, help="for transformers (default: that of a run)")
+    made.add_argument("--streams", default="1,8,16,32", help="default: %(default)s")
+    made.add_argument("--prompt", type=int, default=100, help="tokens of a prompt (default: %(default)s)")
+    made.add_argument("--tokens", type=int, help=f"tokens of an answer (default: {TOKENS})")
+    made.add_argument("--rounds", type=int, default=5, help="of each comparison (default: %(default)s)")
+    made.add_argument("--threads", type=int, default=hardware.cpu_threads())
+    made.add_argument("--no-reference-servers", dest="reference_servers", action="store_false")
+    made.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
+    made.add_argument("--flash-attention", default="off", help="bare: on, off or on,off")
+    made.add_argument("--kv-unified", default="on", help="bare: on, off or on,off")
+    made.add_argument("--ctx", type=int, default=0, help="bare: KV cells (default: what the streams need)")
+    made.add_argument("--report", type=Path, help="write this path with .json and .md")
+    return made
+
+
+def parts_of(found: find.Artefact, options: argparse.Namespace) -> list[str]:
+    if options.only:
+        return [options.only]
+    if options.gpu or found.kind == "onnx":
+        return ["libraries"]
+    return ["streams", *(["servers"] if options.reference_servers else []), "features"]
+
+
+def load_transformers(options: argparse.Namespace, console: Console) -> list[Side]:
+    """transformers in the types that it is measured in; none without the merged model."""
+    merged = options.merged or options.paths[0] / "merged"
+    if not merged.is_dir():
+        console.print(f"{merged} is not there: transformers is left out")
+        return []
+    device, threads, most = ("cuda", 4, 2) if options.gpu else ("cpu", options.threads, 64)
+    return [
+        sides.Transformers(merged, dtype=dtype, device=device, threads=threads, most=most)
+        for dtype in (("bfloat16", "float32") if options.gpu else ("float32",))
+    ]
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    options.streams = counts(options.streams)
+    options.flash_attention, options.kv_unified = map(switches, (options.flash_attention, options.kv_unified))
+    for name in ("prompt", "threads", "rounds"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1")
+    artefacts = [find.resolve(path, options.backend) for path in options.paths]
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    before = noise()
+    table: list[Row] = []
+    samples: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as logs:
+        slow: list[Side] | None = None
+        for found in artefacts:
+            parts = parts_of(found, options)
+            # What transformers makes does not depend on our artefact: it is measured beside the first one.
+            slow = (
+                ([] if slow is not None else load_transformers(options, console))
+                if "libraries" in parts
+                else slow
+            )
+            bench = Bench(found, options, Path(logs), console, samples, settings, slow or [])
+            for row in itertools.chain.from_iterable(PARTS[part](bench) for part in parts):
+                table.append(row)
+                # Said at once, so that a later failure does not lose it.
+                console.print("  ".join(row.cells()))
+    warnings = [reading.warning for reading in (before, noise()) if reading.warning]
+    show(table, samples, settings, warnings, options)
+    return 0
+
+
+def show(
+    table: Sequence[Row],
+    samples: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    warnings: Sequence[str],
+    options: argparse.Namespace,
+) -> None:
+    """The table and the JSON line on standard output, and the report's files."""
+    machine, versions = hardware.describe(), manifest.versions(*_PACKAGES)
+    names = ", ".join(path.name for path in options.paths)
+    processor = hardware.gpus()[0].name if options.gpu else f"{machine['cpu']}, {options.threads} threads"
+    about = (
+        f"{names}; {processor}; {options.rounds} rounds, prompts of {options.prompt} tokens; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    )
+    facts = {
+        "about": about,
+        "machine": machine,
+        "versions": versions,
+        "settings": settings,
+        "rows": [dataclasses.asdict(row) for row in table],
+        "samples": samples,
+        "warnings": warnings,
+    }
+    if options.report:
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        options.report.with_suffix(".json").write_text(text, encoding="utf-8")
+        options.report.with_suffix(".md").write_text(race.markdown(table, about), encoding="utf-8")
+    shown = Table(title=about, title_justify="left")
+    for heading in race.HEADINGS:
+        shown.add_column(heading)
+    for row in table:
+        shown.add_row(*row.cells())
+    console = Console(markup=False)
+    console.print(shown)
+    for warning in warnings:
+        console.print(f"warning: {warning}: the machine is noisy, ratios are what counts")
+    sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""The sides of a race beside the bare llama.cpp loop: our engine, other libraries' loops, and servers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.engines.race import Rates, Side, stream_rates
+from bench.measure import workloads
+from bench.measure.load import Job, closed_loop
+from bench.measure.metrics import token_rate
+from bench.servers import genai_loop
+from bench.servers.target import Running
+from edge.backends.base import Backend
+from edge.engine import protocol as msg
+from edge.engine.core import Engine
+from edge.engine.sampling import Params
+from edge.errors import EdgeError
+
+_INDEX = itertools.count()
+
+
+def new_jobs(count: int, tokens: int) -> list[Job]:
+    """Requests of `tokens` output tokens whose prompts, of some 85 tokens, nobody was asked in this process."""
+    return [workloads.make(1, tokens, seed=7, first=next(_INDEX))[0] for _ in range(count)]
+
+
+class Server:
+    """A running server over HTTP. It reads prompts of its own, in words, of about the length asked for."""
+
+    def __init__(self, server: Running) -> None:
+        self.name, self.server = server.target.name, server
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        """Ask for tokens[0] tokens in as many streams. Raises EdgeError where an answer is not whole."""
+        jobs = new_jobs(len(tokens), tokens[0])
+        samples = asyncio.run(closed_loop(self.server.url, self.server.target.dialect, jobs, len(jobs)))
+        for sample in samples:
+            if sample.state != "ok":
+                raise EdgeError(
+                    f"an answer of {self.name} is not whole: {sample.error or sample.completion_tokens}",
+                    self.server.log_tail(),
+                )
+        return Rates(token_rate(samples))
+
+
+class Ours:
+    """Our engine over a backend, driven as its process drives it, without speculation."""
+
+    def __init__(self, backend: Backend, name: str = "edge") -> None:
+        self.name = name
+        self._events: list[tuple[float, msg.Event]] = []
+        # One engine for all runs: it learns how long steps take.
+        self._engine = Engine(backend, self._emit, speculate=False)
+        self._keys = itertools.count()
+
+    def _emit(self, events: list[msg.Event]) -> None:
+        now = time.perf_counter()
+        self._events += [(now, event) for event in events]
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        """Raises EdgeError where a prompt is refused, or an answer has fewer tokens than asked for."""
+        self._events.clear()
+        began = time.perf_counter()
+        times: dict[int, list[float]] = {}
+        for prompt, count in zip(prompts, tokens, strict=True):
+            params = Params(temperature=0.0, max_tokens=count, ignore_eos=True)
+            key = next(self._keys)
+            self._engine.submit(msg.Submit(key, list(prompt), params, reuse=False))
+            times[key] = []
+        done = read = total = 0
+        while done < len(prompts):
+            self._engine.turn()
+            for moment, event in self._events[read:]:
+                if isinstance(event, msg.Refused):
+                    raise EdgeError(f"the engine refused a prompt: {event.message}")
+                if isinstance(event, (msg.Delta, msg.Done)):
+                    times[event.key] += [moment - began] * event.tokens
+                if isinstance(event, msg.Done):
+                    done, total = done + 1, total + event.completion_tokens
+            read = len(self._events)
+        end = time.perf_counter()
+        if total != sum(tokens):
+            raise EdgeError(f"the engine made {total} tokens, {sum(tokens)} were asked for")
+        return stream_rates(list(times.values()), tokens, end - began)
+
+
+class Pair:
+    """Two of a kind, in turn. Where a session's memory lies is luck: the first one that a process loads was
+    3 to 6 % slower than later ones of the same file.
+    """
+
+    def __init__(self, first: Side, second: Side) -> None:
+        self.name = first.name
+        self._sides = [first, second]
+        self._warm: set[tuple[int, ...]] = set()
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        if tokens not in self._warm:
+            # The round that is dropped warms both.
+            self._sides[1].run(prompts, tokens)
+            self._warm.add(tokens)
+        self._sides.reverse()
+        return self._sides[1].run(prompts, tokens)
+
+
+class Generator:
+    """onnxruntime-genai's own loop over an exported folder: one batch, which ends with its longest answer."""
+
+    name = "onnxruntime-genai"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._loop = genai_loop.Loop(folder, threads)
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        times = []
+        began = time.perf_counter()
+        generator = self._loop.generator(prompts, max(tokens))
+        for _ in range(max(tokens)):
+            generator.generate_next_token()
+            generator.get_next_tokens()
+            times.append(time.perf_counter() - began)
+        end = time.perf_counter()
+        return stream_rates([times[:count] for count in tokens], tokens, end - began)
+
+
+class Transformers:
+    """transformers' generate, one request after the other, as the tutorial's server does.
+
+    most: requests of which the rate is taken; more of them would not change it.
+    """
+
+    def __init__(self, merged: Path, *, dtype: str, device: str, threads: int, most: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        self.name = f"transformers {dtype}"
+        disable_progress_bar()
+        torch.set_num_threads(threads)
+        self._torch: Any = torch
+        self._device, self._most = device, most
+        model = AutoModelForCausalLM.from_pretrained(
+            merged, dtype=getattr(torch, dtype), local_files_only=True
+        )
+        self._model = model.to(device)
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        tokens = tokens[: self._most]
+        began = time.perf_counter()
+        for prompt, count in zip(prompts, tokens, strict=False):
+            ids = self._torch.tensor([prompt], device=self._device)
+            with self._torch.inference_mode():
+                output = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=self._torch.ones_like(ids),
+                    max_new_tokens=count,
+                    min_new_tokens=count,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+            if output.shape[1] != len(prompt) + count:
+                raise EdgeError(f"transformers made {output.shape[1] - len(prompt)} tokens, not {count}")
+        return Rates(sum(tokens) / (time.perf_counter() - began))

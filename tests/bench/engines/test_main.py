@@ -1,0 +1,81 @@
+"""The program that sets engines beside one another: its cases and goals, its options, and a whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.engines import __main__ as engines
+from bench.engines import race, sides
+from edge.errors import InputError, UsageError
+from tests.bench.engines.test_race import Told
+from tests.support import tiny_llama
+
+
+def test_the_cases_name_each_goal() -> None:
+    ran: list[str] = []
+    ours, bare = Told("edge", 1.0, ran), Told("bare llama.cpp loop", 1.0, ran)
+    slow = Told("transformers bfloat16", 1.0, ran)
+    cases = engines.cases("m.gguf", (ours, bare), engines.GPU, slow=[slow], plain=[], vocab=500)
+    goals = {case.name: case.goals for case in cases}
+    assert goals == {
+        "m.gguf: decode, 1 stream": {bare.name: 0.95},
+        "m.gguf: total, 1 stream": {slow.name: 10.0},
+        "m.gguf: decode, 32 streams": {bare.name: 1.0},
+        "m.gguf: total, 32 streams": {slow.name: 100.0, bare.name: 1.0},
+    }
+    assert [(case.rate, dict(case.limits)) for case in cases[1:]] == [
+        ("total", {}),
+        ("decode", {slow.name: 1}),
+        ("total", {slow.name: 1}),
+    ]
+    other, plain = Told(sides.Generator.name, 1.0, ran), Told("edge without CUDA graphs", 1.0, ran)
+    cases = engines.cases("m.onnx", (ours, other), engines.GPU, slow=[], plain=[plain], vocab=500)
+    assert cases[0].goals == {other.name: 0.97} and cases[0].sides == [ours, other, plain]
+    assert cases[-1].tokens == engines.GPU.unequal and cases[-1].goals == {other.name: 1.0}
+    assert sum(engines.GPU.unequal) == pytest.approx(256 * 32, rel=0.01)
+    cases = engines.cases("m.onnx", (ours, other), engines.CPU, slow=[slow], plain=[], vocab=500)
+    assert [case.goals for case in cases] == [
+        {other.name: 0.97},
+        {slow.name: 3.5},
+        {},
+        {slow.name: 10.0},
+        {other.name: 1.0},
+    ]
+    assert sum(engines.CPU.unequal) == 64 * 8
+
+
+@pytest.mark.parametrize("words", [["--streams", "0"], ["--flash-attention", "yes"], ["--rounds", "0"]])
+def test_odd_options_are_refused(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        engines.main([str(tmp_path), *words])
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing"):
+        engines.main([str(tmp_path / "missing")])
+
+
+def test_a_whole_run_of_the_bare_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(race, "PAUSE_S", 0.0)
+    path = tiny_llama.write(tmp_path / "小.gguf")
+    words = ["--only", "bare", "--streams", "1,2", "--kv-unified", "on,off", "--rounds", "1"]
+    report = tmp_path / "report"
+    small = ["--prompt", "9", "--tokens", "5", "--report", str(report)]
+    assert engines.main([str(path), *words, *small]) == 0
+    shown = capsys.readouterr().out
+    facts = json.loads(shown.splitlines()[-1])
+    assert [row["what"] for row in facts["rows"]] == [
+        f"{count} streams: unified KV cache {word}, flash attention off"
+        for count in (1, 2)
+        for word in ("on", "off")
+    ]
+    assert facts["samples"]["1 streams"]["unified KV cache on, flash attention off"][0]["memory_share"] > 0
+    assert "小.gguf" in facts["about"] and "小.gguf" in shown
+    assert json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))["rows"] == facts["rows"]
+    assert "| what | measured |" in report.with_suffix(".md").read_text(encoding="utf-8")

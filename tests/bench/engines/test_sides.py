@@ -1,0 +1,53 @@
+"""Our engine as a side of a race, two of a kind, and prompts that nobody was asked before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from bench.engines import sides
+from bench.engines.race import Rates
+from edge.backends.fake import FakeBackend
+from edge.errors import EdgeError
+
+
+def test_ours_makes_what_was_asked_for_and_fails_otherwise() -> None:
+    side = sides.Ours(FakeBackend(slots=3, context=64, step_s=0.001))
+    found = side.run([[65] * 5, [66] * 5, [67] * 5], (4, 9, 2))
+    assert found.total > 0 and found.decode is not None
+    assert side.run([[65] * 5], (6,)).total > 0
+    with pytest.raises(EdgeError, match="refused"):
+        side.run([[65] * 64], (6,))
+    # A context that ends before the answer does.
+    with pytest.raises(EdgeError, match="were asked for"):
+        side.run([[65] * 60], (60,))
+
+
+def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:
+    calls: list[str] = []
+
+    class Fake:
+        name = "fake"
+
+        def __init__(self, which: str) -> None:
+            self._which = which
+
+        def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+            calls.append(self._which)
+            return Rates(float(len(calls)))
+
+    pair = sides.Pair(Fake("a"), Fake("b"))
+    found = [pair.run([[1]], (1,)).total for _ in range(4)]
+    # The first round, which warms, is one of each; its rate is that of the last.
+    assert calls == ["b", "a", "b", "a", "b"]
+    assert found == [2.0, 3.0, 4.0, 5.0]
+    assert pair.name == "fake"
+    # More streams touch memory that fewer did not: both are warmed anew.
+    assert pair.run([[1]] * 2, (1, 1)).total == 7.0
+    assert calls[5:] == ["b", "a"]
+
+
+def test_prompts_are_never_asked_twice() -> None:
+    jobs = [job for _ in range(2) for job in sides.new_jobs(20, 8)]
+    assert len({job.prompt for job in jobs}) == 40 and {job.tokens for job in jobs} == {8}
