@@ -56,7 +56,8 @@ class Plan:
 class Round:
     """One pass of one target. idle: the share of a processor that the other servers used meanwhile.
 
-    cpu: processor seconds of the target's own tree. memory: the better of two readings, right before and right after; None where it says nothing.
+    cpu: processor seconds of the target's own tree. memory: the better of two readings, right before and
+    right after; None where it says nothing.
     """
 
     samples: list[Sample]

@@ -38,8 +38,8 @@ from bench.servers.target import Running, ours, started
 from edge.artefact import find, manifest
 from edge.backends import onnx
 from edge.backends.base import Backend
-from edge.engine.worker import Load, open_backend
 from edge.console import guarded
+from edge.engine.worker import Load, open_backend
 from edge.errors import UnavailableError, UsageError
 from edge.loading import load_plan
 from edge.machine import hardware

@@ -87,8 +87,8 @@ class BareLoop:
         params.no_perf = True
         if params.n_ctx < streams * (length + steps) or length > BATCH:
             raise UsageError(
-                f"{params.n_ctx} KV cells do not hold {streams} x {length + steps} tokens, or a prompt has more "
-                f"than {BATCH}",
+                f"{params.n_ctx} KV cells do not hold {streams} x {length + steps} tokens, or a prompt has "
+                f"more than {BATCH}",
                 "raise --ctx, or lower --prompt, --tokens or --streams",
             )
         context = lib.llama_init_from_model(self.model.model, params)

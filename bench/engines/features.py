@@ -171,7 +171,7 @@ def _cancel(server: Running, rounds: int, name: str, *, tokens: int, wait: float
 
     async def until(*, busy: bool) -> None:
         # Another process changes it: there is nothing to wait on but the next answer.
-        while bool((await state(server))["busy_slots"]) != busy:
+        while bool((await state(server))["busy_slots"]) != busy:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
     async def leave() -> float:

@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. ratio: how many times faster the first side is; reached: whether the goal was met."""
+    """A line of the table. ratio: how many times faster the first side is. reached: whether the goal is."""
 
     what: str
     measured: str

@@ -25,7 +25,7 @@ _INDEX = itertools.count()
 
 
 def new_jobs(count: int, tokens: int) -> list[Job]:
-    """Requests of `tokens` output tokens whose prompts, of some 85 tokens, nobody was asked in this process."""
+    """Requests for `tokens` output tokens. Their prompts, of some 85 tokens, are new to this process."""
     return [workloads.make(1, tokens, seed=7, first=next(_INDEX))[0] for _ in range(count)]
 
 

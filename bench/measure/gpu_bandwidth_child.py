@@ -1,7 +1,7 @@
-"""How fast the first card reads its memory: `python -m bench.measure.gpu_bandwidth_child BYTES`. The last line is JSON.
+"""Read bandwidth of the first GPU: `python -m bench.measure.gpu_bandwidth_child BYTES`. The last line is JSON.
 
-PyTorch's maximum over 64-bit integers, timed by the card's own events: nothing is written but one number.
-Exit code 1 where PyTorch sees no card.
+The kernel is PyTorch's maximum over 64-bit integers, timed by CUDA events: it writes nothing but one number.
+Exit code 1 where PyTorch sees no GPU.
 """
 
 from __future__ import annotations

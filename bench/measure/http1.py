@@ -1,13 +1,15 @@
-"""Just enough HTTP/1.1 and server-sent events for a load generator: parsers that are fed bytes.
+"""HTTP/1.1 and streams of events, as far as a load generator needs them: parsers of bytes, without sockets.
 
-They know nothing of sockets. A general client costs several times as much per event, and the generator shares
-its cores with the server that it measures.
+A general client costs several times as much per event, and the generator shares its cores with the server
+that it measures.
 """
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+import httptools
 
 
 class ProtocolError(Exception):
@@ -29,98 +31,47 @@ def request(method: str, host: str, path: str, body: Any = None, *, key: str = "
 
 
 class Response:
-    """An incremental reader of one response. `status` and `headers` are there once the head has come."""
+    """An incremental reader of one response, by httptools. `status` and `headers` are set once the head has
+    come, `done` at the end of the body.
+    """
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.done = False
-        self._buffer = bytearray()
-        self._left: int | None = (
-            None  # bytes of the body or chunk that are still to come; None: until the end
-        )
-        self._state = "head"
+        self._body = bytearray()
+        self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> bytes:
-        """The body bytes that `data` completes. Raises ProtocolError."""
-        self._buffer += data
-        body = b""
-        while not self.done:
-            if self._state == "head":
-                if not self._head():
-                    break
-            elif self._state == "size":
-                line = self._line()
-                if line is None:
-                    break
-                self._size(line)
-            elif self._state == "trailer":
-                line = self._line()
-                if line is None:
-                    break
-                self.done = line == b""
-            elif self._state == "data-end":
-                if len(self._buffer) < 2:
-                    break
-                del self._buffer[:2]
-                self._state = "size"
-            else:
-                take = len(self._buffer) if self._left is None else min(self._left, len(self._buffer))
-                body += self._buffer[:take]
-                del self._buffer[:take]
-                if self._left is None:
-                    break
-                self._left -= take
-                if self._left:
-                    break
-                if self._state == "data":
-                    self._state = "data-end"
-                else:
-                    self.done = True
-        return body
+        """The bytes of the body that `data` completes. Raises ProtocolError."""
+        self._body.clear()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            # A body that is whole may be followed by anything: the connection is closed.
+            if not self.done:
+                raise ProtocolError(f"not HTTP/1.1: {error}: {data[:60]!r}") from error
+        return bytes(self._body)
 
     def eof(self) -> None:
         """The connection has ended. Raises ProtocolError unless the response was whole."""
-        if self._state == "body" and self._left is None:
-            self.done = True
+        self.done |= bool(self.status) and not {"content-length", "transfer-encoding"} & self.headers.keys()
         if not self.done:
             raise ProtocolError("the connection ended in the middle of the answer")
 
-    def _line(self) -> bytes | None:
-        end = self._buffer.find(b"\r\n")
-        if end < 0:
-            return None
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 2]
-        return line
+    # What the parser calls.
 
-    def _head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        del self._buffer[: end + 4]
-        version, _, rest = first.partition(" ")
-        if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
-            raise ProtocolError(f"not HTTP/1.1: {first[:60]!r}")
-        self.status = int(rest[:3])
-        for line in lines:
-            name, _, value = line.partition(":")
-            self.headers[name.strip().lower()] = value.strip()
-        if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            self._state = "size"
-        else:
-            length = self.headers.get("content-length")
-            self._state, self._left = "body", int(length) if length is not None else None
-            self.done = self._left == 0
-        return True
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
-    def _size(self, line: bytes) -> None:
-        try:
-            self._left = int(line.split(b";")[0], 16)
-        except ValueError:
-            raise ProtocolError(f"not the size of a chunk: {line[:20]!r}") from None
-        self._state = "data" if self._left else "trailer"
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        self.done = True
 
 
 class Events:

@@ -126,3 +126,12 @@ def noise(seconds: float = 1.0) -> Noise:
         pieces.append(time.perf_counter() - began)
     slow = percentile(pieces, 95) or 0.0
     return Noise(busy, slow / min(pieces) - 1)
+
+
+def warnings(before: Noise, after: Noise) -> list[str]:
+    """What a report says of a machine that was not quiet."""
+    return [
+        f"the machine was not quiet {when}: {reading.warning}"
+        for when, reading in (("before", before), ("after", after))
+        if reading.warning
+    ]

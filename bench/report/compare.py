@@ -120,18 +120,18 @@ def judge(before: Sequence[float], after: Sequence[float], *, more_is_better: bo
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What else differs between the reports, so that a change may not be the code's."""
-    said = []
-    for what, pick in (
-        ("machine", lambda made: made["machine"]["cpu"]),
-        ("number of cores", lambda made: made["machine"]["threads"]),
-        ("answer length", lambda made: made["settings"]["tokens"]),
-        ("GGUF", lambda made: made["model"]["gguf"]["digest"]),
-        ("merged model", lambda made: made["model"]["merged"]["digest"]),
-    ):
-        a, b = pick(before), pick(after)
-        if a != b:
-            said.append(f"another {what}: {a} before, {b} after")
-    return said
+    facts: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "machine": lambda report: report["machine"]["cpu"],
+        "number of cores": lambda report: report["machine"]["threads"],
+        "answer length": lambda report: report["settings"]["tokens"],
+        "GGUF": lambda report: report["model"]["gguf"]["digest"],
+        "merged model": lambda report: report["model"]["merged"]["digest"],
+    }
+    return [
+        f"another {name}: {fact(before)} before, {fact(after)} after"
+        for name, fact in facts.items()
+        if fact(before) != fact(after)
+    ]
 
 
 def _good(side: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What each figure of a report means. The report prints these, and docs/benchmarks.md holds the same words."""
+"""What each figure of a report means. The report prints this; docs/benchmarks.md has the same words."""
 
 from __future__ import annotations
 

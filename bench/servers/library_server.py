@@ -38,7 +38,7 @@ class Asked:
 
     ids: list[int]
     tokens: int
-    say: Callable[[dict[str, Any] | None], None]
+    say: Callable[[dict[str, Any] | None], object]
 
 
 class Library(Protocol):

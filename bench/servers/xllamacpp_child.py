@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-import xllamacpp
+import xllamacpp  # type: ignore[import-not-found]
 
 model, port, slots, context, threads = sys.argv[1], *map(int, sys.argv[2:6])
 params = xllamacpp.CommonParams()

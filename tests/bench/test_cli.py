@@ -18,11 +18,11 @@ from rich.console import Console
 from bench import demo
 from bench.cli import check_same_model, main
 from bench.measure import workloads
-from bench.measure.workloads import counts
 from bench.measure.load import Baseline, Job, Ours
 from bench.measure.metrics import Sample
 from bench.measure.process_probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
 from bench.measure.progress import View
+from bench.measure.workloads import counts
 from bench.report import build as report
 from bench.report import html, table, update_readme
 from bench.rounds import Measured, Plan, Round, measure, schedule

@@ -1,0 +1,238 @@
+"""One side of a comparison of training, in a process of its own, so that its peak of memory is its own.
+
+    python -m bench.training.side edge|plain CONFIG.yaml [key=value ...] --loss 1.0
+
+"edge" trains as `edge train` does. "plain" is the loop that a tutorial writes with transformers, peft and
+bitsandbytes: shuffled batches padded to their longest row, an attention mask, the model's own loss. The last
+line is JSON: `Course.numbers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from edge.console import guarded
+from edge.errors import EdgeError
+
+if TYPE_CHECKING:
+    from convert.train.finetune import Run
+
+SIDES = ("plain", "edge")
+# The pseudo-file of Linux that starts the peak of resident memory again.
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class Course:
+    """Follows a run: tokens without padding, losses, times, and when the smoothed loss is `goal` or less.
+
+    Seconds count from `begin`, right before the first step. The loss is smoothed over steps, each of which
+    counts a tenth; the first counts whole.
+    """
+
+    def __init__(self, goal: float = 0.0) -> None:
+        self.goal, self.tokens, self.smooth = goal, 0, 0.0
+        self.losses: list[float] = []
+        self.times: list[float] = []
+        self.arrived: float | None = None
+
+    def begin(self) -> None:
+        import torch
+
+        self.loading_peak = memory_peak()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if _CLEAR.exists():
+            _CLEAR.write_text("5", encoding="utf-8")
+        self._began = time.monotonic()
+
+    def step(self, loss: float, tokens: int) -> None:
+        self.smooth = 0.9 * self.smooth + 0.1 * loss if self.losses else loss
+        self.tokens += tokens
+        self.losses.append(loss)
+        self.times.append(time.monotonic() - self._began)
+        if self.arrived is None and self.smooth <= self.goal:
+            self.arrived = self.times[-1]
+
+    def step_seconds(self) -> list[float]:
+        return [after - before for before, after in itertools.pairwise([0.0, *self.times])]
+
+    def numbers(self) -> dict[str, Any]:
+        """memory_peak: bytes of the process, loading included; training_peak: from the first step on, of the
+        GPU where there is one; gpu_peak: what PyTorch allocated there, None without one.
+        """
+        import torch
+
+        gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+        peak = memory_peak()
+        return {
+            "tokens_per_s": self.tokens / self.times[-1],
+            "seconds": self.times[-1],
+            "seconds_to_loss": self.arrived,
+            "loss": self.smooth,
+            "steps": len(self.losses),
+            "memory_peak": max(self.loading_peak, peak),
+            "training_peak": gpu or peak,
+            "gpu_peak": gpu,
+        }
+
+
+def memory_peak() -> int:
+    """The most bytes that this process held (resident): on Linux since `Course.begin`, elsewhere ever."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info()._asdict()["peak_wset"])
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def load(side: str, run: Run) -> None:
+    """Load the base of a run, and put its adapter over it, as the side does."""
+    from convert.train import load_model
+
+    if side == "edge":
+        run.load()
+    else:
+        run.model = load_model.add_adapter(load_model.load_model(run.base, run.place), run.config)
+
+
+def train(side: str, run: Run, course: Course) -> None:
+    """Train what `load` loaded."""
+    if side == "plain":
+        return _plain(run, course)
+    run.build_objective()
+    run.resume()
+    before = 0
+
+    def report(state: Any) -> None:
+        nonlocal before
+        course.step(state.loss, state.tokens - before)
+        before = state.tokens
+
+    course.begin()
+    run.loop.run(report)
+
+
+def _plain(run: Run, course: Course) -> None:
+    """As many optimizer steps as ours makes of the same rows."""
+    import bitsandbytes
+    import torch
+
+    from convert.train import trainer
+
+    config, device, model = run.config, run.place.device, run.model.train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    paged = config.optim == "paged_adamw_8bit"
+    optimizer = (bitsandbytes.optim.PagedAdamW8bit if paged else torch.optim.AdamW)(
+        weights, lr=config.learning_rate
+    )
+    total = trainer.total_steps(config, len(run.data.train))
+    course.begin()
+    for step, batch in zip(range(total), _batches(run), strict=False):
+        longest = max(item.size for item in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, item in enumerate(batch):
+            ids[row, : item.size] = torch.tensor(item.ids)
+            mask[row, : item.size] = 1
+            labels[row, : item.size] = torch.tensor(item.labels)
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = trainer.learning_rate(config, step, total)
+        optimizer.step()
+        optimizer.zero_grad()
+        course.step(float(loss.detach()), sum(item.tokens for item in batch))
+
+
+def _batches(run: Run) -> Iterator[list[Any]]:
+    """Batches of all epochs, without an end."""
+    from convert.train import trainer
+
+    items, size = list(run.data.train), run.config.per_device_train_batch_size
+    shuffle = random.Random(run.config.seed)
+    while True:
+        if not run.config.disable_shuffling:
+            shuffle.shuffle(items)
+        yield from trainer.batches(items, size, None)
+
+
+def estimate(run: Run) -> int:
+    """Bytes that training is estimated to hold at its peak."""
+    from rich.console import Console
+
+    from convert.train import cuda_graphs, memory_estimate
+
+    eager = cuda_graphs.attention_name(run.place, longest=run.data.longest) == "eager"
+    config = dataclasses.replace(run.config, ignore_memory=True)
+    quiet = Console(quiet=True)
+    return memory_estimate.check(run.base, config, run.data, run.place, eager=eager, console=quiet).total
+
+
+def in_turn(
+    sides: Sequence[str], rounds: int, words: Callable[[str], list[str]]
+) -> Iterator[tuple[int, str, Any]]:
+    """Run `python -m WORDS` for each side and round, and yield (round, side, the JSON of its last line).
+
+    The order alternates. Raises EdgeError with the last words of a process that fails.
+    """
+    for number in range(rounds):
+        for side in sides[:: -1 if number % 2 else 1]:
+            done = subprocess.run([sys.executable, "-m", *words(side)], capture_output=True, check=False)
+            if done.returncode:
+                tail = done.stderr.decode("utf-8", "replace").strip().splitlines()[-6:]
+                raise EdgeError(f"training with the {side} loop failed", "\n  ".join(tail))
+            yield number, side, json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training.side", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--loss", type=float, default=0.0)
+    args = parser.parse_intermixed_args(argv)
+    from rich.console import Console
+
+    from convert.config import load_train_config
+    from convert.train import finetune
+
+    config = load_train_config(args.config, args.overrides)
+    course = Course(args.loss)
+    # What is in the configuration's own folder stays as it is.
+    with tempfile.TemporaryDirectory(prefix="edge-bench-") as folder:
+        config = dataclasses.replace(config, output_dir=folder)
+        run = finetune.Run.begin(config, overwrite=True, console=Console(stderr=True), again="")
+        load(args.side, run)
+        train(args.side, run, course)
+        numbers = course.numbers() | ({"estimate": estimate(run)} if args.side == "edge" else {})
+    sys.stdout.write(json.dumps(numbers) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

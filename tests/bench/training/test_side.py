@@ -1,0 +1,36 @@
+"""One side of a comparison of training: what is noted of a run, and processes that take turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.training import side
+from edge.errors import EdgeError
+
+
+def test_a_course_notes_when_the_loss_has_arrived() -> None:
+    course = side.Course(1.0)
+    course.begin()
+    course.step(4.0, 10)
+    assert course.arrived is None and course.smooth == 4.0
+    course.step(0.5, 10)
+    assert course.smooth == pytest.approx(3.65)
+    for _ in range(39):
+        course.step(0.5, 10)
+    numbers = course.numbers()
+    assert 0 <= numbers["seconds_to_loss"] <= numbers["seconds"]
+    assert (numbers["steps"], course.tokens) == (41, 410)
+    assert sum(course.step_seconds()) == pytest.approx(numbers["seconds"])
+    assert numbers["memory_peak"] >= numbers["training_peak"] > 2**20
+
+
+def test_sides_take_turns_and_a_failure_has_its_last_words(tmp_path, monkeypatch) -> None:
+    (tmp_path / "told.py").write_text("import sys; print('log'); print('[1, \"' + sys.argv[1] + '\"]')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = list(side.in_turn(("a", "b"), 2, lambda name: ["told", name]))
+    assert found == [(0, "a", [1, "a"]), (0, "b", [1, "b"]), (1, "b", [1, "b"]), (1, "a", [1, "a"])]
+    with pytest.raises(EdgeError, match="plain loop failed") as caught:
+        next(
+            side.in_turn(("plain",), 1, lambda name: ["bench.training.side", name, str(tmp_path / "no.yaml")])
+        )
+    assert "no.yaml" in caught.value.hint
