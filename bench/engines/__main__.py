@@ -92,7 +92,7 @@ def streams(bench: Bench) -> Rows:
         bench.settings[path.name] = settings
         flash = settings["flash_attention"] == "on"
         model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(path)))
-        bare = BareLoop(model, options.threads, flash, settings["kv"] == "one pool")
+        bare = BareLoop(model, options.threads, flash, settings["kv"] == "unified")
         measured: list[Side] = [sides.Server(server), bare]
         if options.reference_servers:
             target = llama_server(
@@ -238,7 +238,7 @@ def libraries(bench: Bench) -> Rows:
                 mine, other = sides.Pair(mine, engine()[0]), sides.Pair(other, second)
         else:
             model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(found.path, gpu=options.gpu)))
-            unified, flash = info.settings["kv"] == "one pool", info.settings["flash_attention"] == "on"
+            unified, flash = info.settings["kv"] == "unified", info.settings["flash_attention"] == "on"
             other = BareLoop(model, int(info.settings["threads"]), flash, unified)
         for case in cases(
             found.path.name, (mine, other), size, slow=bench.transformers, plain=plain, vocab=info.vocab
@@ -255,11 +255,10 @@ def open_ours(
     """
     device = "cuda" if options.gpu else "cpu"
     threads = None if options.gpu else options.threads
-    settings = load_plan.plan(
-        found, load_plan.Options(context=CONTEXT, slots=streams, threads=threads, device=device)
-    )
+    asked = load_plan.Options(context=CONTEXT, slots=streams, threads=threads, device=device)
+    settings = load_plan.plan(found, asked).settings
     if isinstance(settings, onnx.Settings):
-        settings = dataclasses.replace(settings, record=graphs)
+        settings = dataclasses.replace(settings, cuda_graphs=graphs)
     backend = open_backend(Load.of(found, settings, tune=True))
     if not backend.info.device.startswith(device):
         raise UnavailableError(f"{found.path} runs on {backend.info.device}: {backend.info.why}")
