@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -151,6 +152,34 @@ def test_a_wrong_link_verb_or_option_is_found(tmp_path: Path) -> None:
         unknown_options("edge sing RUN")
     assert unknown_options("edge doctor --loud") == ["edge doctor --loud: --loud"]
     assert unknown_options("edge doctor --json") == []
+
+
+def messages() -> list[str]:
+    """Every string of the sources, three dots for a value within it, and every line of the Makefile."""
+    texts = prose(ROOT / "Makefile").splitlines()
+    for top in ("edge", "convert", "bench"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(prose(path))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    parts = (one.value if isinstance(one, ast.Constant) else "..." for one in node.values)
+                    texts.append("".join(map(str, parts)))
+    return texts
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_program() -> None:
+    texts = [text.replace("`", "") for text in messages()]
+    rows = re.findall(r"^\| ([^|]+) \|", prose(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    spans = [one for row in rows for one in re.findall(r"`([^`]+)`", row)]
+    quoted = [one for one in spans if " " in one and not one.startswith("edge ")]
+    assert len(quoted) > 40
+    missing = []
+    for one in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in one.split("...")), re.DOTALL)
+        if not any(pattern.search(text) for text in texts):
+            missing.append(one)
+    assert missing == []
 
 
 def test_both_readmes_have_the_same_headings_commands_and_links() -> None:
