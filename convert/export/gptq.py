@@ -1,4 +1,4 @@
-"""GPTQ: a quantised GGUF's codes, chosen anew so that they make up for one another on the user's own rows.
+"""GPTQ: the codes of a quantised GGUF, chosen anew so that rounding errors compensate on the user's own rows.
 
 llama.cpp rounds each weight to the nearest value of its block. Here column after column is rounded, and what
 that changes in a layer's outputs is taken out of the columns that are still to come (Frantar et al. 2022,
@@ -10,25 +10,27 @@ the values that a block can hold stay as llama.cpp wrote them: what reads its fi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
+from rich.console import Console
 
 from convert.export import calibration
+from convert.export.source import Source
 from convert.model.layerwise import Batch, LayeredModel
-from edge.artefact import manifest
 from edge.artefact.gguf_header import GGUFTensor, read_header
 from edge.errors import InputError
 from edge.machine import hardware
 
 # Added to each column's mean square, which is 1 on average: a few thousand tokens say little about how a
-# thousand columns go together. With 0.1 and 1 a 135M model in Q4_0 was 1.29 and 1.06 times as far off.
+# thousand columns correlate. With 0.1 and 1 a 135M model in Q4_0 was 1.29 and 1.06 times as far off.
 DAMP = 0.3
 STEP = 32  # columns whose errors are taken out of all later ones at once
 SUB = 32  # values with a scale of their own
@@ -50,20 +52,21 @@ class Layout:
 
     @property
     def top(self) -> int:
+        """The largest code."""
         return 15 if self.high is None else 31
 
     def put(self, codes: Bytes, data: Bytes) -> Bytes:
         """`data` (rows, bytes), with `codes` (rows, columns), 0 to top, in place of its own."""
-        made = data.reshape(len(data), -1, self.size).copy()
-        parts = codes.reshape(*made.shape[:2], -1, 2, SUB if self.block > SUB else SUB // 2)
-        nibbles = parts[..., 0, :] & 15 | (parts[..., 1, :] & 15) << 4
-        made[..., self.low : self.low + self.block // 2] = nibbles.reshape(*made.shape[:2], -1)
+        blocks = data.reshape(len(data), -1, self.size).copy()
+        halves = codes.reshape(*blocks.shape[:2], -1, 2, SUB if self.block > SUB else SUB // 2)
+        nibbles = halves[..., 0, :] & 15 | (halves[..., 1, :] & 15) << 4
+        blocks[..., self.low : self.low + self.block // 2] = nibbles.reshape(*blocks.shape[:2], -1)
         if self.high is not None:
-            fifth = codes.reshape(*made.shape[:2], -1, SUB) >> 4
+            fifth = codes.reshape(*blocks.shape[:2], -1, SUB) >> 4
             # Small blocks have them in turn, large ones a byte for each value of a sub-block.
             bits = np.packbits(fifth, axis=2 if self.block > SUB else 3, bitorder="little")
-            made[..., self.high : self.high + self.block // 8] = bits.reshape(*made.shape[:2], -1)
-        return made.reshape(data.shape)
+            blocks[..., self.high : self.high + self.block // 8] = bits.reshape(*blocks.shape[:2], -1)
+        return blocks.reshape(data.shape)
 
 
 LAYOUTS = {
@@ -76,51 +79,36 @@ LAYOUTS = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    """tensors: how many were chosen anew. tokens, source: what on, the latter in words."""
+def choose_codes(origin: Source, whole: Path, file: Path, console: Console) -> dict[str, Any]:
+    """Choose the codes of `file` anew, in place; what the manifest is to say of it.
 
-    tensors: int
-    tokens: int
-    source: str
-
-
-def run(
-    folder: Path,
-    known: manifest.Manifest | None,
-    whole: Path,
-    file: Path,
-    progress: Callable[[int, int], None],
-) -> Done:
-    """Choose the codes of `file` anew, in place.
-
-    folder, known: the merged model. whole: its GGUF before it was quantised. progress: is told of each layer,
-    and how many there are.
-    Raises InputError where no data set is known, for an architecture that the names are not known of, or a
-    model whose activations are no numbers.
+    whole: the GGUF that `file` was quantised from. Raises InputError where no data set is known, for an
+    architecture whose tensor names are not known, and for activations that contain NaN or infinity.
     """
-    rows, source = calibration.rows(folder, known)
-    model = LayeredModel(folder)
-    try:
-        _check_memory(model, sum(map(len, rows)))
-        with torch.inference_mode(), contextlib.closing(_Tensors(whole, file)) as tensors:
-            batches = model.enter(rows)
-            exact = rounded = [batch.states for batch in batches]
-            for number, layer in enumerate(model.layers):
-                progress(number, len(model.layers))
-                with model.present(layer):
-                    exact, rounded = _layer(model, number, batches, exact, rounded, tensors)
-    finally:
-        model.close()
+    rows, source = calibration.rows(origin.path, origin.known)
+    tokens = sum(map(len, rows))
+    with (
+        console.status("GPTQ") as status,
+        contextlib.closing(LayeredModel(origin.path)) as model,
+        contextlib.closing(_Tensors(whole, file)) as tensors,
+        torch.inference_mode(),
+    ):
+        _check_memory(model, tokens)
+        batches = model.enter(rows)
+        exact = rounded = [batch.states for batch in batches]
+        for number, layer in enumerate(model.layers):
+            status.update(f"GPTQ: layer {number + 1} of {len(model.layers)}")
+            with model.present(layer):
+                exact, rounded = _quantise(model, number, batches, exact, rounded, tensors)
     if not tensors.changed:
         raise InputError(f"{file.name} has no tensor whose codes can be chosen", "export without --gptq")
-    return Done(tensors.changed, sum(map(len, rows)), source)
+    return {"tokens": tokens, "from": source, "tensors": tensors.changed}
 
 
 def _check_memory(model: LayeredModel, tokens: int) -> None:
-    """Raise InputError unless the widest linear layer's inputs, and how they go together, fit into memory."""
-    linear = (one for layer in model.layers for one in layer.modules() if isinstance(one, torch.nn.Linear))
-    width = max((one.in_features for one in linear), default=0)
+    """Raise InputError unless the widest linear layer's inputs and their covariance fit into memory."""
+    modules = (module for layer in model.layers for module in layer.modules())
+    width = max((module.in_features for module in modules if isinstance(module, torch.nn.Linear)), default=0)
     need, free = 4 * width * (3 * width + 4 * tokens), hardware.memory().available
     if need > free:
         raise InputError(
@@ -130,11 +118,11 @@ def _check_memory(model: LayeredModel, tokens: int) -> None:
 
 
 class _Tensors:
-    """The linear layers' weights in two GGUF files: as they were, and quantised."""
+    """The weights of linear layers in two GGUF files: as they were, and quantised."""
 
     def __init__(self, whole: Path, file: Path) -> None:
         header = read_header(file)
-        self._name = calibration.tensor_names(header)
+        self._tensor_name = calibration.tensor_names(header)
         self._tensors, self._sources = header.tensors, read_header(whole).tensors
         self._data = np.memmap(file, np.uint8, "r+")
         self._source = np.memmap(whole, np.uint8, "r")
@@ -145,20 +133,20 @@ class _Tensors:
         del self._data, self._source
 
     def find(self, name: str, weight: torch.Tensor) -> _Tensor | None:
-        """What transformers calls `name`; None for one that the file holds otherwise than row by row."""
-        found = self._name(name)
-        if found is None or found not in self._sources:
+        """What transformers calls `name`; None for one that the file does not hold row by row."""
+        stored = self._tensor_name(name)
+        if stored is None or stored not in self._sources:
             return None
-        tensor, source = self._tensors[found], self._sources[found]
+        tensor, source = self._tensors[stored], self._sources[stored]
         data, rows = _rows(self._data, tensor), _rows(self._source, source)
-        kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        if source.type not in kinds or len(rows) != len(weight):
+        dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}.get(source.type)
+        if dtype is None or len(rows) != len(weight):
             return None
         # The converter changes the order of some architectures' rows: each is looked up by its bytes.
-        where: dict[bytes, list[int]] = {}
-        for at, row in enumerate(weight.to(kinds[source.type]).view(torch.uint8).numpy()):
-            where.setdefault(row.tobytes(), []).append(at)
-        order = [where[row.tobytes()].pop() if where.get(row.tobytes()) else -1 for row in rows]
+        numbers: dict[bytes, list[int]] = {}
+        for number, row in enumerate(weight.to(dtype).view(torch.uint8).numpy()):
+            numbers.setdefault(row.tobytes(), []).append(number)
+        order = [numbers[row.tobytes()].pop() if numbers.get(row.tobytes()) else -1 for row in rows]
         return None if -1 in order else _Tensor(data, tensor.type, np.array(order))
 
 
@@ -177,33 +165,34 @@ class _Tensor:
 
     def values(self) -> torch.Tensor:
         """(rows, columns) float32, as llama.cpp computes with them."""
-        return _values(self._data, self._kind)
+        return self._dequantised(self._data)
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, lowest), each (rows, columns / SUB): a code stands for lowest + scale * code."""
         assert self.layout is not None
         shape = (len(self._data), self._data.shape[1] // self.layout.size * self.layout.block)
         low, next_ = (
-            _values(self.layout.put(np.full(shape, code, np.uint8), self._data), self._kind)[:, ::SUB]
+            self._dequantised(self.layout.put(np.full(shape, code, np.uint8), self._data))[:, ::SUB]
             for code in (0, 1)
         )
         return next_ - low, low
 
     def write(self, codes: torch.Tensor) -> None:
+        """Put `codes` (rows, columns), uint8, into the file."""
         assert self.layout is not None
         self._data = self.layout.put(codes.numpy(), self._data)
         self._file[:] = self._data[self._order]
 
-
-def _values(data: Bytes, kind: str) -> torch.Tensor:
-    return torch.from_numpy(dequantize(data, GGMLQuantizationType[kind]).astype(np.float32, copy=False))
+    def _dequantised(self, data: Bytes) -> torch.Tensor:
+        values = dequantize(data, GGMLQuantizationType[self._kind])
+        return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
 class _Reached(Exception):
-    """A layer's states have come as far as they are needed: what is read there."""
+    """Ends a layer's forward pass at the linear layer whose input is wanted, which it carries."""
 
 
-def _layer(
+def _quantise(
     model: LayeredModel,
     number: int,
     batches: list[Batch],
@@ -211,11 +200,15 @@ def _layer(
     rounded: list[torch.Tensor],
     tensors: _Tensors,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Quantise a layer that is present; what leaves it in the whole model, and in the quantised one."""
-    # Linear layers called one after the other with the same input share what is computed from it. By name:
-    # the group's first; by that: what they read of each batch.
+    """Choose the codes of layer `number`, which is present.
+
+    exact, rounded: each batch's states before the layer, in the whole model and in the quantised one. Returns
+    the same behind it.
+    """
+    # Linear layers called one after the other with the same input share what is computed from it.
+    # leaders: the first of each layer's group; inputs: what that one reads of each batch.
     leaders: dict[str, str] = {}
-    read: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
     last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def note(name: str, values: torch.Tensor) -> None:
@@ -223,62 +216,58 @@ def _layer(
         if name not in leaders:
             leaders[name] = leaders[last[0]] if torch.equal(values, last[1]) else name
         if leaders[name] == name:
-            read.setdefault(name, []).append(values)
+            inputs.setdefault(name, []).append(values)
         last = name, values
 
-    after = []
     with model.observed(note):
-        for batch, states in zip(batches, exact, strict=True):
-            after.append(model.through(number, batch, states))
-    for leader, wanted in read.items():
-        group = [name for name, first in leaders.items() if first == leader]
-        modules = [model.linear(name) for name in group]
-        found = [tensors.find(name, module.weight) for name, module in zip(group, modules, strict=True)]
-        chosen = [
-            (module.weight, one) for module, one in zip(modules, found, strict=True) if one and one.layout
-        ]
+        after = [model.through(number, *each) for each in zip(batches, exact, strict=True)]
+    for leader, targets in inputs.items():
+        group = {name: model.linear(name).weight for name, first in leaders.items() if first == leader}
+        stored = [(weight, tensors.find(name, weight)) for name, weight in group.items()]
+        pairs = [(weight, tensor) for weight, tensor in stored if tensor]
+        chosen = [(weight, tensor) for weight, tensor in pairs if tensor.layout]
         if chosen:
-            inputs = torch.cat(list(_inputs(model, number, batches, rounded, leader)))
-            _write(chosen, inputs, torch.cat(wanted))
+            _write(
+                chosen, torch.cat(list(_inputs(model, number, batches, rounded, leader))), torch.cat(targets)
+            )
             tensors.changed += len(chosen)
-        for module, one in zip(modules, found, strict=True):
-            if one:
-                module.weight.copy_(one.values())
-        wanted.clear()
+        for weight, tensor in pairs:
+            weight.copy_(tensor.values())
+        targets.clear()
     return after, [model.through(number, *each) for each in zip(batches, rounded, strict=True)]
 
 
 def _inputs(
-    model: LayeredModel, number: int, batches: list[Batch], states: list[torch.Tensor], wanted: str
+    model: LayeredModel, number: int, batches: list[Batch], states: list[torch.Tensor], name: str
 ) -> Iterator[torch.Tensor]:
-    """What the linear layer `wanted` reads of each batch, as far as the layer is quantised by now."""
+    """What the linear layer `name` reads of each batch, as far as layer `number` is quantised by now."""
 
-    def take(name: str, values: torch.Tensor) -> None:
-        if name == wanted:
+    def stop(observed: str, values: torch.Tensor) -> None:
+        if observed == name:
             raise _Reached(values)
 
-    for batch, each in zip(batches, states, strict=True):
+    for each in zip(batches, states, strict=True):
         try:
-            with model.observed(take):
-                model.through(number, batch, each)
+            with model.observed(stop):
+                model.through(number, *each)
         except _Reached as reached:
             yield reached.args[0]
 
 
-def _write(chosen: list[tuple[torch.Tensor, _Tensor]], inputs: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Choose the codes of weights that are multiplied with the same, and put them into the file."""
-    grids = [one.grid() for _, one in chosen]
-    tops = [torch.full((len(weight),), one.layout.top) for weight, one in chosen if one.layout]
+def _write(chosen: list[tuple[torch.Tensor, _Tensor]], inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    """Choose the codes of weights that are multiplied with the same inputs, and put them into the file."""
+    grids = [tensor.grid() for _, tensor in chosen]
+    tops = [torch.full((len(weight),), tensor.layout.top) for weight, tensor in chosen if tensor.layout]
     codes = choose(
         torch.cat([weight for weight, _ in chosen]),
         torch.cat([scale for scale, _ in grids]),
         torch.cat([lowest for _, lowest in grids]),
         torch.cat(tops),
         inputs,
-        wanted,
+        targets,
     )
-    for (_, one), part in zip(chosen, codes.split([len(top) for top in tops]), strict=True):
-        one.write(part)
+    for (_, tensor), part in zip(chosen, codes.split([len(top) for top in tops]), strict=True):
+        tensor.write(part)
 
 
 def choose(
@@ -287,46 +276,49 @@ def choose(
     lowest: torch.Tensor,
     top: torch.Tensor,
     inputs: torch.Tensor,
-    wanted: torch.Tensor,
+    targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Codes (rows, columns), uint8: lowest + scale * code does to `inputs` what `weights` do to `wanted`.
+    """Codes (rows, columns), uint8: lowest + scale * code does to `inputs` what `weights` do to `targets`.
 
     weights: (rows, columns). scale, lowest: (rows, columns / SUB). top: (rows,), the largest codes. inputs,
-    wanted: (tokens, columns), what is read in the quantised model and in the whole one; each token counts
-    alike. Raises InputError where they are no numbers.
+    targets: (tokens, columns), what is read in the quantised model and in the whole one; each token counts
+    alike. Raises InputError where they contain NaN or infinity.
     """
     columns, tokens = weights.shape[1], len(inputs)
     length = inputs.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
     x = inputs / length
-    # The strongest first, while there are most columns left to make up for them.
+    # The strongest first, while there are most columns left to compensate for them.
     order = x.square().mean(0).argsort(descending=True)
     x = x[:, order]
-    missed = ((wanted / length)[:, order] - x).T @ x / tokens
-    square = x.T @ x / tokens
-    if not (square.isfinite().all() and missed.isfinite().all()):
-        raise InputError("the model's activations on its own rows are no numbers", "merge again: edge merge")
-    square.diagonal().add_(DAMP)
-    lower = torch.linalg.cholesky(square)
-    del square
+    drift = ((targets / length)[:, order] - x).T @ x / tokens
+    covariance = x.T @ x / tokens
+    if not (covariance.isfinite().all() and drift.isfinite().all()):
+        raise InputError(
+            "the model's activations contain NaN or infinity on its own rows", "merge again: edge merge"
+        )
+    covariance.diagonal().add_(DAMP)
+    lower = torch.linalg.cholesky(covariance)
+    del covariance
     # (columns, rows) from here on: a column of weights lies in one place.
-    left = weights.T[order]
-    left += torch.cholesky_solve(missed.T @ left, lower)
-    del missed
+    remaining = weights.T[order]
+    remaining += torch.cholesky_solve(drift.T @ remaining, lower)
+    del drift
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     del lower
     scale, lowest = scale.T.contiguous(), lowest.T.contiguous()
-    by = torch.where(scale == 0, torch.ones_like(scale), scale).reciprocal()
+    inverse = torch.where(scale == 0, torch.ones_like(scale), scale).reciprocal()
     zero, top = torch.zeros_like(top, dtype=torch.float32), top.float()
-    codes = torch.empty(left.shape, dtype=torch.uint8)
+    codes = torch.empty(remaining.shape, dtype=torch.uint8)
     for first in range(0, columns, STEP):
         stop = min(first + STEP, columns)
-        errors = torch.empty(stop - first, left.shape[1])
-        for at in range(first, stop):
-            block = int(order[at]) // SUB
-            code = ((left[at] - lowest[block]) * by[block]).round_().clamp_(zero, top)
-            codes[order[at]] = code.to(torch.uint8)
-            error = (left[at] - torch.addcmul(lowest[block], scale[block], code)) / upper[at, at]
-            left[at + 1 : stop].addr_(upper[at, at + 1 : stop], error, alpha=-1)
-            errors[at - first] = error
-        left[stop:].addmm_(upper[first:stop, stop:].T, errors, alpha=-1)
+        errors = torch.empty(stop - first, remaining.shape[1])
+        for column in range(first, stop):
+            block = int(order[column]) // SUB
+            code = ((remaining[column] - lowest[block]) * inverse[block]).round_().clamp_(zero, top)
+            codes[order[column]] = code.to(torch.uint8)
+            error = remaining[column] - torch.addcmul(lowest[block], scale[block], code)
+            error /= upper[column, column]
+            remaining[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+            errors[column - first] = error
+        remaining[stop:].addmm_(upper[first:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()

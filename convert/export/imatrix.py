@@ -2,68 +2,63 @@
 
     importance[tensor][column] = mean over tokens of (activation of the column)^2
 
-The quantiser rounds so that columns which carry more lose less. llama.cpp gathers it from a text file with a
+The quantiser loses less of columns that carry more. llama.cpp gathers the matrix from a text file with a
 program of its own; here it comes from the merged model in float32, over rows rendered as in training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from convert.export import calibration
+from convert.export.source import Source
 from convert.model.layerwise import load
-from edge.artefact import manifest
-from edge.artefact.gguf_header import GGUFHeader
+from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """values: (columns,) float32 by GGUF tensor name. source: what it was gathered from, in words."""
+def gather(origin: Source, file: Path, target: Path) -> dict[str, Any]:
+    """Write the matrix of the merged model `origin` to `target`; what the manifest is to say of it.
 
-    values: dict[str, NDArray[np.float32]]
-    tokens: int
-    source: str
-
-    def save(self, path: Path) -> None:
-        # Numbered: a name with a slash or a dot is none that an archive keeps safely.
-        arrays = {f"t{number}": value for number, value in enumerate(self.values.values())}
-        np.savez(path, names=np.array(list(self.values)), **arrays)
-
-
-def gather(folder: Path, known: manifest.Manifest | None, header: GGUFHeader) -> Matrix:
-    """The matrix of the merged model in `folder`, for the tensors of its GGUF file with `header`.
-
-    Raises InputError where no data set is known, or an architecture that the names are not known of.
+    file: an unquantised GGUF of the model, whose tensors are taken. The matrix is a safetensors file with
+    (columns,) float32 by GGUF tensor name, as llamacpp_tools.quantize reads it.
+    Raises InputError where no data set is known, for an architecture whose tensor names are not known, or for
+    activations with NaN or infinity.
     """
-    ids, source = calibration.rows(folder, known)
-    names = calibration.tensor_names(header)
+    header = read_header(file)
+    rows, source = calibration.rows(origin.path, origin.known)
+    tensor_name = calibration.tensor_names(header)
     sums: dict[str, torch.Tensor] = {}
 
     def observe(name: str, values: torch.Tensor) -> None:
-        tensor = names(name)
+        tensor = tensor_name(name)
         if tensor is None or values.shape[1] != header.tensors[tensor].shape[0]:
             return
         total = values.double().square().sum(0)
         sums[tensor] = sums[tensor] + total if tensor in sums else total
 
-    model = load(folder)
+    model = load(origin.path)
     try:
         with model.observed(observe):
-            for _ in model.logits(ids, [1] * len(ids)):
+            for _ in model.logits(rows, [1] * len(rows)):
                 pass
     finally:
         model.close()
-    count = sum(len(row) - 1 for row in ids)
+    count = sum(len(row) - 1 for row in rows)
     values = {name: (total / count).float().numpy() for name, total in sums.items()}
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
-    if bad or not values:
+    if bad:
         raise InputError(
-            f"{folder}: no importance could be gathered for {', '.join(bad[:3]) or 'any tensor'}"
+            f"{origin.path}: the input of {bad[0]} contains NaN or infinity", "merge again: edge merge"
         )
-    return Matrix(values, count, source)
+    if not values:
+        raise InputError(
+            f"{origin.path} has no layer that {file.name} has a tensor for", "leave --imatrix out"
+        )
+    save_file(values, target)
+    return {"tokens": count, "from": source}

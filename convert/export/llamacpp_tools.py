@@ -1,7 +1,7 @@
-"""llama.cpp's converter and quantiser, each in a process of its own, and the types that they know.
+"""llama.cpp's converter and quantiser, each in a process of its own, and the types that they write.
 
-The converter comes out of the pinned sdist with its matching gguf-py. Native code may abort: its process ends,
-and ours says what happened.
+The converter comes out of the pinned sdist with its matching gguf-py. Native code may abort: then its process
+ends, and the error gives the last lines of its log.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from edge.artefact.gguf_header import FILE_TYPES
-from edge.errors import EdgeError, InputError, UnavailableError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.machine import hardware
 from edge.machine.llamacpp_source import sdist
 
@@ -27,15 +26,37 @@ QUANTS = (
     "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "Q2_0", "TQ2_0", "TQ1_0",
     "IQ1_M", "IQ1_S", "Q1_0",
 )  # fmt: skip
-# Below three bits rounding is blind without one: the quantiser refuses.
+# The quantiser refuses these without an importance matrix.
 NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 # Those whose tensors are mostly of types that convert.export.gptq knows.
 GPTQ = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
+# Types that the converter writes itself, with its names for them.
 WHOLE = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
+DEFAULT, DEFAULT_SMALL = "Q4_K_M", "Q8_0"
+
+
+def check_quantisation(quant: str | None, imatrix: bool, gptq: bool) -> str | None:
+    """`quant` in capitals. Raises UsageError for an unknown type, or one that cannot be rounded so."""
+    quant = quant and quant.upper()
+    if quant and quant not in QUANTS:
+        raise UsageError(f"--quant {quant}: no such type", f"types: {' '.join(QUANTS)}")
+    if imatrix and quant in WHOLE:
+        raise UsageError(f"--imatrix: {quant} is not quantised", "leave it out, or choose a smaller type")
+    if gptq and quant and quant not in GPTQ:
+        raise UsageError(f"--gptq cannot choose the codes of {quant}", f"types: {' '.join(GPTQ)}")
+    if gptq and imatrix:
+        raise UsageError(
+            "--gptq and --imatrix are two ways to round", "leave one out; --ladder measures both"
+        )
+    return quant
 
 
 def run_converter(script_name: str, source: Path, target: Path, options: list[str]) -> None:
-    """Run one of llama.cpp's converters. Raises EdgeError that says what it could not do."""
+    """Run one of llama.cpp's converters, from `source` to the file `target`.
+
+    Raises InputError for a model that it does not know, UnavailableError for a package that it lacks,
+    EdgeError with the end of its log for anything else.
+    """
     script = sdist() / "vendor" / "llama.cpp" / script_name
     command = [sys.executable, str(script), str(source), "--outfile", str(target), *options]
     env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
@@ -62,22 +83,21 @@ def run_converter(script_name: str, source: Path, target: Path, options: list[st
 
 
 def quantize(source: Path, target: Path, quant: str, matrix: Path | None = None) -> list[str]:
-    """Quantise; returns a line for each tensor that took another type than the recipe's."""
-    ftype = next(number for number, name in FILE_TYPES.items() if name == quant)
-    job = {"source": str(source), "target": str(target), "ftype": ftype, "imatrix": str(matrix or "")}
-    answer, log = run_child("quantize", job, target)
-    if answer["code"] != 0:
-        raise EdgeError(f"llama.cpp could not quantise to {quant}:\n{tail(log)}", "try another --quant")
-    found = re.findall(r"ncols\s+(\d+) not divisible by\s+(\d+).*?-> falling back to\s+(\S+)", log)
-    return [f"rows of {columns} are no multiple of {block}, so {kind}" for columns, block, kind in found]
+    """Quantise the GGUF `source` to `target`; a line for each tensor that took a larger type.
 
-
-def run_child(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """Run llamacpp_child.py; its answer and log. Raises EdgeError where it dies or refuses."""
-    script = str(Path(__file__).with_name("llamacpp_child.py"))
-    job = job | {"threads": hardware.cpu_threads()}
+    matrix: an importance matrix, as convert.export.imatrix saves it. Raises EdgeError with the end of
+    llama.cpp's log.
+    """
+    job = {
+        "source": str(source),
+        "target": str(target),
+        "ftype": next(number for number, name in FILE_TYPES.items() if name == quant),
+        "threads": hardware.cpu_threads(),
+        "imatrix": str(matrix or ""),
+    }
     done = subprocess.run(
-        [sys.executable, "-P", script, mode],
+        # -P: the script's folder has modules of its own, some with the names of packages.
+        [sys.executable, "-P", str(Path(__file__).with_name("llamacpp_child.py"))],
         input=json.dumps(job).encode("utf-8"),
         capture_output=True,
         env=os.environ | {"PYTHONUTF8": "1"},
@@ -86,12 +106,14 @@ def run_child(mode: str, job: dict[str, Any], path: Path) -> tuple[dict[str, Any
     log = done.stderr.decode("utf-8", "replace")
     if done.returncode != 0:
         raise EdgeError(
-            f"llama.cpp could not {mode} {path.name} (exit code {done.returncode}):\n{tail(log)}",
-            "if it is not installed or does not load: python -m edge.machine.build_llamacpp",
+            f"llama.cpp could not quantise to {quant} (exit code {done.returncode}):\n{tail(log)}",
+            "try another --quant; if llama.cpp is not installed or does not load: "
+            "python -m edge.machine.build_llamacpp",
         )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer, log
+    fallbacks = re.findall(r"ncols\s+(\d+) not divisible by\s+(\d+).*?-> falling back to\s+(\S+)", log)
+    return [f"rows of {columns} are no multiple of {block}, so {kind}" for columns, block, kind in fallbacks]
 
 
 def tail(log: str, lines: int = 12) -> str:
+    """The last lines of a log, each cut to 200 characters."""
     return "\n".join(line[:200] for line in log.replace("\r", "\n").strip().splitlines()[-lines:])

@@ -7,16 +7,20 @@ that gives, character by character, what the model's own template gives for conv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge.artefact import find
+from edge.artefact.gguf_header import GGUFArray, GGUFHeader
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
 
 FILE = "Modelfile"
-_SYSTEM, _ASKED, _SAID, _AGAIN = "\u2042s\u2042", "\u2042q\u2042", "\u2042a\u2042", "\u2042r\u2042"
+# Texts of the system, of a question, of its answer and of a second question that no template contains.
+_SYSTEM, _QUESTION, _ANSWER, _AGAIN = "\u2042s\u2042", "\u2042q\u2042", "\u2042a\u2042", "\u2042r\u2042"
+
+Turn = tuple[str, str]  # role, text
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Shape:
     bos: str
     default: str
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """What Ollama makes of `messages` with the template of `go`."""
+    def render(self, turns: list[Turn]) -> str:
+        """What Ollama makes of `turns` with the template of `go`."""
         around = {"system": self.system or ("", ""), "user": self.user, "assistant": self.assistant}
-        head = "" if messages[0]["role"] == "system" else self.default
-        body = "".join(around[one["role"]][0] + one["content"] + around[one["role"]][1] for one in messages)
+        head = "" if turns[0][0] == "system" else self.default
+        body = "".join(around[role][0] + text + around[role][1] for role, text in turns)
         return self.bos + head + body + self.begin
 
     def go(self) -> str:
@@ -47,12 +51,15 @@ class Shape:
             parts.append("{{- if not .System }}" + _text(self.default) + "{{ end }}")
         if self.system:
             parts.append("{{- if .System }}" + _between(self.system, "{{ .System }}") + "{{ end }}")
-        parts.append("{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}")
-        parts.append('{{- if eq .Role "user" }}' + _between(self.user, "{{ .Content }}"))
-        parts.append('{{- else if eq .Role "assistant" }}' + _text(self.assistant[0]) + "{{ .Content }}")
-        parts.append("{{- if not $last }}" + _text(self.assistant[1]) + "{{ end }}{{ end }}")
-        parts.append('{{- if and $last (ne .Role "assistant") }}' + _text(self.begin) + "{{ end }}")
-        return "\n".join([*parts, "{{- end }}"])
+        parts += [
+            "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}",
+            '{{- if eq .Role "user" }}' + _between(self.user, "{{ .Content }}"),
+            '{{- else if eq .Role "assistant" }}' + _text(self.assistant[0]) + "{{ .Content }}",
+            "{{- if not $last }}" + _text(self.assistant[1]) + "{{ end }}{{ end }}",
+            '{{- if and $last (ne .Role "assistant") }}' + _text(self.begin) + "{{ end }}",
+            "{{- end }}",
+        ]
+        return "\n".join(parts)
 
 
 def take_apart(template: ChatTemplate, bos: str) -> Shape:
@@ -61,39 +68,10 @@ def take_apart(template: ChatTemplate, bos: str) -> Shape:
     bos: the token that the runtime puts in front by itself, which the Go template must then not write; "" for
     none.
     """
-    texts = {
-        "one": _render(template, [("user", _ASKED)]),
-        "two": _render(template, [("user", _ASKED), ("assistant", _SAID), ("user", _AGAIN)]),
-        "system": _render(template, [("system", _SYSTEM), ("user", _ASKED)]),
-    }
-    one, two, system = texts["one"], texts["two"], texts["system"]
-    if one is None or two is None:
-        raise InputError("the chat template refuses a conversation", "serve the model with edge serve")
-    begin_of_text = bos if bos and one.startswith(bos) else ""
-    head, _, rest = two.removeprefix(begin_of_text).partition(_ASKED)
-    middle, _, rest = rest.partition(_SAID)
-    between, _, tail = rest.partition(_AGAIN)
-    one_head, _, one_tail = one.removeprefix(begin_of_text).partition(_ASKED)
-    shapes = []
-    for cut in range(len(head) if one_head == head and one_tail == tail else 0):
-        # A user's turn begins as its second one does; what stands before it in the first is the default.
-        lead = head[cut:]
-        for split in range(len(tail) + 1 if between.endswith(lead) else 0):
-            close, begin = tail[:split], tail[split:]
-            if middle.startswith(close):
-                opening = middle[len(close) :], between[: len(between) - len(lead)]
-                around = _system(system, begin_of_text, lead)
-                shapes.append(Shape(around, (lead, close), opening, begin, begin_of_text, head[:cut]))
-
-    # Several say the same; people would write the one that ends all turns alike and begins them with a token.
-    def odd(shape: Shape) -> tuple[bool, bool, int]:
-        alike = bool(shape.user[1]) and shape.user[1] == shape.assistant[1]
-        length = len(shape.user[1])
-        return not alike, shape.user[0][0] not in "<[", -length if alike else length
-
-    shapes.sort(key=odd)
-    for shape in shapes:
-        if _says_the_same(shape, template.render):
+    # Several shapes say the same; people would write the one that ends all turns alike and begins them with a
+    # token.
+    for shape in sorted(_shapes(template, bos), key=_oddness):
+        if _renders_the_same(shape, template):
             return shape
     raise InputError(
         "the chat template cannot be written for Ollama without changing what the model reads",
@@ -101,15 +79,47 @@ def take_apart(template: ChatTemplate, bos: str) -> Shape:
     )
 
 
-def _system(text: str | None, bos: str, lead: str) -> tuple[str, str] | None:
+def _shapes(template: ChatTemplate, bos: str) -> Iterator[Shape]:
+    """Every way to cut what the template renders into what stands around each role's text."""
+    one = _render(template, [("user", _QUESTION)])
+    two = _render(template, [("user", _QUESTION), ("assistant", _ANSWER), ("user", _AGAIN)])
+    if one is None or two is None:
+        raise InputError("the chat template refuses a conversation", "serve the model with edge serve")
+    bos = bos if one.startswith(bos) else ""
+    system = _render(template, [("system", _SYSTEM), ("user", _QUESTION)])
+    head, _, rest = two.removeprefix(bos).partition(_QUESTION)
+    middle, _, rest = rest.partition(_ANSWER)
+    between, _, tail = rest.partition(_AGAIN)
+    if one.removeprefix(bos) != head + _QUESTION + tail:
+        return
+    for cut in range(len(head)):
+        # A user's turn begins as its second one does; what stands before it in the first is the default.
+        lead = head[cut:]
+        if not between.endswith(lead):
+            continue
+        around = _around_system(system, bos, lead)
+        for split in range(len(tail) + 1):
+            close, begin = tail[:split], tail[split:]
+            if middle.startswith(close):
+                assistant = middle[len(close) :], between[: len(between) - len(lead)]
+                yield Shape(around, (lead, close), assistant, begin, bos, head[:cut])
+
+
+def _oddness(shape: Shape) -> tuple[bool, bool, int]:
+    alike = bool(shape.user[1]) and shape.user[1] == shape.assistant[1]
+    length = len(shape.user[1])
+    return not alike, shape.user[0][0] not in "<[", -length if alike else length
+
+
+def _around_system(text: str | None, bos: str, lead: str) -> tuple[str, str] | None:
     if text is None or _SYSTEM not in text:
         return None
     before, _, after = text.removeprefix(bos).partition(_SYSTEM)
-    end = after.find(lead + _ASKED)
+    end = after.find(lead + _QUESTION)
     return (before, after[:end]) if end >= 0 else None
 
 
-def _says_the_same(shape: Shape, render: Callable[..., str]) -> bool:
+def _renders_the_same(shape: Shape, template: ChatTemplate) -> bool:
     question, answer = ("user", "一 {q}"), ("assistant", "b\nc")
     conversations = [
         [question],
@@ -117,18 +127,12 @@ def _says_the_same(shape: Shape, render: Callable[..., str]) -> bool:
         [question, answer, question, answer, question],
     ]
     if shape.system:
-        conversations += [[("system", "是 s"), *conversation] for conversation in conversations]
-    for conversation in conversations:
-        messages = [{"role": role, "content": text} for role, text in conversation]
-        try:
-            if render(messages) != shape.render(messages):
-                return False
-        except RequestError:
-            return False
-    return True
+        conversations += [[("system", "是 s"), *turns] for turns in conversations]
+    return all(_render(template, turns) == shape.render(turns) for turns in conversations)
 
 
-def _render(template: ChatTemplate, turns: list[tuple[str, str]]) -> str | None:
+def _render(template: ChatTemplate, turns: list[Turn]) -> str | None:
+    """The prompt that the template makes of `turns`; None where it refuses them."""
     try:
         return template.render([{"role": role, "content": text} for role, text in turns])
     except RequestError:
@@ -141,18 +145,12 @@ def _between(around: tuple[str, str], inner: str) -> str:
 
 def _text(text: str) -> str:
     """`text` in a Go template: as a quoted constant, so that no brace and no line end of it is read."""
-    if not text:
-        return ""
-    quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-    return '{{ "' + quoted + '" }}'
+    quoted = _escaped(text).replace("\n", "\\n").replace("\t", "\\t")
+    return '{{ "' + quoted + '" }}' if text else ""
 
 
-def modelfile(file: str, shape: Shape, stops: list[str], context: int) -> str:
-    """The Modelfile for the GGUF `file` in the same folder. stops: texts of the stop tokens."""
-    lines = [f"FROM ./{file}", f'TEMPLATE """{shape.go()}"""', f"PARAMETER num_ctx {context}"]
-    # A stop text is quoted as in Go; the tokens themselves end an answer by the file's own metadata.
-    lines += ['PARAMETER stop "' + stop.replace("\\", "\\\\").replace('"', '\\"') + '"' for stop in stops]
-    return "\n".join(lines) + "\n"
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def run(given: Path, *, context: int = 4096) -> Path:
@@ -160,22 +158,33 @@ def run(given: Path, *, context: int = 4096) -> Path:
 
     Raises InputError where there is no GGUF, or its template cannot be said in Ollama's language.
     """
-    found = find.resolve(given)
-    if found.chat_template is None:
-        raise InputError(f"{found.path} has no chat template", "export it again from a folder that has one")
-    tokens = found.header.metadata["tokenizer.ggml.tokens"]
-    words = tokens.values()  # type: ignore[union-attr]
-    bos, eos = (found.header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
-    bos_text, eos_text = (str(words[one]) if isinstance(one, int) else "" for one in (bos, eos))
+    artefact = find.resolve(given, "llamacpp")
+    header = artefact.header
+    assert isinstance(header, GGUFHeader)
+    if artefact.chat_template is None:
+        raise InputError(
+            f"{artefact.path} has no chat template", "export it again from a folder that has one"
+        )
+    tokens = header.metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, GGUFArray)
+    words = [str(word) for word in tokens.values()]
+    bos, eos = (header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
+    bos_text, eos_text = (words[token] if isinstance(token, int) else "" for token in (bos, eos))
     # What a file leaves open, its kind of vocabulary decides, as in llama.cpp.
-    added = found.header.metadata.get("tokenizer.ggml.add_bos_token")
+    added = header.metadata.get("tokenizer.ggml.add_bos_token")
     if not isinstance(added, bool):
-        added = found.header.metadata.get("tokenizer.ggml.model") == "llama"
-    template = ChatTemplate(found.chat_template, bos=bos_text, eos=eos_text)
+        added = header.metadata.get("tokenizer.ggml.model") == "llama"
+    template = ChatTemplate(artefact.chat_template, bos=bos_text, eos=eos_text)
     shape = take_apart(template, bos_text if added else "")
-    ends = sorted(found.stop_ids) or [one for one in (eos,) if isinstance(one, int)]
-    stops = [str(words[one]) for one in ends]
-    path = found.path.parent / FILE
-    text = modelfile(found.path.name, shape, stops, min(context, found.header.context_length))
-    path.write_text(text, encoding="utf-8")
+    ends = sorted(artefact.stop_ids) or [token for token in (eos,) if isinstance(token, int)]
+    context = min(context, header.context_length)
+    lines = [
+        f"FROM ./{artefact.path.name}",
+        f'TEMPLATE """{shape.go()}"""',
+        f"PARAMETER num_ctx {context}",
+        # A stop text is quoted as in Go; the tokens themselves end an answer by the file's own metadata.
+        *(f'PARAMETER stop "{_escaped(words[token])}"' for token in ends),
+    ]
+    path = artefact.path.parent / FILE
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

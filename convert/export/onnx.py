@@ -15,64 +15,31 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from convert.export.llamacpp_tools import tail
-from convert.export.source import TEMPLATE, Source, folders, open_source
-from convert.model.hf_folder import SMALL, parameters, read_json
+from convert.export.onnx_options import SCHEMES, Recipe
+from convert.export.source import Source, open_source
+from convert.model.hf_folder import SMALL, parameters, read_json, stage_folder
 from convert.verify import compare
 from convert.verify.onnx_reader import OnnxReader
 from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
+from edge.artefact.find import TEMPLATE
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
-from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.console import plain_console
+from edge.errors import EdgeError, InputError, UnavailableError
 
-PRECISIONS = ("int4", "int8", "fp16", "fp32")
-# How 4-bit weights are chosen: by blocks of 32, by llama.cpp's k-quant search, and that with the most
-# sensitive matrices in 8 bits.
-SCHEMES = {
-    "block": {"algo_config": "rtn"},
-    "k-quant": {"algo_config": "k_quant"},
-    "mixed": {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"},
-}
 # Values that share a scale: products of longer blocks are faster, and as near where activations are smoothed.
 BLOCK, LONG_BLOCK = 32, 64
-EPS = ("cpu", "cuda")
 # The largest logits that a graph for a GPU gives without the others: what people sample from is less.
 CANDIDATES = 64
 _FILES = ("tokenizer.json", "tokenizer_config.json", TEMPLATE)
 _CONFIG = "genai_config.json"
 _PACKAGES = ("edge", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tokenizers")
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What is built. Raises UsageError for a combination that is not known, or that no device computes."""
-
-    precision: str
-    scheme: str = "mixed"
-    ep: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for option, value, known in (
-            ("--precision", self.precision, PRECISIONS),
-            ("--scheme", self.scheme, tuple(SCHEMES)),
-            ("--ep", self.ep, EPS),
-        ):
-            if value not in known:
-                raise UsageError(f"{option} {value}: not known", f"one of {', '.join(known)}")
-        if (self.precision, self.ep) == ("fp32", "cuda"):
-            raise UsageError(
-                "--precision fp32 --ep cuda: a GPU's attention computes in fp16", "take --precision fp16"
-            )
-        if (self.precision, self.ep) == ("fp16", "cpu"):
-            raise UsageError(
-                "--precision fp16: processors compute in fp32", "add --ep cuda, or take --precision fp32"
-            )
 
 
 def run(
@@ -90,7 +57,7 @@ def run(
     UnavailableError without the builder, InputError for a run without a usable merged model or an export that
     is not that model, ExistsError without `overwrite`.
     """
-    source = open_source(folders(run_folder)[0])
+    source = open_source(stage_folder(run_folder, "merged"))
     small = parameters(source.weights, source.config) < SMALL
     recipe = Recipe(precision or ("int8" if small else "int4"), scheme, ep)
     return export(source, run_folder / "onnx", recipe, overwrite=overwrite, console=console)
@@ -100,7 +67,7 @@ def export(
     source: Source, target: Path, recipe: Recipe, *, overwrite: bool = False, console: Console | None = None
 ) -> Path:
     """Export the transformers folder `source` to the folder `target`; as `run`."""
-    console = console or Console(markup=False, highlight=False, soft_wrap=True)
+    console = console or plain_console()
     target = target.absolute()
     manifest.check_target(target, overwrite)
     # The builder writes whole weights before it quantises.
@@ -120,10 +87,7 @@ def export(
             "file": final.name,
             "matrices": {f"{bits} bits": count for bits, count in header.matrices.items()},
         }
-        record = source.known.child("onnx", source.path, settings=settings, packages=_PACKAGES)
-        record.chat_template = manifest.text_digest(source.template)
-        record.verify = {"vocab_size": header.vocab_size}
-        manifest.write(partial, record)
+        source.write_manifest(partial, "onnx", settings, _PACKAGES, {"vocab_size": header.vocab_size})
         report = _prove(source.path, final, recipe.ep, console)
     console.print(f"{target / final.name}: {recipe.precision}, {header.weights_bytes / 2**20:.0f} MiB")
     if activations:

@@ -1,8 +1,7 @@
-"""What is exported: a transformers folder, checked, with its chat template and its weights' size."""
+"""The transformers folder that an export starts from, checked, and its chat template."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import Any
 from convert.model import chat_format
 from convert.model.hf_folder import check_folder
 from edge.artefact import manifest
+from edge.artefact.find import TEMPLATE
 from edge.errors import InputError
-
-TEMPLATE = "chat_template.jinja"
-_PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The transformers folder that is exported, and what is known of it."""
+    """A transformers folder to export. config: its config.json. template: its chat template.
+
+    known: its manifest, or one made up from its files. weights: bytes of its safetensors files.
+    """
 
     path: Path
     known: manifest.Manifest
@@ -29,8 +29,8 @@ class Source:
 
     @property
     def file_name(self) -> str:
-        """The model's name as far as a file may be called so."""
-        return re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", self.known.name).strip(" .-") or "model"
+        """The model's name as the beginning of a file's."""
+        return safe_name(self.known.name)
 
     @property
     def whole(self) -> str:
@@ -38,21 +38,23 @@ class Source:
         dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
         return {"bfloat16": "BF16", "float32": "F32"}.get(dtype, "F16")
 
-    def manifest(self, quant: str, file: Path, **settings: Any) -> manifest.Manifest:
-        """The manifest of `file` in the type `quant`, without its verification."""
-        settings = {"quant": quant, "file": file.name, **settings}
-        made = self.known.child("gguf", self.path, settings=settings, packages=_PACKAGES)
-        made.chat_template = manifest.text_digest(self.template)
-        return made
+    def write_manifest(
+        self,
+        folder: Path,
+        stage: str,
+        settings: dict[str, Any],
+        packages: tuple[str, ...],
+        verify: dict[str, Any],
+    ) -> None:
+        """Write the manifest of `folder`, a `stage` that was made from this one."""
+        record = self.known.child(stage, self.path, settings=settings, packages=packages)
+        record.chat_template, record.verify = manifest.text_digest(self.template), verify
+        manifest.write(folder, record)
 
 
-def folders(given: Path) -> tuple[Path, Path]:
-    """(what to export, where to) for a run or a transformers folder."""
-    if (given / "config.json").is_file():
-        return given, given / "gguf"
-    if given.is_dir() and not (given / "merged").is_dir():
-        raise InputError(f"{given} has no merged model", f"make it: edge merge {given}")
-    return given / "merged", given / "gguf"
+def safe_name(name: str) -> str:
+    """A model's name without the characters that a file's name cannot have."""
+    return re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "-", name).strip(" .-") or "model"
 
 
 def open_source(path: Path) -> Source:
@@ -60,25 +62,28 @@ def open_source(path: Path) -> Source:
 
     A folder without edge.json was made elsewhere: its own files say where a turn ends.
     """
-    if (path / manifest.FILE).is_file() or not (path / "config.json").is_file():
-        known, kept = manifest.read(path), ""
-    else:
-        form = chat_format.load(check_folder(path).path)
-        kept = form.source
-        digest = manifest.text_digest(form.source)
-        known = manifest.Manifest("model", path.resolve().name, chat_template=digest, stop_ids=form.stop_ids)
-    path = path.resolve()
-    # transformers 4 keeps the template in tokenizer_config.json.
-    text = kept if kept and not (path / TEMPLATE).is_file() else read_template(path, known)
-    config = read_json(path / "config.json")
-    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if not weights:
-        raise InputError(f"{path} has no *.safetensors file", "merge again: edge merge RUN")
-    return Source(path, known, config, text, weights)
+    elsewhere = (path / "config.json").is_file() and not (path / manifest.FILE).is_file()
+    known = None if elsewhere else manifest.read(path)
+    folder = check_folder(path.resolve())
+    template = ""
+    if known is None:
+        form = chat_format.load(folder.path)
+        template = form.source  # transformers 4 keeps it in tokenizer_config.json
+        known = manifest.Manifest(
+            "model", folder.path.name, chat_template=manifest.text_digest(template), stop_ids=form.stop_ids
+        )
+    if not template or (folder.path / TEMPLATE).is_file():
+        template = read_template(folder.path, known)
+    weights = sum(file.stat().st_size for file in folder.weights)
+    return Source(folder.path, known, folder.config, template, weights)
 
 
 def read_template(source: Path, origin: manifest.Manifest) -> str:
-    """The chat template, exactly. A model without one would be served as gibberish: refused."""
+    """The chat template of the folder `source`, exactly.
+
+    Raises InputError where it is missing, because the exported model would answer gibberish, and where it is
+    not the one that the manifest `origin` names.
+    """
     path = source / TEMPLATE
     if not path.is_file():
         raise InputError(
@@ -94,13 +99,3 @@ def read_template(source: Path, origin: manifest.Manifest) -> str:
             "merge again: edge merge RUN --overwrite",
         )
     return text
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "merge again: edge merge RUN") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object", "merge again: edge merge RUN")
-    return data

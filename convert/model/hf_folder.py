@@ -48,6 +48,22 @@ def shell(value: str | Path) -> str:
     return subprocess.list2cmdline([str(value)]) if os.name == "nt" else shlex.quote(str(value))
 
 
+def stage_folder(given: Path, stage: str) -> Path:
+    """The folder of `stage`, "adapter" or "merged", of the run `given`; `given` where it is one itself.
+
+    Raises InputError for a run without one. A path that does not exist is left to whoever reads it.
+    """
+    marker, name, command = {
+        "adapter": ("adapter_config.json", "adapter", "edge train CONFIG.yaml"),
+        "merged": ("config.json", "merged model", f"edge merge {shell(given)}"),
+    }[stage]
+    if (given / marker).is_file():
+        return given
+    if given.is_dir() and not (given / stage).is_dir():
+        raise InputError(f"{given} has no {name}", f"make it: {command}")
+    return given / stage
+
+
 def converts(what: str, where: str | Path) -> str:
     """The command that lets transformers rewrite `where` (a folder or a hub id) with its `what` class."""
     load, save = f"t.{what}.from_pretrained(sys.argv[1])", "save_pretrained(sys.argv[2])"
@@ -175,3 +191,8 @@ def read_json(path: Path, *, required: bool = False, hint: str = "get the model 
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a JSON object", hint)
     return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write `data` as people read it: indented, and with its characters as they are."""
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

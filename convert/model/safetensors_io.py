@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from convert.model.hf_folder import INDEX
+from convert.model.hf_folder import INDEX, write_json
 
 LARGEST = 2 * 2**30  # bytes of a shard, if no single tensor is larger
 TYPES = {
@@ -66,9 +66,7 @@ def write(folder: Path, parts: list[Part], rows: Rows) -> None:
 
 def write_index(folder: Path, where: dict[str, str], size: int) -> None:
     """Say which of the folder's files holds each tensor. size: bytes of all tensors."""
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    text = json.dumps(index, ensure_ascii=False, indent=2) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
 def _split(parts: list[Part]) -> list[list[Part]]:

@@ -100,10 +100,10 @@ def test_what_earlier_layers_lost_is_made_up_for() -> None:
     assert lost(asked) < 0.5 * lost(unasked)
 
 
-def test_activations_that_are_no_numbers() -> None:
+def test_activations_with_nan_are_refused() -> None:
     weights = torch.randn(4, 32)
     bad = torch.full((10, 32), float("nan"))
-    with pytest.raises(InputError, match="no numbers"):
+    with pytest.raises(InputError, match="contain NaN or infinity"):
         gptq.choose(weights, *grid_of(weights), bad, bad)
 
 

@@ -1,4 +1,4 @@
-"""The ladder: which type is recommended, the picture, and one climbed for real."""
+"""The search for a type: what is recommended, the picture, and one real search."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from convert.export import calibration, gguf, imatrix, quant_search
-from convert.export.quant_search import Rung
+from convert.export.quant_search import Candidate
 from convert.export.source import open_source
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
@@ -21,32 +21,40 @@ from tests.convert.model.test_families import quiet, toy_converter  # noqa: F401
 from tests.support.families import make_family, make_run
 
 
-def rung(quant: str, decode: float, kl: float, *, rounding: str = "", top1: float = 0.95) -> Rung:
-    return Rung(quant, rounding, 100_000_000, 400.0, decode, kl, 5 * kl, top1)
+def candidate(quant: str, decode: float, kl: float, *, rounding: str = "", top1: float = 0.95) -> Candidate:
+    return Candidate(quant, rounding, 100_000_000, 400.0, decode, kl, 5 * kl, top1)
 
 
 def test_the_quickest_that_is_close_enough() -> None:
-    rungs = [rung("Q8_0", 60, 0.001), rung("Q4_K_M", 80, 0.04), rung("Q4_0", 110, 0.3, top1=0.8)]
-    best, reason = quant_search.recommend(rungs)
+    candidates = [
+        candidate("Q8_0", 60, 0.001),
+        candidate("Q4_K_M", 80, 0.04),
+        candidate("Q4_0", 110, 0.3, top1=0.8),
+    ]
+    best, reason = quant_search.recommend(candidates)
     assert best.quant == "Q4_K_M" and "Q4_0 would be" in reason and "KL 0.3" in reason
     # The matrix buys the fast type its quality back.
-    best, reason = quant_search.recommend([*rungs, rung("Q4_0", 109, 0.05, rounding="matrix")])
+    best, reason = quant_search.recommend([*candidates, candidate("Q4_0", 109, 0.05, rounding="matrix")])
     assert best.name == "Q4_0 + matrix" and "would be" not in reason
 
 
 def test_among_equally_quick_ones_the_closest() -> None:
-    best, _ = quant_search.recommend([rung("Q4_K_M", 81, 0.04), rung("Q6_K", 80, 0.006)])
+    best, _ = quant_search.recommend([candidate("Q4_K_M", 81, 0.04), candidate("Q6_K", 80, 0.006)])
     assert best.quant == "Q6_K"
 
 
 def test_where_none_is_close_the_closest() -> None:
-    best, reason = quant_search.recommend([rung("Q4_0", 90, 0.4), rung("Q4_K_M", 50, 0.2)])
+    best, reason = quant_search.recommend([candidate("Q4_0", 90, 0.4), candidate("Q4_K_M", 50, 0.2)])
     assert best.quant == "Q4_K_M" and reason.startswith("none keeps within a mean KL of 0.06")
 
 
 def test_the_picture_is_one_valid_file() -> None:
-    rungs = [rung("Q8_0", 60, 0.001), rung("Q4_0", 110, 0.3, rounding="matrix"), rung("F16", 30, 0.0)]
-    root = ElementTree.fromstring(quant_search.picture(rungs, rungs[0], "贝壳 <&>"))
+    candidates = [
+        candidate("Q8_0", 60, 0.001),
+        candidate("Q4_0", 110, 0.3, rounding="matrix"),
+        candidate("F16", 30, 0.0),
+    ]
+    root = ElementTree.fromstring(quant_search.picture(candidates, candidates[0], "贝壳 <&>"))
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
     assert len(circles) == 3 and "贝壳 <&>" in "".join(root.itertext())
     assert float(circles[1].get("cx", 0)) > float(circles[0].get("cx", 0))  # faster lies to the right
@@ -54,22 +62,12 @@ def test_the_picture_is_one_valid_file() -> None:
 
 
 def test_the_table_names_the_factor() -> None:
-    rungs = [rung("Q4_0", 110, 0.3), rung("Q4_0", 110, 0.1, rounding="gptq")]
-    rungs.append(rung("Q4_0", 110, 0.6, rounding="matrix"))
+    candidates = [candidate("Q4_0", 110, 0.3), candidate("Q4_0", 110, 0.1, rounding="gptq")]
+    candidates.append(candidate("Q4_0", 110, 0.6, rounding="matrix"))
     console = Console(file=io.StringIO(), width=200)
-    console.print(quant_search.table(rungs, rungs[1]))
+    console.print(quant_search.table(candidates, candidates[1]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "recommended; KL 3.00 times smaller" in text and "KL 2.00 times larger" in text
-
-
-def test_a_matrix_survives_its_archive(tmp_path: Path) -> None:
-    values = {
-        "blk.0.ffn_up.weight": np.arange(4, dtype=np.float32),
-        "blk.0.ffn_down.weight": np.ones(2, np.float32),
-    }
-    imatrix.Matrix(values, 3, "rows").save(tmp_path / "m.npz")
-    with np.load(tmp_path / "m.npz", allow_pickle=False) as archive:
-        assert list(archive["names"]) == list(values) and archive["t0"].tolist() == [0, 1, 2, 3]
 
 
 def test_whole_types_have_no_matrix(tmp_path: Path) -> None:
@@ -79,7 +77,7 @@ def test_whole_types_have_no_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_ladder_is_climbed(
+def test_a_real_search(
     tmp_path: Path,
     toy_converter: None,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -88,12 +86,13 @@ def test_a_ladder_is_climbed(
     origin = open_source(run / "merged")
     first = tmp_path / "first.gguf"
     gguf.convert(origin, first, "F16")
-    found = gguf.gather(origin, first, tmp_path / "m.npz")
+    facts = imatrix.gather(origin, first, tmp_path / "m.safetensors")
+    matrix = load_file(tmp_path / "m.safetensors")
     header = read_header(first)
     # Every linear layer of both blocks, each with a value for each input column.
-    assert len(found.values) == 14 and found.source == "36 rows"
-    assert all(value.shape == (header.tensors[name].shape[0],) for name, value in found.values.items())
-    assert all((value >= 0).all() and value.max() > 0 for value in found.values.values())
+    assert len(matrix) == 14 and facts["from"] == "36 rows" and facts["tokens"] > 36
+    assert all(value.shape == (header.tensors[name].shape[0],) for name, value in matrix.items())
+    assert all((value >= 0).all() and value.max() > 0 for value in matrix.values())
     monkeypatch.setattr(quant_search, "TYPES", ("Q8_0", "Q4_0"))
     monkeypatch.setattr(quant_search, "WITH_MATRIX", ("Q4_0",))
     monkeypatch.setattr(quant_search, "WITH_GPTQ", ("Q4_0",))
