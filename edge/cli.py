@@ -19,7 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("convert.data.cli", "show a configuration's data row by row, without training"),
     "train": ("convert.train.cli", "LoRA, QLoRA, full or DPO from a LLaMA-Factory style YAML"),
     "eval": (
-        "convert.train.evaluate",
+        "convert.train.eval_cli",
         "a run on held-out rows: loss, answers, BLEU and ROUGE, beside its base",
     ),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),

@@ -37,8 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         gguf.add_argument(option, action="store_true", help=text)
     gguf.add_argument("--split-max-size", metavar="SIZE", help="several files of at most this, as 500M or 2G")
 
-    lora_help = "an adapter as GGUF, for edge serve BASE.gguf --lora"
-    lora = formats.add_parser("lora", help=lora_help, parents=[replace])
+    lora = formats.add_parser(
+        "lora", help="an adapter as GGUF, for edge serve BASE.gguf --lora", parents=[replace]
+    )
     lora.add_argument("run", type=Path, metavar="RUN", help="the run folder, with adapter/ in it")
 
     ollama = formats.add_parser("ollama", help="a Modelfile beside the GGUF, for ollama create")
@@ -46,13 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     ollama.add_argument("--ctx", type=int, default=4096, help="tokens of a conversation (%(default)s)")
 
     onnx = formats.add_parser("onnx", help="RUN/merged -> RUN/onnx, for onnxruntime", parents=[merged])
-    precision_help = "default: int8 below a billion parameters, else int4"
-    onnx.add_argument("--precision", choices=onnx_options.PRECISIONS, help=precision_help)
-    schemes = tuple(onnx_options.SCHEMES)
-    onnx.add_argument("--scheme", choices=schemes, default="mixed", help="of int4 (%(default)s)")
+    onnx.add_argument(
+        "--precision",
+        choices=onnx_options.PRECISIONS,
+        help="default: int8 below a billion parameters, else int4",
+    )
+    onnx.add_argument(
+        "--scheme", choices=tuple(onnx_options.SCHEMES), default="mixed", help="of int4 (%(default)s)"
+    )
     onnx.add_argument("--ep", choices=onnx_options.EPS, default="cpu", help="what it is for (%(default)s)")
-    check_help = "export nothing: compare what this exporter and another one make in float32 with torch"
-    onnx.add_argument("--check-with", choices=("optimum",), help=check_help)
+    onnx.add_argument(
+        "--check-with",
+        choices=("optimum",),
+        help="export nothing: compare what this exporter and another one make in float32 with torch",
+    )
     return parser
 
 

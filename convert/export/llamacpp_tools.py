@@ -52,34 +52,52 @@ def check_quantisation(quant: str | None, imatrix: bool, gptq: bool) -> str | No
 
 
 def run_converter(script_name: str, source: Path, target: Path, options: list[str]) -> None:
-    """Run one of llama.cpp's converters, from `source` to the file `target`.
-
-    Raises InputError for a model that it does not know, UnavailableError for a package that it lacks,
-    EdgeError with the end of its log for anything else.
-    """
+    """Run one of llama.cpp's converters, from `source` to the file `target`; raises as `run_exporter`."""
     script = sdist() / "vendor" / "llama.cpp" / script_name
-    command = [sys.executable, str(script), str(source), "--outfile", str(target), *options]
+    run_exporter(
+        "llama.cpp's converter",
+        [str(script), str(source), "--outfile", str(target), *options],
+        target,
+        refusals={
+            "BPE pre-tokenizer was not recognized": (
+                f"llama.cpp does not know the pre-tokenizer of {source / 'tokenizer.json'}",
+                "use the base model's own tokenizer files, unchanged: with a guess the tokens would be wrong",
+            ),
+            r"Model (\S+) is not supported": (
+                "llama.cpp's converter does not know the architecture {}",
+                "use another base",
+            ),
+        },
+        extras="train",
+    )
+
+
+def run_exporter(
+    name: str, arguments: list[str], target: Path, *, refusals: dict[str, tuple[str, str]], extras: str
+) -> None:
+    """Run another project's exporter, which writes `target`, in a process of its own in the target's folder.
+
+    arguments: those of Python. refusals: message and hint by a pattern of its log; its groups go into the
+    message. extras: ours that install what it needs. Raises InputError for a refusal, UnavailableError for a
+    missing package, EdgeError with the end of the log for anything else.
+    """
     env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     env.pop("NO_LOCAL_GGUF", None)
-    done = subprocess.run(command, capture_output=True, env=env, cwd=target.parent, check=False)
-    log = done.stderr.decode("utf-8", "replace")
-    if done.returncode == 0 and target.is_file():
+    process = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, env=env, cwd=target.parent, check=False
+    )
+    if process.returncode == 0 and target.is_file():
         return
-    if "BPE pre-tokenizer was not recognized" in log:
-        raise InputError(
-            f"llama.cpp does not know the pre-tokenizer of {source / 'tokenizer.json'}",
-            "use the base model's own tokenizer files, unchanged: with a guess the tokens would be wrong",
-        )
-    if unknown := re.search(r"Model (\S+) is not supported", log):
-        raise InputError(
-            f"llama.cpp's converter does not know the architecture {unknown[1]}", "use another base"
-        )
+    log = (process.stdout + process.stderr).decode("utf-8", "replace")
+    for pattern, (message, hint) in refusals.items():
+        if match := re.search(pattern, log):
+            raise InputError(message.format(*match.groups()), hint)
     if missing := re.search(r"No module named '([\w.]+)'", log):
         raise UnavailableError(
-            f"llama.cpp's converter needs the package '{missing[1]}', which is not installed",
-            "pip install -c constraints.txt -e '.[train]'",
+            f"{name} needs the package '{missing[1]}', which is not installed",
+            f"pip install -c constraints.txt -e '.[{extras}]'",
         )
-    raise EdgeError(f"llama.cpp's converter failed on {source}:\n{tail(log)}", "its last lines are above")
+    raise EdgeError(f"{name} failed to write {target.name}:\n{tail(log)}", "its last lines are above")
 
 
 def quantize(source: Path, target: Path, quant: str, matrix: Path | None = None) -> list[str]:

@@ -9,18 +9,14 @@ what to take instead.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from convert.export.llamacpp_tools import tail
+from convert.export.llamacpp_tools import run_exporter
 from convert.export.onnx_options import SCHEMES, Recipe
 from convert.export.source import Source, open_source
 from convert.model.hf_folder import SMALL, parameters, read_json, stage_folder
@@ -31,7 +27,7 @@ from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
 from edge.console import plain_console
-from edge.errors import EdgeError, InputError, UnavailableError
+from edge.errors import InputError
 
 # Values that share a scale: products of longer blocks are faster, and as near where activations are smoothed.
 BLOCK, LONG_BLOCK = 32, 64
@@ -122,28 +118,22 @@ def _build(source: Path, final: Path, recipe: Recipe, block: int) -> None:
     if recipe.precision == "int4":
         options |= SCHEMES[recipe.scheme]
     with tempfile.TemporaryDirectory(prefix="edge-onnx-") as cache:
-        command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder"]
-        command += ["-i", str(source), "-o", str(final.parent), "-c", cache]
-        command += ["-p", recipe.precision, "-e", recipe.ep]
-        command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
-        env = os.environ | {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-        process = subprocess.run(command, capture_output=True, env=env, cwd=cache, check=False)
-    if process.returncode == 0 and final.is_file():
-        return
-    log = (process.stdout + process.stderr).decode("utf-8", "replace")
-    if missing := re.search(r"No module named '([\w.]+)'", log):
-        raise UnavailableError(
-            f"exporting ONNX needs the package '{missing[1]}', which is not installed",
-            "pip install -c constraints.txt -e '.[train,export-onnx]'",
+        arguments = ["-P", "-m", "onnxruntime_genai.models.builder"]
+        arguments += ["-i", str(source), "-o", str(final.parent), "-c", cache]
+        arguments += ["-p", recipe.precision, "-e", recipe.ep]
+        arguments += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
+        run_exporter(
+            "onnxruntime-genai's builder",
+            arguments,
+            final,
+            refusals={
+                r"The (\S+) model is not currently supported": (
+                    "onnxruntime-genai's builder does not know the architecture {}",
+                    "export GGUF: edge export gguf RUN",
+                )
+            },
+            extras="train,export-onnx",
         )
-    if unknown := re.search(r"The (\S+) model is not currently supported", log):
-        raise InputError(
-            f"onnxruntime-genai's builder does not know the architecture {unknown[1]}",
-            "export GGUF: edge export gguf RUN",
-        )
-    raise EdgeError(
-        f"onnxruntime-genai's builder failed on {source}:\n{tail(log)}", "its last lines are above"
-    )
 
 
 def _finish(source: Source, final: Path, recipe: Recipe) -> OnnxHeader:

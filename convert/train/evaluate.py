@@ -6,10 +6,8 @@ side by side. RUN/generated_predictions.jsonl has every answer, RUN/predict_resu
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
@@ -240,29 +238,3 @@ def _show(
 
 def _dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="edge eval", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
-    parser.add_argument("--dataset", default="", help="its names (default: the rows that were held out)")
-    parser.add_argument("--dataset-dir", help="the folder with dataset_info.json (default: the run's)")
-    parser.add_argument("--max-samples", type=int, help="at most so many rows of each --dataset")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (%(default)s)")
-    parser.add_argument("--no-base", action="store_true", help="the tuned model alone: half the time")
-    options = parser.parse_args(argv)
-    run(
-        options.run,
-        dataset=tuple(name.strip() for name in options.dataset.split(",") if name.strip()),
-        dataset_dir=options.dataset_dir,
-        max_samples=options.max_samples,
-        max_new_tokens=max(1, options.max_new_tokens),
-        size=max(1, options.batch_size),
-        with_base=not options.no_base,
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -22,13 +22,7 @@ from edge.machine import hardware, llamacpp_source
 from tests.support import toy
 from tests.support.fake_hub import FakeHub
 from tests.support.tiny_gguf import gguf
-
-
-def safetensors(path: Path, data: bytes = b"\x00\x00\x80?") -> Path:
-    """One F32 tensor `w`."""
-    header = json.dumps({"w": {"dtype": "F32", "shape": [len(data) // 4], "data_offsets": [0, len(data)]}})
-    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
-    return path
+from tests.support.tiny_safetensors import safetensors
 
 
 @pytest.fixture

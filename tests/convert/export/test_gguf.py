@@ -21,6 +21,7 @@ from convert.verify import compare
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, UsageError
+from tests.support.tiny_safetensors import safetensors
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}你好 🐚</s>\n{% endfor %}"
 WORDS = [
@@ -47,9 +48,7 @@ def tokenizer() -> Tokenizer:
 def write_source(folder: Path, *, tied: bool = True, **config: Any) -> Path:
     """A merged folder whose weights are a stub."""
     folder.mkdir(parents=True)
-    stub = {"w": {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}}
-    header = json.dumps(stub).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 1000)
+    safetensors(folder / "model.safetensors", bytes(1000))
     settings = {
         "model_type": "llama",
         "vocab_size": len(WORDS),

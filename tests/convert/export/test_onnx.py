@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from edge.errors import EdgeError, ExistsError, InputError, UnavailableError, Us
 from tests.support import tiny_onnx
 from tests.support.desk import Desk
 from tests.support.fake_server import launch
+from tests.support.tiny_safetensors import safetensors
 
 GOOD = {"positions": 100, "kl_mean": 1e-6, "kl_p99": 1e-5, "kl_max": 1e-4, "top1": 1.0}
 POOR = GOOD | {"kl_mean": 0.4, "kl_p99": 9.0, "top1": 0.7}
@@ -42,8 +44,9 @@ def run_folder(tmp_path: Path) -> Path:
     tiny_onnx.write(merged)
     for name in ("tiny.onnx", "tiny.onnx.data"):
         (merged / name).unlink()
-    (merged / "model.safetensors").write_bytes(b"\0" * 1000)
+    safetensors(merged / "model.safetensors", bytes(1000))
     config = {
+        "model_type": "llama",
         "num_hidden_layers": tiny_onnx.LAYERS,
         "vocab_size": tiny_onnx.VOCAB,
         "max_position_embeddings": tiny_onnx.CONTEXT,
@@ -269,9 +272,9 @@ def test_a_builder_that_refuses_is_one_message(
 ) -> None:
     script = tmp_path / "python.py"
     script.write_text(f"import sys\nsys.stderr.buffer.write({log.encode()!r})\nsys.exit(1)\n")
-    real = export.subprocess.run
+    real = subprocess.run
     monkeypatch.setattr(
-        export.subprocess, "run", lambda command, **given: real([sys.executable, str(script)], **given)
+        subprocess, "run", lambda command, **given: real([sys.executable, str(script)], **given)
     )
     with pytest.raises(error) as caught:
         export.run(run_folder)

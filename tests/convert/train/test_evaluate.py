@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from convert.config import parse
-from convert.train import bleu_rouge, finetune
+from convert.train import bleu_rouge, eval_cli, finetune
 from convert.train import evaluate as evaluation
 from edge.errors import InputError, UsageError
 from tests.support.toy import make_model
@@ -71,7 +71,7 @@ def ran(tmp_path_factory):
 @pytest.mark.slow
 def test_both_models_on_what_was_held_out(ran, capsys):
     folder, _ = ran
-    assert evaluation.main([str(folder / "run"), "--max-new-tokens", "40"]) == 0
+    assert eval_cli.main([str(folder / "run"), "--max-new-tokens", "40"]) == 0
     results = json.loads((folder / "run" / "predict_results.json").read_text(encoding="utf-8"))
     assert results["eval_loss"] < 0.2 and results["base_eval_loss"] > 3
     assert results["perplexity"] == pytest.approx(2.718281828 ** results["eval_loss"], rel=1e-4)

@@ -1,0 +1,32 @@
+"""`edge eval RUN`: its arguments, apart from convert.train.evaluate, which takes seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="edge eval", description="A run on rows it was not trained on, beside its base."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    parser.add_argument("--dataset", default="", help="its names (default: the rows that were held out)")
+    parser.add_argument("--dataset-dir", help="the folder with dataset_info.json (default: the run's)")
+    parser.add_argument("--max-samples", type=int, help="at most so many rows of each --dataset")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (%(default)s)")
+    parser.add_argument("--no-base", action="store_true", help="the tuned model alone: half the time")
+    options = parser.parse_args(argv)
+    from convert.train import evaluate
+
+    evaluate.run(
+        options.run,
+        dataset=tuple(name.strip() for name in options.dataset.split(",") if name.strip()),
+        dataset_dir=options.dataset_dir,
+        max_samples=options.max_samples,
+        max_new_tokens=max(1, options.max_new_tokens),
+        size=max(1, options.batch_size),
+        with_base=not options.no_base,
+    )
+    return 0
