@@ -27,6 +27,7 @@ _LARGEST_EXPONENT = 64
 # A prompt is rendered on the thread that answers HTTP; real templates take milliseconds.
 RENDER_S = 2.0
 _TICK = "_edge_tick"
+_TOO_LARGE = "prompt_too_long"
 # What a template may raise that does not suit the messages.
 _FAILURES = (
     jinja2.TemplateError,
@@ -39,16 +40,8 @@ _FAILURES = (
 )
 
 
-class _Raised(Exception):
-    """The message that a template gave to `raise_exception`."""
-
-
-class _TooLarge(Exception):
-    """The rendered prompt, or the time that it took, is over its bound."""
-
-
 def _raise(message: str) -> None:
-    raise _Raised(str(message))
+    raise _refused(f"refuses these messages: {message}")
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -88,9 +81,9 @@ class ChatTemplate:
     def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _strftime_now
-        environment.globals[_TICK] = self._tick
+        environment.globals.update(
+            {"raise_exception": _raise, "strftime_now": _strftime_now, _TICK: self._tick}
+        )
         self.source = source
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._deadline = 0.0
@@ -116,10 +109,6 @@ class ChatTemplate:
             extra.setdefault("enable_thinking", thinking == "on")
         try:
             prompt = self._render({"messages": messages, "add_generation_prompt": True, **extra})
-        except _Raised as error:
-            raise _refused(f"refuses these messages: {error}") from error
-        except _TooLarge as error:
-            raise _refused(str(error), code="prompt_too_long") from error
         except _FAILURES as error:
             raise _refused(f"cannot be applied to these messages: {error}") from error
         if thinking == "off" and opens_reasoning(prompt):
@@ -133,13 +122,15 @@ class ChatTemplate:
         for part in self._template.generate(**self._tokens, **variables):
             length += len(part)
             if length > _LONGEST_PROMPT:
-                raise _TooLarge(f"makes a prompt of more than {_LONGEST_PROMPT} characters of these messages")
+                raise _refused(
+                    f"makes a prompt of more than {_LONGEST_PROMPT} characters of these messages", _TOO_LARGE
+                )
             parts.append(part)
         return "".join(parts)
 
     def _tick(self) -> str:
         if time.monotonic() > self._deadline:
-            raise _TooLarge(f"takes more than {RENDER_S:g} s for these messages")
+            raise _refused(f"takes more than {RENDER_S:g} s for these messages", _TOO_LARGE)
         return ""
 
 

@@ -137,15 +137,14 @@ class EngineProcess:
         reasoning: ReasoningOptions | None = None,
     ) -> Stream:
         """Start a request. Raises RequestError (503) while no model is loaded."""
-        self._check_ready()
+        writer = self._connection()
         key = next(self._keys)
         # Packed first: a text that is no text (half a surrogate pair) must leave nothing behind.
         frame = msg.pack(
             msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate, reasoning)
         )
         stream = self._streams[key] = Stream(self, key)
-        assert self._writer is not None
-        self._writer.write(frame)
+        writer.write(frame)
         return stream
 
     async def encode(self, text: str, *, special: bool, whole: bool = False) -> msg.Encoded:
@@ -161,11 +160,9 @@ class EngineProcess:
         return await self._call(msg.Embed(next(self._keys), prompt), msg.Embedded)
 
     async def _call(self, request: msg.Encode | msg.Decode | msg.Embed, answer: type[Answer]) -> Answer:
-        self._check_ready()
-        assert self._writer is not None
-        frame = msg.pack(request)
+        writer, frame = self._connection(), msg.pack(request)
         future = self._calls[request.key] = asyncio.get_running_loop().create_future()
-        self._writer.write(frame)
+        writer.write(frame)
         event = await future
         assert isinstance(event, answer)
         return event
@@ -184,17 +181,17 @@ class EngineProcess:
         self._stopping = True
         self._send(msg.Drain(seconds))
         if self._task is not None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._task), seconds + 2.0)
+            await asyncio.wait([self._task], timeout=seconds + 2.0)
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def _check_ready(self) -> None:
+    def _connection(self) -> asyncio.StreamWriter:
         if self.failure is not None:
             raise RequestError(str(self.failure), status=503, code="model_failed")
         if self.ready is None or self._writer is None:
             raise RequestError("the model is being loaded", status=503, code="model_loading", retry_after=1.0)
+        return self._writer
 
     def _send(self, request: msg.ToEngine) -> None:
         if self._writer is not None:
@@ -244,7 +241,6 @@ class EngineProcess:
         # asyncio's own subprocesses need a certain event loop on Windows; this works on every loop.
         process = self._process = _spawn(json.dumps(order).encode("utf-8") + b"\n")
         ended = loop.run_in_executor(None, process.wait)
-        was_ready = False
         try:
             first: set[asyncio.Future[Any]] = {linked, ended}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -258,11 +254,10 @@ class EngineProcess:
             with contextlib.suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()
-            try:
-                code = await asyncio.wait_for(asyncio.shield(ended), 5.0)
-            except TimeoutError:
+            await asyncio.wait([ended], timeout=5.0)
+            if not ended.done():
                 process.kill()
-                code = await ended
+            code = await ended
             self._process = None
         return code, was_ready
 

@@ -141,10 +141,11 @@ class Engine:
     def submit(self, message: msg.Submit) -> None:
         """Take a request in; one that cannot be served is answered with Refused at once."""
         try:
-            request = admit(
-                message, self._backend, self._grammars, speculate=self._speculate, arrived=self._clock()
+            self._inbox.put(
+                admit(
+                    message, self._backend, self._grammars, speculate=self._speculate, arrived=self._clock()
+                )
             )
-            self._inbox.put(request)
         except RequestError as error:
             self._refuse(message.key, error)
 
@@ -423,11 +424,14 @@ class Engine:
         now = self._clock()
         if force or now - self._stats_at >= STATS_S:
             self._stats_at = now
-            self._stats.running = len(self._scheduler.running)
-            self._stats.waiting = len(self._scheduler.waiting)
-            self._stats.busy_slots = self.cache.busy
-            self._stats.kv_tokens = sum(self.cache.lengths)
-            self._stats.up_s = now - self._began
-            self._events.append(msgspec.structs.replace(self._stats))
+            stats = msgspec.structs.replace(
+                self._stats,
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                busy_slots=self.cache.busy,
+                kv_tokens=sum(self.cache.lengths),
+                up_s=now - self._began,
+            )
+            self._events.append(stats)
         if force or not self._requests or any(isinstance(event, msg.Done) for event in self._events):
             self._send()

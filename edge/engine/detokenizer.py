@@ -38,10 +38,9 @@ class TextStream:
         found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             cut, self.stopped = min(found)
-            shown, self._held = self._held[:cut], ""
-            return shown
-        cut = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[:cut], self._held[cut:]
+        else:
+            cut = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[:cut], "" if found else self._held[cut:]
         return shown
 
 

@@ -159,13 +159,12 @@ def _tokenizer(backend: Backend) -> Any:
 
     info = backend.info
     pieces = [backend.decode(i) for i in range(info.vocab)]
-    control = [i for i, piece in enumerate(pieces) if not piece]
     stops = sorted(info.stop_ids)
 
     class Vocabulary:
         eos_token_id = stops[0]
         bos_token_id = info.bos_id
-        special_token_ids = control
+        special_token_ids = [i for i, piece in enumerate(pieces) if not piece]  # noqa: RUF012
         # llguidance's own sign for a token that no text can spell.
         tokens = [piece or b"\xff<%d>" % i for i, piece in enumerate(pieces)]  # noqa: RUF012
 

@@ -8,6 +8,7 @@ several slots hold counts once. With per-slot KV buffers each slot has cells of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class KVCache:
         self._holders = np.zeros(info.capacity if info.shared else 0, np.int32)
         # Cells of the unified cache that no slot holds.
         self._free = list(range(len(self._holders)))
-        self._clock = 0
+        self._clock = itertools.count(1)
 
     @property
     def lengths(self) -> list[int]:
@@ -95,7 +96,7 @@ class KVCache:
         self.truncate(index, shared)
         slot = self._slots[index]
         slot.busy = True
-        self._touch(slot)
+        slot.used = next(self._clock)
         if reuse and self._store is not None:
             shared = self._from_disk(self._store, index, wanted)
         return index, shared
@@ -120,11 +121,12 @@ class KVCache:
         """Store what the slots hold, the newest last; the number of prefixes that were kept."""
         if self._store is None:
             return 0
-        kept = 0
-        for index, slot in sorted(enumerate(self._slots), key=lambda item: item[1].used):
-            if slot.length >= SHORTEST:
-                kept += self._store.save(slot.tokens[: slot.length], self._backend.save(index))
-        return kept
+        newest_last = sorted(enumerate(self._slots), key=lambda item: item[1].used)
+        return sum(
+            self._store.save(slot.tokens[: slot.length], self._backend.save(index))
+            for index, slot in newest_last
+            if slot.length >= SHORTEST
+        )
 
     def _from_disk(self, store: PrefixStore, index: int, wanted: NDArray[np.int32]) -> int:
         """Fill the slot from disk where that saves more than it holds; the tokens that it then holds."""
@@ -172,7 +174,7 @@ class KVCache:
         """Give a slot back; with `keep` its tokens stay for whoever shares their beginning."""
         slot = self._slots[index]
         slot.busy = False
-        self._touch(slot)
+        slot.used = next(self._clock)
         if not keep:
             self.truncate(index, 0)
 
@@ -182,10 +184,6 @@ class KVCache:
         if idle:
             self.truncate(min(idle)[1], 0)
         return bool(idle)
-
-    def _touch(self, slot: Slot) -> None:
-        self._clock += 1
-        slot.used = self._clock
 
     def _copy(self, src: int, dst: int, n: int) -> None:
         self._backend.copy(src, dst, n)

@@ -69,9 +69,8 @@ class PrefixStore:
 
     def save(self, tokens: NDArray[np.int32], cells: bytes) -> bool:
         """Keep a prefix, unless it is short, too large, or the beginning of one that is kept."""
-        if len(tokens) < SHORTEST or len(cells) > self._limit:
-            return False
-        if any(common(entry.tokens, tokens) == len(tokens) for entry in self._entries):
+        covered = any(common(entry.tokens, tokens) == len(tokens) for entry in self._entries)
+        if covered or len(tokens) < SHORTEST or len(cells) > self._limit:
             return False
         for entry in [e for e in self._entries if common(e.tokens, tokens) == len(e.tokens)]:
             self._remove(entry)

@@ -6,8 +6,6 @@ events of one step share a frame.
 
 from __future__ import annotations
 
-import struct
-
 import msgspec
 
 from edge.backends.base import BackendInfo
@@ -17,7 +15,6 @@ from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
 
 MAX_FRAME = 64 * 2**20
-_LENGTH = struct.Struct("<I")
 
 
 class Submit(msgspec.Struct, tag="submit"):
@@ -199,12 +196,12 @@ def pack(message: ToEngine | list[Event]) -> bytes:
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME:
         raise ValueError(f"a message of {len(body)} bytes")
-    return _LENGTH.pack(len(body)) + body
+    return len(body).to_bytes(4, "little") + body
 
 
 def frame_length(head: bytes) -> int:
     """The body's length from a frame's first four bytes. Raises ValueError over MAX_FRAME."""
-    length: int = _LENGTH.unpack(head)[0]
+    length = int.from_bytes(head, "little")
     if length > MAX_FRAME:
         raise ValueError(f"a frame of {length} bytes")
     return length

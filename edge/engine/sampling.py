@@ -180,11 +180,10 @@ class Sampler:
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
         params = self.params
-        best = logits.max()
         if 0 < params.top_k < len(logits):
             ids = _top(logits, params.top_k)
             return self._draw_top(ids, logits[ids])
-        weights = np.exp((logits - best) * np.float32(1.0 / params.temperature))
+        weights = np.exp((logits - logits.max()) * np.float32(1.0 / params.temperature))
         if params.top_p < 1.0:
             goal = params.top_p * float(weights.sum(dtype=np.float64))
             ids = _top(logits, _PROBE)
@@ -245,26 +244,17 @@ class BatchSampler:
         """What each sampler picks from outputs[index], without masks, by index; {} where it does not pay."""
         if not rows or not isinstance(outputs, np.ndarray):
             return {}
-        pool = self._pool if outputs.size >= PARALLEL_FROM else None
-        if all(sampler.greedy for sampler, _ in rows):
-            best = _argmax(outputs, pool)
-            return {index: sampler.pick_best(best[index], outputs[index]) for sampler, index in rows}
-        if pool is None:
+        if self._pool is not None and outputs.size >= PARALLEL_FROM:
+
+            def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
+                return [(index, sampler.pick(outputs[index])) for sampler, index in part]
+
+            parts = [rows[start::_THREADS] for start in range(_THREADS)]
+            return dict(itertools.chain.from_iterable(self._pool.map(pick, parts)))
+        if not all(sampler.greedy for sampler, _ in rows):
             return {}
-
-        def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
-            return [(index, sampler.pick(outputs[index])) for sampler, index in part]
-
-        parts = [rows[start::_THREADS] for start in range(_THREADS)]
-        return dict(itertools.chain.from_iterable(pool.map(pick, parts)))
-
-
-def _argmax(logits: Logits, pool: ThreadPoolExecutor | None) -> list[int]:
-    """The id of each row's largest logit."""
-    if pool is None:
-        return list(logits.argmax(axis=1).tolist())
-    parts = pool.map(lambda part: part.argmax(axis=1).tolist(), np.array_split(logits, _THREADS))
-    return list(itertools.chain.from_iterable(parts))
+        best = outputs.argmax(axis=1).tolist()
+        return {index: sampler.pick_best(best[index], outputs[index]) for sampler, index in rows}
 
 
 def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:

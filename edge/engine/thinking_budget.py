@@ -65,8 +65,7 @@ class ThinkingBudget:
     def mask(self) -> Mask | None:
         """True for each token that may come next, [vocab]; None: any."""
         if self._forced:
-            only = np.zeros(self._backend.info.vocab, bool)
-            only[self._forced[0]] = True
+            only: Mask = np.arange(self._backend.info.vocab) == self._forced[0]
             return only
         return self._no_stop if self._waiting is not None else None
 

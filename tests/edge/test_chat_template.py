@@ -1,15 +1,13 @@
-"""Chat templates as transformers renders them, and the split of a thought."""
+"""Chat templates as transformers renders them, and what an untrusted one cannot do."""
 
 import datetime
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edge import chat_template
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
-from edge.reasoning import ReasoningSplitter, opens_reasoning
+from edge.reasoning import opens_reasoning
 
 CHATML = (
     "{% for message in messages %}"
@@ -78,39 +76,6 @@ def test_the_thinking_mode_is_applied() -> None:
     switch = ChatTemplate("{{ enable_thinking }}")
     assert [switch.render(user("x"), thinking=mode) for mode in ("on", "off")] == ["True", "False"]
     assert switch.render(user("x"), thinking="off", enable_thinking=True) == "True"
-
-
-@pytest.mark.parametrize(
-    ("text", "inside", "want"),
-    [
-        ("a</think>b", True, ("a", "b")),
-        ("a\n</think>\n\nb\n", True, ("a", "b\n")),
-        ("<think>\na\n</think>\n\nb", False, ("a", "b")),
-        ("\n<think>a</think>b", False, ("a", "b")),
-        ("just an answer", False, ("", "just an answer")),
-        ("  spaced", False, ("", "  spaced")),
-        ("cut off in thought", True, ("cut off in thought", "")),
-        ("a </thin", True, ("a </thin", "")),
-        ("\n\n</think>\n\nb", True, ("", "b")),
-        ("<th", False, ("", "<th")),
-        ("answer with <think> in it</think>", False, ("", "answer with <think> in it</think>")),
-    ],
-)
-def test_s9_the_split_streamed_or_not(text: str, inside: bool, want: tuple[str, str]) -> None:
-    for size in (1, 2, 3, 7, 100):
-        split = ReasoningSplitter(inside=inside)
-        parts = [split.push(text[i : i + size]) for i in range(0, len(text), size)] + [split.finish()]
-        assert ("".join(p[0] for p in parts), "".join(p[1] for p in parts)) == want, size
-
-
-@given(st.text("<think>/ \nab", max_size=30), st.booleans(), st.integers(1, 6))
-def test_any_chunking_gives_the_same_split(text: str, inside: bool, size: int) -> None:
-    def joined(step: int) -> tuple[str, str]:
-        split = ReasoningSplitter(inside=inside)
-        parts = [split.push(text[i : i + step]) for i in range(0, len(text), step)] + [split.finish()]
-        return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
-
-    assert joined(size) == joined(1000)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from edge.backends.base import Backend, Row, StepInterrupted
 from edge.backends.fake import FakeBackend
 from edge.engine import protocol as msg
-from edge.engine.kv_cache import KVCache
 from edge.engine.prefix_store import PrefixStore
-from edge.engine.scheduler import Scheduler
-from edge.engine.scheduler import Sequence as Asked
 from tests.support.backends import Maker, counted, exactly, ids, only
 from tests.support.desk import Desk
 from tests.support.plans import Plan, params, plans
@@ -220,18 +217,6 @@ def test_a_prompt_that_fits_into_the_next_step_is_not_cut(monkeypatch: pytest.Mo
     pieces = [[n for n in lengths if n > 1] for lengths in steps]
     # The third waits for a step that holds it; the last fits into none, and fills what is left.
     assert pieces[:3] == [[30, 30], [20, 42], [58]]
-
-
-@pytest.mark.parametrize(("prompt", "pieces"), [(30, [30]), (31, [20, 11]), (50, [20, 30])])
-def test_a_piece_that_would_be_left_is_read_with_the_rest(prompt: int, pieces: list[int]) -> None:
-    backend = FakeBackend(slots=2, context=128, batch=64)
-    scheduler = Scheduler(KVCache(backend), slots=2, batch=64, outputs=backend.info.outputs)
-    sequence = Asked(1, list(range(prompt)), 100)
-    scheduler.add(sequence)
-    for n in pieces:
-        [work] = scheduler.plan(20)
-        assert work.n == n
-        sequence.computed += n
 
 
 @pytest.mark.parametrize(("step_ms", "together"), [(10, 4), (17, 2), (30, 1), (38, 1), (70, 1)])

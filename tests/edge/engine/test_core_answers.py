@@ -15,7 +15,6 @@ from edge.backends.base import Row
 from edge.backends.fake import FakeBackend
 from edge.engine import sampling
 from edge.engine.grammar import Constraint, json_constraint
-from edge.engine.prompt_lookup import Lookup
 from edge.engine.request import prompt_tokens
 from edge.engine.sampling import Choice, Sampler
 from tests.support.backends import Maker, counted, only
@@ -160,31 +159,6 @@ def test_speculation_saves_most_steps_where_text_repeats() -> None:
     assert plain.text(1) == fast.text(1) == text
     assert fewer < most / 3
     assert fast.done(1).accepted > 150
-
-
-def test_a_draft_is_as_wide_as_pays() -> None:
-    def width(chance: float, cost: float, streams: int = 1) -> int:
-        lookup = Lookup([1, 2, 3, 9, 8, 7, 6, 5, 1, 2, 3])
-        lookup.short.right, lookup.short.tried = 10 * chance, 10
-        return len(lookup.draft(40, streams, lambda more: 1 + cost * more))
-
-    # For nothing: all that is there; where every row costs as much as it may bring: none.
-    assert width(1.0, 0.0) == 15
-    assert width(1.0, 1.0) == width(0.5, 0.6) == 0
-    assert 1 <= width(0.5, 0.1) < width(0.9, 0.1) < 15
-    # What one draft adds to a step is spread over all that run.
-    assert width(0.7, 0.2) > width(0.7, 0.2, streams=4) == 0
-
-
-def test_speculation_rests_where_it_does_not_pay_and_tries_again() -> None:
-    lookup = Lookup([1, 2, 3, 9, 1, 2, 3])
-    tried = []
-    for step in range(3000):
-        if draft := lookup.draft(8, 1, lambda more: 1 + 0.15 * more):
-            tried.append(step)
-            lookup.learn(len(draft), 0)
-    assert tried[0] == 0 and len([step for step in tried if step < 200]) < 12
-    assert tried[-1] > 200
 
 
 @pytest.mark.parametrize("row", [0.02, 0.25, 0.6])
