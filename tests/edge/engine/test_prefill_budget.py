@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge.engine.prefill_budget import Newcomers, PrefillBudget, StepTimes
 
@@ -128,3 +130,42 @@ def test_one_wide_step_tells_of_all_widths_again() -> None:
     times.learn(2, 0.020)
     assert times.longer(1, 1) == pytest.approx(2.0)
     assert times.longer(1, 3) == pytest.approx(4.0)
+
+
+steps = st.tuples(
+    st.integers(0, 20),  # streams that decode
+    st.integers(0, 8),  # newcomers
+    st.integers(1, 5000),  # tokens of theirs
+    st.floats(0.0, 3.0),  # seconds that the step takes
+)
+
+
+@given(st.lists(steps, max_size=40), st.sampled_from([4, 33, 512]))
+def test_whatever_steps_take_the_budget_stays_within_its_bounds(
+    history: list[tuple[int, int, int, float]], batch: int
+) -> None:
+    budget = PrefillBudget(batch)
+    for key, (decoding, count, tokens, seconds) in enumerate(history):
+        new = Newcomers(count, tokens, key, key + count) if count else Newcomers()
+        chunk = budget.chunk(decoding, new)
+        assert (chunk == 0) == (count == 0)
+        assert chunk == 0 or 4 <= chunk <= batch
+        budget.learn(decoding, min(chunk, tokens), seconds)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 32), st.floats(1e-4, 1.0)), min_size=1, max_size=30),
+    st.integers(1, 40),
+    st.integers(1, 16),
+)
+def test_more_rows_are_never_expected_to_be_quicker(
+    seen: list[tuple[int, float]], rows: int, more: int
+) -> None:
+    times = StepTimes()
+    for width, seconds in seen:
+        times.learn(width, seconds)
+    assert 1.0 <= times.longer(rows, more) < float("inf")
+    low, high = min(seconds for _, seconds in seen), max(seconds for _, seconds in seen)
+    expected = times.at(rows)
+    assert expected is not None
+    assert low * 0.999 <= expected <= high * 1.001
