@@ -147,7 +147,7 @@ def test_a_crash_answers_what_was_in_flight_and_starts_another_worker() -> None:
 def test_a_failed_step_is_told_as_the_reason() -> None:
     async def test() -> None:
         async with engine(fails_at=4) as process:
-            with pytest.raises(RequestError, match="the stand-in failed") as caught:
+            with pytest.raises(RequestError, match="failed in a step") as caught:
                 await read(process.submit("x", Params(ignore_eos=True)))
             assert caught.value.status == 503
             await process.wait_ready()
