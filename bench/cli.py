@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
+from rich.markup import escape
 
 from bench import rate_sweep
 from bench.measure import roofline, workloads
@@ -83,50 +84,50 @@ def main(argv: list[str]) -> int:
         # What was asked for by number is not shortened.
         least=base.least if args.tokens is None else tokens,
         clients=tuple(dict.fromkeys(clients)),
-        workloads=_names(args.workloads, workloads.WORKLOADS, "--workloads", base.workloads),
+        workloads=names_of(args.workloads, workloads.WORKLOADS, "--workloads", base.workloads),
         targets=base.targets if args.targets is None else target_names(args.targets),
         budget_s=base.budget_s if args.budget is None else args.budget,
         sweep=args.sweep,
     )
     with stopped_by_signals():
-        made = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
-    sys.stdout.write(json.dumps(build.headline(made), ensure_ascii=False) + "\n")
+        report = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
+    sys.stdout.write(json.dumps(build.headline(report), ensure_ascii=False) + "\n")
     return 0
 
 
-def _names(
-    given: str | None, known: Mapping[str, object], option: str, default: tuple[str, ...]
+def names_of(
+    words: str | None, choices: Mapping[str, object], option: str, default: tuple[str, ...]
 ) -> tuple[str, ...]:
-    if given is None:
+    """The comma-separated names, each once. Raises UsageError for one that is none of `choices`."""
+    if words is None:
         return default
-    names = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    names = tuple(dict.fromkeys(name.strip() for name in words.split(",")))
     for name in names:
-        if name not in known:
-            raise UsageError(f"{option}: '{name}' is not known", f"known are {', '.join(known)}")
+        if name not in choices:
+            raise UsageError(f"{option}: there is no '{name}'", f"there are {', '.join(choices)}")
     return names
 
 
-def target_names(given: str) -> tuple[str, ...]:
+def target_names(words: str) -> tuple[str, ...]:
     """The comma-separated targets, as given. Raises UsageError for what is none, or has another's name."""
-    found = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
-    for name in found:
-        if "=" in name:
-            external.check(name)
-        elif name not in TARGETS:
-            raise UsageError(
-                f"--targets: '{name}' is not known", f"known are {', '.join(TARGETS)}; or give NAME=URL"
-            )
-    names = [name.partition("=")[0] for name in found]
+    targets = tuple(dict.fromkeys(name.strip() for name in words.split(",")))
+    for target in targets:
+        if "=" in target:
+            external.check(target)
+        elif target not in TARGETS:
+            choices = f"there are {', '.join(TARGETS)}; or give NAME=URL"
+            raise UsageError(f"--targets: there is no '{target}'", choices)
+    names = [target.partition("=")[0] for target in targets]
     for name in names:
-        if names.count(name) > 1 or (f"{name}=" in given and name in TARGETS):
+        if names.count(name) > 1 or (f"{name}=" in words and name in TARGETS):
             raise UsageError(f"--targets: the name '{name}' is taken", "give the URL another name")
-    hosts = [urlsplit(name.partition("=")[2]).netloc for name in found if "=" in name]
+    hosts = [urlsplit(target.partition("=")[2]).netloc for target in targets if "=" in target]
     if len(hosts) != len(set(hosts)):
         raise UsageError(
             "--targets: two of them are the same server, which would reuse what it read for the other",
             "measure one after the other, with --out for each",
         )
-    return found
+    return targets
 
 
 @contextlib.contextmanager
@@ -146,53 +147,53 @@ def stopped_by_signals() -> Iterator[None]:
 def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "") -> dict[str, Any]:
     """Measure the run, show the table, write report.json, .md and .html to `out`; returns the report.
 
-    Raises InputError where the run lacks a part or its GGUF is not of its merged model, EdgeError where a
-    server does not start or two of them read different prompts.
+    An earlier report there is kept under another name. Raises InputError where the run lacks a part or its
+    GGUF is not of its merged model, EdgeError where a server does not start or two of them read different
+    prompts.
     """
     began = time.perf_counter()
-    found = find.resolve(folder, "llamacpp")
-    assert isinstance(found.header, GGUFHeader)
-    targets = [make_target(name, folder, found.path, plan) for name in plan.targets]
+    artefact = find.resolve(folder, "llamacpp")
+    assert isinstance(artefact.header, GGUFHeader)
+    targets = [make_target(name, folder, artefact.path, plan) for name in plan.targets]
     stages = list(dict.fromkeys(target.stage for target in targets if target.stage not in ("", "merged")))
     for stage in dict.fromkeys(["gguf", *stages]):
         check_same_model(folder, stage)
     out = out or folder
     console = Console(stderr=True)
-    with console.status("listening how quiet the machine is"):
+    with console.status("measuring how quiet the machine is"):
         before = noise()
-        prints = {target.name: footprint(target, folder, found.header) for target in targets}
-        probed = {name: one.probed for name, one in prints.items() if one is not None}
-        card = roofline.gpu_bandwidth(max(probed.values(), default=MOST_PROBED))
-    need = sum(need_bytes(folder, found, target) for target in targets) + 2**30
+        footprints = {target.name: footprint(target, folder, artefact.header) for target in targets}
+        probed = {name: model.probed for name, model in footprints.items() if model is not None}
+        gpu = roofline.gpu_bandwidth(max(probed.values(), default=MOST_PROBED))
+    need = sum(need_bytes(folder, artefact, target) for target in targets) + 2**30
     together = need < hardware.memory().available
     with View(console) as view:
         measured, kept = measure(targets, plan, out / "bench", together=together, view=view, probed=probed)
         sweeps = {}
         for part in measured if kept.sweep else ():
-            view.say(f"requests at random times: {part.target.name}")
-            sweeps[part.target.name] = rate_sweep.sweep(
-                part.target,
-                out / "bench" / f"{part.target.name}-sweep.log",
-                tokens=kept.tokens,
-                start=rate_sweep.start(part.rounds),
-            )
-    made = build.build(
+            name = part.target.name
+            view.say(f"requests at random times: {name}")
+            log, start = out / "bench" / f"{name}-sweep.log", rate_sweep.start(part.rounds)
+            sweeps[name] = rate_sweep.sweep(part.target, log, tokens=kept.tokens, start=start)
+    report = build.build(
         measured,
         plan=kept,
         asked_tokens=plan.tokens,
         command=command,
-        model=describe(folder, found, stages),
+        model=describe(folder, artefact, stages),
         noise=(before, noise()),
-        card=card,
-        footprints=prints,
+        gpu=gpu,
+        footprints=footprints,
         quality={target.name: quality.of_target(folder, target) for target in targets},
         sweeps=sweeps,
         together=together,
         seconds=time.perf_counter() - began,
     )
-    table.write(made, html.page(made), out)
-    table.show(made, Console())
-    return made
+    if earlier := table.write(report, html.page(report), out):
+        kept_as = escape(str(out / f"report-{earlier}.json"))
+        console.print(f"the earlier report is kept as {kept_as}, .md and .html", soft_wrap=True)
+    table.show(report, Console())
+    return report
 
 
 def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | None:
@@ -201,17 +202,20 @@ def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | N
         return roofline.of_gguf(header)
     if target.stage == "merged":
         return roofline.of_merged(folder / "merged", header, 2 if target.dtype == "bfloat16" else 4)
-    if target.stage == "onnx":
-        found = find.resolve(folder, "onnx").header
-        assert isinstance(found, OnnxHeader)
-        return roofline.of_onnx(found)
-    return None
+    return roofline.of_onnx(onnx_of(folder)[1]) if target.stage == "onnx" else None
+
+
+def onnx_of(folder: Path) -> tuple[find.Artefact, OnnxHeader]:
+    """The run's ONNX model."""
+    artefact = find.resolve(folder, "onnx")
+    assert isinstance(artefact.header, OnnxHeader)
+    return artefact, artefact.header
 
 
 def make_target(name: str, folder: Path, file: Path, plan: Plan) -> Target:
-    """The target behind a name of TARGETS or NAME=URL. Raises what `outside` raises."""
+    """The target behind a name of TARGETS or NAME=URL. Raises what `external.target` raises."""
     if "=" in name:
-        return external.outside(*external.check(name))
+        return external.target(*external.check(name))
     return TARGETS[name](folder, file, plan)
 
 
@@ -245,44 +249,44 @@ TARGETS: dict[str, Callable[[Path, Path, Plan], Target]] = {
 
 def check_same_model(folder: Path, stage: str = "gguf") -> None:
     """Raise InputError unless RUN/merged is there and the stage's folder says that it was made from it."""
-    merged = manifest.read(folder / "merged")
-    parents = manifest.read(folder / stage).parents
-    if merged.digest not in [parent["digest"] for parent in parents]:
+    digest = manifest.read(folder / "merged").digest
+    if digest not in [parent["digest"] for parent in manifest.read(folder / stage).parents]:
         raise InputError(
             f"{folder / stage} was not made from {folder / 'merged'}: the two would not be the same model",
             f"edge export {stage} {shlex.quote(str(folder))} --overwrite",
         )
 
 
-def need_bytes(folder: Path, found: find.Artefact, target: Target) -> int:
-    """Memory that a target will take, from its files: the merged 16-bit weights in its dtype, and torch;
+def merged_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder / "merged").glob("*.safetensors"))
 
+
+def need_bytes(folder: Path, artefact: find.Artefact, target: Target) -> int:
+    """Memory that a target will take, from its files: the merged 16-bit weights in its dtype, and torch;
     twice the GGUF's weights for the others, cache and buffers included; nothing where it runs already.
     """
     if target.url:
         return 0
     if target.stage != "merged":
-        return 2 * found.header.weights_bytes
-    weights = sum(file.stat().st_size for file in (folder / "merged").glob("*.safetensors"))
-    return weights * (1 if target.dtype == "bfloat16" else 2) + 2**30
+        return 2 * artefact.header.weights_bytes
+    return merged_bytes(folder) * (1 if target.dtype == "bfloat16" else 2) + 2**30
 
 
-def describe(folder: Path, found: find.Artefact, stages: Sequence[str]) -> dict[str, Any]:
+def describe(folder: Path, artefact: find.Artefact, stages: Sequence[str]) -> dict[str, Any]:
     """The model's files, by stage; sizes in bytes. stages: those whose weights a target reads."""
+
+    def entry(model: find.Artefact, *names: str) -> dict[str, Any]:
+        size = sum((model.path.parent / name).stat().st_size for name in {model.path.name, *names})
+        return {"digest": model.digest, "file": model.path.name, "bytes": size}
+
     merged = manifest.read(folder / "merged")
-    said: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "run": folder.resolve().name,
         "base_model": merged.base_model,
-        "merged": {
-            "digest": merged.digest,
-            "bytes": sum(file.stat().st_size for file in (folder / "merged").glob("*.safetensors")),
-        },
-        "gguf": {"digest": found.digest, "file": found.path.name, "bytes": found.path.stat().st_size},
+        "merged": {"digest": merged.digest, "bytes": merged_bytes(folder)},
+        "gguf": entry(artefact),
     }
     if "onnx" in stages:
-        onnx = find.resolve(folder, "onnx")
-        assert isinstance(onnx.header, OnnxHeader)
-        names = {onnx.path.name, *onnx.header.files}
-        size = sum((onnx.path.parent / name).stat().st_size for name in names)
-        said["onnx"] = {"digest": onnx.digest, "file": onnx.path.name, "bytes": size}
-    return said
+        model, header = onnx_of(folder)
+        facts["onnx"] = entry(model, *header.files)
+    return facts

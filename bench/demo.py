@@ -17,13 +17,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bench.cli import run, stopped_by_signals
 from bench.measure.http1 import ProtocolError
 from bench.measure.load import get
-from bench.report import build
+from bench.report import build, grid
 from bench.rounds import Plan
 from bench.servers.target import ours, started
 from edge.artefact import find, manifest
@@ -57,9 +55,10 @@ def main(argv: list[str]) -> int:
         base_says = answers(base, questions, logs / "demo-base.log")
         show_answers(console, questions, tuned_says, base_says)
         check(questions, tuned_says, base_says)
-        made = run(args.run, PLAN, command=f"python -m bench.demo {args.run}")
+        report = run(args.run, PLAN, command=f"python -m bench.demo {args.run}")
     show_files(console, args.run, base)
-    line = build.headline(made) | {"answers": dict(zip([q.text for q in questions], tuned_says, strict=True))}
+    texts = [question.text for question in questions]
+    line = build.headline(report) | {"answers": dict(zip(texts, tuned_says, strict=True))}
     sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
     return 0
 
@@ -118,24 +117,17 @@ def answers(model: Path, questions: list[Question], log: Path) -> list[str]:
 
 
 def show_answers(console: Console, questions: list[Question], tuned: list[str], base: list[str]) -> None:
-    table = Table(title="GET /generate?prompt=...", title_justify="left", show_lines=True)
-    for column in ("asked", "tuned", "base"):
-        table.add_column(column, overflow="fold")
-    for question, ours_, theirs in zip(questions, tuned, base, strict=True):
-        table.add_row(escape(question.text), escape(ours_), escape(theirs))
-    console.print(table)
+    texts = [question.text for question in questions]
+    rows = [list(row) for row in zip(texts, tuned, base, strict=True)]
+    console.print(grid.terminal(["asked", "tuned", "base"], rows, title="GET /generate?prompt=...", left=3))
 
 
 def show_files(console: Console, folder: Path, base: Path) -> None:
     """Where everything lies, and how large it is."""
-    table = Table(title="what was made", title_justify="left")
-    table.add_column("", overflow="fold")
-    table.add_column("MiB", justify="right")
-    for path in (base, *(folder / stage for stage in ("adapter", "merged")), find.resolve(folder).path):
-        table.add_row(escape(str(path)), f"{size(path) / 2**20:,.1f}")
-    for name in ("report.md", "report.json"):
-        table.add_row(escape(str(folder / name)), "")
-    console.print(table)
+    paths = (base, folder / "adapter", folder / "merged", find.resolve(folder).path)
+    rows = [[str(path), f"{size(path) / 2**20:,.1f}"] for path in paths]
+    rows += [[str(folder / name), ""] for name in ("report.md", "report.json")]
+    console.print(grid.terminal(["", "MiB"], rows, title="what was made"))
 
 
 def size(path: Path) -> int:

@@ -11,17 +11,18 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.measure import workloads as prompts
-from bench.measure.load import HealthProbe, Job, ask, closed_loop, get
+from bench.measure.load import HealthProbe, ask, closed_loop, get
 from bench.measure.metrics import Sample, e2e, token_rate
 from bench.measure.process_probe import tree_cpu
 from bench.measure.progress import View
 from bench.measure.roofline import Bandwidth, better, reading
+from bench.measure.workloads import Job
 from bench.servers.target import Running, Target, started
 from edge.errors import EdgeError
 from edge.machine import hardware
@@ -88,8 +89,8 @@ class Measured:
     rounds: dict[Case, list[Round]] = field(default_factory=dict)
 
     @property
-    def on_card(self) -> bool:
-        """Whether the server says that its model lies on a card."""
+    def on_gpu(self) -> bool:
+        """Whether the server says that its model lies on a GPU."""
         return str(self.about.get("device", "")).startswith("cuda")
 
 
@@ -109,10 +110,10 @@ def measure(
     bytes of memory to read beside a round of one client, by target. Raises what `started` raises, and
     EdgeError where two targets count a prompt's tokens differently.
     """
-    return _Desk(plan, logs, view, probed).run(targets, together)
+    return _Rounds(plan, logs, view, probed).run(targets, together)
 
 
-class _Desk:
+class _Rounds:
     """What the rounds of one measurement share."""
 
     def __init__(self, plan: Plan, logs: Path, view: View, probed: Mapping[str, int]) -> None:
@@ -123,37 +124,30 @@ class _Desk:
 
     def run(self, targets: Sequence[Target], together: bool) -> tuple[list[Measured], Plan]:
         measured = [Measured(target) for target in targets]
-        if together:
+        for group in [measured] if together else [[part] for part in measured]:
             with contextlib.ExitStack() as stack:
-                running = [self.open(part, stack) for part in measured]
-                self.settle(measured, self.rates)
-                since = time.perf_counter()
-                for case, number in self.cases():
-                    for part, server in zip(measured, running, strict=True):
-                        others = [one for one in running if one is not server]
-                        self.round(part, server, others, case, number)
-                for part, server in zip(measured, running, strict=True):
-                    _memory(part, server, since)
-            return measured, self.plan
-        for part in measured:
-            with contextlib.ExitStack() as stack:
-                server = self.open(part, stack)
+                running = [self.open(part, stack) for part in group]
                 if not self.rounds:
-                    self.settle(measured, [self.rates[0]] * len(measured))
+                    self.settle(measured, self.rates if together else self.rates * len(measured))
                 since = time.perf_counter()
-                for case, number in self.cases():
-                    self.round(part, server, [], case, number)
-                _memory(part, server, since)
+                for case, number in ((case, n) for case, count in self.rounds.items() for n in range(count)):
+                    for part, server in zip(group, running, strict=True):
+                        others = [other for other in running if other is not server]
+                        self.round(part, server, others, case, number)
+                for part, server in zip(group, running, strict=True):
+                    part.memory_peak, part.memory_steady = server.memory.peak, server.memory.steady(since)
         return measured, self.plan
 
     def open(self, part: Measured, stack: contextlib.ExitStack) -> Running:
+        """Start a target, and warm it."""
         name = part.target.name
         self.view.say(f"starting {name}")
         before = _gpu_memory()
         server = stack.enter_context(started(part.target, self.logs / f"{name}.log"))
         if not part.target.url:
             part.load_s, part.answers_s = server.load_s, server.answers_s
-        part.about = _about(server)
+        _, body = asyncio.run(get(server.url, part.target.about, key=part.target.dialect.key))
+        part.about = json.loads(body)
         self.view.say(f"warming {name}")
         self.rates.append(warm(part, server, self.reads))
         # A server that ran before has its share in both.
@@ -172,53 +166,41 @@ class _Desk:
         }
         self.view.expect(names, self.rounds, seconds)
 
-    def cases(self) -> Iterator[tuple[Case, int]]:
-        for case, count in self.rounds.items():
-            for number in range(count):
-                yield case, number
-
     def round(
         self, part: Measured, server: Running, others: Sequence[Running], case: Case, number: int
     ) -> None:
-        jobs = jobs_of(self.plan, case, number)
-        dialect = part.target.dialect
+        jobs, target = jobs_of(self.plan, case, number), part.target
+        key = target.dialect.key
 
         async def drive() -> tuple[list[Sample], HealthProbe]:
-            async with HealthProbe(server.url, part.target.health, key=dialect.key) as probe:
-                answers = closed_loop(
-                    server.url, dialect, jobs, case[1], limit=ANSWER_LIMIT_S, seen=self.view.seen
-                )
-                return await answers, probe
+            async with HealthProbe(server.url, target.health, key=key) as probe:
+                seen = self.view.seen
+                load = closed_loop(server.url, target.dialect, jobs, case[1], limit=ANSWER_LIMIT_S, seen=seen)
+                return await load, probe
 
-        def others_cpu() -> float:
-            return sum(tree_cpu(other.pid) for other in others)
+        def used() -> tuple[float, float]:
+            return tree_cpu(server.pid), sum(tree_cpu(other.pid) for other in others)
 
         before = self.read(part, case)
         time.sleep(PAUSE_S)
-        used, own = others_cpu(), tree_cpu(server.pid)
+        cpu, idle = used()
         began = time.perf_counter()
-        self.view.begin(part.target.name, case)
+        self.view.begin(target.name, case)
         samples, probe = asyncio.run(drive())
-        end = time.perf_counter()
-        found = Round(
-            samples,
-            probe.seconds,
-            probe.failures,
-            idle=(others_cpu() - used) / (end - began),
-            cpu=tree_cpu(server.pid) - own,
-        )
+        seconds = time.perf_counter() - began
+        cpu, idle = (after - earlier for after, earlier in zip(used(), (cpu, idle), strict=True))
         after = self.read(part, case)
-        if before and after:
-            found.memory = better(before, after)
-        part.rounds.setdefault(case, []).append(found)
+        memory = better(before, after) if before and after else None
+        part.rounds.setdefault(case, []).append(
+            Round(samples, probe.seconds, probe.failures, idle / seconds, cpu, memory)
+        )
         self.view.end(token_rate(samples))
 
     def read(self, part: Measured, case: Case) -> Bandwidth | None:
         """How fast the processor's memory is now, where a round tells of decoding one stream from it."""
         size = self.probed.get(part.target.name, 0)
-        if case[1] != 1 or part.on_card or not size:
-            return None
-        return reading(size, hardware.cpu_threads())
+        wanted = case[1] == 1 and size and not part.on_gpu
+        return reading(size, hardware.cpu_threads()) if wanted else None
 
 
 def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]:
@@ -283,18 +265,7 @@ def warm(part: Measured, server: Running, reads: dict[int, int]) -> float:
     return rate
 
 
-def _about(server: Running) -> dict[str, Any]:
-    _, body = asyncio.run(get(server.url, server.target.about, key=server.target.dialect.key))
-    said = json.loads(body)
-    assert isinstance(said, dict)
-    return said
-
-
 def _gpu_memory() -> int | None:
     """Bytes in use on all GPUs; None without one."""
     gpus = hardware.gpus()
     return sum(gpu.memory_total - gpu.memory_free for gpu in gpus) if gpus else None
-
-
-def _memory(part: Measured, server: Running, since: float) -> None:
-    part.memory_peak, part.memory_steady = server.memory.peak, server.memory.steady(since)

@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.measure import workloads
-from bench.measure.load import Changed, Job, Ours, ask, get, send
+from bench.measure.load import Changed, Ours, ask, get, send
+from bench.measure.workloads import Job
 from bench.servers.target import ours, started
 from edge.console import guarded
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.engines import bare_llamacpp, features, race, sides
 from bench.engines.bare_llamacpp import BareLoop
 from bench.engines.race import Case, Rates, Row, Side
 from bench.measure.process_probe import noise
 from bench.measure.workloads import counts
+from bench.report import grid
 from bench.servers.reference_servers import llama_cpp_server, llama_server, xllamacpp
 from bench.servers.target import Running, ours, started
 from edge.artefact import find, manifest
@@ -379,13 +379,8 @@ def show(
         text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
         options.report.with_suffix(".json").write_text(text, encoding="utf-8")
         options.report.with_suffix(".md").write_text(race.markdown(table, about), encoding="utf-8")
-    shown = Table(title=about, title_justify="left")
-    for heading in race.HEADINGS:
-        shown.add_column(heading)
-    for row in table:
-        shown.add_row(*row.cells())
-    console = Console(markup=False)
-    console.print(shown)
+    console = Console()
+    console.print(grid.terminal(race.HEADINGS, [row.cells() for row in table], title=about, left=5))
     for warning in warnings:
         console.print(f"warning: {warning}: the machine is noisy, ratios are what counts")
     sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")

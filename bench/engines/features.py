@@ -16,8 +16,9 @@ import psutil
 
 from bench.engines.race import Row
 from bench.engines.sides import new_jobs
-from bench.measure.load import Changed, Job, Ours, ask, closed_loop, get, send
+from bench.measure.load import Changed, Ours, ask, closed_loop, get, send
 from bench.measure.metrics import Ratio, Sample, itl, percentile, ratio, ttft
+from bench.measure.workloads import Job
 from bench.servers.target import Running
 from edge.errors import EdgeError
 

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.measure.metrics import ratio
+from bench.report import grid
 
 PAUSE_S = 0.3
 
@@ -129,9 +130,7 @@ def shown(results: Sequence[Rates]) -> str:
 
 def markdown(table: Sequence[Row], about: str) -> str:
     """The table in Markdown, with a line below it."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {' | '.join(row.cells())} |" for row in table]
-    return "\n".join([*lines, "", about, ""])
+    return grid.markdown(HEADINGS, [row.cells() for row in table], left=5) + f"\n{about}\n"
 
 
 def stream_rates(times: Sequence[Sequence[float]], tokens: Sequence[int], seconds: float) -> Rates:

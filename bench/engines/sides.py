@@ -11,8 +11,9 @@ from typing import Any
 
 from bench.engines.race import Rates, Side, stream_rates
 from bench.measure import workloads
-from bench.measure.load import Job, closed_loop
+from bench.measure.load import closed_loop
 from bench.measure.metrics import token_rate
+from bench.measure.workloads import Job
 from bench.servers import genai_loop
 from bench.servers.target import Running
 from edge.backends.base import Backend

@@ -1,7 +1,7 @@
-"""Read bandwidth of the first GPU: `python -m bench.measure.gpu_bandwidth_child BYTES`. The last line is JSON.
+"""Read bandwidth of the first GPU: `python -m bench.measure.gpu_bandwidth_child BYTES`.
 
-The kernel is PyTorch's maximum over 64-bit integers, timed by CUDA events: it writes nothing but one number.
-Exit code 1 where PyTorch sees no GPU.
+The last line is JSON. The kernel is PyTorch's maximum over 64-bit integers, timed by CUDA events: it writes
+nothing but one number. Exit code 1 where PyTorch sees no GPU.
 """
 
 from __future__ import annotations

@@ -13,29 +13,16 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlencode, urlsplit
 
 from bench.measure.http1 import Events, Lines, ProtocolError, Response, request
 from bench.measure.metrics import Sample
+from bench.measure.workloads import Job
 
 _READ = 65536
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request to make: the prompt, its number in the workload, and the output tokens to force.
-
-    reuse, speculate: whether the server may take over what it computed before, and look ahead.
-    """
-
-    prompt: str
-    index: int
-    tokens: int
-    reuse: bool = False
-    speculate: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,54 +190,44 @@ async def ask(
 
 async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample, seen: Seen) -> None:
     method, path, body = dialect.ask(job)
-    response = Response()
-    stream: Events | Lines | None = None
     whole = bytearray()
-    texts: list[str] = []
-
-    def take(said: dict[str, Any]) -> None:
-        part = dialect.read(said)
-        if part.completion_tokens is not None:
-            sample.prompt_tokens, sample.completion_tokens = part.prompt_tokens, part.completion_tokens
-            if part.at_limit:
-                sample.completion_tokens = sample.wanted
-        sample.finish = part.finish or sample.finish
-        sample.error = part.error or sample.error
-        if part.text:
-            texts.append(part.text)
-            tokens = part.completion_tokens if part.tokens is None else part.tokens
-            sample.events.append((now, tokens or 0))
-            seen(tokens or 1)
-
-    async with _connect(url) as (reader, writer, host):
-        writer.write(request(method, host, path, body, key=dialect.key))
-        while not response.done:
-            data = await reader.read(_READ)
-            now = time.perf_counter()
-            if not data:
-                response.eof()
-                break
-            piece = response.feed(data)
-            if stream is None:
-                stream = _stream(response)
+    stream: Events | Lines | None = None
+    message = request(method, urlsplit(url).netloc, path, body, key=dialect.key)
+    async with contextlib.aclosing(_receive(url, message)) as pieces:
+        async for moment, response, piece in pieces:
+            stream = stream or _stream(response)
             if stream is None:
                 whole += piece
                 continue
             for event in stream.feed(piece):
                 if event != "[DONE]":
-                    take(json.loads(event))
-    sample.end, sample.status = now, response.status
-    if response.status != 200:
-        sample.error = f"HTTP {response.status}: {whole.decode('utf-8', 'replace')[:300]}"
+                    _take(sample, dialect.read(json.loads(event)), moment, seen)
+    sample.end, sample.status = moment, response.status
+    if sample.status != 200:
+        sample.error = f"HTTP {sample.status}: {whole.decode('utf-8', 'replace')[:300]}"
     elif whole:
-        take(json.loads(whole))
-    sample.text = "".join(texts)
+        _take(sample, dialect.read(json.loads(whole)), moment, seen)
     if len(sample.events) > 1 and not any(tokens for _, tokens in sample.events):
         sample.events = spread_evenly(sample.events, sample.completion_tokens or 0)
 
 
+def _take(sample: Sample, part: Part, moment: float, seen: Seen) -> None:
+    """Enter into `sample` what has come at `moment`."""
+    if part.completion_tokens is not None:
+        sample.prompt_tokens, sample.completion_tokens = part.prompt_tokens, part.completion_tokens
+        if part.at_limit:
+            sample.completion_tokens = sample.wanted
+    sample.finish = part.finish or sample.finish
+    sample.error = part.error or sample.error
+    if part.text:
+        sample.text += part.text
+        tokens = part.completion_tokens if part.tokens is None else part.tokens
+        sample.events.append((moment, tokens or 0))
+        seen(tokens or 1)
+
+
 def _stream(response: Response) -> Events | Lines | None:
-    """The reader of a streamed answer; None for one in one piece, and for an error."""
+    """The reader of a streamed answer; None for one in one piece, an error, and before the head has come."""
     kind = response.headers.get("content-type", "").partition(";")[0].strip()
     if response.status != 200:
         return None
@@ -263,18 +240,32 @@ def spread_evenly(events: Sequence[tuple[float, int]], tokens: int) -> list[tupl
     Whole numbers that differ by one at most and add up to `tokens`.
     """
     count = len(events)
-    return [(at, (n + 1) * tokens // count - n * tokens // count) for n, (at, _) in enumerate(events)]
+    return [(when, (n + 1) * tokens // count - n * tokens // count) for n, (when, _) in enumerate(events)]
 
 
-@contextlib.asynccontextmanager
-async def _connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, str]]:
+async def _open(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     parts = urlsplit(url)
     secure = parts.scheme == "https"
-    reader, writer = await asyncio.open_connection(
+    return await asyncio.open_connection(
         parts.hostname, parts.port or (443 if secure else 80), ssl=True if secure else None
     )
+
+
+async def _receive(url: str, message: bytes) -> AsyncGenerator[tuple[float, Response, bytes], None]:
+    """Send a request, and yield (when it came, the response, bytes of its body) for each piece of the answer.
+
+    Raises OSError or ProtocolError.
+    """
+    reader, writer = await _open(url)
+    response = Response()
     try:
-        yield reader, writer, parts.netloc
+        writer.write(message)
+        while not response.done:
+            data = await reader.read(_READ)
+            moment = time.perf_counter()
+            if not data:
+                response.eof()
+            yield moment, response, response.feed(data)
     finally:
         writer.close()
         with contextlib.suppress(OSError):
@@ -283,10 +274,9 @@ async def _connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asynci
 
 async def send(url: str, dialect: Dialect, job: Job) -> asyncio.StreamWriter:
     """Send a request and read nothing of its answer; the caller ends the connection."""
-    parts = urlsplit(url)
-    _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    _, writer = await _open(url)
     method, path, body = dialect.ask(job)
-    writer.write(request(method, parts.netloc, path, body, key=dialect.key))
+    writer.write(request(method, urlsplit(url).netloc, path, body, key=dialect.key))
     return writer
 
 
@@ -294,16 +284,13 @@ async def get(
     url: str, path: str, *, limit: float = 10.0, key: str = "", body: Any = None
 ) -> tuple[int, bytes]:
     """Status and body of a GET, or of a POST of `body`. Raises OSError, TimeoutError or ProtocolError."""
-    response, whole = Response(), bytearray()
-    async with asyncio.timeout(limit), _connect(url) as (reader, writer, host):
-        writer.write(request("GET" if body is None else "POST", host, path, body, key=key))
-        while not response.done:
-            data = await reader.read(_READ)
-            if not data:
-                response.eof()
-                break
-            whole += response.feed(data)
-    return response.status, bytes(whole)
+    status, whole = 0, bytearray()
+    message = request("GET" if body is None else "POST", urlsplit(url).netloc, path, body, key=key)
+    async with asyncio.timeout(limit), contextlib.aclosing(_receive(url, message)) as pieces:
+        async for _, response, piece in pieces:
+            status = response.status
+            whole += piece
+    return status, bytes(whole)
 
 
 @dataclass

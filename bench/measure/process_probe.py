@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -25,31 +25,34 @@ def tree(pid: int) -> list[psutil.Process]:
     return []
 
 
+def _total(pid: int | None, figure: Callable[[psutil.Process], float]) -> float:
+    total = 0.0
+    for process in tree(pid) if pid is not None else ():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += figure(process)
+    return total
+
+
 def tree_memory(pid: int) -> int:
     """Bytes that the tree holds: proportional (PSS, shared pages divided) where the system tells, else USS.
 
     Resident size would count every shared page once for each process. 0 when the tree has gone.
     """
-    total = 0
-    for process in tree(pid):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            info = process.memory_full_info()
-            total += getattr(info, "pss", 0) or info.uss
-    return total
+
+    def held(process: psutil.Process) -> int:
+        info = process.memory_full_info()
+        return int(getattr(info, "pss", 0) or info.uss)
+
+    return int(_total(pid, held))
 
 
 def tree_cpu(pid: int | None) -> float:
-    """Processor seconds the tree has used; processes that have ended are not in it. 0 without a process."""
-    total = 0.0
-    for process in tree(pid) if pid is not None else ():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
+    """Processor seconds that the tree has used, without processes that have ended. 0 without a process."""
+    return _total(pid, lambda process: sum(process.cpu_times()[:2]))
 
 
 class MemoryWatch:
-    """Samples a tree's memory from a thread, from `start` on. Bytes."""
+    """Samples a tree's memory from a thread, as long as it is entered. Bytes."""
 
     def __init__(self, pid: int, interval: float = 1.0) -> None:
         self._pid, self._interval = pid, interval
@@ -57,10 +60,11 @@ class MemoryWatch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> MemoryWatch:
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -72,25 +76,12 @@ class MemoryWatch:
 
     @property
     def peak(self) -> int:
-        """The most since `start`, loading included; 0 before the first sample."""
+        """The most so far, loading included; 0 before the first sample."""
         return max((used for _, used in self._samples), default=0)
 
     def steady(self, since: float) -> int:
         """The median from the time `since` (time.perf_counter) on: what it holds while it serves."""
-        found = percentile([used for at, used in self._samples if at >= since], 50)
-        return int(found or 0)
-
-
-@contextlib.contextmanager
-def watched(pid: int, really: bool = True) -> Iterator[MemoryWatch]:
-    watch = MemoryWatch(pid)
-    if really:
-        watch.start()
-    try:
-        yield watch
-    finally:
-        if really:
-            watch.stop()
+        return int(percentile([used for moment, used in self._samples if moment >= since], 50) or 0)
 
 
 @dataclass(frozen=True)
@@ -105,13 +96,10 @@ class Noise:
 
     @property
     def warning(self) -> str:
-        """What to say of it; empty on a quiet machine."""
-        said = []
-        if self.busy > BUSY_LIMIT:
-            said.append(f"other work used {self.busy:.0%} of the processors")
-        if self.jitter > JITTER_LIMIT:
-            said.append(f"equal work took up to {self.jitter:.0%} longer")
-        return "; ".join(said)
+        """What a report says of it; empty on a quiet machine."""
+        busy = f"other work used {self.busy:.0%} of the processors" if self.busy > BUSY_LIMIT else ""
+        uneven = f"equal work took up to {self.jitter:.0%} longer" if self.jitter > JITTER_LIMIT else ""
+        return "; ".join(filter(None, (busy, uneven)))
 
 
 def noise(seconds: float = 1.0) -> Noise:

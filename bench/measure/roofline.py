@@ -36,7 +36,7 @@ LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 class Bandwidth:
     """Read bandwidth in bytes/s: the best pass and the median one. size: bytes read in a pass.
 
-    threads: of the processor; 0 for a card.
+    threads: of the processor; 0 for a GPU.
     """
 
     best: float
@@ -163,7 +163,7 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def gpu_bandwidth(size: int) -> Bandwidth | None:
-    """Read bandwidth of the first card, by PyTorch in a process of its own; None without a card, or where
+    """Read bandwidth of the first GPU, by PyTorch in a process of its own; None without a GPU, or where
     PyTorch was built without CUDA.
     """
     if not hardware.gpus():

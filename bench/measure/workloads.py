@@ -10,8 +10,22 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench.measure.load import Job
 from edge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to make: the prompt, its number in the workload, and the output tokens to force.
+
+    reuse, speculate: whether the server may take over what it computed before, and look ahead.
+    """
+
+    prompt: str
+    index: int
+    tokens: int
+    reuse: bool = False
+    speculate: bool = False
+
 
 _OPENINGS = (
     "A traveller from the north asked the keeper of the lighthouse",

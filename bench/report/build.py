@@ -45,7 +45,7 @@ def build(
     command: str,
     model: dict[str, Any],
     noise: tuple[Noise, Noise],
-    card: Bandwidth | None,
+    gpu: Bandwidth | None,
     footprints: Mapping[str, Footprint | None],
     quality: Mapping[str, dict[str, Any]],
     sweeps: dict[str, list[dict[str, Any]]],
@@ -55,10 +55,10 @@ def build(
     """The report: plain data, times in seconds, sizes in bytes. The first of `measured` is the reference.
 
     plan: what was kept of what was asked for; asked_tokens: the answers' length before it was shortened.
-    card: read bandwidth of the card's memory. footprints: by target, for the ceiling of decoding; None or
+    gpu: read bandwidth of the GPU's memory. footprints: by target, for the ceiling of decoding; None or
     nothing leaves it out. quality, sweeps: of each target, see bench.report.quality and bench.rate_sweep.
     """
-    made = {
+    report = {
         "schema": SCHEMA,
         "kind": "bench",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -71,7 +71,7 @@ def build(
         "machine": hardware.describe(),
         "versions": manifest.versions(*_PACKAGES),
         "noise": {"before": asdict(noise[0]), "after": asdict(noise[1])},
-        "memory": {part.target.name: _memory(part, card) for part in measured},
+        "memory": {part.target.name: _memory(part, gpu) for part in measured},
         "objective": asdict(metrics.OBJECTIVE),
         "reference": measured[0].target.name,
         "targets": {
@@ -79,15 +79,15 @@ def build(
             for part in measured
         },
         "cases": [
-            _case((name, clients), measured, card, footprints)
+            _case((name, clients), measured, gpu, footprints)
             for name in plan.workloads
             for clients in plan.clients
         ],
         "sweeps": sweeps,
         "warnings": [],
     }
-    made["warnings"] = _warnings(made, measured, noise)
-    return made
+    report["warnings"] = _warnings(report, measured, noise)
+    return report
 
 
 def _target(part: Measured, reference: Measured) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def shown(value: Any) -> Any:
 def _case(
     case: Case,
     measured: Sequence[Measured],
-    card: Bandwidth | None,
+    gpu: Bandwidth | None,
     footprints: Mapping[str, Footprint | None],
 ) -> dict[str, Any]:
     reference = measured[0]
@@ -131,7 +131,7 @@ def _case(
     for part in measured:
         figures = _figures(part.rounds[case])
         name = part.target.name
-        limit = card if part.on_card else None
+        limit = gpu if part.on_gpu else None
         figures["ceiling"] = _ceiling(part.rounds[case], limit, footprints.get(name))
         targets[name] = figures
     return {
@@ -155,15 +155,15 @@ def _against(case: Case, reference: Measured, part: Measured) -> dict[str, Any]:
     return {"comparable": not why, "why": why, "ratios": ratios}
 
 
-def _memory(part: Measured, card: Bandwidth | None) -> dict[str, Any] | None:
+def _memory(part: Measured, gpu: Bandwidth | None) -> dict[str, Any] | None:
     """The best reading of the memory that the target's model lies in; None where there was none."""
     read = [one.memory for rounds in part.rounds.values() for one in rounds if one.memory]
-    best = card if part.on_card else max(read, key=lambda one: one.best, default=None)
+    best = gpu if part.on_gpu else max(read, key=lambda one: one.best, default=None)
     return asdict(best) if best else None
 
 
 def _ceiling(
-    rounds: Sequence[Round], card: Bandwidth | None, footprint: Footprint | None
+    rounds: Sequence[Round], gpu: Bandwidth | None, footprint: Footprint | None
 ) -> dict[str, Any] | None:
     """What the memory allows one stream, and the share of it that decoding reached (one client alone):
     medians over the rounds, each by what the memory gave just then.
@@ -174,7 +174,7 @@ def _ceiling(
         return None
     found = []
     for part in rounds:
-        memory, samples = card or part.memory, metrics.complete(part.samples)
+        memory, samples = gpu or part.memory, metrics.complete(part.samples)
         if memory is None or not samples or len({one.client for one in samples}) > 1:
             continue
         paces = [pace for one in samples if (pace := metrics.tpot(one))]
@@ -195,13 +195,13 @@ def _figures(rounds: Sequence[Round]) -> dict[str, Any]:
     pooled["tokens_per_s"] = metrics.median(rates)
     pooled["total_tokens_per_s"] = metrics.median([metrics.total_rate(part.samples) for part in rounds])
     pooled["requests_per_s"] = metrics.median([metrics.request_rate(part.samples) for part in rounds])
-    made = sum(sample.completion_tokens or 0 for sample in metrics.complete(samples))
+    tokens = sum(sample.completion_tokens or 0 for sample in metrics.complete(samples))
     return pooled | {
         "rates": rates,
         "tokens_per_s_interval": metrics.interval(rates),
         "goodput": metrics.median([metrics.goodput(part.samples, metrics.OBJECTIVE)[0] for part in rounds]),
         "goodput_share": metrics.goodput(samples, metrics.OBJECTIVE)[1],
-        "cpu_s_per_token": _quotient(sum(part.cpu for part in rounds), made),
+        "cpu_s_per_token": _quotient(sum(part.cpu for part in rounds), tokens),
         "health_s": metrics.spread([seconds for part in rounds for seconds in part.health]),
         "health_failures": sum(part.health_failures for part in rounds),
         "other_idle_share": [round(part.idle, 4) for part in rounds],
@@ -229,25 +229,25 @@ def different_work(slow: Measured, a: Round, fast: Measured, b: Round) -> str:
     return ""
 
 
-def _warnings(made: dict[str, Any], measured: Sequence[Measured], noise: tuple[Noise, Noise]) -> list[str]:
+def _warnings(report: dict[str, Any], measured: Sequence[Measured], noise: tuple[Noise, Noise]) -> list[str]:
     said = [
         f"the machine was not quiet {when}: {part.warning}"
         for when, part in zip(("before", "after"), noise, strict=True)
         if part.warning
     ]
-    tokens, asked = made["settings"]["tokens"], made["settings"]["asked_tokens"]
+    tokens, asked = report["settings"]["tokens"], report["settings"]["asked_tokens"]
     if tokens != asked:
         said.append(f"answers were shortened from {asked} to {tokens} tokens to stay within the time")
-    if not made["together"]:
+    if not report["together"]:
         said.append("memory did not hold all servers: they ran one after the other, not alternately")
-    for target, side in made["targets"].items():
+    for target, side in report["targets"].items():
         if side["unforced"]:
             said.append(f"{target} cannot be forced to the number of output tokens: {side['unforced']}")
         if "missing" in side["quality"]:
             said.append(
                 f"{target}: how near it is to the merged model is not known: {side['quality']['missing']}"
             )
-    for case in made["cases"]:
+    for case in report["cases"]:
         name = f"{case['workload']}, {case['clients']} client(s)"
         said += [f"{name}: not compared: {a['why']}" for a in case["against"].values() if a["why"]]
         if case["rounds"] == 1:
@@ -264,16 +264,16 @@ def _quotient(a: float, b: float) -> float | None:
     return a / b if a and b else None
 
 
-def headline(made: dict[str, Any]) -> dict[str, Any]:
+def headline(report: dict[str, Any]) -> dict[str, Any]:
     """What the last line on standard output says."""
     return {
-        "run": made["model"]["run"],
-        "tokens": made["settings"]["tokens"],
-        "reference": made["reference"],
+        "run": report["model"]["run"],
+        "tokens": report["settings"]["tokens"],
+        "reference": report["reference"],
         "memory_ratio": {
             name: _round(side["memory_ratio"])
-            for name, side in made["targets"].items()
-            if name != made["reference"]
+            for name, side in report["targets"].items()
+            if name != report["reference"]
         },
         "cases": [
             {
@@ -286,9 +286,9 @@ def headline(made: dict[str, Any]) -> dict[str, Any]:
                     for name, side in case["against"].items()
                 },
             }
-            for case in made["cases"]
+            for case in report["cases"]
         ],
-        "warnings": len(made["warnings"]),
+        "warnings": len(report["warnings"]),
     }
 
 

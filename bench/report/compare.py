@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from bench.report import build
+from bench.report import build, grid
 from edge.errors import InputError
 
 DRAWS = 2000
@@ -43,19 +42,18 @@ def main(argv: list[str]) -> int:
             "the two reports have no target and case in common", "measure the same targets and clients"
         )
     console = Console()
-    table = Table(title=f"{escape(str(args.after))} against {escape(str(args.before))}", title_justify="left")
-    for heading in ("case", "target", "figure", "before", "after", "ratio (95 %)", ""):
-        table.add_column(heading)
-    for row in rows:
-        interval = f"{row['ratio']:.2f} x ({row['low']:.2f} to {row['high']:.2f})" if row["low"] else "-"
-        table.add_row(
-            *(escape(row[key]) for key in ("case", "target", "figure")),
+    cells = [
+        [
+            *(row[key] for key in ("case", "target", "figure")),
             f"{row['before']:.4g}",
             f"{row['after']:.4g}",
-            interval,
+            f"{row['ratio']:.2f} x ({row['low']:.2f} to {row['high']:.2f})" if row["low"] else "-",
             row["verdict"],
-        )
-    console.print(table)
+        ]
+        for row in rows
+    ]
+    columns = ("case", "target", "figure", "before", "after", "ratio (95 %)", "")
+    console.print(grid.terminal(columns, cells, title=f"{args.after} against {args.before}", left=3))
     for text in differences(before, after):
         console.print(f"warning: {escape(text)}", style="yellow")
     sys.stdout.write(json.dumps({"rows": rows}, ensure_ascii=False) + "\n")
@@ -65,20 +63,20 @@ def main(argv: list[str]) -> int:
 def read(path: Path) -> dict[str, Any]:
     """A report. Raises InputError for a file that is none, or one of another schema."""
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}", "give RUN/report.json") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", "give RUN/report.json") from error
-    if not isinstance(made, dict) or made.get("kind") != "bench":
+    if not isinstance(report, dict) or report.get("kind") != "bench":
         raise InputError(f"{path} is not a report of `edge bench`", "give RUN/report.json")
     # Schema 3 had energy too, which is not compared.
-    if made.get("schema") not in (3, build.SCHEMA):
+    if report.get("schema") not in (3, build.SCHEMA):
         raise InputError(
-            f"{path} has schema {made.get('schema')}, this version reads 3 and {build.SCHEMA}",
+            f"{path} has schema {report.get('schema')}, this version reads 3 and {build.SCHEMA}",
             "measure again",
         )
-    return made
+    return report
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ DEFINITIONS: dict[str, str] = {
     ),
     "of what the memory allows": (
         "decoding of one client (1 / TPOT; of a server that does not stream, tokens over the whole "
-        "answer) over the best read bandwidth of the processor's or the card's memory (a processor's is "
+        "answer) over the best read bandwidth of the processor's or the GPU's memory (a processor's is "
         "measured right before and right after each round, with a kernel that only reads, at the weights' "
         "size and with as many threads as decode; median of the rounds), divided by the bytes that one "
         "token reads: all weights once, of an embedding that is not the head as well one row, and the "

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from bench.measure.metrics import PERCENTILES
-from bench.report import table
+from bench.report import grid, table
 from bench.report.definitions import DEFINITIONS
 from convert import svg_charts
 
@@ -24,28 +23,28 @@ code { background: #8882; padding: 0 0.25em; }
 """
 
 
-def page(made: dict[str, Any]) -> str:
-    """The whole page for a report that `report.build` made."""
-    machine = made["machine"]
+def page(report: dict[str, Any]) -> str:
+    """The whole page for a report that `report.build` report."""
+    machine = report["machine"]
     parts = [
-        f"<h1>{escape(table.heading(made))}</h1>",
-        f"<p>{escape(machine['cpu'])}, {machine['threads']} cores, {escape(made['created'][:10])}; "
-        f"<code>{escape(made['command'])}</code></p>",
-        *(f'<p class="warning">{escape(text)}</p>' for text in made["warnings"]),
-        *pictures(made).values(),
+        f"<h1>{escape(table.heading(report))}</h1>",
+        f"<p>{escape(machine['cpu'])}, {machine['threads']} cores, {escape(report['created'][:10])}; "
+        f"<code>{escape(report['command'])}</code></p>",
+        *(f'<p class="warning">{escape(text)}</p>' for text in report["warnings"]),
+        *pictures(report).values(),
         "<h2>Figures</h2>",
-        _table(made),
+        grid.html(table.headings(report), table.rows(report)),
         "<h2>Percentiles, with 95 % intervals</h2>",
-        _percentiles(made),
+        grid.html(*table.latencies(report)),
         "<h2>What they mean</h2><ul>",
         *(f"<li>{escape(f'{name}: {text}').replace('`', '')}</li>" for name, text in DEFINITIONS.items()),
-        *(f"<li>{escape(name)}: {escape(about)}</li>" for name, about in made["workloads"].items()),
+        *(f"<li>{escape(name)}: {escape(about)}</li>" for name, about in report["workloads"].items()),
         "</ul>",
         "<h2>Versions</h2><p>"
-        + escape(", ".join(f"{name} {version}" for name, version in made["versions"].items()))
+        + escape(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
         + f", Python {escape(machine['python'])}</p>",
     ]
-    title = escape(f"{made['model']['run']}: measured")
+    title = escape(f"{report['model']['run']}: measured")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width">'
@@ -53,48 +52,45 @@ def page(made: dict[str, Any]) -> str:
     )
 
 
-def pictures(made: dict[str, Any]) -> dict[str, str]:
+def pictures(report: dict[str, Any]) -> dict[str, str]:
     """The report's charts as SVG, by name; those that have nothing to show are left out."""
-    found = {
-        "throughput": svg_charts.bars(
-            "Output tokens of all clients", "tokens/s", _grouped(made, lambda side: side["tokens_per_s"])
-        ),
+    speeds = {
+        table.case_title(report, case): {
+            name: side["tokens_per_s"] or 0.0 for name, side in case["targets"].items()
+        }
+        for case in report["cases"]
+    }
+    charts = {
+        "throughput": svg_charts.bars("Output tokens of all clients", "tokens/s", speeds),
         "load": svg_charts.lines(
             "Whole answer against load",
             "seconds, median",
             "clients at once",
-            _by_clients(made),
+            _by_clients(report),
             log_x=True,
             log_y=True,
         ),
         "first": svg_charts.lines(
-            "Time to first token", "share of answers", "seconds", _shares(made), log_x=True, dots=False
+            "Time to first token", "share of answers", "seconds", _shares(report), log_x=True, dots=False
         ),
-        "ceiling": _ceilings(made),
+        "ceiling": _ceilings(report),
         "trade": svg_charts.scatter(
-            "Size, speed and quality", "tokens/s, 1 client", "MiB of weights", _trade(made), log_x=True
+            "Size, speed and quality", "tokens/s, 1 client", "MiB of weights", _trade(report), log_x=True
         ),
         "sweep": svg_charts.lines(
             "Within the objective",
             "share of requests",
             "requests/s that arrive",
-            {n: [(s["rate"], s["share"]) for s in steps] for n, steps in made["sweeps"].items()},
+            {n: [(s["rate"], s["share"]) for s in steps] for n, steps in report["sweeps"].items()},
         ),
     }
-    return {name: svg for name, svg in found.items() if svg}
+    return {name: svg for name, svg in charts.items() if svg}
 
 
-def _grouped(made: dict[str, Any], pick: Any) -> dict[str, dict[str, float]]:
-    return {
-        table.case_title(made, case): {name: pick(side) or 0.0 for name, side in case["targets"].items()}
-        for case in made["cases"]
-    }
-
-
-def _by_clients(made: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+def _by_clients(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """The first workload's median answer, by number of clients, where there are several numbers."""
-    first = next(iter(made["workloads"]))
-    cases = [case for case in made["cases"] if case["workload"] == first]
+    first = next(iter(report["workloads"]))
+    cases = [case for case in report["cases"] if case["workload"] == first]
     if len(cases) < 2:
         return {}
     return {
@@ -103,13 +99,13 @@ def _by_clients(made: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
             for case in cases
             if case["targets"][name]["e2e_s"]["p50"]
         ]
-        for name in made["targets"]
+        for name in report["targets"]
     }
 
 
-def _shares(made: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+def _shares(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """Of the case with most clients: which share of answers had begun by when."""
-    case = max(made["cases"], key=lambda c: c["clients"])
+    case = max(report["cases"], key=lambda c: c["clients"])
     return {name: _steps(_firsts(side)) for name, side in case["targets"].items()}
 
 
@@ -124,46 +120,26 @@ def _steps(values: Sequence[float]) -> list[tuple[float, float]]:
     return [point for i, v in enumerate(values) for point in ((v, i / count), (v, (i + 1) / count))]
 
 
-def _ceilings(made: dict[str, Any]) -> str:
+def _ceilings(report: dict[str, Any]) -> str:
     groups = {
-        table.case_title(made, case): {
+        table.case_title(report, case): {
             name: 100 * side["ceiling"]["share"]
             for name, side in case["targets"].items()
             if side.get("ceiling")
         }
-        for case in made["cases"]
+        for case in report["cases"]
     }
     groups = {label: group for label, group in groups.items() if group}
     title = "Decoding, of what the memory allows"
-    return svg_charts.bars(title, "percent", groups, list(made["targets"])) if groups else ""
+    return svg_charts.bars(title, "percent", groups, list(report["targets"])) if groups else ""
 
 
-def _table(made: dict[str, Any]) -> str:
-    columns = table.titles(made)
-    rows = [f"<tr><th></th>{''.join(f'<th>{escape(title)}</th>' for title in columns)}</tr>"]
-    for name, lines in table.sections(made):
-        rows.append(f'<tr class="section"><td colspan="{1 + len(columns)}">{escape(name)}</td></tr>')
-        for title, cells in lines:
-            shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            rows.append(f"<tr><td>{escape(title).replace('`', '')}</td>{shown}</tr>")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _percentiles(made: dict[str, Any]) -> str:
-    heads = "".join(f"<th>p{q}</th>" for q in PERCENTILES)
-    rows = [f"<tr><th></th>{heads}</tr>"]
-    for case, name, what, cells in table.latencies(made):
-        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr><td>{escape(f'{case}, {name}: {what}')}</td>{shown}</tr>")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _trade(made: dict[str, Any]) -> list[svg_charts.Point]:
+def _trade(report: dict[str, Any]) -> list[svg_charts.Point]:
     """Each target by the size of its weights' files and its speed with one client, and what they lost."""
-    case = min(made["cases"], key=lambda c: c["clients"])
+    case = min(report["cases"], key=lambda c: c["clients"])
     points = []
-    for index, (name, side) in enumerate(made["targets"].items()):
-        files, speed = made["model"].get(side["stage"]), case["targets"][name]["tokens_per_s"]
+    for index, (name, side) in enumerate(report["targets"].items()):
+        files, speed = report["model"].get(side["stage"]), case["targets"][name]["tokens_per_s"]
         if case["clients"] == 1 and files and speed:
             lost = side["quality"]
             words = (

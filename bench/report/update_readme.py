@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pictures", type=Path, help="a folder for the report's charts, as SVG")
     args = parser.parse_args(argv)
     try:
-        made = json.loads(args.report.read_text(encoding="utf-8"))
-        text_table = table.block(made, brief=True)
-        pictures = html.pictures(made) if args.pictures else {}
+        report = json.loads(args.report.read_text(encoding="utf-8"))
+        text_table = table.block(report, brief=True)
+        pictures = html.pictures(report) if args.pictures else {}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.report} is not a report: {error}", "give RUN/report.json") from error
     for path in args.readme:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
             raise InputError(f"{path} needs one {BEGIN} and, after it, one {END}") from None
         path.write_text(text, encoding="utf-8")
     if pictures:
-        table.write_files({f"{name}.svg": svg for name, svg in pictures.items()}, args.pictures)
+        table.write_files({f"{name}.svg": svg for name, svg in pictures.items()}, args.pictures, keep=False)
     return 0
 
 

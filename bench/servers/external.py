@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.measure.http1 import ProtocolError
-from bench.measure.load import Job, Part, get
+from bench.measure.load import Part, get
+from bench.measure.workloads import Job
 from bench.servers.target import Target
 from edge.errors import EdgeError, InputError, UsageError
 
@@ -39,14 +40,14 @@ class OpenAI:
             body |= {"ignore_eos": True, "min_tokens": job.tokens}
         return "POST", f"{self.path}/completions", body
 
-    def read(self, said: dict[str, Any]) -> Part:
-        if "error" in said:
-            return Part(error=_words(said["error"]))
-        choice = (said.get("choices") or [{}])[0]
-        usage = said.get("usage") or {}
+    def read(self, answer: dict[str, Any]) -> Part:
+        if "error" in answer:
+            return Part(error=message_of(answer["error"]))
+        choice = (answer.get("choices") or [{}])[0]
+        usage = answer.get("usage") or {}
         return Part(
             text=choice.get("text") or "",
-            # How many tokens a piece has is not said.
+            # How many tokens a piece has is not answer.
             tokens=0,
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
@@ -65,19 +66,19 @@ class Ollama:
         options = {"num_predict": job.tokens, "temperature": 0.0}
         return "POST", f"{self.path}/generate", body | {"options": options}
 
-    def read(self, said: dict[str, Any]) -> Part:
-        if "error" in said:
-            return Part(error=_words(said["error"]))
+    def read(self, answer: dict[str, Any]) -> Part:
+        if "error" in answer:
+            return Part(error=message_of(answer["error"]))
         return Part(
-            text=said.get("response", ""),
+            text=answer.get("response", ""),
             tokens=0,
-            prompt_tokens=said.get("prompt_eval_count"),
-            completion_tokens=said.get("eval_count"),
-            finish=said.get("done_reason", ""),
+            prompt_tokens=answer.get("prompt_eval_count"),
+            completion_tokens=answer.get("eval_count"),
+            finish=answer.get("done_reason", ""),
         )
 
 
-def _words(error: Any) -> str:
+def message_of(error: Any) -> str:
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
@@ -97,7 +98,7 @@ def check(given: str) -> tuple[str, str]:
     return name, url
 
 
-def outside(name: str, url: str) -> Target:
+def target(name: str, url: str) -> Target:
     """The server at `url`: Ollama's interface where the path ends with /api, OpenAI's otherwise.
 
     The model is the fragment of the URL, or the only one that the server lists. The key, where one is needed,
@@ -105,51 +106,45 @@ def outside(name: str, url: str) -> Target:
     not answer.
     """
     parts = urlsplit(url)
-    base, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
-    key = os.environ.get(KEY, "")
+    base, path, key = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), os.environ.get(KEY, "")
+    dialect: OpenAI | Ollama
     if path.endswith("/api"):
         listing = f"{path}/tags"
-        model = parts.fragment or _only(name, url, _models(name, base + listing, key), "name")
-        dialect: OpenAI | Ollama = Ollama(path, model, key)
+        dialect = Ollama(path, parts.fragment or only_model(name, url, base, listing, key), key)
     else:
         path = path if path.endswith("/v1") else f"{path}/v1"
         listing = f"{path}/models"
-        model = parts.fragment or _only(name, url, _models(name, base + listing, key), "id")
-        dialect = OpenAI(path, model, key, force=True)
-        # Some refuse what they do not know.
+        dialect = OpenAI(path, parts.fragment or only_model(name, url, base, listing, key), key, force=True)
+        # Some refuse fields that they do not have.
         _, where, body = dialect.ask(Job("1, 2, 3,", 0, 2))
-        status, _ = _fetch(name, base, where, key, body)
-        dialect.force = status < 400
+        dialect.force = fetch(name, base, where, key, body)[0] < 400
     forced = isinstance(dialect, OpenAI) and dialect.force
     return Target(name, [], dialect, listing, listing, health=listing, stage="", url=base, forced=forced)
 
 
-def _models(name: str, url: str, key: str) -> list[dict[str, Any]]:
-    parts = urlsplit(url)
-    status, body = _fetch(name, f"{parts.scheme}://{parts.netloc}", parts.path, key)
+def only_model(name: str, url: str, base: str, listing: str, key: str) -> str:
+    """The one model that the server lists. Raises InputError for none and for several."""
+    status, body = fetch(name, base, listing, key)
     try:
-        said = json.loads(body)
-        found = said["data"] if "data" in said else said["models"]
+        answer = json.loads(body)
+        rows = answer["data"] if "data" in answer else answer["models"]
+        models = [str(row.get("id") or row["name"]) for row in rows]
     except (ValueError, KeyError, TypeError):
-        found = []
-    if status != 200 or not found:
+        models = []
+    if status != 200 or not models:
         raise InputError(
-            f"{name}: {url} lists no model (HTTP {status})",
+            f"{name}: {base}{listing} lists no model (HTTP {status})",
             f"check the URL; a key goes into the variable {KEY}",
         )
-    return list(found)
-
-
-def _only(name: str, url: str, models: list[dict[str, Any]], field: str) -> str:
-    names = [str(model.get(field, "")) for model in models]
-    if len(names) > 1:
+    if len(models) > 1:
         raise InputError(
-            f"{name}: {url} serves several models: {', '.join(names)}", f"name one: {name}={url}#MODEL"
+            f"{name}: {url} serves several models: {', '.join(models)}", f"name one: {name}={url}#MODEL"
         )
-    return names[0]
+    return models[0]
 
 
-def _fetch(name: str, base: str, path: str, key: str, body: Any = None) -> tuple[int, bytes]:
+def fetch(name: str, base: str, path: str, key: str, body: Any = None) -> tuple[int, bytes]:
+    """Status and body. Raises EdgeError where nothing answers."""
     try:
         return asyncio.run(get(base, path, limit=60.0, key=key, body=body))
     except (OSError, TimeoutError, ProtocolError) as error:

@@ -18,7 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.measure.load import Job, Part
+from bench.measure.load import Part
+from bench.measure.workloads import Job
 from bench.servers.target import Target
 from edge.artefact.gguf_shards import read_whole
 from edge.console import guarded

@@ -19,7 +19,7 @@ import psutil
 
 from bench.measure.http1 import ProtocolError
 from bench.measure.load import Baseline, Dialect, Ours, get
-from bench.measure.process_probe import MemoryWatch, tree, watched
+from bench.measure.process_probe import MemoryWatch, tree
 from edge.errors import EdgeError
 
 _LOG_LINES = 15
@@ -171,7 +171,8 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
             **group,
         )
     try:
-        with watched(process.pid, watch) as memory:
+        memory = MemoryWatch(process.pid)
+        with memory if watch else contextlib.nullcontext():
             running = Running(target, f"http://127.0.0.1:{port}", process, log, memory, began)
             _wait(running, limit)
             running.load_s = time.perf_counter() - began

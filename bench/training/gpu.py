@@ -27,6 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.report import grid
 from bench.training.side import SIDES, Course, estimate, in_turn, load, train
 from convert.config import TrainConfig, parse
 from edge.artefact import manifest
@@ -171,22 +172,26 @@ def shown(report: dict[str, Any]) -> str:
     """A comparison as a table in Markdown."""
     cap = f", at most {report['cap_gb']:g} GB of the GPU" if report["cap_gb"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
-    lines = [
-        f"### {report['shape']}, QLoRA of rank 16{cap}",
-        "",
-        "| batch | side | tokens/s (least, most) | x plain | GiB at the peak | reserved | estimate | loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for line in report["lines"]:
         guess, ratio, peak = line["estimate_gib"], line["against_plain"], line["allocated_gib"]
         least, most = line["spread"]
-        lines.append(
-            f"| {line['batch']} x {line['length']} | {line['side']} | {line['tokens_per_s']:,.0f} "
-            f"({least:,.0f}, {most:,.0f}) | {f'{ratio:.2f}' if ratio else '-'} | {peak:.2f} "
-            f"| {line['reserved_gib']:.2f} | {f'{guess:.2f} ({guess / peak - 1:+.0%})' if guess else '-'} "
-            f"| {line['last_loss']:.4f} |"
+        rows.append(
+            [
+                f"{line['batch']} x {line['length']}",
+                line["side"],
+                f"{line['tokens_per_s']:,.0f} ({least:,.0f}, {most:,.0f})",
+                f"{ratio:.2f}" if ratio else "-",
+                f"{peak:.2f}",
+                f"{line['reserved_gib']:.2f}",
+                f"{guess:.2f} ({guess / peak - 1:+.0%})" if guess else "-",
+                f"{line['last_loss']:.4f}",
+            ]
         )
-    return "\n".join([*lines, "", f"{report['gpu']}; {report['rounds']} round(s); {versions}", ""])
+    columns = ("batch", "side", "tokens/s (least, most)", "x plain", "GiB at the peak")
+    text = grid.markdown((*columns, "reserved", "estimate", "loss"), rows, left=2)
+    title = f"### {report['shape']}, QLoRA of rank 16{cap}"
+    return f"{title}\n\n{text}\n{report['gpu']}; {report['rounds']} round(s); {versions}\n"
 
 
 def main(argv: list[str]) -> int:

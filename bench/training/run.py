@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.measure import metrics
 from bench.measure.process_probe import noise, warnings
+from bench.report import grid
 from bench.report.table import write_files
 from bench.training.side import SIDES, in_turn
 from convert.config import TrainConfig, load_train_config
@@ -171,10 +171,8 @@ def rows_of(part: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def show(report: dict[str, Any], console: Console) -> None:
     for name in ("speed", "packing"):
         if name in report:
-            table = Table(*HEADINGS, title=f"{name}: {report['config']}", title_justify="left")
-            for row in rows_of(report[name]):
-                table.add_row(*row)
-            console.print(table)
+            title = f"{name}: {report['config']}"
+            console.print(grid.terminal(HEADINGS, rows_of(report[name]), title=title))
     for text in report["warnings"]:
         console.print(f"warning: {text}", style="yellow")
 
@@ -184,16 +182,18 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# Training: {report['config']}", ""]
     for name in ("speed", "packing"):
         if name in report:
-            lines += [f"## {name}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: |"]
-            lines += [*(f"| {' | '.join(row)} |" for row in rows_of(report[name])), ""]
+            lines += [f"## {name}", "", grid.markdown(HEADINGS, rows_of(report[name]))]
     if "memory" in report:
-        lines += ["## Memory", "", "| setting | estimate, GiB | measured, GiB | off |"]
-        lines += ["| --- | ---: | ---: | ---: |"]
-        lines += [
-            f"| `{line['setting']}` | {line['estimate']:.2f} | {line['measured']:.2f} | {line['off']:+.0%} |"
+        cells = [
+            [
+                f"`{line['setting']}`",
+                *(f"{line[key]:.2f}" for key in ("estimate", "measured")),
+                f"{line['off']:+.0%}",
+            ]
             for line in report["memory"]
         ]
-        lines.append("")
+        columns = ("setting", "estimate, GiB", "measured, GiB", "off")
+        lines += ["## Memory", "", grid.markdown(columns, cells)]
     if "heldout" in report:
         found = report["heldout"]
         lines += ["## Held-out questions", "", f"{found['in_persona']} of {found['asked']} in persona", ""]
@@ -253,7 +253,8 @@ def main(argv: list[str]) -> int:
     report["seconds"] = round(time.perf_counter() - began, 1)
     text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
     out = options.out or Path(config.output_dir)
-    write_files({"training.json": text, "training.md": markdown(report)}, out)
+    if earlier := write_files({"training.json": text, "training.md": markdown(report)}, out):
+        console.print(f"the earlier report is kept as {out / f'training-{earlier}.json'} and .md")
     show(report, Console())
     sys.stdout.write(json.dumps(headline(report, out), ensure_ascii=False) + "\n")
     return 0

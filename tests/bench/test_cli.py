@@ -18,11 +18,11 @@ from rich.console import Console
 from bench import demo
 from bench.cli import check_same_model, main
 from bench.measure import workloads
-from bench.measure.load import Baseline, Job, Ours
+from bench.measure.load import Baseline, Ours
 from bench.measure.metrics import Sample
 from bench.measure.process_probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
 from bench.measure.progress import View
-from bench.measure.workloads import counts
+from bench.measure.workloads import Job, counts
 from bench.report import build as report
 from bench.report import html, table, update_readme
 from bench.rounds import Measured, Plan, Round, measure, schedule
@@ -126,10 +126,8 @@ def test_memory_and_time_of_a_tree_count_its_children() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdin is not None
     process.stdout.readline()
-    watch = MemoryWatch(process.pid, interval=0.05)
-    watch.start()
-    time.sleep(0.3)
-    watch.stop()
+    with MemoryWatch(process.pid, interval=0.05) as watch:
+        time.sleep(0.3)
     used = tree_memory(process.pid)
     assert 50_000_000 < used < 150_000_000
     assert 50_000_000 < watch.steady(0.0) <= watch.peak < 150_000_000

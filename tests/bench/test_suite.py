@@ -125,9 +125,9 @@ def test_a_round_is_held_against_the_memory_of_its_own_time() -> None:
         samples = [Sample(c, c, 4, 0.0, 2.0, events, 7, 4, "length", 200) for c in range(clients)]
         return Round(samples, [], 0, 0.0, memory=roofline.Bandwidth(best, best, 1, 2) if best else None)
 
-    def share(*rounds: Round, card: roofline.Bandwidth | None = None, **about: str) -> float | None:
+    def share(*rounds: Round, gpu: roofline.Bandwidth | None = None, **about: str) -> float | None:
         part = Measured(target, about=about, rounds={("mixed", 1): list(rounds)})
-        made = build([part], card=card, footprints={"edge": footprint})
+        made = build([part], gpu=gpu, footprints={"edge": footprint})
         found = made["cases"][0]["targets"]["edge"]["ceiling"]
         return found and found["share"]
 
@@ -136,8 +136,8 @@ def test_a_round_is_held_against_the_memory_of_its_own_time() -> None:
     # All pieces at one blow: four tokens in the two seconds of the whole answer.
     assert share(round_of(0.0, 1e10)) == pytest.approx(0.02)
     assert share(round_of(0.02, 0.0)) is None and share(round_of(0.02, 1e10, clients=2)) is None
-    card = roofline.Bandwidth(1e12, 1e12, 1, 0)
-    assert share(round_of(0.001, 0.0), card=card, device="cuda: a card") == pytest.approx(0.1)
+    gpu = roofline.Bandwidth(1e12, 1e12, 1, 0)
+    assert share(round_of(0.001, 0.0), gpu=gpu, device="cuda: a GPU") == pytest.approx(0.1)
 
 
 def test_bytes_of_a_transformers_folder_follow_its_dtype(tmp_path: Path) -> None:

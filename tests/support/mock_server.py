@@ -1,4 +1,4 @@
-"""A server whose delays are known. As a process: `python -m tests.support.mock_server FIRST GAP [PORT [CUT]]`."""
+"""A server whose delays are known: `python -m tests.support.mock_server FIRST GAP [PORT [CUT]]`."""
 
 from __future__ import annotations
 

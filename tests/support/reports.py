@@ -21,7 +21,7 @@ def build(measured: list[Measured], **more: Any) -> dict[str, Any]:
             "gguf": {"digest": "sha256:2", "file": "x.gguf", "bytes": 2**20},
         },
         "noise": (Noise(0.0, 0.0), Noise(0.0, 0.0)),
-        "card": None,
+        "gpu": None,
         "footprints": {},
         "quality": {},
         "sweeps": {},

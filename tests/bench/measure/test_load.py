@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from bench.measure import metrics
 from bench.measure.http1 import Events, ProtocolError, Response, request
-from bench.measure.load import Baseline, HealthProbe, Job, Ours, ask, closed_loop, get
+from bench.measure.load import Baseline, HealthProbe, Ours, ask, closed_loop, get
 from bench.measure.metrics import Sample
+from bench.measure.workloads import Job
 from tests.support.mock_server import Mock, serving
 
 ROOT = Path(__file__).parents[3]

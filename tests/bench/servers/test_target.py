@@ -19,7 +19,8 @@ from rich.console import Console
 from bench import cli, rounds, run_from_gguf
 from bench.measure import progress
 from bench.measure.http1 import Lines, request
-from bench.measure.load import Job, ask, spread_evenly
+from bench.measure.load import ask, spread_evenly
+from bench.measure.workloads import Job
 from bench.report.definitions import DEFINITIONS
 from bench.servers import external, library_server
 from bench.servers.library_server import Asked, next_batch
@@ -91,7 +92,7 @@ def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
 ) -> None:
     monkeypatch.setenv(external.KEY, KEY)
     with other() as (url, handler):
-        target = external.outside("vllm", url)
+        target = external.target("vllm", url)
         assert target.forced and target.stage == "" and target.dialect.key == KEY
         sample = asyncio.run(ask(target.url, target.dialect, Job("Hello", 0, 10)))
     asked = handler.bodies[-1]
@@ -104,7 +105,7 @@ def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
 
 def test_a_server_that_refuses_the_forcing_fields_is_marked() -> None:
     with other(strict=True) as (url, handler):
-        target = external.outside("strict", f"{url}/v1/")
+        target = external.target("strict", f"{url}/v1/")
         assert not target.forced
         assert asyncio.run(ask(target.url, target.dialect, Job("x", 0, 4))).state == "ok"
         assert "ignore_eos" not in handler.bodies[-1]
@@ -112,7 +113,7 @@ def test_a_server_that_refuses_the_forcing_fields_is_marked() -> None:
 
 def test_ollama_is_asked_raw_and_its_short_answers_are_incomplete(tmp_path: Path) -> None:
     with other() as (url, handler):
-        target = external.outside("ollama", f"{url}/api#other")
+        target = external.target("ollama", f"{url}/api#other")
         with started(target, tmp_path / "log") as server:
             assert server.pid is None and server.load_s == 0.0
             part = rounds.Measured(target)
@@ -129,12 +130,12 @@ def test_ollama_is_asked_raw_and_its_short_answers_are_incomplete(tmp_path: Path
 def test_models_of_an_outside_server() -> None:
     with other(models=("a", "b")) as (url, _):
         with pytest.raises(InputError, match="several models: a, b"):
-            external.outside("x", url)
-        assert external.outside("x", f"{url}#b").dialect.model == "b"  # type: ignore[attr-defined]
+            external.target("x", url)
+        assert external.target("x", f"{url}#b").dialect.model == "b"  # type: ignore[attr-defined]
     with other(models=()) as (url, _), pytest.raises(InputError, match="lists no model"):
-        external.outside("x", url)
+        external.target("x", url)
     with pytest.raises(EdgeError, match="does not answer"):
-        external.outside("x", "http://127.0.0.1:9")
+        external.target("x", "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(

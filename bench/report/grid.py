@@ -1,0 +1,48 @@
+"""A table in three forms: for the terminal, in Markdown and in HTML.
+
+Rows are lists of cells; a row of one cell is the title of a section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+Row = Sequence[str]
+
+
+def terminal(headings: Sequence[str], rows: Iterable[Row], *, title: str = "", left: int = 1) -> Table:
+    """The first `left` columns are text, the others numbers."""
+    table = Table(title=escape_markup(title) or None, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(escape_markup(heading), justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        cells = [escape_markup(cell.replace("`", "")) for cell in row]
+        if len(cells) == 1:
+            table.add_section()
+            cells = [f"[bold]{cells[0]}[/bold]"]
+        table.add_row(*cells)
+    return table
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Row], *, left: int = 1) -> str:
+    """The table's lines, each with its end."""
+    count = len(headings)
+    lines = [headings, ["---"] * left + ["---:"] * (count - left)]
+    lines += [row if len(row) > 1 else [f"**{row[0]}**", *[""] * (count - 1)] for row in rows]
+    return "".join(f"|{''.join(f' {cell} |' if cell else ' |' for cell in line)}\n" for line in lines)
+
+
+def html(headings: Sequence[str], rows: Iterable[Row]) -> str:
+    """A <table>; sections have the class "section"."""
+    lines = [f"<tr>{''.join(f'<th>{escape(heading)}</th>' for heading in headings)}</tr>"]
+    for row in rows:
+        cells = [escape(cell.replace("`", "")) for cell in row]
+        section = f'<tr class="section"><td colspan="{len(headings)}">{cells[0]}</td></tr>'
+        lines.append(
+            section if len(cells) == 1 else f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
+    return f"<table>{''.join(lines)}</table>"
