@@ -288,7 +288,7 @@ class EngineProcess:
                 self.ready, self.load_s = event.info, event.load_s
                 self._settled.set()
             case msg.Failed(again=True):
-                self._broken = f"{event.message}; the engine is started anew"
+                self._broken = f"{event.message}; the engine is restarted"
                 log.error("%s", EdgeError(event.message, event.hint))
             case msg.Failed():
                 self.failure = EdgeError(event.message, event.hint)

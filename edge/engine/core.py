@@ -397,7 +397,7 @@ class Engine:
         now = self._clock()
         self._events.append(request.done(reason, now))
         self._forget(request)
-        # A slot that is free is told at once.
+        # A free slot is reported at once.
         self._stats_at = 0.0
         self._service_s = 0.9 * self._service_s + 0.1 * (now - (request.started or now))
 

@@ -35,12 +35,12 @@ class TextStream:
         if self.stopped is not None:
             return ""
         self._held += text
-        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            cut, self.stopped = min(found)
+        matches = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if matches:
+            cut, self.stopped = min(matches)
         else:
             cut = len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[:cut], "" if found else self._held[cut:]
+        shown, self._held = self._held[:cut], "" if matches else self._held[cut:]
         return shown
 
 

@@ -102,7 +102,7 @@ class KVCache:
         return index, shared
 
     def _spare(self, idle: list[int]) -> int:
-        """The idle slot to fill anew: an empty one, or the one that was used least recently.
+        """The idle slot to overwrite: an empty one, or the one that was used least recently.
 
         With per-slot buffers a step runs neighbours at once and others one after the other: a slot between
         busy ones comes first, then one beside them.

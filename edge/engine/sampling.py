@@ -209,7 +209,7 @@ class Sampler:
             # The best token's weight is 1.
             likely = weights >= params.min_p
             ids, weights = ids[likely], weights[likely]
-        # By id, so that the number drawn means the same token however the cut was found.
+        # By id, so that the number drawn means the same token whichever way the cut was made.
         order = np.argsort(ids)
         edges = np.cumsum(weights[order])
         place = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))

@@ -56,7 +56,7 @@ class Sequence:
 class Work:
     """One row of the next step: the sequence's next `n` tokens, then its draft.
 
-    decodes: no part of a prompt is among them.
+    decodes: none of them is a prompt's.
     """
 
     sequence: Sequence

@@ -1,8 +1,8 @@
 """The engine in a process of its own: `python -m edge.engine.worker`, started by edge.engine.client.
 
 It reads one line of JSON from standard input (where to connect, what to load), connects back, loads the
-model and serves frames until it is told to drain. Standard input stays open as a lifeline: when it ends, the
-HTTP process is gone and this one ends too. One thread (the main one) owns the model.
+model and serves frames until it has to drain. Standard input stays open as a lifeline: when it ends, the HTTP
+process is gone and this one ends too. One thread (the main one) owns the model.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Load:
     """What a worker loads: a backend's kind, a file, its settings and the engine's options.
 
     tune: measure on this machine what the settings leave open, or take what was measured before.
-    store: a folder that keeps prefixes over restarts ("": none), store_mib of them at most. lora: an adapter
-    as GGUF that goes on top ("": none). why: how the backend was chosen.
+    store: a folder that keeps prefixes over restarts ("": none), up to store_mib. lora: an adapter as GGUF,
+    applied to the model ("": none). digest: the artefact's, if known. why: how the backend was chosen.
     """
 
     kind: str
@@ -58,15 +58,15 @@ class Load:
     why: str = ""
 
     @classmethod
-    def of(cls, found: Artefact, settings: llamacpp.Settings | onnx.Settings, **options: Any) -> Load:
+    def of(cls, artefact: Artefact, settings: llamacpp.Settings | onnx.Settings, **options: Any) -> Load:
         """How to load an artefact as it was planned."""
         return cls(
-            kind=found.kind,
-            path=str(found.path),
+            kind=artefact.kind,
+            path=str(artefact.path),
             settings=dataclasses.asdict(settings),
-            stop_ids=sorted(found.stop_ids),
-            digest=found.digest,
-            lora=str(found.lora or ""),
+            stop_ids=sorted(artefact.stop_ids),
+            digest=artefact.digest,
+            lora=str(artefact.lora or ""),
             **options,
         )
 
@@ -102,10 +102,10 @@ def _open_onnx(load: Load) -> Backend:
 
 
 def open_store(load: Load, info: BackendInfo) -> PrefixStore | None:
-    """The prefixes of this very model, build and cache layout; None where none are to be kept."""
+    """The stored prefixes of this model, build and cache layout; None where none are to be kept."""
     if not load.store:
         return None
-    # A file without a manifest is known by its size and time.
+    # A file without a manifest is identified by its size and time.
     stat = Path(load.path).stat() if load.path else None
     model = load.digest or (f"{stat.st_size}-{stat.st_mtime_ns}" if stat else load.kind)
     if load.lora:
@@ -201,7 +201,7 @@ def main() -> int:
     try:
         engine.run()
     except EdgeError as error:
-        # A step failed, for want of memory maybe: what it left behind in native code is not known.
+        # A step failed, maybe for lack of memory: the state it left in native code is unknown.
         link.send([msg.Failed(error.message, error.hint, again=True)])
         return error.exit_code
     backend.close()

@@ -62,7 +62,7 @@ def test_rows_come_in_the_order_of_their_slots() -> None:
     assert max(map(len, ran)) == 4
 
 
-# A pool of 64 cells is too small for four requests of 44 tokens: they are preempted.
+# A unified KV cache of 64 cells is too small for four requests of 44 tokens: they are preempted.
 @settings(
     deadline=None,
     max_examples=30,
@@ -125,7 +125,7 @@ def test_preemption_happens_and_loses_nothing(make: Maker, monkeypatch: pytest.M
     scarce, work = run(4, 64)
     ample, least = run(4, 160)
     assert scarce == ample
-    # What was given up is computed again; without a pool there is nothing to give up.
+    # What was given up is computed again; with per-slot buffers there is nothing to give up.
     assert (work > least) == make.pools
 
 

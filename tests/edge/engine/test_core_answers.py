@@ -40,7 +40,7 @@ def test_a_seed_gives_the_same_text_whatever_else_runs(make: Maker) -> None:
     assert desk.made(7) != desk.made(8)
 
 
-def test_rows_of_a_card_are_sampled_side_by_side_to_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_gpu_are_sampled_side_by_side_to_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(device: str) -> list[list[bytes]]:
         backend = FakeBackend(slots=6)
         backend.info = dataclasses.replace(backend.info, device=device)
@@ -62,7 +62,7 @@ def test_rows_of_a_card_are_sampled_side_by_side_to_the_same_tokens(monkeypatch:
 
     monkeypatch.setattr(Sampler, "pick", watched)
     monkeypatch.setattr(sampling, "PARALLEL_FROM", 0)
-    assert run("cuda: a card") == want
+    assert run("cuda: a GPU") == want
     assert len(sampled) > 2
 
 

@@ -126,7 +126,7 @@ def test_books_and_backend_agree_after_random_work() -> None:
         assert 256 - free == backend.used()
 
 
-def test_requests_are_neighbours_where_each_slot_has_a_part_of_its_own() -> None:
+def test_requests_are_neighbours_with_per_slot_buffers() -> None:
     backend = FakeBackend(slots=6)
     cache = KVCache(backend)
     for slot in range(6):
@@ -140,7 +140,7 @@ def test_requests_are_neighbours_where_each_slot_has_a_part_of_its_own() -> None
     assert cache.acquire([8]) == (3, 0)
 
 
-def test_in_a_pool_any_slot_is_as_good() -> None:
+def test_in_a_unified_cache_any_slot_is_as_good() -> None:
     backend = FakeBackend(slots=4, capacity=64)
     cache = KVCache(backend)
     for slot in range(4):

@@ -13,86 +13,86 @@ def one(key: int = 1) -> Newcomers:
     return Newcomers(1, 2000, key, key)
 
 
-def test_pace_bounds_what_a_prompt_adds_to_a_step() -> None:
-    pace = PrefillBudget(512)
-    pace.learn(4, 0, 0.080)
-    pace.learn(0, 400, 2.0)
-    assert pace.chunk(4, one()) == int(0.7 * 0.080 / 0.005)
+def test_the_budget_bounds_what_a_prompt_adds_to_a_step() -> None:
+    budget = PrefillBudget(512)
+    budget.learn(4, 0, 0.080)
+    budget.learn(0, 400, 2.0)
+    assert budget.chunk(4, one()) == int(0.7 * 0.080 / 0.005)
     chunks = []
     for _ in range(100):
-        chunks.append(pace.chunk(4, one()))
-        pace.learn(4, chunks[-1], 0.080 + chunks[-1] * 0.002)
+        chunks.append(budget.chunk(4, one()))
+        budget.learn(4, chunks[-1], 0.080 + chunks[-1] * 0.002)
     # Which adds 0.048 of 0.056 seconds; 32 would add 0.064, and is tried now and then.
     assert chunks.count(24) > 80
     assert max(chunks) == 32
-    assert pace.chunk(0, one()) == 80
+    assert budget.chunk(0, one()) == 80
 
 
-def test_pace_takes_what_a_pass_of_its_own_costs_anyway() -> None:
-    # Where each slot has its part of the cache a piece takes a pass: the same for 2 tokens and for 16.
+def test_the_budget_takes_what_a_pass_of_its_own_costs_anyway() -> None:
+    # With per-slot KV buffers a chunk takes a pass of its own: the same for 2 tokens and for 16.
     def took(n: int) -> float:
         return 0.085 + 0.001 * n + 0.006 * max(0, n - 16)
 
     for first in (None, 0.006, 0.03):
-        pace = PrefillBudget(512)
-        pace.learn(8, 0, 0.120)
+        budget = PrefillBudget(512)
+        budget.learn(8, 0, 0.120)
         if first is not None:
-            pace.learn(0, 100, 100 * first)
+            budget.learn(0, 100, 100 * first)
         chunks = []
         for _ in range(400):
-            chunks.append(pace.chunk(8, one()))
-            pace.learn(8, chunks[-1], 0.120 + took(chunks[-1]))
+            chunks.append(budget.chunk(8, one()))
+            budget.learn(8, chunks[-1], 0.120 + took(chunks[-1]))
         late = chunks[100:]
         assert sum(n == 16 for n in late) > 0.95 * len(late)
         # A longer one is tried now and then, seldom enough that no one in twenty waits for it.
         assert set(late) <= {16, 24, 32}
 
 
-def test_pace_goes_back_where_a_longer_chunk_was_slow_by_chance() -> None:
-    pace = PrefillBudget(512)
-    pace.learn(4, 0, 0.100)
+def test_the_budget_goes_back_where_a_longer_chunk_was_slow_by_chance() -> None:
+    budget = PrefillBudget(512)
+    budget.learn(4, 0, 0.100)
     chunks = []
     for n in range(200):
-        chunks.append(pace.chunk(4, one()))
+        chunks.append(budget.chunk(4, one()))
         slow = 0.5 if n == 50 else 0.0
-        pace.learn(4, chunks[-1], 0.100 + chunks[-1] * 0.004 + slow)
+        budget.learn(4, chunks[-1], 0.100 + chunks[-1] * 0.004 + slow)
     assert chunks[49] == 16 and 8 <= chunks[51] < 16
     assert min(chunks[100:]) == 16
 
 
-def test_pace_lets_a_burst_go_first_to_its_last_prompt() -> None:
-    pace = PrefillBudget(512)
-    pace.learn(4, 0, 0.050)
-    pace.learn(0, 400, 0.400)
+def test_the_budget_lets_a_burst_go_first_to_its_last_prompt() -> None:
+    budget = PrefillBudget(512)
+    budget.learn(4, 0, 0.050)
+    budget.learn(0, 400, 0.400)
     polite = int(0.7 * 0.050 / 0.001)
-    assert pace.chunk(4, one(5)) == polite
-    assert pace.chunk(12, Newcomers(2, 200, 6, 7)) == polite
-    assert pace.chunk(4, Newcomers(2, 200, 8, 9)) == 400
+    assert budget.chunk(4, one(5)) == polite
+    assert budget.chunk(12, Newcomers(2, 200, 6, 7)) == polite
+    assert budget.chunk(4, Newcomers(2, 200, 8, 9)) == 400
     # The last of those two, beside many: still theirs; one that comes later is not.
-    assert pace.chunk(12, one(9)) == 512
-    assert pace.chunk(12, Newcomers(2, 200, 9, 10)) == 400
-    assert pace.chunk(12, one(10)) == polite
+    assert budget.chunk(12, one(9)) == 512
+    assert budget.chunk(12, Newcomers(2, 200, 9, 10)) == 400
+    assert budget.chunk(12, one(10)) == polite
 
 
-def test_pace_reads_a_large_burst_in_larger_steps_within_a_bound() -> None:
-    pace = PrefillBudget(4096)
-    pace.learn(0, 400, 0.400)
-    assert pace.chunk(0, Newcomers(8, 800, 1, 8)) == 400
-    assert pace.chunk(0, Newcomers(8, 2000, 1, 8)) == 1000
-    assert pace.chunk(1, Newcomers(8, 16000, 1, 8)) == 1500
+def test_the_budget_reads_a_large_burst_in_larger_steps_within_a_bound() -> None:
+    budget = PrefillBudget(4096)
+    budget.learn(0, 400, 0.400)
+    assert budget.chunk(0, Newcomers(8, 800, 1, 8)) == 400
+    assert budget.chunk(0, Newcomers(8, 2000, 1, 8)) == 1000
+    assert budget.chunk(1, Newcomers(8, 16000, 1, 8)) == 1500
 
 
-def test_pace_knows_steps_of_each_width() -> None:
-    pace = PrefillBudget(512)
+def test_the_budget_knows_steps_of_each_width() -> None:
+    budget = PrefillBudget(512)
     for rows, seconds in ((1, 0.010), (9, 0.050), (16, 0.070)):
-        pace.learn(rows, 0, seconds)
-    assert pace.times.at(5) == pytest.approx(0.030)
-    assert (pace.times.at(1), pace.times.at(16), pace.times.at(32)) == (0.010, 0.070, 0.070)
+        budget.learn(rows, 0, seconds)
+    assert budget.times.at(5) == pytest.approx(0.030)
+    assert (budget.times.at(1), budget.times.at(16), budget.times.at(32)) == (0.010, 0.070, 0.070)
     # A step that is short anyway may become as long as nobody feels.
-    pace.learn(0, 100, 0.1)
-    assert pace.chunk(1, one()) in (49, 50)
+    budget.learn(0, 100, 0.1)
+    assert budget.chunk(1, one()) in (49, 50)
     # A lone stream at the end does not make the next crowd's steps look short.
-    assert pace.chunk(16, one()) == int(0.7 * 0.070 / 0.001)
+    assert budget.chunk(16, one()) == int(0.7 * 0.070 / 0.001)
 
 
 def test_step_times_say_how_much_longer_a_wider_step_is() -> None:

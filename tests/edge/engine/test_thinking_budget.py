@@ -1,4 +1,4 @@
-"""A thought's budget, and constraints that begin behind a mark."""
+"""The budget of reasoning, and constraints that begin behind a mark."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def answer(
 
 @pytest.mark.parametrize(
     ("reply", "inside", "want"),
-    # A token of the fake is a byte: three of the thought, eight of its closing tag.
+    # A token of the fake is a byte: three of the reasoning, eight of its closing tag.
     [
         ("hm.</think>7", True, 11),
         ("<think>hm.</think>7", False, 12),
@@ -44,14 +44,14 @@ def answer(
         ("hm.", True, 3),
     ],
 )
-def test_the_tokens_of_a_thought_are_counted_and_nothing_else_is_done(
+def test_the_tokens_of_reasoning_are_counted_and_nothing_else_is_done(
     reply: str, inside: bool, want: int
 ) -> None:
     text, done = answer(reply, ReasoningOptions(inside=inside))
     assert (text, done.reasoning_tokens, done.completion_tokens) == (reply, want, len(reply) + 1)
 
 
-def test_a_thought_that_was_closed_by_force_is_counted_as_it_came() -> None:
+def test_reasoning_that_was_closed_by_force_is_counted_as_it_came() -> None:
     _, done = answer("m" * 200, ReasoningOptions(inside=True, budget=5), max_tokens=40)
     # Five, and the bytes of "\n</think>" that closed it.
     assert done.reasoning_tokens == 5 + 9
@@ -60,32 +60,32 @@ def test_a_thought_that_was_closed_by_force_is_counted_as_it_came() -> None:
 SEVEN = Constraint("json_schema", json.dumps({"enum": [7]}))
 
 
-def test_a_thought_within_its_budget_is_left_alone() -> None:
+def test_reasoning_within_its_budget_is_left_alone() -> None:
     text, done = answer("mm</think>yes", ReasoningOptions(inside=True, budget=50))
     assert (text, done.reason) == ("mm</think>yes", "stop")
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
-def test_a_thought_over_its_budget_is_closed(budget: int) -> None:
+def test_reasoning_over_its_budget_is_closed(budget: int) -> None:
     # Closed by force, the fake has lost its thread: what it says then does not matter here.
     text, _ = answer("m" * 200, ReasoningOptions(inside=True, budget=budget), max_tokens=40)
     assert text.startswith("m" * budget + f"\n{THINK_END}\n\n")
 
 
-def test_a_thought_that_the_model_opens_has_a_budget_too() -> None:
+def test_reasoning_that_the_model_opens_has_a_budget_too() -> None:
     text, _ = answer("<think>" + "m" * 200, ReasoningOptions(budget=10), max_tokens=40)
-    thought, mark, _ = text.partition(f"\n{THINK_END}\n\n")
+    reasoning, mark, _ = text.partition(f"\n{THINK_END}\n\n")
     assert mark
     # The token that completes the tag is counted: 7 bytes of it, then 9 more tokens.
-    assert thought == "<think>" + "m" * 9
+    assert reasoning == "<think>" + "m" * 9
 
 
-def test_an_answer_without_a_thought_has_no_budget() -> None:
+def test_an_answer_without_reasoning_has_no_budget() -> None:
     text, _ = answer("just an answer that is long", ReasoningOptions(budget=3))
     assert text == "just an answer that is long"
 
 
-def test_a_schema_is_for_the_answer_not_for_the_thought() -> None:
+def test_a_schema_is_for_the_answer_not_for_the_reasoning() -> None:
     text, done = answer(
         "free thought</think>\n\n7", ReasoningOptions(inside=True, constraint_after=THINK_END), SEVEN
     )
@@ -93,7 +93,7 @@ def test_a_schema_is_for_the_answer_not_for_the_thought() -> None:
     assert done.reason == "stop"
 
 
-def test_a_model_that_would_end_in_its_thought_must_answer() -> None:
+def test_a_model_that_would_end_in_its_reasoning_must_answer() -> None:
     # It wants to stop after "hm"; the end token is masked until the answer is there.
     text, done = answer(
         "hm", ReasoningOptions(inside=True, budget=8, constraint_after=THINK_END), SEVEN, max_tokens=60

@@ -108,7 +108,7 @@ def test_a_step_that_fails_is_said_and_the_engine_started_anew() -> None:
             streamed = pool.submit(server.post, CHAT, body)
         error = whole.result().json()["error"]
         assert (whole.result().status_code, error["code"]) == (503, "engine_crashed")
-        assert "failed in a step of" in error["message"] and "started anew" in error["message"]
+        assert "failed in a step of" in error["message"] and "restarted" in error["message"]
         rows = [line for line in streamed.result().text.split("\n") if line.startswith("data: ")]
         assert "failed in a step of" in json.loads(rows[-2][6:])["error"]["message"]
         server.wait()
