@@ -181,14 +181,9 @@ def _batches(run: Run) -> Iterator[list[Any]]:
 
 def estimate(run: Run) -> int:
     """Bytes that training is estimated to hold at its peak."""
-    from rich.console import Console
+    from convert.train import memory_estimate
 
-    from convert.train import cuda_graphs, memory_estimate
-
-    eager = cuda_graphs.attention_name(run.place, longest=run.data.longest) == "eager"
-    config = dataclasses.replace(run.config, ignore_memory=True)
-    quiet = Console(quiet=True)
-    return memory_estimate.check(run.base, config, run.data, run.place, eager=eager, console=quiet).total
+    return memory_estimate.estimate(run.base, run.config, run.data, run.place).total
 
 
 def in_turn(

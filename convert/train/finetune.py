@@ -154,10 +154,7 @@ class Run:
             console.print(f"note: {line}", style="yellow")
         console.print(job.plan())
         shards = world.size if world.sharded else 1
-        eager = cuda_graphs.attention_name(place, longest=data.longest) == "eager"
-        job.passes = memory_estimate.check(
-            base, config, data, place, eager=eager, console=console, shards=shards
-        ).passes
+        job.passes = memory_estimate.check(base, config, data, place, console=console, shards=shards).passes
         return job
 
     @property

@@ -1,7 +1,7 @@
-"""Training's passes with fewer trips through a card's memory: LoRA added in place, norms in one kernel.
+"""Training passes with fewer trips through a GPU's memory: LoRA added in place, RMS norms in one kernel.
 
-peft writes and reads a layer's output seven more times for its adapter; with long rows that, and not the
-products, is what a step waits for.
+peft writes and reads a layer's output seven more times for its adapter; with long rows a step waits for that,
+and not for the products.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ def fuse(model: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
-        if (
-            isinstance(module, LoraLayer)
-            and isinstance(module.get_base_layer(), nn.Linear)
-            and _plain(module)
-        ):
-            module.forward = functools.partial(_adapted, module, module.forward)
+        if isinstance(module, LoraLayer):
+            if isinstance(module.get_base_layer(), nn.Linear) and _is_plain(module):
+                module.forward = functools.partial(_adapted, module, module.forward)
         elif hasattr(module, "variance_epsilon") and _is_rms_norm(module):
             module.forward = functools.partial(_normed, module)
 
 
-def _plain(module: Any) -> bool:
+def _is_plain(module: Any) -> bool:
     """Whether the layer has one adapter, without dropout, and adds nothing but its product."""
     names = list(module.lora_A)
     return (
@@ -41,56 +38,51 @@ def _plain(module: Any) -> bool:
     )
 
 
-def _adapted(module: Any, real: Any, x: torch.Tensor, *more: Any, **given: Any) -> torch.Tensor:
+def _adapted(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """forward: peft's own, for what the fused one does not know."""
     (name,) = module.lora_A
     base = module.get_base_layer()
-    usual = module.disable_adapters or module.merged or not module.training or bool(more) or bool(given)
-    if usual or x.dtype != base_dtype(base):
-        found: torch.Tensor = real(x, *more, **given)
-        return found
-    one, two = module.lora_A[name].weight, module.lora_B[name].weight
-    found = AdaptedLinear.apply(x, base, base.bias, one, two, module.scaling[name])
-    return found
+    unfused = module.disable_adapters or module.merged or not module.training or bool(args) or bool(kwargs)
+    if unfused or x.dtype != _dtype(base):
+        return forward(x, *args, **kwargs)
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    return AdaptedLinear.apply(x, base, a, b, module.scaling[name])
 
 
-def base_dtype(base: Any) -> torch.dtype:
-    """The type that a layer's weight has, or is unpacked to."""
+def _dtype(base: Any) -> torch.dtype:
+    """The type that a layer's weight has, or is dequantised to."""
     state = getattr(base.weight, "quant_state", None)
-    found: torch.dtype = base.weight.dtype if state is None else state.dtype
-    return found
+    return (base.weight if state is None else state).dtype  # type: ignore[no-any-return]
 
 
-def unpacked(base: Any) -> torch.Tensor:
+def _dequantised(base: Any) -> Any:
     """(out, in): the weight that a layer computes with."""
-    if hasattr(base, "unpacked"):  # stands for a layer when memory is counted
-        made: torch.Tensor = base.unpacked()
-    elif getattr(base.weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.data
+    from bitsandbytes.functional import dequantize_4bit
 
-        made = dequantize_4bit(base.weight.data, base.weight.quant_state)
-    else:
-        made = base.weight.data
-    return made
+    return dequantize_4bit(base.weight.data, state)
 
 
-class AdaptedLinear(torch.autograd.Function):
-    """x W' + bias + scaling (x A') B', the last added to the first where it lies.
+class AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]
+    """x W' + bias + scaling (x A') B', the last added to the first in place.
 
-    x: (..., in); A: (rank, in) and B: (out, rank) in float32, computed with in x's type. W is unpacked for
-    each product and has no gradient, nor has the bias.
+    x: (..., in); A: (rank, in) and B: (out, rank) in float32, computed with in x's type. W (and bias) are
+    those of `base`: dequantised for each product, without gradients.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, base: Any, bias: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, base: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> Any:
         flat = x.reshape(-1, x.shape[-1])
-        made = functional.linear(flat, unpacked(base), bias)
+        out = functional.linear(flat, _dequantised(base), base.bias)
         low = flat @ a.to(x.dtype).T
-        made.addmm_(low, b.to(x.dtype).T, alpha=scaling)
+        out.addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(flat, low, a, b)
         ctx.base, ctx.scaling = base, scaling
-        return made.view(*x.shape[:-1], made.shape[-1])
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
@@ -100,10 +92,10 @@ class AdaptedLinear(torch.autograd.Function):
         of_b = (slope.T @ low).to(b.dtype).mul_(ctx.scaling)
         of_a = (down.T @ flat).to(a.dtype)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, of_a, of_b, None
-        of_x = slope @ unpacked(ctx.base)
+            return None, None, of_a, of_b, None
+        of_x = slope @ _dequantised(ctx.base)
         of_x.addmm_(down, a.to(slope.dtype))
-        return of_x.view(*gradients[0].shape[:-1], of_x.shape[-1]), None, None, of_a, of_b, None
+        return of_x.view(*gradients[0].shape[:-1], of_x.shape[-1]), None, of_a, of_b, None
 
 
 def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -112,9 +104,9 @@ def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _is_rms_norm(module: Any) -> bool:
     """Whether a norm is x over its root mean square, times a weight, tried out on a few numbers."""
-    if not isinstance(getattr(module, "weight", None), nn.Parameter) or module.weight.is_meta:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
         return False
-    x = torch.linspace(-3, 3, 4 * module.weight.numel(), device=module.weight.device).to(module.weight.dtype)
-    x = x.view(4, -1)
+    x = torch.linspace(-3, 3, 4 * weight.numel(), device=weight.device).to(weight.dtype).view(4, -1)
     with torch.no_grad():
-        return torch.allclose(module(x), _normed(module, x), rtol=0.02, atol=0.02)
+        return bool(torch.allclose(module(x), _normed(module, x), rtol=0.02, atol=0.02))

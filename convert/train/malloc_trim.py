@@ -1,4 +1,4 @@
-"""Memory that was freed and that the C allocator keeps: glibc gives it back when it is told to."""
+"""Giving freed memory back to the system: glibc's malloc keeps it until `malloc_trim` is called."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import psutil
 
-# How much may gather while a checkpointed model is trained. Less costs time: what is given back must be
-# taken again, page by page.
+# Freed bytes that may gather while a checkpointed model is trained. Less costs time: pages that are given
+# back fault when they are used again.
 SLACK = 256 * 2**20
 
 
 @functools.cache
-def giver() -> Callable[[int], int] | None:
+def malloc_trim() -> Callable[[int], int] | None:
     """glibc's malloc_trim, None where there is none."""
     if sys.platform != "linux":
         return None
@@ -26,9 +26,9 @@ def giver() -> Callable[[int], int] | None:
 
 
 def trim() -> None:
-    """Give back to the system what loading took and freed: hundreds of megabytes that glibc would keep."""
+    """Give back what loading has freed: hundreds of megabytes that glibc would keep."""
     gc.collect()
-    if give := giver():
+    if give := malloc_trim():
         give(0)
 
 
@@ -51,14 +51,14 @@ class _Layer:
 
 
 def checkpointing(device: str) -> dict[str, Any]:
-    """What a checkpointed layer is to be told, so that memory on a CPU stays near what tensors need.
+    """Keywords for activation checkpointing that keep a CPU's memory near what tensors need.
 
-    Each layer leaves pieces behind that the next one's do not fit into: 1.3 to 1.9 GiB from run to run where
-    1.0 would do.
+    Each layer leaves free chunks that the next one's tensors do not fit into: 1.3 to 1.9 GiB from run to run
+    where 1.0 would do.
     """
-    give = giver()
+    give = malloc_trim()
     if device != "cpu" or give is None:
         return {}
     layer = _Layer(give)
-    # One for the pass forward, one for that which computes the layer again.
+    # For the forward pass, and for the recomputation.
     return {"context_fn": lambda: (layer, layer)}

@@ -186,7 +186,7 @@ def test_checkpointing_on_a_cpu_gives_back_what_was_freed(monkeypatch):
             return types.SimpleNamespace(rss=resident[0])
 
     monkeypatch.setattr(malloc_trim.psutil, "Process", Process)
-    monkeypatch.setattr(malloc_trim, "giver", lambda: lambda pad: given.append(resident[0]) or 1)
+    monkeypatch.setattr(malloc_trim, "malloc_trim", lambda: lambda pad: given.append(resident[0]) or 1)
     forward, again = malloc_trim.checkpointing("cpu")["context_fn"]()
     assert malloc_trim.checkpointing("cuda") == {}
     for resident[0] in (2**30, 2**29, 2**29 + malloc_trim.SLACK, 2**29 + malloc_trim.SLACK + 1):
@@ -194,7 +194,7 @@ def test_checkpointing_on_a_cpu_gives_back_what_was_freed(monkeypatch):
             with layer:
                 pass
     assert given == [2**29 + malloc_trim.SLACK + 1]
-    monkeypatch.setattr(malloc_trim, "giver", lambda: None)
+    monkeypatch.setattr(malloc_trim, "malloc_trim", lambda: None)
     assert malloc_trim.checkpointing("cpu") == {}
 
 
