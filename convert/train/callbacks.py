@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ LOG, SAMPLES = "trainer_log.jsonl", "eval_answers.jsonl"
 
 @dataclass
 class Actions:
-    """What a run can do at a step. evaluate: the loss on what is held out. save: a checkpoint's folder.
+    """What a run can do at a step. evaluate: the loss on the held-out rows. save: a checkpoint's folder.
     ask: (question, answer) of a few held-out rows."""
 
     evaluate: Callable[[], float] | None
@@ -35,39 +34,27 @@ class Actions:
 
 
 class Watch:
-    """Called after each step; True ends the training early."""
+    """Called after each step; True ends the training early. With several processes the first one writes."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        folder: Path,
-        actions: Actions,
-        console: Console,
-        best: Best,
-    ) -> None:
+    def __init__(self, loop: Loop, folder: Path, actions: Actions, console: Console, best: Best) -> None:
         self.best = best
-        config = loop.config
-        self._loop, self._config, self._folder, self._actions = loop, config, folder, actions
+        self._loop, self._config, self._folder, self._actions = loop, loop.config, folder, actions
         self._console, self._first = console, loop.world.first
-        self._in_epoch = steps_in_epoch(config, len(loop.items), loop.world.size)
+        self._in_epoch = steps_in_epoch(loop.config, len(loop.items), loop.world.size)
         self._began = loop.state.step
-        self._board = _board(folder) if "tensorboard" in config.report_to and self._first else None
+        self._board = _board(folder) if "tensorboard" in loop.config.report_to and self._first else None
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.4f} ({task.fields[smooth]:.4f})  norm {task.fields[norm]:.2f}  "
-                "lr {task.fields[rate]:.1e}  {task.fields[speed]:.0f} tokens/s  {task.fields[memory]}"
-            ),
+            TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal or not self._first,
         )
-        fields = {"loss": math.nan, "smooth": math.nan, "norm": 0.0, "rate": 0.0, "speed": 0.0, "memory": ""}
-        self._task = self._bar.add_task("training", total=loop.state.total, completed=self._began, **fields)
+        self._task = self._bar.add_task("", total=loop.state.total, completed=self._began)
         if self._first:
-            # A run that goes on from a checkpoint forgets what was logged after it.
+            # A resumed run drops what was logged after its checkpoint.
             lines = "".join(json.dumps(line) + "\n" for line in loop.state.history)
             (folder / LOG).write_text(lines, encoding="utf-8")
             if not self._began:
@@ -89,64 +76,67 @@ class Watch:
         last = state.step == state.total
         if state.step % config.logging_steps == 0 or last:
             self._log(_line(state))
-        ends_epoch = state.step % self._in_epoch == 0
-        every = {"no": False, "epoch": ends_epoch, "steps": False}
-        due = every | {"steps": state.step % (config.eval_steps or config.logging_steps) == 0}
         saved = False
-        if self._actions.evaluate is not None and due[config.eval_strategy]:
-            saved = self.evaluate(state)
-        due = every | {"steps": state.step % config.save_steps == 0}
-        if (due[config.save_strategy] or (last and config.save_strategy != "no")) and not saved:
+        if self._actions.evaluate is not None and self._due(
+            config.eval_strategy, config.eval_steps or config.logging_steps
+        ):
+            saved = self.evaluate()
+        due = self._due(config.save_strategy, config.save_steps) or (last and config.save_strategy != "no")
+        if due and not saved:
             self.save()
         patience = config.early_stopping_steps
         if patience is not None and self.best.waited >= patience:
-            self._say(
+            self._print(
                 f"stopping early at step {state.step}: no better validation loss than {self.best.loss:.4f} "
                 f"(step {self.best.step}) in {patience} evaluations"
             )
             return True
         return False
 
-    def evaluate(self, state: State, *, answers: bool = True) -> bool:
+    def _due(self, strategy: str, steps: int) -> bool:
+        every = {"epoch": self._in_epoch, "steps": steps}
+        return strategy in every and self._loop.state.step % every[strategy] == 0
+
+    def evaluate(self) -> bool:
         """Evaluate and log; True where a checkpoint was written because it is the best one so far."""
         assert self._actions.evaluate is not None
-        loss = self._actions.evaluate()
+        state, loss = self._loop.state, self._actions.evaluate()
         better = loss < self.best.loss
         saved = False
         self._log({"current_steps": state.step, "total_steps": state.total, "eval_loss": round(loss, 6),
                    "epoch": round(state.epoch, 4)})  # fmt: skip
-        self._say(
+        self._print(
             f"step {state.step}: validation loss {loss:.4f}"
             + ("" if better else f", best {self.best.loss:.4f}")
         )
         if better:
-            self.best = Best(loss, state.step, "", 0)
+            self.best = Best(loss, state.step)
             if self._config.keeps_best:
                 self.best.folder = str(checkpoint.folder_of(self._folder, state.step))
                 self.save()
                 saved = True
         else:
             self.best.waited += 1
-        if answers and (self._first or self._loop.world.sharded):
-            self._ask(state)
+        if self._first or self._loop.world.sharded:
+            self._ask()
         self._loop.world.wait()
         return saved
-
-    def save(self) -> Path | None:
-        """Write a checkpoint and remove those beyond save_total_limit."""
-        made = None
-        if self._first:
-            made = self._actions.save(self.best)
-            checkpoint.prune(self._folder, self._config.save_total_limit, self.best)
-        self._loop.world.wait()
-        return made
 
     def last_evaluation(self) -> float:
         """The validation loss of the weights as they are now."""
         state = self._loop.state
         if not any("eval_loss" in line and line["current_steps"] == state.step for line in state.history):
-            self.evaluate(state)
+            self.evaluate()
         return float(next(line["eval_loss"] for line in reversed(state.history) if "eval_loss" in line))
+
+    def save(self) -> Path | None:
+        """Write a checkpoint and remove those beyond save_total_limit; the folder is returned."""
+        folder = None
+        if self._first:
+            folder = self._actions.save(self.best)
+            checkpoint.prune(self._folder, self._config.save_total_limit, self.best)
+        self._loop.world.wait()
+        return folder
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write trainer_state.json, all_results.json with `results` and more figures, and the pictures."""
@@ -162,66 +152,60 @@ class Watch:
         }
         if "eval_loss" in results:
             results["perplexity"] = math.exp(min(results["eval_loss"], 700.0))
-        _dump(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
-        _dump(self._folder / "all_results.json", results)
+        dump(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
+        dump(self._folder / "all_results.json", results)
         if self._config.plot_loss:
             for path in plots.draw(self._folder, state.history):
-                self._say(f"{path}")
+                self._print(f"{path}")
 
-    def _ask(self, state: State) -> None:
-        found = self._actions.ask()
-        for asked, answer in found if self._first else []:
-            self._say(f"  {asked!r} -> {answer!r}")
-            line = {"current_steps": state.step, "question": asked, "answer": answer}
-            with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _ask(self) -> None:
+        for question, answer in self._actions.ask():
+            self._print(f"  {question!r} -> {answer!r}")
+            line = {"current_steps": self._loop.state.step, "question": question, "answer": answer}
+            if self._first:
+                with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _progress(self, state: State) -> None:
-        self._bar.update(
-            self._task,
-            completed=state.step,
-            loss=state.loss,
-            smooth=state.smooth,
-            norm=state.norm,
-            rate=state.rate,
-            speed=state.tokens_per_second,
-            memory=f"{memory_used(self._loop.device) / 2**30:.1f} GiB",
+        figures = (
+            f"loss {state.loss:.4f} ({state.smooth:.4f})  norm {state.norm:.2f}  lr {state.rate:.1e}  "
+            f"{state.tokens_per_second:.0f} tokens/s  {memory_used(self._loop.device) / 2**30:.1f} GiB"
         )
+        self._bar.update(self._task, completed=state.step, description=figures)
         if state.step == self._began + 3 and state.total > state.step:
-            self._say(
-                f"{state.remaining / max(1, state.total - state.step):.2f} s a step after warming up: "
-                f"about {_spoken(state.remaining)} for the {state.total - state.step} steps to come"
+            self._print(
+                f"{state.remaining / (state.total - state.step):.2f} s a step after warming up: "
+                f"about {_duration(state.remaining)} for the {state.total - state.step} steps to come"
             )
 
     def _log(self, line: dict[str, Any]) -> None:
-        self._loop.state.history.append(line)
+        state = self._loop.state
+        state.history.append(line)
         if not self._first:
             return
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for key in ("loss", "eval_loss", "lr", "grad_norm", "throughput"):
-                if key in line:
-                    self._board.add_scalar(f"train/{key}", line[key], line["current_steps"])
+        for key in ("loss", "eval_loss", "lr", "grad_norm", "throughput"):
+            if key in line and self._board is not None:
+                self._board.add_scalar(f"train/{key}", line[key], line["current_steps"])
         if "loss" in line and not self._console.is_terminal:
-            state = self._loop.state
-            self._say(
+            self._print(
                 f"step {state.step}/{state.total}  loss {state.loss:.4f}  "
-                f"{state.tokens_per_second:.0f} tokens/s  {_spoken(state.remaining)} left"
+                f"{state.tokens_per_second:.0f} tokens/s  {_duration(state.remaining)} left"
             )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._first:
             self._console.print(text)
 
 
 def memory_used(device: str) -> int:
-    """Bytes: allocated on the card, or resident in this process."""
+    """Bytes: allocated on the GPU, or resident in this process."""
     if device.startswith("cuda"):
-        return torch.cuda.memory_allocated()
+        return int(torch.cuda.memory_allocated())
     if device == "mps":
-        return torch.mps.current_allocated_memory()
-    return int(psutil.Process(os.getpid()).memory_info().rss)
+        return int(torch.mps.current_allocated_memory())
+    return int(psutil.Process().memory_info().rss)
 
 
 def _line(state: State) -> dict[str, Any]:
@@ -242,7 +226,7 @@ def _line(state: State) -> dict[str, Any]:
     }
 
 
-def _spoken(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     if seconds < 100:
@@ -260,5 +244,5 @@ def _board(folder: Path) -> Any:
     return SummaryWriter(str(folder / "runs"))
 
 
-def _dump(path: Path, value: Any) -> None:
+def dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

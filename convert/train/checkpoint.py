@@ -2,8 +2,8 @@
 
     RUN/checkpoint-N/   weights, optimizer.safetensors, random.safetensors, trainer_state.json, edge.json
 
-A folder is written beside its name and renamed; edge.json holds size and digest of each file, so that one
-that was cut off later is known for what it is. No pickle is written or read.
+A folder is written beside its place and renamed; edge.json holds size and digest of each file, so that one
+that was cut off later is recognised. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE, OPTIMIZER, RANDOM, WEIGHTS = (
     "trainer_state.json", "optimizer.safetensors", "random.safetensors", "trained.safetensors",
 )  # fmt: skip
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Keys that do not decide the way of a run up to a step; all others must be as they were.
+# Keys that a resumed run may change: they do not decide the weights at a step. All others must be the same.
 _FREE = {
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
     "output_dir", "dataset_dir", "model_name_or_path", "model_revision", "per_device_eval_batch_size",
@@ -70,12 +70,12 @@ def folder_of(run: Path, step: int) -> Path:
 
 def listed(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what is named like a checkpoint in `run`, the oldest first."""
-    found = []
-    for one in run.iterdir() if run.is_dir() else ():
-        match = _NAME.fullmatch(one.name)
-        if match and one.is_dir():
-            found.append((int(match[1]), one))
-    return sorted(found)
+    folders = []
+    for path in run.iterdir() if run.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            folders.append((int(match[1]), path))
+    return sorted(folders)
 
 
 def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) -> Path:
@@ -86,10 +86,10 @@ def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) 
     config = loop.config
     compute = {"device": loop.device, "compute_dtype": dtype_name(loop.dtype)}
     target = folder_of(run, loop.state.step)
-    weights = {name: one.detach().contiguous().cpu() for name, one in _trained(loop.model).items()}
+    weights = {name: weight.detach().contiguous().cpu() for name, weight in _trained(loop.model).items()}
     # Adam keeps two numbers for each weight.
     manifest.check_free(
-        run, (1 if config.save_only_model else 3) * sum(one.nbytes for one in weights.values())
+        run, (1 if config.save_only_model else 3) * sum(weight.nbytes for weight in weights.values())
     )
     with manifest.publish(target, overwrite=True) as partial:
         save_file(weights, partial / WEIGHTS)
@@ -133,7 +133,7 @@ def summary(state: Progress, best: Best) -> dict[str, Any]:
 
 
 def find(run: Path, wanted: str) -> Checkpoint:
-    """The checkpoint to go on from: the last whole one of `run` ("auto"), or the folder `wanted`.
+    """The checkpoint to resume from: the last whole one of `run` ("auto"), or the folder `wanted`.
 
     Raises InputError where there is none, with what is wrong with those that there are.
     """
@@ -141,22 +141,22 @@ def find(run: Path, wanted: str) -> Checkpoint:
     passed: list[str] = []
     for number, (_, folder) in enumerate(folders):
         try:
-            found = _read(folder)
+            resumed = _read(folder)
         except InputError as error:
             passed.append(error.message)
         else:
-            found.passed, found.broken = passed, [one for _, one in folders[:number]]
-            return found
+            resumed.passed, resumed.broken = passed, [one for _, one in folders[:number]]
+            return resumed
     if not passed:
         raise InputError(f"{run} holds no checkpoint to go on from", "train without --resume")
     raise InputError("no checkpoint can be used: " + "; ".join(passed), "train anew: --overwrite")
 
 
 def _read(folder: Path) -> Checkpoint:
-    known = manifest.read(folder)
-    if known.stage != "checkpoint":
-        raise InputError(f"{folder} is no checkpoint, but a folder of stage {known.stage}")
-    for name, entry in known.files.items():
+    about = manifest.read(folder)
+    if about.stage != "checkpoint":
+        raise InputError(f"{folder} is no checkpoint, but a folder of stage {about.stage}")
+    for name, entry in about.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size != entry["size"]:
@@ -164,66 +164,67 @@ def _read(folder: Path) -> Checkpoint:
             raise InputError(f"{folder.name} is not whole: {name} {state}")
         if manifest.file_digest(path) != entry["sha256"]:
             raise InputError(f"{folder.name} is not whole: {name} was changed after it was written")
-    if OPTIMIZER not in known.files:
+    if OPTIMIZER not in about.files:
         raise InputError(
-            f"{folder.name} has no {OPTIMIZER} (save_only_model): its way cannot be gone on with"
+            f"{folder.name} has no {OPTIMIZER} (save_only_model): training cannot be resumed from it"
         )
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(folder, int(state["global_step"]), state, known.settings)
+    return Checkpoint(folder, int(state["global_step"]), state, about.settings)
 
 
-def check_same(found: Checkpoint, config: TrainConfig, *, data: str, processes: int) -> list[str]:
-    """Notes on keys that differ and may. Raises UsageError for those that make it another run."""
+def check_same(resumed: Checkpoint, config: TrainConfig, *, data: str, processes: int) -> list[str]:
+    """Notes on changed keys that are allowed. Raises UsageError for those that would make it another run."""
     now = {**_deciding(config), "data": data, "processes": processes}
-    name = found.folder.name
-    if found.settings.get("data") != data:
+    name = resumed.folder.name
+    if resumed.settings.get("data") != data:
         raise UsageError(
             f"the rows are not those of {name}: data, tokenizer, template or the order of rows was changed",
             "put them back, or train anew: --overwrite",
         )
     for key, value in now.items():
-        # A key that is younger than the checkpoint was as it is by default.
-        before = found.settings.get(key, FIELDS[key].default if key in FIELDS else None)
+        # A key that is newer than the checkpoint had its default.
+        before = resumed.settings.get(key, FIELDS[key].default if key in FIELDS else None)
         if key not in _FREE and before != value and before != _plain(value):
             raise UsageError(
                 f"{key} is {value!r}, {name} was trained with {before!r}: that is another run",
                 f"give {key}={before}, or train anew: --overwrite",
             )
     changed = [
-        f"{key} {found.settings[key]} is now {_plain(value)}"
+        f"{key} {resumed.settings[key]} is now {_plain(value)}"
         for key, value in now.items()
         if key in ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio")
-        and found.settings.get(key) != _plain(value)
+        and resumed.settings.get(key) != _plain(value)
     ]
     return [f"{'; '.join(changed)}: the steps to come follow the new schedule"] if changed else []
 
 
-def restore(loop: Loop, found: Checkpoint) -> Best:
-    """Put weights, optimizer, random numbers and progress of `found` into `loop`.
+def restore(loop: Loop, resumed: Checkpoint) -> Best:
+    """Put weights, optimizer, random numbers and progress of `resumed` into `loop`.
 
     Returns its best evaluation. Raises InputError where they do not fit the model.
     """
-    load_weights(loop.model, found.folder)
+    load_weights(loop.model, resumed.folder)
     try:
-        tensors = load_file(found.folder / OPTIMIZER)
-        with (found.folder / OPTIMIZER).open("rb") as file:
+        tensors = load_file(resumed.folder / OPTIMIZER)
+        with (resumed.folder / OPTIMIZER).open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         scalars = json.loads(header["__metadata__"]["scalars"])
         state = loop.optimizer.state_dict()
         state["state"] = _deep(tensors, scalars)
         loop.optimizer.load_state_dict(state)
-        loop.random = load_file(found.folder / RANDOM)
+        loop.random = load_file(resumed.folder / RANDOM)
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(
-            f"{found.folder} does not fit this model: {error}", "train anew: --overwrite"
+            f"{resumed.folder} does not fit this model: {error}", "train anew: --overwrite"
         ) from error
-    loop.scaler.load_state_dict(found.state["scaler"]) if found.state["scaler"] else None
-    made, state = loop.state, found.state
-    made.step, made.epoch, made.tokens = found.step, state["epoch"], state["total_tokens"]
-    made.seconds, made.first = state["train_runtime"], state["first_step_runtime"]
-    made.smooth, made.history = state["smoothed_loss"], state["log_history"]
-    last = next((one for one in reversed(made.history) if "loss" in one), None)
-    made.loss = last["loss"] if last else made.smooth
+    if resumed.state["scaler"]:
+        loop.scaler.load_state_dict(resumed.state["scaler"])
+    progress, state = loop.state, resumed.state
+    progress.step, progress.epoch, progress.tokens = resumed.step, state["epoch"], state["total_tokens"]
+    progress.seconds, progress.first = state["train_runtime"], state["first_step_runtime"]
+    progress.smooth, progress.history = state["smoothed_loss"], state["log_history"]
+    losses = [line["loss"] for line in progress.history if "loss" in line]
+    progress.loss = losses[-1] if losses else progress.smooth
     if not state["best_global_step"]:
         return Best()
     return Best(
@@ -241,15 +242,15 @@ def load_weights(model: Any, folder: Path) -> None:
     if set(tensors) != set(parameters):
         raise InputError(f"{folder} does not fit this model", "train anew: --overwrite")
     with torch.no_grad():
-        for name, one in parameters.items():
-            if one.shape != tensors[name].shape:
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
                 raise InputError(f"{folder} does not fit this model: {name}", "train anew: --overwrite")
-            one.copy_(tensors[name])
+            parameter.copy_(tensors[name])
 
 
-def set_aside(found: Checkpoint) -> None:
+def set_aside(resumed: Checkpoint) -> None:
     """Rename the newer checkpoints that are not whole, so that new ones can take their places."""
-    for folder in found.broken:
+    for folder in resumed.broken:
         aside = folder.with_name(f"broken-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
@@ -274,7 +275,7 @@ def remove_all(run: Path) -> None:
 
 
 def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {plain(name): one for name, one in model.named_parameters() if one.requires_grad}
+    return {plain(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _flat(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

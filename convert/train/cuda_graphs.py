@@ -1,15 +1,13 @@
-"""Training's forward pass on a CUDA card: rows behind one another without padding, replayed as CUDA graphs.
+"""Training passes on a CUDA GPU: padding-free rows, replayed as CUDA graphs.
 
-A small model's step is bound by the launches of its ten thousand kernels, not by what they compute. A batch
-becomes one sequence, padded to one of few sizes; the passes through the decoder at a size are recorded once,
+A small model's step is bound by launching its ten thousand kernels, not by what they compute. A batch
+becomes one sequence, padded to one of few sizes; the passes through the decoder at a size are captured once,
 forward and backward, and replayed for every later batch of that size. Embeddings and the loss stay outside:
-they are few kernels, and what they do depends on the batch.
+they are few kernels, and depend on the batch.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +30,12 @@ from convert.train.losses import LossHead, head_is_more
 ATTENTION = "edge_packed"
 # Above this, eager attention's square matrices cost more than they save on a CPU.
 _EAGER_LONGEST = 512
-# Sizes beyond these are not recorded but run as they come: each holds its buffers.
+# Graphs at most, for each holds its buffers; further sizes run as they come.
 _MOST = 48
 
 
 def register() -> None:
-    """Make ATTENTION known to transformers; what is not packed is computed as `sdpa` would."""
+    """Make ATTENTION known to transformers; rows with padding are computed as `sdpa` would."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -47,21 +45,21 @@ def register() -> None:
 
 def attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each row of a packed sequence, or transformers' sdpa where nothing is packed.
+) -> Any:
+    """Causal attention within each row of a padding-free sequence, or transformers' sdpa for padded rows.
 
-    query: (1, heads, tokens, width); key and value may have fewer heads. Gives (1, tokens, heads, width).
+    query: (1, heads, tokens, width); key and value may have fewer heads. Returns (1, tokens, heads, width)
+    and None, for transformers' attention weights.
     """
     bounds = more.get("cu_seq_lens_q")
     if bounds is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **more)
-        return found
-    # Rotation may have left the type that the rest is computed in.
-    query, key, value = (one.to(value.dtype).transpose(1, 2)[0] for one in (query, key, value))
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+    # The rotary embedding may have changed the type.
+    query, key, value = (part.to(value.dtype).transpose(1, 2)[0] for part in (query, key, value))
     longest = more["max_length_q"]
-    # So many tokens before its own a token sees, where that is limited.
+    # With a sliding window: tokens before its own that a token sees.
     reach = more["sliding_window"] - 1 if more.get("sliding_window") else None
     # torch's own flash attention over rows of unequal length; it takes grouped heads as they are.
     out = torch.ops.aten._flash_attention_forward(
@@ -86,12 +84,12 @@ def decoder(model: Any) -> Any:
 
 
 def likely(config: TrainConfig, place: Place) -> bool:
-    """Whether rows will be joined, as far as that is known before the model is there."""
+    """Whether rows will be padding-free, as far as that is known before the model is loaded."""
     return place.device == "cuda" and config.finetuning_type == "lora" and not _refused(config, place.dtype)
 
 
 def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
-    """Why settings alone keep rows from being joined ("" if they do not)."""
+    """Why the settings need padded rows ("" if they do not)."""
     if dtype == torch.float32:
         return "float32 has no flash attention"
     if config.neftune_noise_alpha:
@@ -100,66 +98,65 @@ def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
 
 
 def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
-    """Why the model, with its adapter, cannot be trained on joined rows ("" if it can)."""
+    """Why the model, with its adapter, cannot be trained on padding-free rows ("" if it can)."""
     if why := _refused(config, dtype):
         return why
     shape = model.config.get_text_config()
     if torch.cuda.get_device_capability() < (8, 0):
-        return "the card has no flash attention"
+        return "the GPU has no flash attention"
     if getattr(shape, "attn_logit_softcapping", None):
         return "its attention caps its logits"
-    wide = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    if wide > 256:
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    if width > 256:
         return "its heads are wider than flash attention takes"
     return head_is_more(model)
 
 
-def recordable(model: Any) -> str:
-    """Why the passes cannot be recorded ("" if they can)."""
+def capturable(model: Any) -> str:
+    """Why the passes cannot be captured as CUDA graphs ("" if they can)."""
     shape = model.config.get_text_config()
     if drops(model):
-        return "dropout draws anew in every pass"
+        return "dropout draws random numbers in every pass"
     if getattr(shape, "num_experts", None) or getattr(shape, "num_local_experts", None):
-        return "which experts compute depends on the row"
+        return "which experts compute depends on the tokens"
     return ""
 
 
 def head(
     model: Any, config: TrainConfig, place: Place, *, passes: int = 0, sharded: bool = False
 ) -> tuple[LossHead, str]:
-    """The losses of a model that is trained, and on a CUDA card a line that says how they are computed.
+    """The losses of a model to be trained, and on a CUDA GPU a line that says how they are computed.
 
-    passes: bytes that a forward and backward pass needs; a recorded one keeps them, beside those of a batch
-    of a size that comes for the first time. sharded: the weights are, see `convert.train.fsdp`. The model's
-    attention must be `attention_name`'s. On a card an adapted model's embeddings go to the system's memory
-    if they can.
+    passes: bytes that a forward and backward pass needs; a graph keeps them, beside those of a batch of a new
+    size. sharded: the weights are, see `convert.train.fsdp`. The model has the attention `attention_name`.
+    On a GPU an adapted model's embeddings go to the system's memory if they can.
     """
     half = autocast(config, place)
     if place.device != "cuda" or config.finetuning_type == "full":
         if config.enable_liger_kernel:
             use_liger(model, place)
         return LossHead(model, autocast=half), ""
-    # All on one stream, for each keeps the workspaces that it grew; and the usual one cannot be recorded.
+    # All on one stream, for each keeps its workspaces; and the default stream cannot be captured.
     torch.cuda.set_stream(torch.cuda.Stream())
     if keeps_embeddings_off(model, place):
         keep_embeddings_off(model)
     if why := usable(model, config, place.dtype):
-        said = f"rows are padded to the longest of their batch, kernels launched one by one: {why}"
         if config.enable_liger_kernel:
             use_liger(model, place)
-        return LossHead(model, autocast=half), said
+        how = f"rows are padded to the longest of their batch, kernels are launched one by one: {why}"
+        return LossHead(model, autocast=half), how
     if not sharded:
         fuse(model)
     torch.cuda.empty_cache()
-    why = "its weights are sharded over processes" if sharded else recordable(model)
+    why = "its weights are sharded over processes" if sharded else capturable(model)
     if not why and torch.cuda.mem_get_info()[0] < 2 * passes:
-        why = f"a recording needs {2 * passes / 2**30:.2f} GiB free"
-    body = Body(model, autocast=half, record=not why)
-    how = f"kernels are launched one by one: {why}" if why else "passes are recorded as CUDA graphs"
+        why = f"CUDA graphs need {2 * passes / 2**30:.2f} GiB free"
+    body = Body(model, autocast=half, capture=not why)
+    how = f"kernels are launched one by one: {why}" if why else "passes are captured as CUDA graphs"
     if config.enable_liger_kernel:
-        # Its gates, launched over joined rows, read where nothing was (seen on an H100).
+        # Its gates read out of bounds over padding-free rows (seen on an H100).
         how += "; in place of liger-kernel's layers, which gain less"
-    return LossHead(model, autocast=half, body=body), f"rows are joined without padding, {how}"
+    return LossHead(model, autocast=half, body=body), f"rows are padding-free, {how}"
 
 
 def size(tokens: int) -> int:
@@ -169,11 +166,11 @@ def size(tokens: int) -> int:
 
 
 @dataclass
-class _Recorded:
-    """Buffers of one size, and the passes that read and write them."""
+class _Graphs:
+    """Buffers of one size, and the captured passes that read and write them."""
 
     embedded: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
     bounds: torch.Tensor
     hidden: torch.Tensor
     gradient: torch.Tensor
@@ -181,39 +178,39 @@ class _Recorded:
     backward: Any
 
 
-class _Replay(torch.autograd.Function):
+class _Replay(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, one: _Recorded) -> torch.Tensor:
-        ctx.one = one
-        one.forward.replay()
-        return one.hidden.detach()
+    def forward(ctx: Any, anchor: torch.Tensor, graphs: _Graphs) -> torch.Tensor:
+        ctx.graphs = graphs
+        graphs.forward.replay()
+        return graphs.hidden.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None]:
-        # The parameters' gradients are added by the recorded pass itself.
-        ctx.one.gradient.copy_(gradients[0])
-        ctx.one.backward.replay()
+        # The captured pass adds the parameters' gradients itself.
+        ctx.graphs.gradient.copy_(gradients[0])
+        ctx.graphs.backward.replay()
         return None, None
 
 
 class Body:
-    """The decoder of a causal model, over rows that lie behind one another in one sequence.
+    """The decoder of a causal model, over padding-free rows in one sequence.
 
-    autocast: the type to compute in where parameters have another. record: whether to replay passes as CUDA
-    graphs; gradients must then be buffers that stay where they are, and the stream not the usual one. A pass
-    is recorded when its size comes for the second time, so that whatever sets itself up at first use has.
+    autocast: the type to compute in where parameters have another. capture: whether to replay passes as CUDA
+    graphs; gradients must then be buffers that stay in place, and the stream not the default one. A pass is
+    captured when its size comes for the second time: what is set up at first use is there by then.
     """
 
-    def __init__(self, model: Any, *, autocast: torch.dtype | None, record: bool) -> None:
+    def __init__(self, model: Any, *, autocast: torch.dtype | None, capture: bool) -> None:
         self._decoder = decoder(model)
         self._embeddings = model.get_input_embeddings()
-        self._autocast, self._record, self._model = autocast, record, model
-        # transformers makes no mask of its own where it gets one with four axes.
+        self._autocast, self._capture, self._model = autocast, capture, model
+        # With a mask of four axes transformers makes none of its own.
         self._mask = torch.zeros(1, 1, 1, 1, device="cuda")
         self._anchor = torch.zeros((), device="cuda", requires_grad=True)
         self._seen: set[tuple[int, int]] = set()
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
-        if record:
+        self._graphs: dict[tuple[int, int], _Graphs] = {}
+        if capture:
             self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -221,34 +218,32 @@ class Body:
         tokens = len(ids)
         whole = size(tokens) if self._model.training else tokens
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        places = torch.cat([torch.arange(length) for length in lengths])
-        # Rows of no length fill up their number to a power of two, and one more takes the padding.
-        many = max(8, 1 << len(lengths).bit_length())
-        bounds = functional.pad(starts, (0, many + 1 - len(starts)), value=whole).int()
-        ids, places = (functional.pad(one, (0, whole - tokens))[None] for one in (ids, places))
-        embedded = self._embeddings(ids if self._embeddings.weight.device.type == "cpu" else _sent(ids))
-        places, bounds = _sent(places), _sent(bounds)
-        if not (self._record and self._model.training and torch.is_grad_enabled()):
-            return self._pass(embedded, places, bounds)[0, :tokens]
-        key = (whole, many)
-        one = self._recorded.get(key)
-        if one is None and key in self._seen and len(self._recorded) < _MOST:
-            one = self._recorded[key] = self._recording(embedded, places, bounds)
-        self._seen.add(key)
-        if one is None:
-            return self._pass(embedded, places, bounds)[0, :tokens]
-        one.embedded.copy_(embedded)
-        one.places.copy_(places)
-        one.bounds.copy_(bounds)
-        found: torch.Tensor = _Replay.apply(self._anchor, one)
-        return found[0, :tokens]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        # Empty rows fill up the number of rows to a power of two, and one more takes the padding.
+        rows = max(8, 1 << len(lengths).bit_length())
+        bounds = functional.pad(starts, (0, rows + 1 - len(starts)), value=whole).int()
+        ids, positions = (functional.pad(part, (0, whole - tokens))[None] for part in (ids, positions))
+        embedded = self._embeddings(ids if self._embeddings.weight.device.type == "cpu" else _to_gpu(ids))
+        inputs = (embedded, _to_gpu(positions), _to_gpu(bounds))
+        key, graphs = (whole, rows), None
+        if self._capture and self._model.training and torch.is_grad_enabled():
+            if key in self._seen and key not in self._graphs and len(self._graphs) < _MOST:
+                self._graphs[key] = self._captured(*inputs)
+            self._seen.add(key)
+            graphs = self._graphs.get(key)
+        if graphs is None:
+            return self._pass(*inputs)[0, :tokens]
+        for buffer, value in zip((graphs.embedded, graphs.positions, graphs.bounds), inputs, strict=True):
+            buffer.copy_(value)
+        return _Replay.apply(self._anchor, graphs)[0, :tokens]
 
-    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    def _pass(self, embedded: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         longest = embedded.shape[1]
-        with self._computing():
-            found: torch.Tensor = self._decoder(
+        # Without a cache: a cast kept from one pass would be missing in the graph of another.
+        with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+            return self._decoder(
                 inputs_embeds=embedded,
-                position_ids=places,
+                position_ids=positions,
                 attention_mask=self._mask,
                 use_cache=False,
                 cu_seq_lens_q=bounds,
@@ -256,30 +251,23 @@ class Body:
                 max_length_q=longest,
                 max_length_k=longest,
             ).last_hidden_state
-        return found
 
-    def _computing(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast is None:
-            return contextlib.nullcontext()
-        # A cast that was kept from one pass would be missing in the recording of another.
-        return torch.autocast("cuda", self._autocast, cache_enabled=False)
-
-    def _recording(self, *like: torch.Tensor) -> _Recorded:
-        embedded, places, bounds = (one.detach().clone() for one in like)
+    def _captured(self, *inputs: torch.Tensor) -> _Graphs:
+        buffers = [tensor.detach().clone() for tensor in inputs]
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _capture(forward, self._pool):
-            hidden = self._pass(embedded, places, bounds)
+        how = {
+            "pool": self._pool,
+            "stream": torch.cuda.current_stream(),
+            "capture_error_mode": "thread_local",
+        }
+        with torch.cuda.graph(forward, **how):
+            hidden = self._pass(*buffers)
         gradient = torch.zeros_like(hidden)
-        with _capture(backward, self._pool):
+        with torch.cuda.graph(backward, **how):
             hidden.backward(gradient)
-        return _Recorded(embedded, places, bounds, hidden.detach(), gradient, forward, backward)
+        return _Graphs(*buffers, hidden.detach(), gradient, forward, backward)
 
 
-def _sent(one: torch.Tensor) -> torch.Tensor:
-    """A tensor on the card, without waiting for it."""
-    return one.pin_memory().cuda(non_blocking=True)
-
-
-def _capture(graph: Any, pool: Any) -> contextlib.AbstractContextManager[None]:
-    captured: Callable[..., contextlib.AbstractContextManager[None]] = torch.cuda.graph
-    return captured(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
+def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the GPU, without waiting for it."""
+    return tensor.pin_memory().cuda(non_blocking=True)

@@ -19,7 +19,7 @@ from edge.errors import UsageError
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` others; rank 0 writes files and speaks.
+    """This process, one of `size`; rank 0 writes files and prints.
 
     sharded: the processes hold the model's weights together, so that all go through its layers as often.
     """
@@ -40,19 +40,19 @@ class World:
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         sums = torch.tensor(values, dtype=torch.float64, device=device)
         distributed.all_reduce(sums)
-        return [float(one) for one in sums]
+        return [float(value) for value in sums]
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes."""
         if self.size > 1:
-            for one in parameters:
-                distributed.all_reduce(one.grad)
+            for parameter in parameters:
+                distributed.all_reduce(parameter.grad)
 
     def share(self, batches: list[Any]) -> list[tuple[Any, bool]]:
         """This process' part of `batches`, each with whether it counts: where weights are sharded, those that
         have one less compute the first one without counting it.
         """
-        mine = [(one, True) for one in batches[self.rank :: self.size]]
+        mine = [(batch, True) for batch in batches[self.rank :: self.size]]
         if self.sharded and len(mine) < -(-len(batches) // self.size):
             mine.append((batches[0], False))
         return mine
@@ -65,7 +65,7 @@ class World:
 def join(*, cpu: bool) -> World:
     """The world that torchrun's variables describe; a single process without them.
 
-    Raises UsageError where there are more processes on this machine than graphics cards.
+    Raises UsageError where there are more processes on this machine than GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -75,13 +75,13 @@ def join(*, cpu: bool) -> World:
     if cuda:
         if local >= torch.cuda.device_count():
             raise UsageError(
-                f"process {local} has no graphics card: there are {torch.cuda.device_count()}",
+                f"process {local} has no GPU: there are {torch.cuda.device_count()}",
                 "lower --nproc-per-node",
             )
         torch.cuda.set_device(local)
     if not distributed.is_initialized():
-        card = torch.device("cuda", local) if cuda else None
-        distributed.init_process_group("nccl" if cuda else "gloo", device_id=card)
+        device = torch.device("cuda", local) if cuda else None
+        distributed.init_process_group("nccl" if cuda else "gloo", device_id=device)
     return World(rank, size, local)
 
 

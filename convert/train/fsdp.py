@@ -1,9 +1,9 @@
-"""The frozen weights of a model spread over the processes that train its adapter: torch's FSDP, full shards.
+"""The frozen weights of a model sharded over the processes that train its adapter: torch's FSDP, full shards.
 
-Each process keeps its part of every decoder layer's weights; a layer is gathered when it computes, forward
-and backward, and let go of afterwards. What is trained is a percent of the model: every process has all of
-it, and gradients are summed as ever, so that checkpoints and results are those of a run without this. The
-scales of 4-bit blocks, embeddings and output head are not spread.
+Each process keeps its shard of every decoder layer's weights; a layer is gathered to compute, forward and
+backward, and freed afterwards. What is trained is a percent of the model: every process has all of it, and
+gradients are summed as without FSDP, so that checkpoints and results are the same. The scales of 4-bit
+blocks, embeddings and output head are not sharded.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from convert.train.cuda_graphs import decoder
 from convert.train.distributed import World
 from edge.errors import UsageError
 
-# What FSDP puts into the names of the parameters below it.
+# What FSDP puts into the names of its parameters.
 _WRAPPED = "_fsdp_wrapped_module."
 
 
 def asked(config: TrainConfig, world: World) -> bool:
-    """Whether weights are to be spread: by the key, or by what `accelerate launch` was configured for.
+    """Whether weights are to be sharded: by the key, or as `accelerate launch` was configured.
 
-    Raises UsageError where there is one process alone, or what is trained is no adapter.
+    Raises UsageError where there is only one process, or what is trained is no plain adapter.
     """
     if not config.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
         return False
     if world.size == 1:
         raise UsageError(
-            "fsdp spreads weights over several processes, and this is one",
+            "fsdp shards weights over several processes, and this is one",
             "torchrun --nproc-per-node 2 -m edge.cli train CONFIG.yaml",
         )
     if config.finetuning_type == "full" or config.use_dora or config.pissa_init:
         raise UsageError(
-            "fsdp spreads the frozen weights under a LoRA adapter",
+            "fsdp shards the frozen weights under a LoRA adapter",
             "leave out finetuning_type: full, use_dora and pissa_init",
         )
     return True
@@ -49,49 +49,48 @@ def layers(model: Any) -> Any:
 
 
 def shard(model: Any, device: str) -> None:
-    """Take an adapted model from the system's memory to `device`, its layers' frozen weights in parts."""
+    """Move an adapted model from the system's memory to `device`, its layers' frozen weights as shards."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-    where = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    device_id = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
 
-    def wrapped(module: Any, kept: list[Any]) -> Any:
+    def wrapped(module: Any, ignored: list[Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return FullyShardedDataParallel(
                 module,
                 sharding_strategy=ShardingStrategy.FULL_SHARD,
-                # One layer at a time: another one gathered in advance would double what it takes.
+                # One layer at a time: prefetching another one would double the memory.
                 backward_prefetch=None,
-                ignored_states=kept,
-                device_id=where,
+                ignored_states=ignored,
+                device_id=device_id,
             )
 
-    whole = layers(model)
-    for at, layer in enumerate(whole):
+    stack = layers(model)
+    for index, layer in enumerate(stack):
         layer.to(device)
-        whole[at] = wrapped(layer, [one for one in layer.parameters() if one.requires_grad])
+        stack[index] = wrapped(layer, [weight for weight in layer.parameters() if weight.requires_grad])
     model.to(device)
-    # An outermost one does not let go of what it gathered: one around them all, with nothing of its own.
+    # The outermost FSDP module never frees what it gathered: one around all layers, with nothing of its own.
     body = decoder(model)
-    inside = {id(one) for layer in whole for one in layer.parameters()}
-    trained = [one for one in body.parameters() if one.requires_grad]
-    kept = [one for one in body.parameters() if id(one) not in inside]
-    _put(model, wrapped(body, [*trained, *kept]))
+    inside = {id(weight) for layer in stack for weight in layer.parameters()}
+    ignored = [weight for weight in body.parameters() if weight.requires_grad or id(weight) not in inside]
+    _replace(model, wrapped(body, ignored))
 
 
 def unshard(model: Any) -> None:
-    """Put the layers back as they were, but for their frozen weights, to save the adapter as ever."""
-    _put(model, decoder(model).module)
-    whole = layers(model)
-    for at, layer in enumerate(whole):
-        whole[at] = layer.module
+    """Undo the wrapping, but for the frozen weights, so that the adapter is saved as without it."""
+    _replace(model, decoder(model).module)
+    stack = layers(model)
+    for index, layer in enumerate(stack):
+        stack[index] = layer.module
 
 
-def _put(model: Any, body: Any) -> None:
+def _replace(model: Any, body: Any) -> None:
     whole = model.get_base_model()
     setattr(whole, whole.base_model_prefix, body)
 
 
 def plain(name: str) -> str:
-    """The name of a parameter as it is in a model that is not spread."""
+    """The name of a parameter in a model that is not sharded."""
     return name.replace(_WRAPPED, "")

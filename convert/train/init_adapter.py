@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter (adapter_name_or_path): with the shape it has, from its weights."""
+"""Training that continues from an adapter (adapter_name_or_path), with its rank, scale and layers."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ def folder_of(name: str) -> Path:
 
 
 def shaped(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """`config` with rank, scale and layers of the adapter that it goes on from, and notes on what changed.
+    """`config` with rank, scale and layers of the adapter that it continues from, and notes on what changed.
 
     Raises InputError for an adapter that cannot be read, UsageError where training would lose a part of it.
     """
     assert config.adapter_name_or_path is not None
     folder = folder_of(config.adapter_name_or_path)
     try:
-        known = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
-        targets = known["target_modules"]
+        adapter = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
+        targets = adapter["target_modules"]
         shape: dict[str, Any] = {
-            "lora_rank": int(known["r"]),
-            "lora_alpha": int(known["lora_alpha"]),
+            "lora_rank": int(adapter["r"]),
+            "lora_alpha": int(adapter["lora_alpha"]),
             "lora_target": ("all",) if targets == "all-linear" else tuple(sorted(targets)),
-            "use_rslora": bool(known.get("use_rslora")),
-            "use_dora": bool(known.get("use_dora")),
+            "use_rslora": bool(adapter.get("use_rslora")),
+            "use_dora": bool(adapter.get("use_dora")),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / _CONFIG} cannot be read: {error}", "train it again") from error
     for key, plain in _PLAIN.items():
-        if key in known and known[key] not in plain:
+        if key in adapter and adapter[key] not in plain:
             raise UsageError(
-                f"adapter_name_or_path: {folder} has {key}: {known[key]}, which training here does not keep",
+                f"adapter_name_or_path: {folder} has {key}: {adapter[key]}, which training does not keep",
                 "merge it first (edge merge), and train on what comes out",
             )
     asked = {**{key: getattr(config, key) for key in shape}, "lora_alpha": config.alpha}
     # The adapter names its layers one by one; which they are is no choice of this run.
     other = [f"{key} {shape[key]}" for key in shape if key != "lora_target" and shape[key] != asked[key]]
-    notes = [f"going on from {folder}, whose settings hold: {', '.join(other)}"] if other else []
+    notes = [f"continuing from {folder}, whose settings hold: {', '.join(other)}"] if other else []
     return dataclasses.replace(config, **shape), notes
 
 
@@ -74,13 +74,10 @@ def load(model: Any, config: TrainConfig) -> None:
 
     folder = folder_of(str(config.adapter_name_or_path))
     try:
-        found = set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
-        wrong = list(found.unexpected_keys) + [key for key in found.missing_keys if "lora_" in key]
+        keys = set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
+        wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if "lora_" in key)]
     except (SafetensorError, RuntimeError) as error:
-        raise InputError(
-            f"adapter_name_or_path: {folder} does not fit this model: {str(error).splitlines()[0]}",
-            "give the base model that it was trained on",
-        ) from error
+        wrong = str(error).splitlines()
     if wrong:
         raise InputError(
             f"adapter_name_or_path: {folder} does not fit this model: {wrong[0]}",

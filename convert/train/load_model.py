@@ -23,7 +23,7 @@ NF4_BLOCK = 64
 
 @dataclass
 class Place:
-    """Where and how to compute. notes: what differs from what was asked, and why."""
+    """Where and how to compute. notes: what differs from what was asked for, and why."""
 
     device: str
     dtype: torch.dtype
@@ -32,7 +32,7 @@ class Place:
 
 
 def choose_place(config: TrainConfig) -> Place:
-    """CUDA, then MPS, then the CPU; and the type that is asked for where the device has it."""
+    """CUDA, then MPS, then the CPU; in the type that is asked for where the device has it."""
     four_bit = config.quantization_bit == 4
     asked = "bf16" if config.bf16 else "fp16" if config.fp16 else None
     if torch.cuda.is_available() and not config.use_cpu:
@@ -57,19 +57,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _grow_in_place() -> None:
-    """Let the allocator's pieces grow, before it has any; Windows has no such memory.
+    """Let the CUDA allocator's segments grow; before its first allocation, and not on Windows, which cannot.
 
-    Else a recorded pass finds no room between pieces of other sizes: 7B would need 8 GB in place of 6.5.
+    Else a captured pass finds no room between segments of other sizes: 7B would need 8 GB in place of 6.5.
     """
-    said = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    if sys.platform != "win32" and not said:
+    configured = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if sys.platform != "win32" and not configured:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
-    """The type that float32 weights are trained in, where it is another: always for fully trained ones.
+    """The type to compute in under autocast, None without: for fully trained weights, which are float32.
 
-    On a card adapters too: their inputs, kept for the backward pass, would else be kept in float32.
+    On a GPU for adapters too: else their inputs would be kept for the backward pass in float32.
     """
     if place.dtype == torch.float32 or (config.finetuning_type == "lora" and place.device != "cuda"):
         return None
@@ -79,7 +79,7 @@ def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
 def load_model(
     folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa", sharded: bool = False
 ) -> Any:
-    """The base model in `folder` on its place, in NF4 but for embeddings and output head if `four_bit`.
+    """The base model in `folder` on its device; with `four_bit` in NF4 but for embeddings and output head.
 
     sharded: as `convert.train.fsdp` takes it: in the system's memory, 4 bits packed as numbers of the other
     weights' type, for FSDP flattens a layer into one tensor of one type.
@@ -99,7 +99,7 @@ def load_model(
             bnb_4bit_quant_storage=place.dtype if sharded else torch.uint8,
         )
     if place.device != "cpu" or torch.cuda.is_available():
-        # Unasked, 4-bit weights would go to the card although the CPU is wanted.
+        # Without it 4-bit weights go to the GPU although the CPU is wanted.
         how["device_map"] = {"": "cpu" if sharded else place.device}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
@@ -112,7 +112,7 @@ def load_model(
 
 
 def use_liger(model: Any, place: Place) -> None:
-    """Give `model`, adapted or not, liger-kernel's norms, rotations and gates; its loss is not taken.
+    """Give `model`, adapted or not, liger-kernel's norms, rotary embeddings and gates, but not its loss.
 
     Raises UnavailableError without CUDA, without the package, and for a kind of model that it does not know.
     """
@@ -133,38 +133,34 @@ def use_liger(model: Any, place: Place) -> None:
 
 
 def keeps_embeddings_off(model: Any, place: Place) -> bool:
-    """Whether an adapted model's embeddings lie in the system's memory: beside 4 bits on a card, if they are
-    neither trained nor the head's weight too.
+    """Whether an adapted model's embeddings go to the system's memory: with 4-bit weights on a GPU, if they
+    are neither trained nor the head's weight too.
 
     Those of a 7B model are a gigabyte, of which a batch reads a few rows.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = hasattr(embeddings, "base_layer") or embeddings.weight.requires_grad
+    trained = hasattr(embeddings, "base_layer") or embeddings.weight.requires_grad
     tied = embeddings.weight is head.weight
-    there = embeddings.weight.device.type == "cpu"
-    return place.device == "cuda" and place.four_bit and not (adapted or tied or there)
+    moved = embeddings.weight.device.type == "cpu"
+    return place.device == "cuda" and place.four_bit and not (trained or tied or moved)
 
 
 def keep_embeddings_off(model: Any) -> None:
-    """Move the embeddings to the system's memory; their output is on the card as before."""
+    """Move the embeddings to the system's memory; their output is on the GPU as before."""
     embeddings = model.get_input_embeddings()
     weight, device, real = embeddings.weight, embeddings.weight.device, embeddings.forward
-    # In place: what else knows the parameter, as FSDP does, would keep it on the card.
+    # In place: FSDP refers to the parameter too, and would keep it on the GPU.
     weight.data = weight.data.cpu()
-    # No parameter of the model any more: transformers takes the first one's device for that of all.
+    # No longer a parameter of the model: transformers takes the first one's device for that of all.
     del embeddings._parameters["weight"]
     embeddings.to("cpu")
     object.__setattr__(embeddings, "weight", weight)
 
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = real(ids.cpu()).pin_memory().to(device, non_blocking=True)
-        return made
-
-    embeddings.forward = forward
+    embeddings.forward = lambda ids: real(ids.cpu()).pin_memory().to(device, non_blocking=True)
 
 
 def no_advice() -> None:
-    """bitsandbytes would advise to install a kernel that only serves inference."""
+    """Silence bitsandbytes' advice to install a kernel that only serves inference."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -180,7 +176,7 @@ def keep_unpacked(model: Any) -> None:
 
 
 def quantized_layers(model: Any) -> list[str]:
-    """Names of the 4-bit layers, with `*` for the number of a layer."""
+    """Names of the 4-bit linear layers, with `*` for the number of a decoder layer."""
     from bitsandbytes.nn import Linear4bit
 
     names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -192,9 +188,7 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = list(config.lora_target)
-    start: Any = True
-    if config.pissa_init:
-        start = "pissa" if config.pissa_iter < 0 else f"pissa_niter_{config.pissa_iter}"
+    pissa = "pissa" if config.pissa_iter < 0 else f"pissa_niter_{config.pissa_iter}"
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.alpha,
@@ -202,20 +196,20 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
         target_modules="all-linear" if "all" in targets else targets,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights=start,
+        init_lora_weights=pissa if config.pissa_init else True,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
     try:
         with warnings.catch_warnings():
-            # peft asks transformers by an old name.
+            # peft calls transformers by a deprecated name.
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
     adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     if not config.disable_gradient_checkpointing:
-        # Without dropout a pass that is computed again needs no random numbers, and can be recorded.
+        # Without dropout the recomputation needs no random state, and can be captured as a CUDA graph.
         _checkpoint(adapted.get_base_model(), preserve_rng_state=drops(adapted))
     return adapted
 
@@ -227,10 +221,10 @@ def _checkpoint(model: Any, **how: Any) -> None:
 
 
 def drops(model: Any) -> bool:
-    """Whether a training pass draws random numbers: for dropout, wherever it is."""
+    """Whether a training pass draws random numbers, for dropout of any kind."""
     shape = model.config.get_text_config()
     return bool(getattr(shape, "attention_dropout", 0.0)) or any(
-        isinstance(one, torch.nn.Dropout) and one.p > 0 for one in model.modules()
+        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
     )
 
 

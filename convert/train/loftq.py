@@ -1,7 +1,8 @@
-"""LoftQ's start: the adapter begins with what 4 bits lost of the weights, as far as its rank can hold it.
+"""LoftQ: the adapter begins with the quantisation error of the 4-bit weights, as far as its rank allows.
 
-Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization", with one step and the quantised weights as they
-are. So the adapter is a plain one over the same base, and neither merging nor serving has to know of it.
+Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization" (arXiv:2310.08659), with one step and the
+quantised weights as they are: the adapter is a plain one over the same base, and neither merging nor serving
+has to know of it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from convert.model import safetensors_io
 from convert.model.hf_folder import check_folder
 from edge.errors import InputError
 
-# Directions beyond the rank, and repeats, that make the fast SVD as good as the whole one here.
-_MORE, _REPEATS = 8, 4
+# Directions beyond the rank, and iterations, that make the fast SVD as good as the exact one here.
+_OVERSAMPLING, _ITERATIONS = 8, 4
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def begin(model: Any, base: Path) -> float:
-    """Put what 4 bits lost into the adapter of `model`; the share of it (0 to 1) that the adapter holds.
+    """Put the quantisation error into the adapter of `model`; the share of it (0 to 1) that fits is returned.
 
     base: the folder that the model was loaded from. Raises InputError where that names its weights otherwise.
     """
@@ -33,22 +34,21 @@ def begin(model: Any, base: Path) -> float:
     lost = left = 0.0
     for name, layer in _adapted(model):
         weight = layer.get_base_layer().weight
-        known = dequantize_4bit(weight.data, weight.quant_state).float()
+        dequantised = dequantize_4bit(weight.data, weight.quant_state).float()
         if f"{name}.weight" not in files:
             raise InputError(f"loftq_init: {base} has no tensor {name}.weight", "leave loftq_init out")
         with safe_open(files[f"{name}.weight"], framework="pt") as file:
             original = file.get_tensor(f"{name}.weight")
-        missing = original.to(known.device, torch.float32) - known
+        error = original.to(dequantised.device, torch.float32) - dequantised
         rank = layer.r["default"]
-        some = min(rank + _MORE, *missing.shape)
-        u, s, v = torch.svd_lowrank(missing, q=some, niter=_REPEATS)
+        u, s, v = torch.svd_lowrank(error, q=min(rank + _OVERSAMPLING, *error.shape), niter=_ITERATIONS)
         # W' = W + scaling B A
         half = (s[:rank] / layer.scaling["default"]).sqrt()
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         a.copy_(half[:, None] * v[:, :rank].T)
         b.copy_(u[:, :rank] * half)
-        lost += float(missing.square().sum())
-        left += float((missing - layer.scaling["default"] * (b @ a).float()).square().sum())
+        lost += float(error.square().sum())
+        left += float((error - layer.scaling["default"] * (b @ a).float()).square().sum())
     return 1 - left / lost if lost else 0.0
 
 

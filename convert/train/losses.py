@@ -1,8 +1,7 @@
-"""What is made small: the loss of each learnt token (sft), or of each pair of answers (dpo and its kin)."""
+"""What training minimises: the loss of a learnt token (sft), or of a pair of answers (dpo and its kin)."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Protocol
@@ -23,35 +22,35 @@ class Body(Protocol):
 
 
 class Objective(Protocol):
-    """zero_is_bad: whether a loss of exactly 0 can only be a fault."""
+    """zero_is_bad: whether a loss of exactly 0 can only come of a fault."""
 
     zero_is_bad: bool
 
     def weight(self, batch: list[Any]) -> float:
-        """What the sum of losses is divided by, together with that of the step's other batches."""
+        """The batch's part of what a step's sum of losses is divided by: learnt tokens, or pairs."""
 
     def __call__(self, batch: list[Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses, rows): float32 losses, and for each the index in `batch` that it belongs to."""
 
 
-# Logits that are made at once: a hundred rows of 150,000, 0.2 GiB with all that is computed from them.
+# Logits made at once: a hundred tokens by a vocabulary of 150,000, 0.2 GiB with what is computed from them.
 _LOGITS = 1 << 24
 
 
-class TokenLoss(torch.autograd.Function):
+class TokenLoss(torch.autograd.Function):  # type: ignore[misc]
     """Cross-entropy of `hidden` (tokens, width) through a head (vocabulary, width), a piece at a time.
 
-    No more than a piece of the logits is ever held: its gradient is taken while it is there, as each token's
-    loss depends on its own hidden state alone. Gives float32 (tokens,). The weight gets no gradient.
+    Only one piece of the logits is ever held, and its gradient is computed with it: each token's loss depends
+    on its own hidden state alone. Returns float32 (tokens,). The weight gets no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = loss_rows(*hidden.shape, len(weight))
+        rows = loss_rows(len(hidden), hidden.shape[1], len(weight))
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at in range(0, len(hidden), rows):
-            piece, wanted = slice(at, at + rows), targets[at : at + rows, None]
+        for start in range(0, len(hidden), rows):
+            piece, wanted = slice(start, start + rows), targets[start : start + rows, None]
             logits = (hidden[piece] @ weight.T).float()
             total = torch.logsumexp(logits, -1, keepdim=True)
             losses[piece] = (total - logits.gather(-1, wanted))[:, 0]
@@ -71,39 +70,41 @@ class TokenLoss(torch.autograd.Function):
 
 
 def loss_rows(tokens: int, width: int, vocabulary: int) -> int:
-    """How many tokens' logits are made at once: more where the hidden states take as much anyway."""
+    """Tokens whose logits are made at once: more where the hidden states take as much memory anyway."""
     return max(16, max(_LOGITS, tokens * width) // vocabulary // 16 * 16)
 
 
-def head_is_more(model: Any, **inputs: Any) -> str:
-    """What makes the model's logits more than hidden states by a weight that stays as it is ("" if nothing),
-    tried out on a few tokens, with further `inputs`."""
+def head_is_more(model: Any) -> str:
+    """Why the model's logits are more than hidden states times a frozen weight ("" if they are not).
+
+    Tried out on a few tokens.
+    """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return "its output head is trained, or is more than a weight"
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, inputs, made: seen.append(made))
+    outputs: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         with torch.no_grad():
             ids = torch.arange(8, device=head.weight.device)[None]
-            logits = model(input_ids=ids, use_cache=False, **inputs).logits
+            logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
-    if len(seen) != 1 or seen[0] is not logits:
-        return "it changes its logits behind the output head"
+    if len(outputs) != 1 or outputs[0] is not logits:
+        return "it changes its logits after the output head"
     return ""
 
 
 class LossHead:
     """Losses of tokens, with logits made only where a token is learnt.
 
-    The output head's input is cut down to those positions on its way in, so that a large vocabulary costs
-    memory and time for answers only. Where the head is no more than its weight, nothing at all goes through
-    it: logits are made a piece at a time, see TokenLoss. Rows packed into one sequence have positions of
-    their own, by which transformers keeps them from seeing each other.
+    A hook cuts the output head's input down to those positions, so that a large vocabulary costs memory and
+    time for answers only. Where the head is no more than its weight, nothing goes through it: logits are made
+    a piece at a time, see TokenLoss. Rows packed into one sequence have positions of their own, by which
+    transformers keeps them from seeing each other.
 
-    body: computes the hidden states of rows behind one another instead (see `convert.train.cuda_graphs`), of a model
-    with such a head.
+    body: computes the hidden states of padding-free rows instead (see `convert.train.cuda_graphs`), of a
+    model whose head is no more than its weight.
     """
 
     zero_is_bad = True
@@ -120,22 +121,22 @@ class LossHead:
     def __call__(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses, rows): one float32 loss per learnt token of `batch`, and the index of the row it is in."""
         if self._body is not None:
-            return self._joined(self._body, batch)
+            return self._padding_free(self._body, batch)
         longest = max(len(sample.ids) for sample in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        places = torch.arange(longest).repeat(len(batch), 1)
+        positions = torch.arange(longest).repeat(len(batch), 1)
         targets = torch.full((len(batch), longest), IGNORED)
-        for at, sample in enumerate(batch):
+        for index, sample in enumerate(batch):
             row = torch.tensor(sample.ids)
-            ids[at, : len(row)] = row
+            ids[index, : len(row)] = row
             for start, end in sample.spans:
                 # What comes before position t predicts the token at t.
-                targets[at, start - 1 : end - 1] = row[start:end]
+                targets[index, start - 1 : end - 1] = row[start:end]
             for start in sample.starts[1:]:
-                places[at, start:] = torch.arange(longest - start)
+                positions[index, start:] = torch.arange(longest - start)
         keep = targets != IGNORED
         packed = any(len(sample.starts) > 1 for sample in batch)
-        more = {"position_ids": places.to(device)} if packed else {}
+        more = {"position_ids": positions.to(device)} if packed else {}
         head, where = self._model.get_output_embeddings(), keep.to(device)
         hidden: list[torch.Tensor] = []
 
@@ -145,7 +146,7 @@ class LossHead:
 
         hook = head.register_forward_pre_hook(cut)
         try:
-            with self._computing(device):
+            with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
                 # Padding is on the right and attention is causal: no learnt token can see it.
                 logits = self._model(input_ids=ids.to(device), use_cache=False, **more).logits
         finally:
@@ -157,32 +158,29 @@ class LossHead:
             losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
         return losses, keep.nonzero()[:, 0]
 
-    def _joined(self, body: Body, batch: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, of all rows behind one another in one sequence."""
-        ids = torch.tensor([one for sample in batch for one in sample.ids])
+    def _padding_free(self, body: Body, batch: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, with all rows behind one another in one sequence."""
+        ids = torch.tensor([token for sample in batch for token in sample.ids])
         lengths: list[int] = []
-        kept: list[torch.Tensor] = []
+        learnt: list[torch.Tensor] = []
         rows: list[torch.Tensor] = []
-        for at, sample in enumerate(batch):
-            begins = sum(lengths)
+        for index, sample in enumerate(batch):
+            offset = sum(lengths)
             lengths += [end - start for start, end in pairwise([*sample.starts, len(sample.ids)])]
             for start, end in sample.spans:
-                kept.append(torch.arange(begins + start, begins + end))
-                rows.append(torch.full((end - start,), at))
-        where = torch.cat(kept)
+                learnt.append(torch.arange(offset + start, offset + end))
+                rows.append(torch.full((end - start,), index))
+        where = torch.cat(learnt)
         hidden = body(ids, lengths)
         # What comes before position t predicts the token at t.
-        before, targets = ((one.pin_memory() if hidden.is_cuda else one).to(hidden.device, non_blocking=True)
-                           for one in (where - 1, ids[where]))  # fmt: skip
+        before, targets = (
+            (index.pin_memory() if hidden.is_cuda else index).to(hidden.device, non_blocking=True)
+            for index in (where - 1, ids[where])
+        )
         weight = self._model.get_output_embeddings().weight
         chosen = hidden.index_select(0, before).to(weight.dtype)
         losses: torch.Tensor = TokenLoss.apply(chosen, weight, targets)
         return losses, torch.cat(rows)
-
-    def _computing(self, device: str) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device, self._autocast)
 
     def sums(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(log probability, learnt tokens) of each row's answers."""
@@ -206,8 +204,6 @@ class Preference:
         self, head: LossHead, config: TrainConfig, reference: dict[int, tuple[float, float]]
     ) -> None:
         self._head, self._config, self._reference = head, config, reference
-        # Of the last batch: the reward of the chosen answers over that of the rejected, and how often it is.
-        self.margin = self.accuracy = 0.0
 
     def weight(self, batch: list[Pair]) -> float:
         return len(batch)
@@ -226,8 +222,8 @@ class Preference:
             margin = chosen / long - rejected / short
             losses = -functional.logsigmoid(beta * margin - config.simpo_gamma)
         else:
-            known = torch.tensor([self._reference[id(pair)] for pair in batch], device=chosen.device)
-            up, down = chosen - known[:, 0], rejected - known[:, 1]
+            before = torch.tensor([self._reference[id(pair)] for pair in batch], device=chosen.device)
+            up, down = chosen - before[:, 0], rejected - before[:, 1]
             if config.pref_loss == "ipo":
                 margin = up / long - down / short
                 losses = (margin - 1 / (2 * beta)) ** 2
@@ -236,8 +232,6 @@ class Preference:
                 losses = _smoothed(beta * margin, config)
         if config.pref_ftx:
             losses = losses + config.pref_ftx * plain
-        self.margin = float((beta * margin).detach().mean())
-        self.accuracy = float((margin > 0).float().mean())
         return losses, torch.arange(len(batch))
 
 
@@ -249,27 +243,27 @@ def _smoothed(margin: torch.Tensor, config: TrainConfig) -> torch.Tensor:
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(value)) for value < 0, without losing what is near 0."""
+    """log(1 - exp(value)) for value < 0, exact near 0."""
     return torch.log(-torch.expm1(value.clamp(max=-1e-7)))
 
 
 def reference(head: LossHead, pairs: list[Pair], device: str, size: int) -> dict[int, tuple[float, float]]:
-    """Log probabilities of both answers of each pair by id(): to be taken before training, in eval mode.
+    """(chosen, rejected) log probabilities of the answers of each pair, by its id(). The model: in eval mode.
 
-    A fresh adapter changes nothing, so the model that is to be trained is its own reference.
+    Before training, a fresh adapter changes nothing: the model that is to be trained is its own reference.
     """
-    found = {}
+    logs = {}
     with torch.no_grad():
         for batch in by_length(pairs, size):
-            sums, _ = head.sums([one.chosen for one in batch] + [one.rejected for one in batch], device)
-            good, bad = sums.float().chunk(2)
-            for pair, *two in zip(batch, good.tolist(), bad.tolist(), strict=True):
-                found[id(pair)] = (two[0], two[1])
-    return found
+            sums, _ = head.sums([pair.chosen for pair in batch] + [pair.rejected for pair in batch], device)
+            chosen, rejected = sums.float().chunk(2)
+            both = zip(chosen.tolist(), rejected.tolist(), strict=True)
+            logs |= {id(pair): two for pair, two in zip(batch, both, strict=True)}
+    return logs
 
 
 def by_length(items: list[Any], size: int) -> Iterator[list[Any]]:
     """Batches of at most `size` items of like length."""
-    order = sorted(items, key=lambda one: one.size)
-    for at in range(0, len(order), size):
-        yield order[at : at + size]
+    order = sorted(items, key=lambda item: item.size)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

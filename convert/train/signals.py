@@ -11,19 +11,19 @@ from types import FrameType
 
 @contextlib.contextmanager
 def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether a signal came; `say` gets a line when the first one does."""
+    """Yield a function that returns whether a signal came; `say` gets a line when the first one does."""
     asked = threading.Event()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        say("stopping: a checkpoint is written (once more: without it)")
+        say("stopping: a checkpoint is written (Ctrl-C again: stop without it)")
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked.is_set
     finally:

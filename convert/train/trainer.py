@@ -1,7 +1,7 @@
 """The training loop: batches by length, gradients weighted by tokens, and a stop at the first bad number.
 
-Everything that decides the way of a run is here and can be saved: weights, optimizer, place in the data,
-random numbers. A run that goes on from a saved state takes the same way as one that was never stopped.
+Everything that decides how a run goes on is here and can be saved: weights, optimizer, position in the data,
+random numbers. A resumed run ends with the same weights as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from convert.train.load_model import dtype_name
 from convert.train.losses import LossHead, Objective, by_length
 from edge.errors import EdgeError, UnavailableError
 
-# So many batches' worth of shuffled rows are sorted by length together: little padding, still random.
+# Shuffled rows are sorted by length in windows of so many batches: little padding, still random.
 _WINDOW = 16
 
 
 @dataclass
 class Progress:
-    """Where training stands. loss: mean per learnt token (or pair) of the last step. tokens: real ones, since
-    the start; seconds: spent in steps, of all sittings. history: lines of trainer_log.jsonl."""
+    """Where training stands. loss: mean per learnt token (or pair) of the last step; smooth: its moving
+    average. rate: learning rate. tokens: without padding, since the start; seconds: spent in steps, over all
+    resumptions; first: in the first step. history: lines of trainer_log.jsonl."""
 
     step: int = 0
     total: int = 0
@@ -50,7 +51,7 @@ class Progress:
 
     @property
     def remaining(self) -> float:
-        """Seconds to the end at the pace so far; the first step, which warms up, does not count."""
+        """Seconds to the end at the speed so far; the first step, which warms up, does not count."""
         if self.step < 2:
             return math.inf
         return (self.seconds - self.first) / (self.step - 1) * (self.total - self.step)
@@ -59,15 +60,15 @@ class Progress:
 def batches(items: list[Any], size: int, shuffle: random.Random | None) -> list[list[Any]]:
     """One epoch's batches of at most `size` rows of like length, shuffled; in their order for None."""
     if shuffle is None:
-        return [items[at : at + size] for at in range(0, len(items), size)]
+        return [items[start : start + size] for start in range(0, len(items), size)]
     order = list(items)
     shuffle.shuffle(order)
     window = _WINDOW * size
-    made = []
-    for at in range(0, len(order), window):
-        made += by_length(order[at : at + window], size)
-    shuffle.shuffle(made)
-    return made
+    groups: list[list[Any]] = []
+    for start in range(0, len(order), window):
+        groups += by_length(order[start : start + window], size)
+    shuffle.shuffle(groups)
+    return groups
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -119,9 +120,9 @@ class Loop:
         self.world = world or World()
         self.objective: Objective = objective or LossHead(model)
         self.items = items
-        self.parameters = joined([one for one in model.parameters() if one.requires_grad])
+        self.parameters = flattened([one for one in model.parameters() if one.requires_grad])
         self.optimizer = _optimizer(self.parameters, config, device)
-        # float16 gradients vanish without a scale; too large a scale overflows, and is halved, by design.
+        # float16 gradients underflow without a scale; too large a scale overflows, and is halved, by design.
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self.state = Progress(total=total_steps(config, len(items), self.world.size))
         # The random numbers of the step that comes next.
@@ -133,16 +134,16 @@ class Loop:
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> Progress:
-        """Train to the end, until `report` (called after each step) says True, or until `stop` says so.
+        """Train to the end, until `report` (called after each step) returns True, or until `stop` does.
 
-        A stop takes effect between two micro-batches; what the unfinished step had gathered is dropped.
-        Raises EdgeError, naming step, dtype and rows, at the first loss or gradient that is no number.
+        A stop takes effect between two micro-batches; the gradients of the unfinished step are dropped.
+        Raises EdgeError, naming step, dtype and rows, at the first loss or gradient that is NaN or infinite.
         """
         state = self.state
         if state.step >= state.total:
             return state
         self.model.train()
-        noise = self._noise()
+        remove_noise = self._noise()
         set_random_state(self.random, self.device)
         try:
             for epoch, group in self._groups(state.step):
@@ -155,7 +156,7 @@ class Loop:
                 set_random_state(self.random, self.device)
                 self.model.train()
         finally:
-            noise()
+            remove_noise()
         return state
 
     def _step(self, epoch: float, group: list[list[Any]], stop: Callable[[], bool]) -> bool:
@@ -163,10 +164,10 @@ class Loop:
         state, world, scaler = self.state, self.world, self.scaler
         began = time.monotonic()
         if world.size > 1 and world.total(float(stop()))[0]:
-            return False
+            return False  # all processes stop at the same step
         rate = learning_rate(self.config, state.step, state.total)
-        for one in self.optimizer.param_groups:
-            one["lr"] = rate
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         weight = sum(self.objective.weight(batch) for batch in group)
         values: list[torch.Tensor] = []
         mine = world.share(group)
@@ -181,18 +182,18 @@ class Loop:
         world.add_gradients(self.parameters)
         scaler.unscale_(self.optimizer)
         norms = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        # A card is waited for here, once a step, and nothing has been changed yet.
+        # The GPU is waited for here, once a step, before anything is changed.
         *amounts, norm = torch.stack([*values, norms.to(values[0])] if values else [norms]).tolist()
         wrong = [
-            at
-            for at, amount in enumerate(amounts)
-            if not math.isfinite(amount) or (not amount and mine[at][1] and self.objective.zero_is_bad)
+            index
+            for index, amount in enumerate(amounts)
+            if not math.isfinite(amount) or (not amount and mine[index][1] and self.objective.zero_is_bad)
         ]
         (total,) = world.total(math.nan if wrong else sum(amounts))
         if wrong:
             raise self._bad_loss(amounts[wrong[0]], mine[wrong[0]][0])
         if math.isnan(total):
-            raise EdgeError(f"step {state.step + 1}: another process met a loss that is no number")
+            raise EdgeError(f"step {state.step + 1}: another process met a loss that is NaN or infinite")
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1.0):
             names = ", ".join(item.source for batch in group for item in batch[:3])
             raise EdgeError(
@@ -219,17 +220,21 @@ class Loop:
         in_step = config.gradient_accumulation_steps * self.world.size
         step = epoch = 0
         while True:
-            made = batches(self.items, config.per_device_train_batch_size, shuffle)
-            for at in range(0, len(made), in_step):
+            micro = batches(self.items, config.per_device_train_batch_size, shuffle)
+            for start in range(0, len(micro), in_step):
                 step += 1
                 if step > done:
-                    yield epoch + min(1.0, (at + in_step) / len(made)), made[at : at + in_step]
+                    share = min(1.0, (start + in_step) / len(micro))
+                    yield epoch + share, micro[start : start + in_step]
                 if step == self.state.total:
                     return
             epoch += 1
 
-    def _noise(self) -> Callable[[], None]:
-        """NEFTune (arXiv:2310.05914): uniform noise of alpha/sqrt(tokens x width) on the embeddings."""
+    def _noise(self) -> Any:
+        """Add NEFTune's noise to the embeddings: uniform within alpha/sqrt(tokens x width).
+
+        See arXiv:2310.05914. Returns what removes it again.
+        """
         alpha = self.config.neftune_noise_alpha
         if not alpha:
             return lambda: None
@@ -244,7 +249,7 @@ class Loop:
 
     def _bad_loss(self, amount: float, batch: list[Any]) -> EdgeError:
         wrong = set(range(len(batch)))
-        # Only now the losses of single tokens are looked at, for the rows' names; where no other has to join.
+        # The single tokens' losses, for the rows' names; sharded weights would need the other processes.
         if not self.world.sharded:
             with torch.no_grad():
                 losses, rows = self.objective(batch, self.device)
@@ -284,10 +289,10 @@ def evaluate(
 
 def random_state(device: str) -> dict[str, torch.Tensor]:
     """What torch's random numbers come from: for the CPU, and for a CUDA device."""
-    found = {"cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state()}
     if device.startswith("cuda"):
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: str) -> None:
@@ -323,23 +328,18 @@ def _optimizer(parameters: list[Any], config: TrainConfig, device: str) -> Any:
     return torch.optim.AdamW(parameters, fused=device != "mps", **how)
 
 
-def joined(parameters: list[Any]) -> list[Any]:
-    """One parameter for all of a type, of which the given ones become views; gradients stay where they are.
+def flattened(parameters: list[Any]) -> list[Any]:
+    """One flat parameter for each type, of which the given ones become views, and their gradients of its one.
 
-    A step's arithmetic is then a few calls and not a few for each of hundreds of small matrices.
+    The optimizer then makes a few calls in place of a few for each of hundreds of small matrices.
     """
-    made = []
+    flat = []
     for dtype in dict.fromkeys(one.dtype for one in parameters):
         same = [one for one in parameters if one.dtype == dtype]
-        whole = torch.nn.Parameter(
-            torch.empty(sum(one.numel() for one in same), dtype=dtype, device=same[0].device)
-        )
+        whole = torch.nn.Parameter(torch.cat([one.data.flatten() for one in same]))
         whole.grad = torch.zeros_like(whole)
-        at = 0
-        for one in same:
-            piece = slice(at, at + one.numel())
-            whole.data[piece] = one.data.flatten()
-            one.data, one.grad = whole.data[piece].view(one.shape), whole.grad[piece].view(one.shape)
-            at += one.numel()
-        made.append(whole)
-    return made
+        sizes = [one.numel() for one in same]
+        for one, data, grad in zip(same, whole.data.split(sizes), whole.grad.split(sizes), strict=True):
+            one.data, one.grad = data.view(one.shape), grad.view(one.shape)
+        flat.append(whole)
+    return flat

@@ -174,9 +174,9 @@ def on_card(base: Any, setting: TrainConfig) -> tuple[Any, load_model.Place]:
 def test_recorded_passes_give_what_padded_rows_do(base: Any, kind: str) -> None:
     setting = config()
     adapted, place = on_card(base, setting)
-    whole = trainer.joined([one for one in adapted.parameters() if one.requires_grad])[0]
+    whole = trainer.flattened([one for one in adapted.parameters() if one.requires_grad])[0]
     head, said = cuda_graphs.head(adapted, setting, place)
-    assert "joined without padding, passes are recorded" in said
+    assert "rows are padding-free, passes are captured" in said
     assert adapted.get_input_embeddings().weight.device.type == "cpu"
     plain = LossHead(adapted, autocast=load_model.autocast(setting, place))
     found = []
@@ -209,7 +209,7 @@ def test_a_run_goes_the_way_of_one_that_is_not_recorded(base: Any, optim: str) -
         if record:
             head, _ = cuda_graphs.head(adapted, setting, place)
         else:
-            body = cuda_graphs.Body(adapted, autocast=load_model.autocast(setting, place), record=False)
+            body = cuda_graphs.Body(adapted, autocast=load_model.autocast(setting, place), capture=False)
             head = LossHead(adapted, autocast=load_model.autocast(setting, place), body=body)
         losses: list[float] = []
         runner = trainer.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)
