@@ -31,10 +31,12 @@ from convert.train.trainer import batches, total_steps
 from edge.errors import EdgeError
 from edge.machine import hardware
 
-# Measured, in bytes. A process with torch and its friends, without a model; freed pieces that the C allocator
-# keeps, as a share of what passes need; workspaces of a GPU's matrix library.
-CPU_PROCESS, CPU_KEPT = 520 * 2**20, 0.38
+# Measured. A process with torch and its friends, without a model, in bytes; chunks that the allocator keeps,
+# as a share of what passes need, by bytes of the computing type; workspaces of a GPU's matrix library.
+CPU_PROCESS, CPU_KEPT = 520 * 2**20, {2: 0.38, 4: 0.6}
 CUDA_WORKSPACE = 40 * 2**20
+# glibc's largest chunk of the heap, in bytes; larger ones go back to the system when they are freed.
+_HEAP_CHUNK = 32 * 2**20
 # Of bitsandbytes' double quantisation: scales of blocks that share a scale of their own.
 _SCALES = 256
 
@@ -78,14 +80,15 @@ def estimate(
     passes = max(needs.training(batch) for batch in _batches(config, data)) + gradients
     held = list(by_length(data.held, config.per_device_eval_batch_size))
     passes = max(passes, *(needs.evaluation(batch) + gradients for batch in held[-1:]), 0)
+    weights, holes = _weights(model, config, place, shards)
     other = CUDA_WORKSPACE
     if place.device == "cpu":
-        kept = int(CPU_KEPT * passes)
+        kept = int(CPU_KEPT[place.dtype.itemsize] * passes)
         if malloc_trim.malloc_trim() and not config.disable_gradient_checkpointing:
-            # Eleven runs came within 10 % of it, from 0.98 to 1.11 GiB where this counts 1.07.
             kept = min(kept, malloc_trim.SLACK * 4 // 5)
-        other = CPU_PROCESS + kept
-    return Estimate(_weights(model, config, place, shards), trained, passes, other)
+        # In float32 each dequantised weight leaves a hole in the heap, which smaller tensors then break up.
+        other = CPU_PROCESS + kept + (holes if place.dtype == torch.float32 else 0)
+    return Estimate(weights, trained, passes, other)
 
 
 def skeleton(base: Path, config: TrainConfig, place: Place) -> Any:
@@ -105,8 +108,8 @@ def skeleton(base: Path, config: TrainConfig, place: Place) -> Any:
         )
 
 
-def _weights(model: Any, config: TrainConfig, place: Place, shards: int) -> int:
-    """Bytes of the frozen weights, or of fully trained ones' 0, on one device.
+def _weights(model: Any, config: TrainConfig, place: Place, shards: int) -> tuple[int, int]:
+    """(bytes of the frozen weights on one device, bytes in float32 of those in 4 bits that fit into the heap)
 
     NF4 takes half a byte a weight and a scale for each NF4_BLOCK of them: float32, or a byte where scales are
     quantised as well (Dettmers et al. 2023, arXiv:2305.14314, section 3).
@@ -114,25 +117,24 @@ def _weights(model: Any, config: TrainConfig, place: Place, shards: int) -> int:
     layer_of = {id(parameter): number for number, layer in enumerate(fsdp.layers(model) if shards > 1 else ())
                 for parameter in layer.parameters()}  # fmt: skip
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    skipped = {id(embeddings.weight)} if keeps_embeddings_off(model, place) else set()
-    whole, sharded = 0, Counter[int]()
-    for module in model.modules():
-        four_bit = place.four_bit and type(module) is nn.Linear and module is not head
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad or id(parameter) in skipped:
-                continue
-            skipped.add(id(parameter))  # the output head may be the embeddings
-            size = parameter.numel() * parameter.element_size()
-            if four_bit and name == "weight":
-                size = parameter.numel() // 2
-                scale = 1 + 4 / _SCALES if config.double_quantization else 4
-                whole += int(parameter.numel() / NF4_BLOCK * scale)
-            if id(parameter) in layer_of:
-                sharded[layer_of[id(parameter)]] += size
-            else:
-                whole += size
-    # A part of each layer, and the one that computes as a whole.
-    return whole + (sharded.total() // shards + max(sharded.values()) if sharded else 0)
+    linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
+    four_bit = {id(module.weight) for module in linear if place.four_bit}
+    scale = 1 + 4 / _SCALES if config.double_quantization else 4
+    whole, heap, sharded = 0, 0, Counter[int]()
+    for parameter in model.parameters():
+        if parameter.requires_grad or (parameter is embeddings.weight and keeps_embeddings_off(model, place)):
+            continue
+        size = parameter.numel() * parameter.element_size()
+        if id(parameter) in four_bit:
+            size = parameter.numel() // 2
+            heap += 4 * parameter.numel() if 4 * parameter.numel() <= _HEAP_CHUNK else 0
+            whole += int(parameter.numel() / NF4_BLOCK * scale)
+        if id(parameter) in layer_of:
+            sharded[layer_of[id(parameter)]] += size
+        else:
+            whole += size
+    # A shard of each layer, and the one that computes as a whole.
+    return whole + (sharded.total() // shards + max(sharded.values()) if sharded else 0), heap
 
 
 class Passes:
