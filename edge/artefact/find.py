@@ -159,9 +159,12 @@ def with_lora(artefact: Artefact, lora: Path) -> Artefact:
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template beside an ONNX model."""
+    """The chat template beside an ONNX model. Raises InputError where it is not UTF-8."""
     path = folder / TEMPLATE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}", "export it again") from error
 
 
 def _manifest(file: Path) -> manifest.Manifest | None:

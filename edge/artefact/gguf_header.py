@@ -84,12 +84,15 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 # Lists whose type llama.cpp does not check: another type would end the process.
+_TOKENS = "tokenizer.ggml.tokens"
 _ARRAYS = {
-    "tokenizer.ggml.tokens": (_STRING,),
+    _TOKENS: (_STRING,),
     "tokenizer.ggml.merges": (_STRING,),
     "tokenizer.ggml.precompiled_charsmap": (0, 1),
     "tokenizer.ggml.suppress_tokens": (5,),
 }
+_EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 _MAX_NAME = 64  # GGML_MAX_NAME, the terminating zero included
 _MAX_DIMS = 4
 _INT64_MAX = 2**63 - 1
@@ -153,15 +156,15 @@ class GGUFHeader:
     metadata: dict[str, Scalar | GGUFArray] = field(repr=False)
     tensors: dict[str, GGUFTensor] = field(repr=False)
 
-    def _int(self, key: str, default: int | None = None) -> int:
+    def _int(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.metadata.get(key, default)
         if isinstance(value, GGUFArray) and 0 < value.count <= 4096 and value.item_type in (4, 5, 10, 11):
             # One value a layer (Gemma 3n, OpenELM): the largest is what memory must be planned for.
             value = max(int(item) for item in value.values())
         if value is None:
             _fail(self.path, key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            _fail(self.path, key, f"must be a whole number, it is {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            _fail(self.path, key, f"must be a whole number of at least {least}, it is {value!r}")
         return value
 
     def _text(self, key: str) -> str | None:
@@ -205,19 +208,19 @@ class GGUFHeader:
     @property
     def key_length(self) -> int:
         """Elements of one key head; embedding / heads unless the file says otherwise (as llama.cpp does)."""
-        default = self.embedding_length // self.head_count if self.head_count else 0
+        default = self.embedding_length // self.head_count
         return self._int(f"{self.architecture}.attention.key_length", default)
 
     @property
     def value_length(self) -> int:
-        default = self.embedding_length // self.head_count if self.head_count else 0
+        default = self.embedding_length // self.head_count
         return self._int(f"{self.architecture}.attention.value_length", default)
 
     @property
     def vocab_size(self) -> int:
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        tokens = self.metadata.get(_TOKENS)
         if not isinstance(tokens, GGUFArray) or tokens.item_type != _STRING:
-            _fail(self.path, "tokenizer.ggml.tokens", "is missing or not a list of strings")
+            _fail(self.path, _TOKENS, "is missing or not a list of strings")
         return len(tokens)
 
     @property
@@ -248,6 +251,47 @@ def read_header(path: Path) -> GGUFHeader:
         _fail(path, "magic", f"is missing: the file has {size} bytes")
     with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _Reader(path, data, size).header()
+
+
+def check_model(header: GGUFHeader) -> None:
+    """Raise InputError, naming the field, for a value over which llama.cpp would end the process.
+
+    Some of them are only used when a request is computed: a negative epsilon, a byte without a token.
+    """
+    path, prefix = header.path, header.architecture
+    layers, most = header.block_count, min(len(header.tensors), _MAX_LAYERS)
+    if layers > most:
+        _fail(path, f"{prefix}.block_count", f"is {layers}, with its tensors at most {most} are possible")
+    # Each of them is checked as it is read.
+    _ = (header.context_length, header.embedding_length, header.key_length, header.value_length)
+    heads, heads_kv = header.head_count, header.head_count_kv
+    if isinstance(header.metadata[f"{prefix}.attention.head_count"], int) and heads % heads_kv:
+        _fail(path, f"{prefix}.attention.head_count_kv", f"is {heads_kv}, it must divide {heads} heads")
+    experts, used = (header._int(f"{prefix}.expert_{n}", 0, least=0) for n in ("count", "used_count"))
+    if experts > _MAX_EXPERTS or used > experts or (experts and not used):
+        _fail(path, f"{prefix}.expert_used_count", f"is {used} of {experts} experts")
+    for name in _EPSILONS:
+        value = header.metadata.get(f"{prefix}.attention.{name}", 1.0)
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            _fail(path, f"{prefix}.attention.{name}", f"must be a number above 0, it is {value!r}")
+    _check_vocabulary(header)
+
+
+def _check_vocabulary(header: GGUFHeader) -> None:
+    if header.vocab_size < 1:
+        _fail(header.path, _TOKENS, "is empty")
+    array = header.metadata[_TOKENS]
+    assert isinstance(array, GGUFArray)
+    texts = array.values()
+    tokens = set(texts)
+    # llama.cpp gives empty ones names of their own.
+    if len(tokens) - ("" in tokens) != len(texts) - texts.count(""):
+        _fail(header.path, _TOKENS, "holds a token twice")
+    if header.metadata.get("tokenizer.ggml.model") == "llama":  # SentencePiece
+        for byte in range(256):
+            name, itself = f"<0x{byte:02X}>", bytes([byte]).decode("utf-8", "surrogateescape")
+            if name not in tokens and itself not in tokens:
+                _fail(header.path, _TOKENS, f"has no token {name}: not every text could be tokenized")
 
 
 def _fail(path: Path, name: str, problem: str) -> NoReturn:

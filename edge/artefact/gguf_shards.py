@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from edge.artefact.gguf_header import GGUFHeader, GGUFTensor, read_header
+from edge.artefact.gguf_header import GGUFHeader, GGUFTensor, check_model, read_header
 from edge.errors import InputError
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -33,12 +33,19 @@ def read_whole(path: Path) -> GGUFHeader:
     """The header of `path`, with the tensors of all shards where it is the first of several.
 
     file_size: of all shards. A tensor's offset is from the start of its own file. Raises InputError as
-    read_header does for every shard, for one that is missing or of another model, and for a later one.
+    read_header does for every shard, for one that is missing or of another model, and for a later one; and as
+    check_model does for the whole.
     """
     header = read_header(path)
     count = _number(header, "split.count")
-    if count <= 1:
-        return header
+    if count > 1:
+        header = _with_shards(header, count)
+    check_model(header)
+    return header
+
+
+def _with_shards(header: GGUFHeader, count: int) -> GGUFHeader:
+    path = header.path
     match = _NAME.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise InputError(

@@ -16,13 +16,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from edge.errors import ExistsError, InputError
 
 FILE = "edge.json"
 SCHEMA = 1
 STAGES = ("model", "checkpoint", "adapter", "merged", "gguf", "lora", "onnx")
+
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
+class FileEntry(TypedDict, total=False):
+    """A file of the folder: bytes, and sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
 
 
 @dataclass
@@ -42,11 +54,11 @@ class Manifest:
     parents: list[dict[str, str]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
-    stop_ids: list[int] = field(default_factory=list)
+    stop_ids: list[TokenId] = field(default_factory=list)
     thinking: str | None = None
     verify: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
     digest: str = ""
     created: str = ""
     schema: int = SCHEMA
@@ -111,7 +123,8 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
 def read(folder: Path) -> Manifest:
     """The manifest of `folder`.
 
-    Raises InputError where the folder or its `edge.json` is missing, unreadable, or of a newer schema.
+    Raises InputError where the folder or its `edge.json` is missing, unreadable, of a newer schema, or has a
+    field of another type than Manifest says.
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}", "check the path, or run the stage that makes it")
@@ -122,16 +135,17 @@ def read(folder: Path) -> Manifest:
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__ if key in data})
-    except (ValueError, TypeError) as error:
+        schema = data.get("schema", SCHEMA) if isinstance(data, dict) else SCHEMA
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise InputError(f"{path} has schema {schema}, this version reads up to {SCHEMA}", "update edge")
+        manifest = msgspec.convert(data, Manifest)
+        if any(not {"path", "digest"} <= parent.keys() for parent in manifest.parents):
+            raise ValueError("an entry lacks path or digest - at `$.parents`")
+        return manifest
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read: {error}", "run the stage that made this folder again"
         ) from error
-    if not isinstance(manifest.schema, int) or manifest.schema > SCHEMA:
-        raise InputError(
-            f"{path} has schema {manifest.schema!r}, this version reads up to {SCHEMA}", "update edge"
-        )
-    return manifest
 
 
 def check_free(folder: Path, need: int) -> None:

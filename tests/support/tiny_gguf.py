@@ -25,6 +25,16 @@ def value(item: Any) -> bytes:
     return struct.pack(f"<IIQ{len(item)}i", 9, 5, len(item), *item)
 
 
+def shape(architecture: str) -> dict[str, Any]:
+    """The metadata of a model of one layer and one token, whose only tensor is ONE_TENSOR."""
+    names = ("context_length", "embedding_length", "block_count", "attention.head_count")
+    counts = {f"{architecture}.{name}": 1 for name in names}
+    return {"general.architecture": architecture, **counts, "tokenizer.ggml.tokens": ["a"]}
+
+
+ONE_TENSOR = [("token_embd.weight", (1, 1), 0, 0)]
+
+
 def gguf(
     metadata: dict[str, Any], tensors: list[tuple[str, tuple[int, ...], int, int]], data: int = 0
 ) -> bytes:

@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 
 
-def safetensors(path: Path, data: bytes = b"\x00\x00\x80?") -> Path:
-    """One F32 tensor `w`."""
-    header = json.dumps({"w": {"dtype": "F32", "shape": [len(data) // 4], "data_offsets": [0, len(data)]}})
+def safetensors(path: Path, data: bytes = b"\x00\x00\x80?", empty: int = 0) -> Path:
+    """One F32 tensor `w`, and `empty` ones without an element."""
+    sizes = {"w": len(data)} | {f"e{n}": 0 for n in range(empty)}
+    header = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": [size // 4], "data_offsets": [len(data) - size, len(data)]}
+            for name, size in sizes.items()
+        }
+    )
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
     return path

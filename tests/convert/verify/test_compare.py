@@ -279,11 +279,10 @@ def test_logits_do_not_depend_on_how_a_row_is_cut(tmp_path: Path) -> None:
 
 def test_a_file_that_llama_cpp_refuses_is_one_message(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from tests.support.tiny_gguf import gguf
+    from tests.support.tiny_gguf import ONE_TENSOR, gguf, shape
 
     path = tmp_path / "odd.gguf"
-    metadata = {"general.architecture": "odd", "odd.context_length": 64, "tokenizer.chat_template": "{{ 1 }}"}
-    path.write_bytes(gguf(metadata, []))
+    path.write_bytes(gguf(shape("odd") | {"tokenizer.chat_template": "{{ 1 }}"}, ONE_TENSOR, 4))
     with pytest.raises(InputError, match=r"llama\.cpp cannot load"):
         open_reader(path)
 

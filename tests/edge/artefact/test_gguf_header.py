@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge.artefact.gguf_header import GGUFArray, read_header
+from edge.artefact.gguf_shards import read_whole
 from edge.errors import InputError
 from tests.support.tiny_gguf import gguf
 
@@ -112,6 +113,47 @@ def test_fields_of_a_wrong_kind_are_named(tmp_path: Path) -> None:
 def test_head_counts_per_layer_give_the_largest(tmp_path: Path) -> None:
     header = read_header(put(tmp_path, gguf(METADATA | {"llama.attention.head_count_kv": [2, 8, 4]}, [])))
     assert header.head_count_kv == 8
+
+
+BYTES = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [f"<0x{i:02X}>" for i in range(256)]}
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        *((f"llama.{name}", [0, "4", 2.0, True]) for name in ("context_length", "embedding_length")),
+        ("llama.block_count", [0, 3, 1_000_000, 2**40]),
+        *((f"llama.attention.{name}", [0, [0, 0]]) for name in ("head_count", "head_count_kv")),
+        *((f"llama.attention.{name}", [0, -1.0]) for name in ("key_length", "value_length")),
+        ("llama.attention.head_count_kv", [3, 8]),
+        ("llama.expert_used_count", [1]),
+        *(
+            (f"llama.attention.{name}", [-1e-5, 0.0, float("nan"), float("inf"), 1])
+            for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon")
+        ),
+        ("tokenizer.ggml.tokens", [["a", "b", "a"]]),
+    ],
+)
+def test_a_value_that_would_end_the_process_is_refused_by_name(
+    tmp_path: Path, field: str, values: list[Any]
+) -> None:
+    right = {"llama.attention.layer_norm_rms_epsilon": 1e-5}
+    read_whole(put(tmp_path, gguf(METADATA | right, TENSORS, 416)))
+    for value in values:
+        path = put(tmp_path, gguf(METADATA | right | {field: value}, TENSORS, 416))
+        with pytest.raises(InputError) as caught:
+            read_whole(path)
+        assert f"模型 x.gguf: {field} " in caught.value.message
+
+
+def test_a_sentencepiece_vocabulary_needs_a_token_for_each_byte(tmp_path: Path) -> None:
+    read_whole(put(tmp_path, gguf(METADATA | BYTES, TENSORS, 416)))
+    # A token that is the byte itself will do.
+    written = [*BYTES["tokenizer.ggml.tokens"][1:], "\0"]
+    read_whole(put(tmp_path, gguf(METADATA | BYTES | {"tokenizer.ggml.tokens": written}, TENSORS, 416)))
+    lacking = METADATA | BYTES | {"tokenizer.ggml.tokens": BYTES["tokenizer.ggml.tokens"][:-1]}
+    with pytest.raises(InputError, match=r"tokenizer\.ggml\.tokens has no token <0xFF>"):
+        read_whole(put(tmp_path, gguf(lacking, TENSORS, 416)))
 
 
 def test_missing_file_says_so(tmp_path: Path) -> None:

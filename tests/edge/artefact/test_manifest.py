@@ -1,5 +1,6 @@
 """Folders are published whole or not at all, and say what they are."""
 
+import json
 import os
 from pathlib import Path
 
@@ -86,11 +87,38 @@ def test_m5_a_killed_export_leaves_nothing_under_the_final_name(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"stage": 1}', '{"stage": "gguf", "name": "x", "schema": 99}']
+    ("text", "named"),
+    [
+        ("", "cannot be read"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "Expected `object`"),
+        ('{"name": "x"}', "`stage`"),
+        ('{"stage": 1}', r"\$\.stage"),
+        ('{"stage": "gguf", "name": "x", "schema": 99}', "schema 99"),
+        *(
+            (json.dumps({"stage": "gguf", "name": "x", key: value}), rf"\$\.{key}")
+            for key, value in {
+                "name": {"a": 1},
+                "stop_ids": None,
+                "parents": [{"digest": 1}],
+                "settings": [],
+                "chat_template": 3,
+                "thinking": True,
+                "verify": "x",
+                "versions": {"edge": 1},
+                "files": {"a": {"size": "7"}},
+                "digest": None,
+                "schema": "1",
+            }.items()
+        ),
+        ('{"stage": "gguf", "name": "x", "parents": [{"path": "a"}]}', r"\$\.parents"),
+        ('{"stage": "gguf", "name": "x", "stop_ids": [-1]}', r"\$\.stop_ids\[0\]"),
+    ],
 )
-def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
+def test_a_broken_manifest_is_named_with_its_key(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "edge.json").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"edge\.json"):
+    with pytest.raises(InputError, match=rf"edge\.json.*{named}"):
         manifest.read(tmp_path)
 
 
