@@ -213,7 +213,10 @@ def _find_turn_end(form: ChatFormat) -> None:
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_bytes().decode("utf-8")
+        try:
+            return path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8: {error}", "get the model again") from error
     source = config.get("chat_template")
     if isinstance(source, list):
         named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
@@ -226,9 +229,12 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _generation_ends(folder: Path) -> list[int]:
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    path = folder / "generation_config.json"
+    ends = read_json(path).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    return [end for end in ends if isinstance(end, int)]
+    if any(type(end) is not int for end in ends if end is not None):
+        raise InputError(f"{path}: eos_token_id is {str(ends)[:60]}, not token ids", "get the model again")
+    return [end for end in ends if end is not None]
 
 
 def _token(value: Any) -> str:

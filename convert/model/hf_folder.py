@@ -12,7 +12,9 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from edge.errors import InputError
 
@@ -27,6 +29,48 @@ _SAFETENSORS_BITS = {
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+_Ids = int | list[int] | None
+
+
+class _Types(msgspec.Struct):
+    """Types of what is read of config.json, here or by transformers; other keys are left to their model."""
+
+    architectures: list[str] | None = None
+    auto_map: dict[str, str | list[str | None]] | None = None
+    quantization_config: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: _Ids = None
+    eos_token_id: _Ids = None
+    pad_token_id: _Ids = None
+    head_dim: Count | None = None
+    hidden_size: Count | None = None
+    max_position_embeddings: Count | None = None
+    num_attention_heads: Count | None = None
+    num_hidden_layers: Count | None = None
+    num_key_value_heads: Count | list[int] | None = None
+    vocab_size: Count | None = None
+
+
+class AdapterTypes(msgspec.Struct):
+    """Types of what is read of adapter_config.json."""
+
+    r: Count = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[str, Count] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    base_model_name_or_path: str | None = None
+
+
+class _Config(_Types):
+    model_type: str | None = None
+    text_config: _Types | None = None
 
 
 @dataclass(frozen=True)
@@ -84,21 +128,32 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
         elif (folder / "adapter_config.json").is_file():
             hint = "it is an adapter: give the model that it belongs to"
         raise InputError(f"{shown} has no config.json: it is no transformers folder", hint)
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise InputError(f"{folder / 'config.json'} names no model_type", "get the model again")
+    config = read_config(folder)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
         raise InputError(
             f"{shown} is quantised already ({method})", "give the 16-bit model: training quantises it itself"
         )
     weights = _weights(folder, shown)
-    for path in weights:
-        check_safetensors(path)
+    tensors = sum(map(check_safetensors, weights))
+    layers = (config.get("text_config") or config).get("num_hidden_layers") or 0
+    if layers > tensors:
+        raise InputError(
+            f"{folder / 'config.json'}: num_hidden_layers is {layers:,}, the weights are {tensors:,} tensors",
+            "get the model again",
+        )
     if not (folder / "tokenizer.json").is_file():
         files = f"into it, from {converts('AutoTokenizer', folder)}"
         raise InputError(f"{shown} has no tokenizer.json", f"put tokenizer.json {files}")
     return Folder(folder, config, weights)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of `folder`. Raises InputError that names the key of a value of the wrong type or size."""
+    config = read_json(folder / "config.json", required=True, types=_Config)
+    if not config.get("model_type"):
+        raise InputError(f"{folder / 'config.json'} names no model_type", "get the model again")
+    return config
 
 
 def _weights(folder: Path, shown: str) -> tuple[Path, ...]:
@@ -124,8 +179,8 @@ def _weights(folder: Path, shown: str) -> tuple[Path, ...]:
     raise InputError(f"{shown} has no model.safetensors", "get the model again, with its weights")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise InputError unless the header of `path` is one that native code can be given.
+def check_safetensors(path: Path) -> int:
+    """The number of tensors in `path`. Raises InputError unless native code can be given its header.
 
     Every tensor has a known type, a shape, and exactly its bytes; they fill the file without gap or overlap
     (github.com/huggingface/safetensors, "Format"). A download that was cut off is found by the same.
@@ -155,6 +210,7 @@ def check_safetensors(path: Path) -> None:
         raise InputError(
             f"{path} has {size:,} bytes, its header says {8 + length + end:,}: it was cut off", "get it again"
         )
+    return len(spans)
 
 
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,17 +235,28 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     return offsets[0], offsets[1], name
 
 
-def read_json(path: Path, *, required: bool = False, hint: str = "get the model again") -> dict[str, Any]:
-    """The JSON object in the file; {} where there is none, unless it is required.
+def read_json(
+    path: Path,
+    *,
+    required: bool = False,
+    hint: str = "get the model again",
+    types: type[msgspec.Struct] | None = None,
+) -> dict[str, Any]:
+    """The JSON object in the file; {} where there is none, unless it is required. types: those of its values.
 
     Raises InputError, with `hint`, for anything else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig")) if required or path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}", hint) from error
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a JSON object", hint)
+    try:
+        if types is not None:
+            msgspec.convert(data, types)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: {error}", hint) from error
     return data
 
 

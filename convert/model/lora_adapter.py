@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from convert.model import chat_format
 from convert.model.dequantized_base import Rows, spans
-from convert.model.hf_folder import check_safetensors, read_json
+from convert.model.hf_folder import AdapterTypes, check_safetensors, read_json
 from edge.artefact import manifest
 from edge.errors import InputError
 
@@ -142,7 +142,7 @@ def scaling(config: dict[str, Any], layer: str) -> float:
         for key, value in (config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", layer):
                 return float(value)
-        return float(config[default])
+        return float(config.get(default, 8))  # peft's own default
 
     rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -158,7 +158,7 @@ def read_adapter(folder: Path) -> Adapter:
                 "if you trust where it comes from, load it with peft and save_pretrained it as safetensors",
             )
         raise InputError(f"{folder} lacks {path.name} or {weights.name}", _AGAIN)
-    config = read_json(path, hint=_AGAIN)
+    config = read_json(path, hint=_AGAIN, types=AdapterTypes)
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"{path}: an adapter of the type {config.get('peft_type')!r} cannot be merged",
@@ -229,7 +229,7 @@ def known_adapter(folder: Path) -> manifest.Manifest:
             )
         return known
     path = folder / "adapter_config.json"
-    base = str(read_json(path, hint=_AGAIN).get("base_model_name_or_path") or "")
+    base = read_json(path, hint=_AGAIN, types=AdapterTypes).get("base_model_name_or_path")
     if not base:
         raise InputError(f"{path} does not name its base model", _AGAIN)
     known = manifest.Manifest("adapter", folder.resolve().name, base, settings={"model_name_or_path": base})

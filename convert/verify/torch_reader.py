@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.model import chat_format
-from convert.model.hf_folder import read_json
+from convert.model.hf_folder import read_config
 from convert.verify.reader import Reader
 from edge.artefact import manifest
 from edge.backends.base import Logits
@@ -31,7 +31,7 @@ class TorchReader(Reader):
             kind = "NF4 + LoRA" if record.settings.get("quantized") else "base + LoRA"
         else:
             self._format, self.slowness = chat_format.load(path), 1
-        config = read_json(self._base / "config.json")
+        config = read_config(self._base)
         if self._adapter is None:
             kind = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         super().__init__(

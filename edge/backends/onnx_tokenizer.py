@@ -45,8 +45,8 @@ class Vocabulary:
                 f"{path} is missing, or too large to be a tokenizer",
                 "export again: edge export onnx RUN --overwrite",
             )
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             described: dict[str, Any] = json.loads(text)
             # The first parses control tokens, the second reads them as plain text.
             self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
@@ -126,7 +126,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}", "export again: edge export onnx RUN") from error
     return data if isinstance(data, dict) else {}
 

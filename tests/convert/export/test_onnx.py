@@ -44,7 +44,7 @@ def run_folder(tmp_path: Path) -> Path:
     tiny_onnx.write(merged)
     for name in ("tiny.onnx", "tiny.onnx.data"):
         (merged / name).unlink()
-    safetensors(merged / "model.safetensors", bytes(1000))
+    safetensors(merged / "model.safetensors", bytes(1000), empty=tiny_onnx.LAYERS)
     config = {
         "model_type": "llama",
         "num_hidden_layers": tiny_onnx.LAYERS,

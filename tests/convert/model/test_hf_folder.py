@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.model.hf_folder import check_folder, check_safetensors
+from convert.model import chat_format
+from convert.model.hf_folder import AdapterTypes, check_folder, check_safetensors, read_json
 from edge.errors import InputError
+from tests.support import toy
 
 HEADER: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
@@ -103,3 +106,77 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
     with pytest.raises(InputError, match="pickle") as caught:
         check_folder(folder)
     assert "save_pretrained" in caught.value.hint and "AutoModelForCausalLM" in caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make_model(tmp_path_factory.mktemp("模型") / "toy")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("model_type", [None, 3]),
+        ("eos_token_id", ["x", [1, "x"], 1.5]),
+        ("auto_map", [5, {"AutoConfig": 5}]),
+        ("quantization_config", ["int4"]),
+        ("text_config", [3, {"num_attention_heads": 0}]),
+        ("architectures", ["LlamaForCausalLM"]),
+        ("torch_dtype", [16]),
+        *((f"num_{name}", [0, -1, "4", 2.0, True]) for name in ("attention_heads", "hidden_layers")),
+        ("num_hidden_layers", [1_000_000]),
+        *((name, [0, 2**40]) for name in ("hidden_size", "vocab_size", "max_position_embeddings")),
+    ],
+)
+def test_a_wrong_value_of_config_json_is_named(
+    toy_folder: Path, tmp_path: Path, key: str, values: list[Any]
+) -> None:
+    shutil.copytree(toy_folder, tmp_path, dirs_exist_ok=True)
+    config = check_folder(tmp_path).config
+    for value in values:
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
+        with pytest.raises(InputError, match=rf"config\.json.*{key}"):
+            check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_json_too_deep_is_named(toy_folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(toy_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(InputError, match=name):
+        chat_format.load(check_folder(tmp_path).path)
+
+
+def test_end_tokens_that_are_no_ids_are_named(toy_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id"):
+        chat_format.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 0),
+        ("r", None),
+        ("lora_alpha", "x"),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", []),
+        ("base_model_name_or_path", {}),
+    ],
+)
+def test_a_wrong_value_of_adapter_config_json_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "adapter_config.json"
+    right = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}, "base_model_name_or_path": None}
+    path.write_text(json.dumps(right), encoding="utf-8")
+    assert read_json(path, types=AdapterTypes) == right
+    path.write_text(json.dumps(right | {key: value}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"adapter_config\.json.*\$\.{key}"):
+        read_json(path, types=AdapterTypes)
+
+
+def test_a_chat_template_of_another_encoding_is_named(toy_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_bytes("你".encode("gbk"))
+    with pytest.raises(InputError, match=r"chat_template\.jinja is not UTF-8"):
+        chat_format.load(tmp_path)
