@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -33,7 +35,13 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a command; every error that a user can meet becomes a message and an exit code."""
     utf8_console()
     try:
-        return run(argv)
+        try:
+            return run(argv)
+        except KeyboardInterrupt:
+            # A second one ends the process at once, and without a traceback.
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise
     except EdgeError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

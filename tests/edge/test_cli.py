@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -59,8 +60,28 @@ def test_an_unknown_verb_is_named() -> None:
 def test_errors_become_messages(
     error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert console.guarded(raising(error), []) == code
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert console.guarded(raising(error), []) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C there")
+def test_a_second_ctrl_c_ends_the_process_without_a_traceback() -> None:
+    code = """
+import signal
+from edge import console
+
+def run(argv):
+    raise KeyboardInterrupt
+
+console._fail = lambda *_: signal.raise_signal(signal.SIGINT)
+console.guarded(run, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_t6_the_console_never_raises_under_another_locale(tmp_path: Path) -> None:
