@@ -27,6 +27,7 @@ from rich.progress import (
 from convert.model.hf_folder import PATTERNS, check_folder, converts
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UnavailableError
+from edge.machine import proxies
 
 DEFAULT = "smollm2-135m-instruct"  # the embedded model
 LARGE = 16 * 2**20  # bytes from which a file is worth resuming
@@ -204,4 +205,6 @@ def _refuse(name: str, revision: str | None, error: Exception) -> NoReturn:
     said = f"HTTP {response.status_code}" if response is not None else " ".join(str(cause).split())[:300]
     if response is not None and response.status_code in (401, 403):
         hint = "`hf auth login` with an account that may read it, or set HF_TOKEN"
+    elif response is None:
+        hint = proxies.problem("socksio") or hint
     raise UnavailableError(f"{name} could not be downloaded from {endpoint}: {said}", hint) from error

@@ -36,14 +36,22 @@ class Entry:
 
 
 class PrefixStore:
-    """The prefixes of one model in `folder`, at most `limit` bytes of them, the oldest removed first."""
+    """The prefixes of one model in `folder`, at most `limit` bytes of them, the oldest removed first.
+
+    A folder that cannot be written is said once; what lies in it is read all the same.
+    """
 
     def __init__(self, folder: Path, key: str, limit: int) -> None:
         self._folder = folder
         self._key = key
         self._limit = limit
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        self._entries: list[Entry] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        except OSError as error:
+            self._keep_no_more(error)
+            return
         self._entries = [entry for path in paths if (entry := self._open(path))]
 
     def __len__(self) -> int:
@@ -84,12 +92,17 @@ class PrefixStore:
                 handle.writelines((line, tokens.tobytes(), cells))
             partial.replace(path)
         except OSError as error:
-            log.warning("a prefix could not be kept: %s", error)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            self._keep_no_more(error)
             return False
         self._entries.append(Entry(path, tokens.copy(), len(line) + tokens.nbytes, checksum))
         self._trim()
         return True
+
+    def _keep_no_more(self, error: OSError) -> None:
+        log.warning("no prompt prefixes are kept until the next start: %s: %s", self._folder, error.strerror)
+        self._limit = 0
 
     def _open(self, path: Path) -> Entry | None:
         try:

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     # Late: --help and a wrong argument need none of it.
     from edge.loading import load_plan, tune_results
+    from edge.machine import hardware
 
     kinds = (args.backend,) if args.backend else tuple(find.SUFFIXES)
     for artefact in find.candidates(args.path, kinds):
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         asked = load_plan.plan(artefact, options).settings
         path = tune_results.kept_path(artefact.path, asked)
         if args.redo or not tune_results.read(path):
+            hardware.writable_cache(path.parent.name)  # before minutes of work for a result that is lost
             path.unlink(missing_ok=True)
             note = _measure(artefact.path, asked)
             if not tune_results.read(path):

@@ -8,20 +8,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edge.artefact import manifest
 from edge.backends import llamacpp, onnx
+from edge.errors import UnavailableError
 from edge.loading.tune_trials import STREAMS, Speed
 from edge.machine import build_llamacpp, hardware
+
+_MEASURING = {"state": "measuring"}
+log = logging.getLogger("edge")
 
 Settings = TypeVar("Settings", llamacpp.Settings, onnx.Settings)
 
 
 def kept_path(artefact: Path, asked: llamacpp.Settings | onnx.Settings) -> Path:
-    """The file that keeps what was measured of the artefact, loaded as `asked`."""
+    """The file that keeps what was measured of the artefact, loaded as `asked`.
+
+    Raises UnavailableError where there is no cache.
+    """
     stat = artefact.stat()
     key = [artefact.name, stat.st_size, stat.st_mtime_ns, hardware.cpu_model()]
     streams = min(STREAMS, asked.slots)
@@ -49,23 +57,32 @@ def speed(artefact: Path, asked: llamacpp.Settings | onnx.Settings) -> Speed | N
 def tuned(artefact: Path, asked: Settings, measure: Callable[[], dict[str, Any]]) -> Settings:
     """`asked` with the fastest choice, measured now unless it was before. Its `tuned` says when, or why not.
 
-    measure: gives `Trials.result`. Raises what it raises, but for TimeoutError.
+    measure: gives `Trials.result`. Raises what it raises, but for TimeoutError. Nothing is measured where the
+    result cannot be kept: it would be measured at each start.
     """
-    path = kept_path(artefact, asked)
-    result = _read(path)
+    try:
+        path = kept_path(artefact, asked)
+        result = _read(path)
+        if not result:
+            hardware.writable_cache(path.parent.name)
+    except UnavailableError as error:
+        log.warning("%s is served untuned: %s", artefact.name, error)
+        return dataclasses.replace(asked, tuned=f"skipped: {error.message}")
     if result.get("state") == "measuring":
         # The process died while it measured: serve with what is asked for rather than die again.
         return dataclasses.replace(asked, tuned="skipped: the last attempt did not end")
     if result.get("state") != "measured":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, {"state": "measuring"})
+        _write(path, _MEASURING)
         try:
             result = {"state": "measured", **measure()}
         except TimeoutError as error:
             return dataclasses.replace(asked, tuned=f"skipped: {error}")
         finally:
             path.unlink(missing_ok=True)
-        _write(path, result)
+        try:
+            _write(path, result)
+        except OSError as error:
+            log.warning("what was measured of %s is not kept: %s", artefact.name, error)
     choice = {name: value for name, value in result["chosen"].items() if hasattr(asked, name)}
     note = f"measured {result['date']} in {result['seconds']} s"
     return dataclasses.replace(asked, **choice, tuned=note)
@@ -73,10 +90,11 @@ def tuned(artefact: Path, asked: Settings, measure: Callable[[], dict[str, Any]]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return result
+    measured = isinstance(result, dict) and isinstance(result.get("chosen"), dict)
+    return result if measured or result == _MEASURING else {}
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -204,9 +204,9 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
     if kept and not force:
         console.print(f"llama.cpp: the wheel for this machine is in the cache ({folder})")
         return kept[0]
+    hardware.writable_cache("wheels")
     archive = sdist_archive()
     install_tools()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     manifest.check_free(folder.parent, 2 * 2**30)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work, tempfile.TemporaryDirectory() as extra:
         built, csrc = Path(work) / "wheel", Path(extra) / CSRC.name

@@ -16,7 +16,7 @@ from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, hardware
 from edge.machine.cuda_libraries import gpu_remedy, missing_library
-from edge.machine.llamacpp_source import BUILD, CONSTRAINTS, PACKAGE
+from edge.machine.llamacpp_source import BUILD, CONSTRAINTS, PACKAGE, STOCK
 
 EXTRAS = ("serve", "onnx", "train", "export-onnx", "bench", "dev")
 
@@ -54,6 +54,10 @@ def _machine(machine: dict[str, Any]) -> Iterator[Item]:
     free = shutil.disk_usage(".").free
     todo = "" if free > 10 * 2**30 else "free some disk space: a run takes up to 10 GiB"
     yield Item("machine", "disk here", f"{_gib(free)} free", todo)
+    try:
+        yield Item("machine", "cache", f"{hardware.writable_cache('').absolute()} can be written")
+    except UnavailableError as error:
+        yield Item("machine", "cache", f"{error.message}: nothing is tuned or built", error.hint)
 
 
 def _gpus(gpus: list[hardware.GPU]) -> Iterator[Item]:
@@ -87,7 +91,7 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         return
     info = build_llamacpp.build_info()
     if not info:
-        text = f"{installed}, not built by `{BUILD}`: flags unknown, not checked"
+        text = f"{installed}, {STOCK}"
         yield Item(group, PACKAGE, text, BUILD)
         return
     flags = [f"{name}={value}" for name, value in sorted(info["defines"].items()) if "LLAMA" not in name]

@@ -14,12 +14,15 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from edge.errors import UnavailableError
 
 ROOT = Path("/")
 # CPU features that decide which kernels run, by their names in /proc/cpuinfo.
@@ -28,6 +31,11 @@ FLAGS = (
     "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sme",
 )  # fmt: skip
+
+# Platform -> the variable that moves the folder for caches, and where it lies in the home folder.
+_CACHES = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("HOME", "Library/Caches")}
+_CACHE_VARIABLE, _CACHE_FOLDER = _CACHES.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+_CACHE_HINT = f"set {_CACHE_VARIABLE} to a folder that can be written"
 
 
 @dataclass(frozen=True)
@@ -259,16 +267,31 @@ def _sysctl(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for edge (not created): XDG, ~/Library/Caches or %LOCALAPPDATA%."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        if not Path(base).is_absolute():  # the specification: a relative path is to be ignored
-            base = str(Path.home() / ".cache")
-    return Path(base) / "edge"
+    """The user's cache folder for edge (not created): XDG, ~/Library/Caches or %LOCALAPPDATA%.
+
+    Raises UnavailableError where this user has no home folder.
+    """
+    base = Path("" if sys.platform == "darwin" else os.environ.get(_CACHE_VARIABLE, ""))
+    if not base.is_absolute():  # XDG's specification: a relative path is to be ignored
+        try:
+            base = Path.home() / _CACHE_FOLDER
+        except RuntimeError as error:
+            raise UnavailableError("this user has no home folder to keep results in", _CACHE_HINT) from error
+    return base / "edge"
+
+
+def writable_cache(name: str) -> Path:
+    """The folder `name` of the cache, created. Raises UnavailableError where it cannot be written."""
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))  # an empty file can be made on a full disk, too
+    except OSError as error:
+        raise UnavailableError(
+            f"{folder} cannot be written: {error.strerror}", f"free some space, or {_CACHE_HINT}"
+        ) from error
+    return folder
 
 
 def cpu_model() -> str:

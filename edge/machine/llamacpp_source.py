@@ -15,11 +15,13 @@ from pathlib import Path
 
 from edge.artefact import manifest
 from edge.errors import InputError, UnavailableError
-from edge.machine import hardware
+from edge.machine import hardware, proxies
 
 PACKAGE = "llama-cpp-python"
 # The command that builds it for this machine.
 BUILD = "python -m edge.machine.build_llamacpp"
+# What is said of one that came from elsewhere.
+STOCK = f"stock: not built by `{BUILD}`, so its flags are unknown and it was not checked"
 VERSION = "0.3.36"  # as in constraints.txt; the digest below belongs to it
 SDIST = f"llama_cpp_python-{VERSION}"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -30,13 +32,14 @@ CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 def sdist_archive() -> Path:
     """The pinned sdist as a tar file in the user's cache, fetched once and checked by sha256.
 
-    Raises InputError where the digest differs, UnavailableError where pip cannot fetch it.
+    Raises InputError where the digest differs, UnavailableError where pip cannot fetch it or the cache cannot
+    be written.
     """
     target = hardware.cache_dir() / "sdist" / f"{SDIST}.tar.gz"
     if target.is_file() and manifest.file_digest(target) == SDIST_SHA256:
         return target
     install_tools()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    hardware.writable_cache("sdist")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         manifest.check_free(target.parent, 400 * 2**20)
         command = ["download", "--no-deps", "--no-build-isolation", "--no-binary", PACKAGE]
@@ -57,6 +60,7 @@ def sdist() -> Path:
     if target.is_dir():
         return target
     archive = sdist_archive()
+    hardware.writable_cache("sdist")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
@@ -98,5 +102,6 @@ def pip(arguments: list[str], doing: str) -> None:
     )
     if done.returncode != 0:
         raise UnavailableError(
-            f"{doing} failed:\n{tail(done.stderr or done.stdout)}", "check the network and pip"
+            f"{doing} failed:\n{tail(done.stderr or done.stdout)}",
+            proxies.problem("socks") or "check the network and pip",
         )

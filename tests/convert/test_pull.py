@@ -19,7 +19,7 @@ from convert.model.hf_folder import check_folder
 from edge.artefact import find, manifest
 from edge.errors import ExistsError, InputError, UnavailableError, UsageError
 from edge.machine import hardware, llamacpp_source
-from tests.support import toy
+from tests.support import tiny_gguf, toy
 from tests.support.fake_hub import FakeHub
 from tests.support.tiny_gguf import gguf
 from tests.support.tiny_safetensors import safetensors
@@ -196,8 +196,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "models").iterdir()) == []
 
 
-GGUF = {
-    "general.architecture": "llama",
+GGUF = tiny_gguf.shape("llama") | {
     "general.name": "Tiny",
     "general.file_type": 2,
     "tokenizer.ggml.eos_token_id": 7,
@@ -208,7 +207,7 @@ GGUF = {
 
 def test_a_gguf_file_becomes_a_folder_to_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "тест 模型.gguf"
-    path.write_bytes(gguf(GGUF, []))
+    path.write_bytes(gguf(GGUF, tiny_gguf.ONE_TENSOR, 4))
     assert pull.main([str(path), "--out", str(tmp_path / "m")]) == 0
     assert "training needs a transformers folder" in capsys.readouterr().out
     found = find.resolve(tmp_path / "m")
@@ -411,6 +410,12 @@ def test_a_damaged_part_is_found_out(folder: Path, tmp_path: Path) -> None:
             "org/tiny", [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids", marks=pytest.mark.slow
         ),
         ("org/tiny", [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "set HF_ENDPOINT to a mirror"),
+        (
+            "org/tiny",
+            [],
+            {"ALL_PROXY": "socks://127.0.0.1:7891/", "NO_PROXY": ""},
+            "ALL_PROXY names a socks:// proxy",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_words(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,32 @@ def test_the_oldest_make_room(tmp_path: Path) -> None:
     found = PrefixStore(tmp_path, "m", 2500).best(np.full(99, 4, np.int32))
     assert found is not None
     assert found[0] == 64
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    store = PrefixStore(tmp_path / "file" / "kv", "m", LIMIT)
+    for start in range(3):
+        assert not store.save(np.arange(start, start + 99, dtype=np.int32), b"x")
+    assert len(caplog.records) == 1 and "file/kv" in caplog.text and len(store) == 0
+
+
+def test_a_full_disk_is_said_once_and_what_lies_there_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = np.arange(99, dtype=np.int32)
+    store = PrefixStore(tmp_path, "m", LIMIT)
+    assert store.save(first, b"x")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    for start in (100, 200):
+        assert not store.save(np.arange(start, start + 99, dtype=np.int32), b"x")
+    assert len(caplog.records) == 1 and "No space left" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 1
+    found = store.best(first)
+    assert found is not None and store.read(found[1]) == b"x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_s11_a_build_that_does_not_load(machine: dict[str, Any]) -> None:
 
 def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     machine["info"] = {}
-    assert "not built by" in item(doctor.PACKAGE).found
+    assert "stock: not built by" in item(doctor.PACKAGE).found
     machine["version"] = {}
     assert item(doctor.PACKAGE) == doctor.Item("llama.cpp", doctor.PACKAGE, "not installed", doctor.BUILD)
 
@@ -114,3 +115,13 @@ def test_both_forms_print(machine: dict[str, Any], capsys: pytest.CaptureFixture
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
     assert "threads used" in text and "RTX [4060]" in text
+
+
+def test_u12_a_cache_that_cannot_be_written(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
+    assert item("cache") == doctor.Item("machine", "cache", f"{tmp_path} can be written")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path / "file" / "edge")
+    assert "cannot be written: " in item("cache").found and "set " in item("cache").todo

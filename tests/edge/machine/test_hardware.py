@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edge.errors import UnavailableError
 from edge.machine import hardware
 from edge.machine.hardware import Core, linux_cores, usable_threads
 
@@ -169,3 +170,23 @@ def test_describe_is_consistent() -> None:
     assert 1 <= found["threads"] <= found["logical_cpus"]
     assert 0 < found["memory_available"] <= found["memory_total"]
     assert found["cpu"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path / "edge")
+    assert hardware.writable_cache("tune") == tmp_path / "edge" / "tune"
+    assert list((tmp_path / "edge" / "tune").iterdir()) == []
+    (tmp_path / "edge" / "wheels").write_text("a file")
+    with pytest.raises(UnavailableError, match=r"wheels cannot be written: .+\n  .*set "):
+        hardware.writable_cache("wheels")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(UnavailableError, match="no home folder"):
+        hardware.writable_cache("tune")
