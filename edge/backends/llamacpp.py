@@ -25,6 +25,7 @@ from edge.backends.base import FULL, BackendInfo, Logits, Row, SlotBackend, Step
 from edge.backends.llamacpp_embedding import Embedder, filled
 from edge.backends.llamacpp_threads import ThreadController
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.machine import build_llamacpp
 from edge.machine.llamacpp_source import BUILD
 
 # Shorter steps end soon enough by themselves; a callback at each node of the graph costs a little.
@@ -228,6 +229,7 @@ class LlamaCpp(SlotBackend):
         ends = {i for i in range(size) if lib.llama_vocab_is_eog(vocab, i)}
         bos, eos = lib.llama_vocab_bos(vocab), lib.llama_vocab_eos(vocab)
         template = lib.llama_model_chat_template(self._model.pointer, None)
+        build = lib.llama_print_system_info().decode("utf-8", "replace").strip()
         return BackendInfo(
             kind="llamacpp",
             name=self._model.path.name,
@@ -257,7 +259,7 @@ class LlamaCpp(SlotBackend):
                 "batch": str(settings.batch),
                 "tuned": settings.tuned,
                 "gpu_layers": str(settings.gpu_layers),
-                "build": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
+                "build": build if build_llamacpp.build_info() else f"stock ({build})",
             },
         )
 

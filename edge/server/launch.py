@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from edge.machine.llamacpp_source import PACKAGE, STOCK
 from edge.server.access import Access
 from edge.server.app import create_app
 from edge.server.model_registry import Planned, Registry
@@ -80,11 +81,12 @@ async def _serve(listener: socket.socket, registry: Registry, access: Access, dr
 
 def _ready_line(model: ServedModel) -> str:
     ready = model.ready
+    stock = f"\n{PACKAGE} is {STOCK}" if ready.settings.get("build", "").startswith("stock") else ""
     return (
         f"ready in {model.engine.load_s:.1f} s on {ready.device} ({ready.why}) "
         f"by {ready.settings.get('chosen', ready.kind)}, "
         f"{ready.settings.get('threads', '?')} threads, context {ready.context}, "
-        f"{ready.slots} requests at once"
+        f"{ready.slots} requests at once{stock}"
     )
 
 

@@ -18,7 +18,7 @@ from edge.engine.core import Engine
 from edge.engine.request import prompt_tokens
 from edge.engine.sampling import Params
 from edge.errors import EdgeError, InputError
-from edge.machine import hardware
+from edge.machine import build_llamacpp, hardware
 from tests.support import tiny_llama
 from tests.support.tiny_llama import VOCAB, ids
 
@@ -50,6 +50,14 @@ def test_what_it_says_of_itself(backend: LlamaCpp) -> None:
     assert info.stop_ids >= {2, tiny_llama.END}
     assert (info.bos_id, info.bos_text, info.eos_text, info.add_bos) == (1, "<s>", "</s>", True)
     assert info.chat_template == tiny_llama.TEMPLATE
+
+
+def test_u31_a_build_from_elsewhere_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for info, stock in ({"version": "0.3.36"}, False), ({}, True):
+        monkeypatch.setattr(build_llamacpp, "build_info", lambda info=info: info)
+        backend = LlamaCpp(model, SMALL)
+        assert backend.info.settings["build"].startswith("stock (") is stock
+        backend.close()
 
 
 def test_encode_and_decode(backend: LlamaCpp) -> None:

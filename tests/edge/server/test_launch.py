@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from edge.server import launch
 from tests.support.fake_server import CHAT, error, fake_server, user
 
 
@@ -72,3 +75,13 @@ def test_a_model_that_cannot_load_ends_the_server_with_its_reason() -> None:
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
     assert done.returncode == 1
     assert "3 times while loading" in done.stderr
+
+
+@pytest.mark.parametrize("build", ["stock (CPU : AVX2 = 1)", "CPU : AVX2 = 1"])
+def test_u31_a_build_from_elsewhere_is_said_at_the_start(build: str) -> None:
+    ready = SimpleNamespace(
+        device="cpu", why="", kind="llamacpp", context=1, slots=1, settings={"build": build}
+    )
+    model: Any = SimpleNamespace(ready=ready, engine=SimpleNamespace(load_s=0.1))
+    lines = launch._ready_line(model).splitlines()
+    assert lines[1:] == ([f"{launch.PACKAGE} is {launch.STOCK}"] if build.startswith("stock") else [])
