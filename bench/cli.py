@@ -197,7 +197,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
 
 
 def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | None:
-    """What the target reads for a token; None where that cannot be told."""
+    """What the target reads for a token; None where that is not known."""
     if target.stage == "gguf":
         return roofline.of_gguf(header)
     if target.stage == "merged":

@@ -109,10 +109,10 @@ def answers(model: Path, questions: list[Question], log: Path) -> list[str]:
                 status, body = asyncio.run(get(server.url, path, limit=120.0))
             except (OSError, TimeoutError, ProtocolError) as error:
                 raise EdgeError(f"no answer to '{question.text}': {error!r}", server.log_tail()) from error
-            said: dict[str, Any] = json.loads(body)
+            answer: dict[str, Any] = json.loads(body)
             if status != 200:
-                raise EdgeError(f"'{question.text}' was answered with HTTP {status}: {said}")
-            found.append(str(said["generate_text"]).strip())
+                raise EdgeError(f"'{question.text}' was answered with HTTP {status}: {answer}")
+            found.append(str(answer["generate_text"]).strip())
         return found
 
 

@@ -242,7 +242,7 @@ def warm(part: Measured, server: Running, reads: dict[int, int]) -> float:
     EdgeError is raised where an answer is not whole or a prompt has another number of tokens.
     """
     target = part.target
-    part.unforced = "" if target.forced else "it cannot be told to go on after an end token"
+    part.unforced = "" if target.forced else "it cannot be made to go on after an end token"
     rate = 1.0
     for job in prompts.make(2, WARM_TOKENS, seed=SEED + 1):
         sample = asyncio.run(ask(server.url, target.dialect, job))

@@ -25,7 +25,7 @@ PAUSE_S = 0.3
 class Rates:
     """Tokens/s: of all that was asked for, prompts included; while all streams decoded; of reading prompts.
 
-    memory_share: decoding over the most that the memory allows. None where it cannot be told.
+    memory_share: decoding over the most that the memory allows. None where it is not known.
     """
 
     total: float
@@ -118,7 +118,7 @@ def rows(case: Case, rates: Mapping[str, Sequence[Rates]]) -> list[Row]:
 
 
 def shown(results: Sequence[Rates]) -> str:
-    """The medians of several rounds in words; what no round told is left out."""
+    """The medians of several rounds in words; what no round measured is left out."""
     words = []
     for name in ("total", "decode", "prefill"):
         values = [value for result in results if (value := getattr(result, name)) is not None]

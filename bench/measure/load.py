@@ -1,8 +1,8 @@
-"""The load generator: N clients in a closed loop, or requests that arrive whether or not others are answered.
+"""The load generator: N clients in a closed loop, or requests at random times (open loop).
 
-In the closed loop each client sends its next request when its last answer is complete. Every piece of an
-answer is stamped when its bytes arrive; the stamps are kept, so that any figure can be computed afterwards
-(see bench.measure.metrics). A probe asks `/health` meanwhile.
+In the closed loop each client sends its next request when its last answer is complete. The time at which each
+piece of an answer arrives is kept, so that any figure can be computed afterwards (see bench.measure.metrics).
+A probe asks `/health` meanwhile.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _READ = 65536
 
 @dataclass(frozen=True)
 class Part:
-    """What one event or a whole answer says. tokens None: as many as `completion_tokens` says.
+    """The content of one event or of a whole answer. tokens: None for as many as `completion_tokens`.
 
-    at_limit: it ended because it has the tokens that were asked for, however the server counts them.
+    at_limit: it ended at the number of tokens that was asked for, however the server counts them.
     """
 
     text: str = ""
@@ -42,9 +42,9 @@ class Part:
 
 
 class Dialect(Protocol):
-    """How a server is asked for a fixed number of greedy tokens after a raw prompt, and how it answers.
+    """How to ask a server for a fixed number of greedy tokens after a raw prompt, and how to read its answer.
 
-    key: the secret that it is sent as a bearer token, "" for none.
+    key: the bearer token, "" for none.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Dialect(Protocol):
     def ask(self, job: Job) -> tuple[str, str, Any]:
         """(method, path with query, JSON body or None)."""
 
-    def read(self, said: dict[str, Any]) -> Part:
+    def read(self, answer: dict[str, Any]) -> Part:
         """One event's JSON object, or the whole answer's where the server does not stream."""
 
 
@@ -70,16 +70,16 @@ class Ours:
         allowed = {"cache_prompt": job.reuse, "speculate": job.speculate}
         return "POST", "/generate", body | allowed | {"ignore_eos": True, "stream": True}
 
-    def read(self, said: dict[str, Any]) -> Part:
-        if "error" in said:
-            return Part(error=str(said["error"].get("message", said["error"])))
-        usage = said.get("usage", {})
+    def read(self, answer: dict[str, Any]) -> Part:
+        if "error" in answer:
+            return Part(error=str(answer["error"].get("message", answer["error"])))
+        usage = answer.get("usage", {})
         return Part(
-            text=said.get("text", ""),
-            tokens=said.get("tokens", 0),
+            text=answer.get("text", ""),
+            tokens=answer.get("tokens", 0),
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
-            finish=said.get("finish_reason", ""),
+            finish=answer.get("finish_reason", ""),
         )
 
 
@@ -102,10 +102,10 @@ class Baseline:
     def ask(self, job: Job) -> tuple[str, str, Any]:
         return "GET", "/generate?" + urlencode({"prompt": job.prompt, "max_new_tokens": job.tokens}), None
 
-    def read(self, said: dict[str, Any]) -> Part:
-        usage = said["usage"]
+    def read(self, answer: dict[str, Any]) -> Part:
+        usage = answer["usage"]
         return Part(
-            text=said["generate_text"],
+            text=answer["generate_text"],
             tokens=None,
             prompt_tokens=usage["prompt_tokens"],
             completion_tokens=usage["completion_tokens"],
@@ -117,7 +117,7 @@ Seen = Callable[[int], None]
 
 
 def _unseen(_: int) -> None:
-    """Nobody looks on."""
+    """The default of `seen`."""
 
 
 async def closed_loop(
@@ -132,7 +132,7 @@ async def closed_loop(
     """Run all `jobs` from `clients` connections at once; a sample for each, in the order of their ends.
 
     limit: seconds for one answer. A request that fails is a sample with an error; nothing is raised.
-    seen: told of each piece of text how many tokens it has, as far as that is known by then.
+    seen: called with the number of tokens of each piece of text, as far as it is known by then.
     """
     waiting = deque(jobs)
     samples: list[Sample] = []

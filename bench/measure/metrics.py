@@ -10,7 +10,7 @@ tokens in it. A server that does not stream has one event, its whole answer.
 
 Rates are of complete answers, over the wall time from the first request to the last end: output tokens, or in
 total with those of the prompts. An answer that stopped early, or failed, is counted apart and never enters a
-figure. docs/benchmarks.md says the same in words.
+figure. docs/benchmarks.md has the same definitions.
 """
 
 from __future__ import annotations
@@ -163,9 +163,9 @@ def interval(
     # Of many values fewer draws tell as much: the gaps of one run are thousands.
     draws = min(draws, max(200, 1_000_000 // len(data)))
     rows = data[np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))]
-    found = statistic(rows, 1)
+    values_of_draws = statistic(rows, 1)
     tail = (1 - confidence) / 2 * 100
-    return float(np.percentile(found, tail)), float(np.percentile(found, 100 - tail))
+    return float(np.percentile(values_of_draws, tail)), float(np.percentile(values_of_draws, 100 - tail))
 
 
 @dataclass(frozen=True)

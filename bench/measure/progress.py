@@ -1,6 +1,6 @@
-"""What a measurement does at this moment: a table that changes on a terminal, plain lines elsewhere.
+"""Progress of a measurement: a live table on a terminal, plain lines elsewhere.
 
-It is drawn twice a second by a thread of the one who measures, which is below one percent of a core.
+A thread draws it twice a second, which takes less than one percent of a core.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class View:
         self._now: tuple[str, Case] | None = None
         self._began = 0.0
         self._tokens = 0
-        # Drawn by one thread, told by another.
+        # One thread draws, another reports.
         self._lock = threading.RLock()
 
     def __enter__(self) -> View:
@@ -48,7 +48,7 @@ class View:
             self._live.stop()
 
     def say(self, phase: str) -> None:
-        """What happens between rounds."""
+        """Show what happens between rounds."""
         with self._lock:
             self._phase, self._now = phase, None
         if not self._console.is_terminal:
@@ -57,7 +57,7 @@ class View:
     def expect(
         self, names: Sequence[str], rounds: Mapping[Case, int], seconds: Mapping[tuple[str, Case], float]
     ) -> None:
-        """What is to come. seconds: a guess for one round of each target and case."""
+        """Announce the rounds. seconds: an estimate for one round of each target and case."""
         with self._lock:
             self._names, self._rounds, self._expected = list(names), dict(rounds), dict(seconds)
 
@@ -66,7 +66,7 @@ class View:
             self._now, self._began, self._tokens = (name, case), time.perf_counter(), 0
 
     def seen(self, tokens: int) -> None:
-        """Some tokens have come."""
+        """Count tokens that have come."""
         self._tokens += tokens
 
     def end(self, rate: float) -> None:
@@ -81,11 +81,11 @@ class View:
             name, case = now
             at = f"round {len(self._took[now])} of {self._rounds[case]}"
             left = f"about {_clock(self.left())} left"
-            line = f"{name}: {_said(case)}, {at}: {rate:.1f} tokens/s; {left}"
+            line = f"{name}: {_case_title(case)}, {at}: {rate:.1f} tokens/s; {left}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def left(self) -> float:
-        """Seconds that the rounds still take, by those that were, or by the guess."""
+        """Seconds that the rounds will still take, by those before them, or by the estimate."""
         total = 0.0
         with self._lock:
             for case, rounds in self._rounds.items():
@@ -109,7 +109,7 @@ class View:
         number = len(self._took.get(self._now, [])) + 1
         rate = f"{self._tokens / seconds:.1f} tokens/s" if self._tokens else "no token yet"
         return (
-            f"{name}: {_said(case)}, round {number} of {self._rounds[case]}, {rate}; "
+            f"{name}: {_case_title(case)}, round {number} of {self._rounds[case]}, {rate}; "
             f"about {_clock(self.left())} left"
         )
 
@@ -121,12 +121,13 @@ class View:
         for case in self._rounds:
             cells = [self._rates.get((name, case)) for name in self._names]
             table.add_row(
-                escape(_said(case)), *(f"{statistics.median(c):.1f} ({len(c)})" if c else "" for c in cells)
+                escape(_case_title(case)),
+                *(f"{statistics.median(c):.1f} ({len(c)})" if c else "" for c in cells),
             )
         return table
 
 
-def _said(case: Case) -> str:
+def _case_title(case: Case) -> str:
     return f"{case[0]}, {case[1]} client{'' if case[1] == 1 else 's'}"
 
 

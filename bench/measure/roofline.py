@@ -1,4 +1,4 @@
-"""The physical limit: how many tokens a second the memory allows, beside how many were made.
+"""The physical limit: how many tokens a second the memory's bandwidth allows.
 
 Decoding one token reads every weight once. With B bytes of weights and KV cells read per token and a read
 bandwidth of W bytes/s, one stream makes at most W / B tokens/s (Williams, Waterman, Patterson 2009: the
@@ -27,8 +27,8 @@ from edge.artefact.onnx_header import OnnxHeader
 from edge.machine import hardware
 
 KV_F16_BYTES = 2.0
-# Bytes that are read to measure the memory: more is read no faster, and need not be held; less is read faster
-# than threads can be told to begin.
+# Bytes that are read to measure the memory. More would be read no faster, less would be read faster than
+# threads can start.
 LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 
 
@@ -81,14 +81,14 @@ def bandwidth(size: int, threads: int, *, seconds: float = 1.0) -> Bandwidth:
 
 
 def reading(size: int, threads: int) -> Bandwidth:
-    """A short one, right before or after a run, of `size` bytes or of a quarter of the free memory."""
+    """A short reading, right before or after a run, of `size` bytes or a quarter of the free memory."""
     room = max(hardware.memory().available // 4, LEAST_PROBED)
     return bandwidth(min(size, room), threads, seconds=0.3)
 
 
 def better(before: Bandwidth, after: Bandwidth) -> Bandwidth:
-    """What counts of the readings around a run."""
-    return max(before, after, key=lambda one: one.best)
+    """The reading that counts, of those before and after a run."""
+    return max(before, after, key=lambda bandwidth: bandwidth.best)
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def of_merged(folder: Path, header: GGUFHeader, element: int) -> Footprint:
     count = table = 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as handle:
-            said = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        sizes = {name: math.prod(one["shape"]) for name, one in said.items() if name != "__metadata__"}
+            head = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        sizes = {name: math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__"}
         count += sum(sizes.values())
         table += sum(size for name, size in sizes.items() if name.endswith("embed_tokens.weight"))
     # A tied head is stored once, as the embedding, and read whole.
@@ -145,8 +145,8 @@ def of_onnx(header: OnnxHeader) -> Footprint | None:
     except ImportError:
         return None
     graph = onnx.load(str(header.path), load_external_data=False).graph
-    sizes = {one.name: _tensor_bytes(one) for one in graph.initializer}
-    # Of embeddings, and of the attention's table of rotations, only rows are read.
+    sizes = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}
+    # Embeddings and the rotary table are read by rows.
     readers = [node for node in graph.node if not node.op_type.startswith(("Gather", "GroupQuery"))]
     whole = {name for node in readers for name in node.input}
     weights = sum(size for name, size in sizes.items() if name in whole)
@@ -175,9 +175,9 @@ def gpu_bandwidth(size: int) -> Bandwidth | None:
     return Bandwidth(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def ceiling(found: Bandwidth, per_token: int) -> float:
+def ceiling(bandwidth: Bandwidth, per_token: int) -> float:
     """Tokens/s of one stream that the best pass of the memory allows."""
-    return found.best / per_token
+    return bandwidth.best / per_token
 
 
 def context_of(prompt_tokens: Sequence[int], output_tokens: int) -> float:

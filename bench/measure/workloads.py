@@ -1,7 +1,7 @@
-"""Workloads for measuring: seeded, described, from text that stands here.
+"""Workloads: kinds of requests, made by seed from the sentences below.
 
-Prompts of one workload differ from their first words on, so that no server can reuse the beginning of
-another, unless the workload is about just that.
+Prompts of one workload differ from their first words on, so that no server can reuse another prompt's prefix,
+unless the workload is about that.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _QUESTIONS = (
     "海边几点退潮？",
     "How far is the bridge?",
 )
-# What an assistant said before, in conversations that are told again with each turn.
+# The assistant's part of conversations, which are sent again with each turn.
 _REPLIES = (
     "The keeper says to ask again after the tide has turned.",
     "Nobody is certain, but the librarian has a map of it.",
@@ -89,8 +89,8 @@ class Workload:
     speculate: bool = False
 
     def jobs(self, count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
-        made = self.make(count, tokens, seed, first)
-        return [replace(job, reuse=self.reuse, speculate=self.speculate) for job in made]
+        jobs = self.make(count, tokens, seed, first)
+        return [replace(job, reuse=self.reuse, speculate=self.speculate) for job in jobs]
 
 
 def make(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
@@ -120,11 +120,11 @@ def _each(write: Callable[[random.Random, str], str]) -> Callable[[int, int, int
     """Jobs of one prompt each: `write` is given the job's own random numbers and a head nobody else has."""
 
     def jobs(count: int, tokens: int, seed: int, first: int) -> list[Job]:
-        made = []
+        result = []
         for index in range(first, first + count):
             draw = random.Random(f"{seed}/{index}")
-            made.append(Job(write(draw, f"{draw.randrange(1000, 10000)}."), index, tokens))
-        return made
+            result.append(Job(write(draw, f"{draw.randrange(1000, 10000)}."), index, tokens))
+        return result
 
     return jobs
 
@@ -150,17 +150,17 @@ def _shared(count: int, tokens: int, seed: int, first: int) -> list[Job]:
 
 
 def _chat(count: int, tokens: int, seed: int, first: int) -> list[Job]:
-    """Each client's conversation, told again with one more turn: all first turns, then all second ones."""
+    """Each client's conversation, sent again with one more turn: all first turns, then all second ones."""
     jobs = []
-    told = [""] * count
+    texts = [""] * count
     for turn in range(TURNS):
         for client in range(count):
             index = first + turn * count + client
             draw = random.Random(f"{seed}/{first + client}/{turn}")
             head = f"{draw.randrange(1000, 10000)}. " if not turn else ""
-            told[client] += f"{head}User: {draw.choice(_QUESTIONS)}\nAssistant:"
-            jobs.append(Job(told[client], index, tokens))
-            told[client] += f" {draw.choice(_REPLIES)}\n"
+            texts[client] += f"{head}User: {draw.choice(_QUESTIONS)}\nAssistant:"
+            jobs.append(Job(texts[client], index, tokens))
+            texts[client] += f" {draw.choice(_REPLIES)}\n"
     return jobs
 
 
@@ -180,7 +180,7 @@ WORKLOADS = {
         Workload("shared", "one text of some 500 tokens before a question each", _shared, reuse=True),
         Workload(
             "chat",
-            f"conversations of {TURNS} turns, each told again from the beginning",
+            f"conversations of {TURNS} turns, each texts again from the beginning",
             _chat,
             reuse=True,
         ),

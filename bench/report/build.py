@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.measure import metrics, roofline, workloads
+from bench.measure import metrics, process_probe, roofline, workloads
 from bench.measure.metrics import Sample
 from bench.measure.process_probe import Noise
 from bench.measure.roofline import Bandwidth, Footprint
@@ -111,11 +111,11 @@ def _command(target: Target) -> list[str]:
 
 
 def shown(value: Any) -> Any:
-    """Plain data with absolute paths cut to their last part: the rest says nothing to another reader."""
+    """Plain data with absolute paths cut to their last part, as other machines lack the rest."""
     if isinstance(value, dict):
-        return {key: shown(one) for key, one in value.items()}
+        return {key: shown(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [shown(one) for one in value]
+        return [shown(item) for item in value]
     is_path = isinstance(value, str) and "\n" not in value and len(value) < 1024 and Path(value).is_absolute()
     return Path(value).name if is_path else value
 
@@ -144,47 +144,48 @@ def _case(
 
 
 def _against(case: Case, reference: Measured, part: Measured) -> dict[str, Any]:
-    """How many times better `part` is than the reference, round by round; or why that cannot be said."""
+    """How many times better `part` is than the reference, round by round; or why they are not compared."""
     pairs = list(zip(reference.rounds[case], part.rounds[case], strict=True))
-    why = next((said for a, b in pairs if (said := different_work(reference, a, part, b))), "")
+    reasons = (different_work(reference, theirs, part, own) for theirs, own in pairs)
+    why = next(filter(None, reasons), "")
     ratios: dict[str, Any] = {}
     for name, (figure, more_is_better) in _RATIOS.items():
         theirs, own = ([figure(side.samples) for side in sides] for sides in zip(*pairs, strict=True))
-        found = metrics.ratio(*((own, theirs) if more_is_better else (theirs, own)))
-        ratios[name] = None if why or found is None else asdict(found)
+        ratio = metrics.ratio(own, theirs) if more_is_better else metrics.ratio(theirs, own)
+        ratios[name] = None if why or ratio is None else asdict(ratio)
     return {"comparable": not why, "why": why, "ratios": ratios}
 
 
 def _memory(part: Measured, gpu: Bandwidth | None) -> dict[str, Any] | None:
     """The best reading of the memory that the target's model lies in; None where there was none."""
-    read = [one.memory for rounds in part.rounds.values() for one in rounds if one.memory]
-    best = gpu if part.on_gpu else max(read, key=lambda one: one.best, default=None)
+    readings = [result.memory for rounds in part.rounds.values() for result in rounds if result.memory]
+    best = gpu if part.on_gpu else max(readings, key=lambda reading: reading.best, default=None)
     return asdict(best) if best else None
 
 
 def _ceiling(
     rounds: Sequence[Round], gpu: Bandwidth | None, footprint: Footprint | None
 ) -> dict[str, Any] | None:
-    """What the memory allows one stream, and the share of it that decoding reached (one client alone):
-    medians over the rounds, each by what the memory gave just then.
+    """The tokens/s that the memory allows one stream, and the share of it that one client's decoding reached.
 
-    Of an answer in one piece, or at one blow, only the whole time is known, its prompt included.
+    Medians over the rounds, each by the memory's bandwidth around it. Of an answer in one piece only the
+    whole time is known, its prompt included.
     """
-    if footprint is None:
-        return None
-    found = []
+    ceilings = []
     for part in rounds:
         memory, samples = gpu or part.memory, metrics.complete(part.samples)
-        if memory is None or not samples or len({one.client for one in samples}) > 1:
+        if footprint is None or memory is None or len({sample.client for sample in samples}) != 1:
             continue
-        paces = [pace for one in samples if (pace := metrics.tpot(one))]
-        wholes = [metrics.e2e(one) / one.wanted for one in samples]
-        each = statistics.median(paces or wholes)
-        read = [sample.prompt_tokens or 0 for sample in samples]
-        per_token = footprint.per_token(roofline.context_of(read, samples[0].wanted))
+        per_token_s = [seconds for sample in samples if (seconds := metrics.tpot(sample))]
+        whole_s = [metrics.e2e(sample) / sample.wanted for sample in samples]
+        seconds = statistics.median(per_token_s or whole_s)
+        prompts = [sample.prompt_tokens or 0 for sample in samples]
+        per_token = footprint.per_token(roofline.context_of(prompts, samples[0].wanted))
         most = roofline.ceiling(memory, per_token)
-        found.append({"bytes_per_token": per_token, "tokens_per_s": most, "share": 1.0 / each / most})
-    return {key: statistics.median(one[key] for one in found) for key in found[0]} if found else None
+        ceilings.append({"bytes_per_token": per_token, "tokens_per_s": most, "share": 1.0 / seconds / most})
+    if not ceilings:
+        return None
+    return {key: statistics.median(entry[key] for entry in ceilings) for key in ceilings[0]}
 
 
 def _figures(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -214,10 +215,8 @@ def different_work(slow: Measured, a: Round, fast: Measured, b: Round) -> str:
     for part, side in ((slow, a), (fast, b)):
         for sample in side.samples:
             if sample.state != "ok":
-                said = (
-                    sample.error or f"{sample.completion_tokens} of {sample.wanted} tokens ({sample.finish})"
-                )
-                return f"{part.target.name} did not finish prompt {sample.prompt}: {said}"
+                short = f"{sample.completion_tokens} of {sample.wanted} tokens ({sample.finish})"
+                return f"{part.target.name} did not finish prompt {sample.prompt}: {sample.error or short}"
     read = [{s.prompt: (s.prompt_tokens, s.completion_tokens) for s in side.samples} for side in (a, b)]
     for prompt in sorted(read[0].keys() | read[1].keys()):
         counts = [side.get(prompt) for side in read]
@@ -230,34 +229,28 @@ def different_work(slow: Measured, a: Round, fast: Measured, b: Round) -> str:
 
 
 def _warnings(report: dict[str, Any], measured: Sequence[Measured], noise: tuple[Noise, Noise]) -> list[str]:
-    said = [
-        f"the machine was not quiet {when}: {part.warning}"
-        for when, part in zip(("before", "after"), noise, strict=True)
-        if part.warning
-    ]
+    warnings = process_probe.warnings(*noise)
     tokens, asked = report["settings"]["tokens"], report["settings"]["asked_tokens"]
     if tokens != asked:
-        said.append(f"answers were shortened from {asked} to {tokens} tokens to stay within the time")
+        warnings.append(f"answers were shortened from {asked} to {tokens} tokens to stay within the time")
     if not report["together"]:
-        said.append("memory did not hold all servers: they ran one after the other, not alternately")
+        warnings.append("memory did not hold all servers: they ran one after the other, not alternately")
     for target, side in report["targets"].items():
         if side["unforced"]:
-            said.append(f"{target} cannot be forced to the number of output tokens: {side['unforced']}")
+            reason = side["unforced"]
+            warnings.append(f"{target} cannot be forced to the number of output tokens: {reason}")
         if "missing" in side["quality"]:
-            said.append(
-                f"{target}: how near it is to the merged model is not known: {side['quality']['missing']}"
-            )
+            missing = side["quality"]["missing"]
+            warnings.append(f"{target}: its distance from the merged model is not known: {missing}")
     for case in report["cases"]:
         name = f"{case['workload']}, {case['clients']} client(s)"
-        said += [f"{name}: not compared: {a['why']}" for a in case["against"].values() if a["why"]]
+        warnings += [f"{name}: not compared: {a['why']}" for a in case["against"].values() if a["why"]]
         if case["rounds"] == 1:
-            said.append(f"{name}: a single round, so the ratio has no spread")
-    busy = max(
-        (part.idle for side in measured for rounds in side.rounds.values() for part in rounds), default=0.0
-    )
-    if busy > _IDLE_LIMIT:
-        said.append(f"the server that should have been idle used {busy:.0%} of a processor")
-    return said
+            warnings.append(f"{name}: a single round, so the ratio has no spread")
+    idle = (part.idle for side in measured for rounds in side.rounds.values() for part in rounds)
+    if (busy := max(idle, default=0.0)) > _IDLE_LIMIT:
+        warnings.append(f"the server that should have been idle used {busy:.0%} of a processor")
+    return warnings
 
 
 def _quotient(a: float, b: float) -> float | None:

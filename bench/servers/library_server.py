@@ -1,4 +1,4 @@
-"""A small HTTP server around a library's own generation loop, as an honest user would write one.
+"""A small HTTP server around a library's own generation loop, as a careful user would write one.
 
     python -m bench.servers.library_server genai FOLDER --port 8002        onnxruntime-genai's Generator
     python -m bench.servers.library_server static FOLDER --port 8002       transformers with a static cache
@@ -33,12 +33,17 @@ CONTEXT = 2048
 
 
 @dataclass
-class Asked:
-    """A request that waits: its prompt's tokens, how many to make, and where its events go."""
+class Request:
+    """A waiting request: its prompt's tokens, how many to make, and what sends its events."""
 
     ids: list[int]
     tokens: int
-    say: Callable[[dict[str, Any] | None], object]
+    send: Callable[[dict[str, Any] | None], object]
+
+    def end(self) -> dict[str, Any]:
+        """The last event of a whole answer."""
+        usage = {"prompt_tokens": len(self.ids), "completion_tokens": self.tokens}
+        return {"done": True, "finish_reason": "length", "usage": usage}
 
 
 class Library(Protocol):
@@ -49,7 +54,7 @@ class Library(Protocol):
 
     def encode(self, prompt: str) -> list[int]: ...
 
-    def run(self, batch: Sequence[Asked], emit: Callable[[int, str], None]) -> None:
+    def run(self, batch: Sequence[Request], emit: Callable[[int, str], None]) -> None:
         """Make every row's tokens; emit(row, text) for each token, whose text may be empty."""
 
 
@@ -72,8 +77,8 @@ class Genai:
     def encode(self, prompt: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(prompt)]
 
-    def run(self, batch: Sequence[Asked], emit: Callable[[int, str], None]) -> None:
-        generator = self._loop.generator([list(asked.ids) for asked in batch], batch[0].tokens)
+    def run(self, batch: Sequence[Request], emit: Callable[[int, str], None]) -> None:
+        generator = self._loop.generator([list(request.ids) for request in batch], batch[0].tokens)
         streams = [self._tokenizer.create_stream() for _ in batch]
         for _ in range(batch[0].tokens):
             generator.generate_next_token()
@@ -104,28 +109,28 @@ class Static:
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
         self._more: dict[str, Any] = {"cache_implementation": "static", "disable_compile": not compiled}
         if compiled:
-            # By itself generate compiles on cards alone.
+            # By itself generate compiles on GPUs alone.
             self._more["compile_config"] = CompileConfig(fullgraph=False, mode="default")
             self._more["compile_config"]._compile_all_devices = True
         about = {"library": "transformers", "dtype": dtype, "device": device, "compiled": compiled}
         self.info = about | {"threads": threads}
         # The largest cache first: the shorter requests that follow use it too.
-        asked = Asked(self.encode("1, 2, 3, 4,"), 8, lambda _: None)
-        self._generate(asked, lambda _: None, length=CONTEXT)
+        request = Request(self.encode("1, 2, 3, 4,"), 8, lambda _: None)
+        self._generate(request, lambda _: None, length=CONTEXT)
 
     def encode(self, prompt: str) -> list[int]:
         return list(self._tokenizer(prompt)["input_ids"])
 
-    def run(self, batch: Sequence[Asked], emit: Callable[[int, str], None]) -> None:
+    def run(self, batch: Sequence[Request], emit: Callable[[int, str], None]) -> None:
         from tokenizers.decoders import DecodeStream
 
-        [asked] = batch
+        [request] = batch
         stream = DecodeStream(skip_special_tokens=False)
         self._generate(
-            asked, lambda token: emit(0, stream.step(self._tokenizer.backend_tokenizer, token) or "")
+            request, lambda token: emit(0, stream.step(self._tokenizer.backend_tokenizer, token) or "")
         )
 
-    def _generate(self, asked: Asked, take: Callable[[int], None], length: int | None = None) -> None:
+    def _generate(self, request: Request, take: Callable[[int], None], length: int | None = None) -> None:
         from transformers import StoppingCriteriaList
 
         seen = 0
@@ -143,11 +148,11 @@ class Static:
                 pass
 
         def enough(ids: Any, *_: Any, **__: Any) -> Any:
-            done = ids.shape[1] >= len(asked.ids) + asked.tokens
+            done = ids.shape[1] >= len(request.ids) + request.tokens
             return self._torch.full((1,), done, dtype=self._torch.bool, device=ids.device)
 
-        ids = self._torch.tensor([asked.ids], device=self._model.device)
-        longest = length or len(asked.ids) + asked.tokens
+        ids = self._torch.tensor([request.ids], device=self._model.device)
+        longest = length or len(request.ids) + request.tokens
         with self._torch.inference_mode():
             self._model.generate(
                 input_ids=ids,
@@ -162,54 +167,49 @@ class Static:
             )
 
 
-class Desk:
-    """The queue and the thread that empties it."""
+class Batches:
+    """The queue, and the thread that empties it batch by batch."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._waiting: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self.put = self._queue.put
         threading.Thread(target=self._work, daemon=True).start()
 
-    def put(self, asked: Asked) -> None:
-        self._waiting.put(asked)
-
     def _work(self) -> None:
-        waiting: list[Asked] = []
+        waiting: list[Request] = []
         while True:
-            waiting += [self._waiting.get()] if not waiting else []
-            while not self._waiting.empty():
-                waiting.append(self._waiting.get())
+            while not waiting or not self._queue.empty():
+                waiting.append(self._queue.get())
             batch = next_batch(waiting, self._library.rows)
-            waiting = [asked for asked in waiting if asked not in batch]
+            waiting = [request for request in waiting if request not in batch]
             self._run(batch)
 
-    def _run(self, batch: list[Asked]) -> None:
+    def _run(self, batch: list[Request]) -> None:
         pending = [0] * len(batch)
 
         def emit(row: int, text: str) -> None:
             pending[row] += 1
             # Half a character has no text yet: its token is counted with the next.
             if text:
-                batch[row].say({"text": text, "tokens": pending[row]})
+                batch[row].send({"text": text, "tokens": pending[row]})
                 pending[row] = 0
 
         try:
             self._library.run(batch, emit)
-            for asked in batch:
-                usage = {"prompt_tokens": len(asked.ids), "completion_tokens": asked.tokens}
-                asked.say({"done": True, "finish_reason": "length", "usage": usage})
-        except Exception as error:  # the client is told, the log has the rest, and the next batch runs
+            ends = [request.end() for request in batch]
+        except Exception as error:  # the client gets the message, the log the rest, and the next batch runs
             traceback.print_exc()
-            for asked in batch:
-                asked.say({"error": {"message": f"{type(error).__name__}: {error}"}})
-        for asked in batch:
-            asked.say(None)
+            ends = [{"error": {"message": f"{type(error).__name__}: {error}"}}] * len(batch)
+        for request, end in zip(batch, ends, strict=True):
+            request.send(end)
+            request.send(None)
 
 
-def next_batch(waiting: Sequence[Asked], rows: int) -> list[Asked]:
+def next_batch(waiting: Sequence[Request], rows: int) -> list[Request]:
     """The first of `waiting`, and those after it of as many tokens, in and out; at most `rows`."""
     shape = (len(waiting[0].ids), waiting[0].tokens)
-    return [asked for asked in waiting if (len(asked.ids), asked.tokens) == shape][:rows]
+    return [request for request in waiting if (len(request.ids), request.tokens) == shape][:rows]
 
 
 def create_app(library: Library) -> Any:
@@ -217,20 +217,22 @@ def create_app(library: Library) -> Any:
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    desk = Desk(library)
+    batches = Batches(library)
 
     async def generate(request: Any) -> Any:
         body = await request.json()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         ids = library.encode(body["prompt"])
-        desk.put(
-            Asked(ids, body["max_tokens"], lambda said: loop.call_soon_threadsafe(events.put_nowait, said))
+        batches.put(
+            Request(
+                ids, body["max_tokens"], lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+            )
         )
 
         async def stream() -> AsyncIterator[str]:
-            while (said := await events.get()) is not None:
-                yield f"data: {json.dumps(said, ensure_ascii=False)}\n\n"
+            while (event := await events.get()) is not None:
+                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream")

@@ -1,7 +1,7 @@
-"""Other servers to measure against: llama.cpp's own, built from the same sources with the same flags, and
+"""Reference servers to measure against: llama.cpp's own, built from the same sources with the same flags, and
 two that come as Python packages, in an environment of their own.
 
-python -m bench.servers.reference_servers          builds and installs them (minutes) and says where they lie
+`python -m bench.servers.reference_servers` builds and installs them (minutes) and prints their paths.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _ON = ("LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "BUILD_S
 def llama_server_binary() -> Path:
     """llama-server, built once with the flags of our own build. Raises EdgeError with the log's end.
 
-    What edge/csrc puts in place of its products and attention is not in it: it is llama.cpp as it comes, but
-    for the header without which it dies on a CPU with AMX.
+    It is llama.cpp as it comes, without the matrix products and the attention of edge/csrc, but with the
+    header without which it crashes on a CPU with AMX.
     """
     plan = build_llamacpp.plan()
-    folder = hardware.cache_dir() / "peers" / plan.stock_key
+    folder = hardware.cache_dir() / "reference-servers" / plan.stock_key
     binary = folder / "bin" / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
     if binary.is_file():
         return binary
@@ -61,11 +61,11 @@ def llama_server_binary() -> Path:
     return binary
 
 
-def peers_python() -> Path:
+def servers_python() -> Path:
     """The interpreter of an environment with xllamacpp and llama_cpp.server, the latter on our own build."""
     plan = build_llamacpp.plan()
-    told = "\n".join([plan.key, *_PACKAGES])
-    folder = hardware.cache_dir() / "peers" / f"python-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    key = hashlib.sha256("\n".join([plan.key, *_PACKAGES]).encode()).hexdigest()[:16]
+    folder = hardware.cache_dir() / "reference-servers" / f"python-{key}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not (folder / "complete").is_file():
         venv.create(folder, with_pip=True, clear=True)
@@ -99,16 +99,16 @@ class LlamaServer:
         given = {"cache_prompt": job.reuse, "ignore_eos": True, "stream": True}
         return "POST", "/completion", body | given
 
-    def read(self, said: dict[str, Any]) -> Part:
-        if "error" in said:
-            return Part(error=str(said["error"].get("message", said["error"])))
-        if not said.get("stop"):
-            return Part(text=said.get("content", ""), tokens=len(said.get("tokens", [])) or 1)
-        kind = said.get("stop_type", "limit")
+    def read(self, answer: dict[str, Any]) -> Part:
+        if "error" in answer:
+            return Part(error=str(answer["error"].get("message", answer["error"])))
+        if not answer.get("stop"):
+            return Part(text=answer.get("content", ""), tokens=len(answer.get("tokens", [])) or 1)
+        kind = answer.get("stop_type", "limit")
         return Part(
-            text=said.get("content", ""),
-            prompt_tokens=said.get("tokens_evaluated"),
-            completion_tokens=said.get("tokens_predicted"),
+            text=answer.get("content", ""),
+            prompt_tokens=answer.get("tokens_evaluated"),
+            completion_tokens=answer.get("tokens_predicted"),
             finish="length" if kind == "limit" else kind,
         )
 
@@ -130,15 +130,15 @@ def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
     """xllamacpp's server from its wheel, as it sets itself but for slots, context and threads."""
     script = Path(__file__).with_name("xllamacpp_child.py")
     numbers = ["{port}", str(slots), str(context), str(threads)]
-    command = [str(peers_python()), str(script), str(path), *numbers]
+    command = [str(servers_python()), str(script), str(path), *numbers]
     return Target("xllamacpp", command, LlamaServer(), "/health", "/props")
 
 
 class LlamaCppServer:
     """llama_cpp.server's /v1/completions, greedy, whole answers: it counts tokens in those alone.
 
-    It counts those of the answer's text, read again, which may be more or fewer than were made. ends: ids
-    that end an answer; it cannot be told to ignore them, but to never take them.
+    It counts the tokens of the answer's text, encoded again, which may be more or fewer than were made. ends:
+    ids that end an answer; it cannot ignore them, so they are forbidden by a bias.
     """
 
     key = ""
@@ -150,8 +150,8 @@ class LlamaCppServer:
         body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
         return "POST", "/v1/completions", body | {"logit_bias": self._never}
 
-    def read(self, said: dict[str, Any]) -> Part:
-        choice, usage = said["choices"][0], said["usage"]
+    def read(self, answer: dict[str, Any]) -> Part:
+        choice, usage = answer["choices"][0], answer["usage"]
         return Part(
             text=choice["text"],
             tokens=None,
@@ -165,15 +165,15 @@ class LlamaCppServer:
 def llama_cpp_server(path: Path, *, context: int, threads: int) -> Target:
     """`python -m llama_cpp.server`, which answers one request after the other."""
     command = [
-        *(str(peers_python()), "-m", "llama_cpp.server", "--model", str(path)),
+        *(str(servers_python()), "-m", "llama_cpp.server", "--model", str(path)),
         *("--host", "127.0.0.1", "--port", "{port}", "--n_ctx", str(context)),
         *("--n_threads", str(threads), "--n_threads_batch", str(threads)),
         # Its default ends a running answer when the next request comes.
         *("--interrupt_requests", "false", "--verbose", "false"),
     ]
-    told = read_whole(path).metadata
-    known = (told.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-    dialect = LlamaCppServer(frozenset(token for token in known if isinstance(token, int)))
+    metadata = read_whole(path).metadata
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    dialect = LlamaCppServer(frozenset(token for token in ends if isinstance(token, int)))
     return Target("llama_cpp.server", command, dialect, "/v1/models", "/v1/models", health="/v1/models")
 
 
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench.servers.reference_servers", description=__doc__).parse_args(
         argv
     )
-    sys.stdout.write(f"{llama_server_binary()}\n{peers_python()}\n")
+    sys.stdout.write(f"{llama_server_binary()}\n{servers_python()}\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A server to be measured: started as a child, waited for, watched, and surely stopped."""
+"""A server to be measured: started as a child process, waited for, watched, and always stopped."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def ours(artefact: Path, *options: str) -> Target:
 
 def ours_onnx(folder: Path) -> Target:
     """edge serving a run's ONNX model."""
-    found = ours(folder, "--backend", "onnx")
-    return replace(found, name="edge-onnx", stage="onnx")
+    return replace(ours(folder, "--backend", "onnx"), name="edge-onnx", stage="onnx")
 
 
 def baseline(merged: Path, dtype: str) -> Target:
@@ -110,7 +109,7 @@ def static(merged: Path, dtype: str = "float32") -> Target:
 class Running:
     """A target that answers. started: on time.perf_counter(); load_s: seconds until it was ready.
 
-    answers_s: seconds until its port first answered, whatever it said. process: None where it ran before.
+    answers_s: seconds until its port first answered, with any status. process: None where it ran before.
     """
 
     target: Target

@@ -23,7 +23,7 @@ from bench.measure.load import ask, spread_evenly
 from bench.measure.workloads import Job
 from bench.report.definitions import DEFINITIONS
 from bench.servers import external, library_server
-from bench.servers.library_server import Asked, next_batch
+from bench.servers.library_server import Request, next_batch
 from bench.servers.target import started
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
@@ -181,7 +181,7 @@ class Toy:
     def encode(self, prompt: str) -> list[int]:
         return [ord(letter) for letter in prompt]
 
-    def run(self, batch: Sequence[Asked], emit: Any) -> None:
+    def run(self, batch: Sequence[Request], emit: Any) -> None:
         if batch[0].ids == [ord("!")]:
             raise RuntimeError("broken")
         for number in range(batch[0].tokens):
@@ -191,8 +191,8 @@ class Toy:
 
 
 def test_only_prompts_of_one_shape_share_a_batch() -> None:
-    def asked(length: int, tokens: int = 4) -> Asked:
-        return Asked([0] * length, tokens, lambda _: None)
+    def asked(length: int, tokens: int = 4) -> Request:
+        return Request([0] * length, tokens, lambda _: None)
 
     waiting = [asked(3), asked(5), asked(3), asked(3, 8), asked(3)]
     assert next_batch(waiting, 32) == [waiting[0], waiting[2], waiting[4]]
@@ -228,7 +228,7 @@ def test_a_static_cache_gives_the_tokens_of_plain_generate(
     for prompt in ("Hello, world", "A longer question: who are you?"):
         ids = library.encode(prompt)
         texts: list[str] = []
-        library.run([Asked(ids, 20, lambda _: None)], lambda _, text, add=texts.append: add(text))
+        library.run([Request(ids, 20, lambda _: None)], lambda _, text, add=texts.append: add(text))
         plain = model.generate(torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False)
         wanted = library._tokenizer.decode(plain[0, len(ids) :])
         assert len(texts) == 20
