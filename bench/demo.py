@@ -102,7 +102,7 @@ def questions_of(folder: Path) -> list[Question]:
 def answers(model: Path, questions: list[Question], log: Path) -> list[str]:
     """What the model says to each question, over HTTP. Raises EdgeError where the server fails."""
     with started(ours(model), log) as server:
-        found = []
+        texts = []
         for question in questions:
             path = "/generate?" + urlencode({"prompt": question.text, "max_tokens": MAX_TOKENS})
             try:
@@ -112,8 +112,8 @@ def answers(model: Path, questions: list[Question], log: Path) -> list[str]:
             answer: dict[str, Any] = json.loads(body)
             if status != 200:
                 raise EdgeError(f"'{question.text}' was answered with HTTP {status}: {answer}")
-            found.append(str(answer["generate_text"]).strip())
-        return found
+            texts.append(str(answer["generate_text"]).strip())
+        return texts
 
 
 def show_answers(console: Console, questions: list[Question], tuned: list[str], base: list[str]) -> None:

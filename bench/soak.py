@@ -35,14 +35,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as logs, started(ours(args.path), Path(logs) / "edge.log") as server:
-        made = asyncio.run(_soak(server.url, args.minutes * 60, args.streams, args.seed))
+        result = asyncio.run(_soak(server.url, args.minutes * 60, args.streams, args.seed))
         memory = server.memory.steady(time.perf_counter() - 10)
         after_warm = server.memory.steady(server.started + 30)
-        made |= {"memory_end_mib": memory // 2**20, "memory_median_mib": after_warm // 2**20}
-        if made["failed"]:
+        result |= {"memory_end_mib": memory // 2**20, "memory_median_mib": after_warm // 2**20}
+        if result["failed"]:
             sys.stderr.write(server.log_tail() + "\n")
-    good = not made["failed"] and not made["busy_slots"] and not made["waiting"] and not made["restarts"]
-    sys.stdout.write(json.dumps({"good": good, **made}, ensure_ascii=False) + "\n")
+    good = (
+        not result["failed"] and not result["busy_slots"] and not result["waiting"] and not result["restarts"]
+    )
+    sys.stdout.write(json.dumps({"good": good, **result}, ensure_ascii=False) + "\n")
     return 0 if good else 1
 
 

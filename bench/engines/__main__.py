@@ -58,7 +58,7 @@ Rows = Generator[Row, None, None]
 class Bench:
     """One artefact to measure, the command's options, and the samples of all cases so far."""
 
-    found: find.Artefact
+    artefact: find.Artefact
     options: argparse.Namespace
     logs: Path
     console: Console
@@ -77,14 +77,14 @@ class Bench:
     @contextlib.contextmanager
     def edge(self, *words: str) -> Iterator[Running]:
         """Our server over the artefact."""
-        target = ours(self.found.path, "--threads", str(self.options.threads), *words)
+        target = ours(self.artefact.path, "--threads", str(self.options.threads), *words)
         with started(target, self.logs / "edge.log", watch=False) as server:
             yield server
 
 
 def streams(bench: Bench) -> Rows:
     """Our server beside a bare llama.cpp loop and llama-server, at several numbers of streams."""
-    path, options = bench.found.path, bench.options
+    path, options = bench.artefact.path, bench.options
     slots = max(options.streams)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(bench.edge("--slots", str(slots), "--ctx", str(CONTEXT)))
@@ -101,7 +101,7 @@ def streams(bench: Bench) -> Rows:
             other = started(target, bench.logs / "llama-server.log", watch=False)
             measured.append(sides.Server(stack.enter_context(other)))
         # The longer a step, the less of it is HTTP.
-        alone = 0.95 if bench.found.header.weights_bytes > _LARGE else 0.85
+        alone = 0.95 if bench.artefact.header.weights_bytes > _LARGE else 0.85
         total: dict[int, float] = {}
         for count in sorted(options.streams):
             goals = {"llama-server": 1.0} | ({bare.name: alone} if count == 1 else {})
@@ -117,7 +117,7 @@ def streams(bench: Bench) -> Rows:
 
 def servers(bench: Bench) -> Rows:
     """Eight streams against the two servers that come as Python packages."""
-    path, threads = bench.found.path, bench.options.threads
+    path, threads = bench.artefact.path, bench.options.threads
     for goal, target in (
         (1.5, xllamacpp(path, slots=8, context=CONTEXT, threads=threads)),
         (6.0, llama_cpp_server(path, context=CONTEXT, threads=threads)),
@@ -133,7 +133,7 @@ def servers(bench: Bench) -> Rows:
 
 def ours_alone(bench: Bench) -> Rows:
     """What only our server has to show."""
-    context = min(LONG_CONTEXT, bench.found.header.context_length)
+    context = min(LONG_CONTEXT, bench.artefact.header.context_length)
     with bench.edge("--ctx", str(context)) as server:
         options = bench.options
         yield from features.rows(server, context, rounds=options.rounds, requests=options.requests)
@@ -142,7 +142,7 @@ def ours_alone(bench: Bench) -> Rows:
 def bare(bench: Bench) -> Rows:
     """The bare llama.cpp loop alone, in each setting."""
     options = bench.options
-    with contextlib.closing(bare_llamacpp.Model(bench.found.path, gpu=options.gpu)) as model:
+    with contextlib.closing(bare_llamacpp.Model(bench.artefact.path, gpu=options.gpu)) as model:
         words = {True: "on", False: "off"}
         loops = [
             BareLoop(
@@ -214,40 +214,42 @@ def cases(
 
 def libraries(bench: Bench) -> Rows:
     """Our engine beside a library's own loop over the same file, and beside transformers; no HTTP."""
-    found, options = bench.found, bench.options
+    artefact, options = bench.artefact, bench.options
     size = GPU if options.gpu else CPU
     with contextlib.ExitStack() as stack:
 
         def engine(name: str = "edge", *, graphs: bool = True) -> tuple[Side, Backend]:
-            backend = open_ours(found, options, size.streams, graphs=graphs)
+            backend = open_ours(artefact, options, size.streams, graphs=graphs)
             stack.callback(backend.close)
             return sides.Ours(backend, name), backend
 
         mine, backend = engine()
         info = backend.info
-        bench.settings[found.path.name] = {"device": info.device, **info.settings}
+        bench.settings[artefact.path.name] = {"device": info.device, **info.settings}
         plain: list[Side] = []
         other: Side
-        if found.kind == "onnx":
-            other = sides.Generator(found.path.parent, options.threads)
+        if artefact.kind == "onnx":
+            other = sides.Generator(artefact.path.parent, options.threads)
             if options.gpu:
                 plain = [engine("edge without CUDA graphs", graphs=False)[0]]
             else:
                 # Between ours, so that neither side has the earlier ones.
-                second = sides.Generator(found.path.parent, options.threads)
+                second = sides.Generator(artefact.path.parent, options.threads)
                 mine, other = sides.Pair(mine, engine()[0]), sides.Pair(other, second)
         else:
-            model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(found.path, gpu=options.gpu)))
+            model = stack.enter_context(
+                contextlib.closing(bare_llamacpp.Model(artefact.path, gpu=options.gpu))
+            )
             unified, flash = info.settings["kv"] == "unified", info.settings["flash_attention"] == "on"
             other = BareLoop(model, int(info.settings["threads"]), flash, unified)
         for case in cases(
-            found.path.name, (mine, other), size, slow=bench.transformers, plain=plain, vocab=info.vocab
+            artefact.path.name, (mine, other), size, slow=bench.transformers, plain=plain, vocab=info.vocab
         ):
             yield from bench.race(case)
 
 
 def open_ours(
-    found: find.Artefact, options: argparse.Namespace, streams: int, *, graphs: bool = True
+    artefact: find.Artefact, options: argparse.Namespace, streams: int, *, graphs: bool = True
 ) -> Backend:
     """As the server would load it, but for a context of the length that is needed here.
 
@@ -256,12 +258,12 @@ def open_ours(
     device = "cuda" if options.gpu else "cpu"
     threads = None if options.gpu else options.threads
     asked = load_plan.Options(context=CONTEXT, slots=streams, threads=threads, device=device)
-    settings = load_plan.plan(found, asked).settings
+    settings = load_plan.plan(artefact, asked).settings
     if isinstance(settings, onnx.Settings):
         settings = dataclasses.replace(settings, cuda_graphs=graphs)
-    backend = open_backend(Load.of(found, settings, tune=True))
+    backend = open_backend(Load.of(artefact, settings, tune=True))
     if not backend.info.device.startswith(device):
-        raise UnavailableError(f"{found.path} runs on {backend.info.device}: {backend.info.why}")
+        raise UnavailableError(f"{artefact.path} runs on {backend.info.device}: {backend.info.why}")
     return backend
 
 
@@ -277,30 +279,32 @@ def switches(text: str) -> list[bool]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__.splitlines()[0])
-    made.add_argument("paths", type=Path, nargs="+", help="runs, folders with a GGUF or ONNX model, or files")
-    made.add_argument("--backend", choices=tuple(find.SUFFIXES), help="of a run: which artefact")
-    made.add_argument("--gpu", action="store_true", help="engines without HTTP, on the GPU")
-    made.add_argument("--only", choices=tuple(PARTS), help="one part of the table")
-    made.add_argument("--merged", type=Path, help="for transformers (default: that of a run)")
-    made.add_argument("--streams", default="1,8,16,32", help="default: %(default)s")
-    made.add_argument("--prompt", type=int, default=100, help="tokens of a prompt (default: %(default)s)")
-    made.add_argument("--tokens", type=int, help=f"tokens of an answer (default: {TOKENS})")
-    made.add_argument("--rounds", type=int, default=5, help="of each comparison (default: %(default)s)")
-    made.add_argument("--threads", type=int, default=hardware.cpu_threads())
-    made.add_argument("--no-reference-servers", dest="reference_servers", action="store_false")
-    made.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
-    made.add_argument("--flash-attention", default="off", help="bare: on, off or on,off")
-    made.add_argument("--kv-unified", default="on", help="bare: on, off or on,off")
-    made.add_argument("--ctx", type=int, default=0, help="bare: KV cells (default: what the streams need)")
-    made.add_argument("--report", type=Path, help="write this path with .json and .md")
-    return made
+    options = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__.splitlines()[0])
+    options.add_argument(
+        "paths", type=Path, nargs="+", help="runs, folders with a GGUF or ONNX model, or files"
+    )
+    options.add_argument("--backend", choices=tuple(find.SUFFIXES), help="of a run: which artefact")
+    options.add_argument("--gpu", action="store_true", help="engines without HTTP, on the GPU")
+    options.add_argument("--only", choices=tuple(PARTS), help="one part of the table")
+    options.add_argument("--merged", type=Path, help="for transformers (default: that of a run)")
+    options.add_argument("--streams", default="1,8,16,32", help="default: %(default)s")
+    options.add_argument("--prompt", type=int, default=100, help="tokens of a prompt (default: %(default)s)")
+    options.add_argument("--tokens", type=int, help=f"tokens of an answer (default: {TOKENS})")
+    options.add_argument("--rounds", type=int, default=5, help="of each comparison (default: %(default)s)")
+    options.add_argument("--threads", type=int, default=hardware.cpu_threads())
+    options.add_argument("--no-reference-servers", dest="reference_servers", action="store_false")
+    options.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
+    options.add_argument("--flash-attention", default="off", help="bare: on, off or on,off")
+    options.add_argument("--kv-unified", default="on", help="bare: on, off or on,off")
+    options.add_argument("--ctx", type=int, default=0, help="bare: KV cells (default: what the streams need)")
+    options.add_argument("--report", type=Path, help="write this path with .json and .md")
+    return options
 
 
-def parts_of(found: find.Artefact, options: argparse.Namespace) -> list[str]:
+def parts_of(artefact: find.Artefact, options: argparse.Namespace) -> list[str]:
     if options.only:
         return [options.only]
-    if options.gpu or found.kind == "onnx":
+    if options.gpu or artefact.kind == "onnx":
         return ["libraries"]
     return ["streams", *(["servers"] if options.reference_servers else []), "features"]
 
@@ -333,15 +337,15 @@ def main(argv: list[str]) -> int:
     settings: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as logs:
         slow: list[Side] | None = None
-        for found in artefacts:
-            parts = parts_of(found, options)
+        for artefact in artefacts:
+            parts = parts_of(artefact, options)
             # What transformers makes does not depend on our artefact: it is measured beside the first one.
             slow = (
                 ([] if slow is not None else load_transformers(options, console))
                 if "libraries" in parts
                 else slow
             )
-            bench = Bench(found, options, Path(logs), console, samples, settings, slow or [])
+            bench = Bench(artefact, options, Path(logs), console, samples, settings, slow or [])
             for row in itertools.chain.from_iterable(PARTS[part](bench) for part in parts):
                 table.append(row)
                 # Said at once, so that a later failure does not lose it.

@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
         end.synchronize()
         # The first passes load the kernel and wake the clocks.
         rates += [size / (begin.elapsed_time(end) / 1000)] if number >= 3 else []
-    found = {"best": max(rates), "median": statistics.median(rates), "size": size, "threads": 0}
-    sys.stdout.write(json.dumps(found) + "\n")
+    result = {"best": max(rates), "median": statistics.median(rates), "size": size, "threads": 0}
+    sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 

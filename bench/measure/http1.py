@@ -83,12 +83,12 @@ class Events:
     def feed(self, data: bytes) -> list[str]:
         self._buffer += data.replace(b"\r\n", b"\n")
         *whole, self._buffer = self._buffer.split(b"\n\n")
-        found = []
+        texts = []
         for block in whole:
             lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
             if lines:
-                found.append(b"\n".join(lines).decode("utf-8"))
-        return found
+                texts.append(b"\n".join(lines).decode("utf-8"))
+        return texts
 
 
 class Lines:

@@ -344,5 +344,5 @@ class HealthProbe:
             self.failures += 1
         now = time.perf_counter()
         self._open -= 1
-        self.seconds += [now - at for at in (began, *self._unasked)]
+        self.seconds += [now - asked for asked in (began, *self._unasked)]
         self._unasked.clear()

@@ -58,7 +58,7 @@ class Sample:
     def record(self) -> dict[str, Any]:
         """The sample for a report: times relative to its start, in seconds."""
         row = asdict(self) | {"state": self.state, "end": round(self.end - self.start, 6)}
-        row["events"] = [[round(at - self.start, 6), tokens] for at, tokens in self.events]
+        row["events"] = [[round(moment - self.start, 6), tokens] for moment, tokens in self.events]
         return row
 
 
@@ -69,7 +69,7 @@ def ttft(sample: Sample) -> float | None:
 
 def itl(sample: Sample) -> list[float]:
     """Gaps between successive events, seconds; empty for an answer in one piece."""
-    times = [at for at, _ in sample.events]
+    times = [moment for moment, _ in sample.events]
     return [after - before for before, after in itertools.pairwise(times)]
 
 
@@ -101,8 +101,8 @@ def token_rate(samples: Sequence[Sample]) -> float:
 def total_rate(samples: Sequence[Sample]) -> float:
     """Prompt and output tokens of complete answers per second of wall time."""
     seconds = wall(samples)
-    made = sum((s.completion_tokens or 0) + (s.prompt_tokens or 0) for s in complete(samples))
-    return made / seconds if seconds else 0.0
+    tokens = sum((s.completion_tokens or 0) + (s.prompt_tokens or 0) for s in complete(samples))
+    return tokens / seconds if seconds else 0.0
 
 
 def request_rate(samples: Sequence[Sample]) -> float:
@@ -163,9 +163,9 @@ def interval(
     # Of many values fewer draws tell as much: the gaps of one run are thousands.
     draws = min(draws, max(200, 1_000_000 // len(data)))
     rows = data[np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))]
-    values_of_draws = statistic(rows, 1)
+    estimates = statistic(rows, 1)
     tail = (1 - confidence) / 2 * 100
-    return float(np.percentile(values_of_draws, tail)), float(np.percentile(values_of_draws, 100 - tail))
+    return float(np.percentile(estimates, tail)), float(np.percentile(estimates, 100 - tail))
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ class View:
             self._now = None
         if not self._console.is_terminal:
             name, case = now
-            at = f"round {len(self._took[now])} of {self._rounds[case]}"
+            place = f"round {len(self._took[now])} of {self._rounds[case]}"
             left = f"about {_clock(self.left())} left"
-            line = f"{name}: {_case_title(case)}, {at}: {rate:.1f} tokens/s; {left}"
+            line = f"{name}: {_case_title(case)}, {place}: {rate:.1f} tokens/s; {left}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def left(self) -> float:

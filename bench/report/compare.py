@@ -103,17 +103,17 @@ def judge(before: Sequence[float], after: Sequence[float], *, more_is_better: bo
     """
     a, b = np.asarray(before, float), np.asarray(after, float)
     ratio = float(np.median(b) / np.median(a))
-    found: dict[str, Any] = {"before": float(np.median(a)), "after": float(np.median(b)), "ratio": ratio}
-    found |= {"low": None, "high": None}
+    figures: dict[str, Any] = {"before": float(np.median(a)), "after": float(np.median(b)), "ratio": ratio}
+    figures |= {"low": None, "high": None}
     if min(len(a), len(b)) < 3:
-        return found | {"verdict": "too few rounds"}
+        return figures | {"verdict": "too few rounds"}
     rng = np.random.default_rng(0)
     drawn = [np.median(x[rng.integers(0, len(x), (DRAWS, len(x)))], axis=1) for x in (a, b)]
     low, high = (float(v) for v in np.percentile(drawn[1] / drawn[0], (2.5, 97.5)))
     verdict = "within noise"
     if not low <= 1.0 <= high:
         verdict = "better" if (ratio > 1.0) == more_is_better else "WORSE"
-    return found | {"low": low, "high": high, "verdict": verdict}
+    return figures | {"low": low, "high": high, "verdict": verdict}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

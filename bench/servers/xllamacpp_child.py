@@ -1,4 +1,4 @@
-"""llama.cpp's server inside Python by xllamacpp, until it is terminated; it runs in that package's environment.
+"""llama.cpp's server inside Python by xllamacpp, until it is terminated. That package's environment runs it.
 
 python bench/servers/xllamacpp_child.py MODEL PORT SLOTS CONTEXT THREADS
 """

@@ -152,15 +152,15 @@ def compare(base: Path, sizes: str, rounds: int, *, cap: float, sides: list[str]
         plain = [batch[index]["tokens_per_s"] for batch in results.get("plain", [])]
         for side in sides:
             many = [batch[index] for batch in results[side]]
-            speeds = sorted(one["tokens_per_s"] for one in many)
+            speeds = sorted(result["tokens_per_s"] for result in many)
             middle = statistics.median(speeds)
             lines.append(
                 {
                     "batch": many[0]["batch"], "length": many[0]["length"], "side": side,
                     "tokens_per_s": middle, "spread": [speeds[0], speeds[-1]],
                     "against_plain": middle / statistics.median(plain) if plain else None,
-                    "allocated_gib": max(one["allocated_gib"] for one in many),
-                    "reserved_gib": max(one["reserved_gib"] for one in many),
+                    "allocated_gib": max(result["allocated_gib"] for result in many),
+                    "reserved_gib": max(result["reserved_gib"] for result in many),
                     "estimate_gib": many[0].get("estimate_gib"), "setting_up_s": many[0]["setting_up_s"],
                     "first_loss": many[0]["losses"][0], "last_loss": many[0]["losses"][-1],
                 }

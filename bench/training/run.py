@@ -195,8 +195,13 @@ def markdown(report: dict[str, Any]) -> str:
         columns = ("setting", "estimate, GiB", "measured, GiB", "off")
         lines += ["## Memory", "", grid.markdown(columns, cells)]
     if "heldout" in report:
-        found = report["heldout"]
-        lines += ["## Held-out questions", "", f"{found['in_persona']} of {found['asked']} in persona", ""]
+        answers = report["heldout"]
+        lines += [
+            "## Held-out questions",
+            "",
+            f"{answers['in_persona']} of {answers['asked']} in persona",
+            "",
+        ]
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["## What the figures mean", "", *(f"- {name}: {text}" for name, text in DEFINITIONS.items())]

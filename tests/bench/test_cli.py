@@ -138,7 +138,8 @@ def test_memory_and_time_of_a_tree_count_its_children() -> None:
 
 
 def test_noise() -> None:
-    assert noise(0.1).jitter >= 0.0
+    found = noise(0.1)
+    assert 0.0 <= found.busy <= 1.0 and found.jitter > 0.0
     assert Noise(0.02, 0.05).warning == ""
     assert "50%" in Noise(0.5, 0.05).warning and "80%" in Noise(0.0, 0.8).warning
 
@@ -390,8 +391,13 @@ def test_real_servers_on_a_toy_model(
     short = [[Job(f"Hello, world {n}", n, tokens) for n in range(2)] for tokens in (16, 4)]
     monkeypatch.setattr(workloads, "make", lambda count, tokens, **_: short[tokens != 16][:count])
     argv = [str(run), "--quick", "--tokens", "4", "--clients", "1,2", "--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("of an earlier run")
     assert main(argv) == 0
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = capsys.readouterr()
+    line = json.loads(shown.out.splitlines()[-1])
+    [earlier] = (tmp_path / "out").glob("report-*.json")
+    assert earlier.read_text() == "of an earlier run" and f"kept as {earlier}" in shown.err
     assert [case["against"]["edge"]["comparable"] for case in line["cases"]] == [True, True]
     assert line["cases"][1]["tokens_per_s"]["edge"] > 0
     made = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,45 @@ def test_a_whole_run_of_the_bare_loop(
     assert "小.gguf" in facts["about"] and "小.gguf" in shown
     assert json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))["rows"] == facts["rows"]
     assert "| what | measured |" in report.with_suffix(".md").read_text(encoding="utf-8")
+
+
+class FakeGenerator:
+    """Stands in for onnxruntime-genai, which reads only what its own builder wrote."""
+
+    name = sides.Generator.name
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        assert folder.is_dir() and threads == 1
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> race.Rates:
+        return race.Rates(0.001, 0.001)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_our_engine_beside_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.support import tiny_onnx
+    from tests.support.toy import make_model
+
+    monkeypatch.setattr(race, "PAUSE_S", 0.0)
+    monkeypatch.setattr(sides, "Generator", FakeGenerator)
+    small = dataclasses.replace(engines.CPU, tokens=8, streams=2, unequal=(4, 12))
+    monkeypatch.setattr(engines, "CPU", small)
+    monkeypatch.setattr(engines, "CONTEXT", 256)
+    tiny_onnx.write(tmp_path / "onnx")
+    merged = make_model(tmp_path / "merged")
+    words = ["--backend", "onnx", "--rounds", "1", "--threads", "1", "--merged", str(merged)]
+    threads = torch.get_num_threads()
+    assert engines.main([str(tmp_path / "onnx"), *words]) == 0
+    torch.set_num_threads(threads)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["what"].removeprefix("tiny.onnx: "): row for row in facts["rows"]}
+    assert rows["decode, 1 stream: onnxruntime-genai"]["reached"] is True
+    assert rows["total, 1 stream: transformers float32"]["goal"] == "3.5 x"
+    assert rows["total, 2 streams, joining and leaving: edge"]["measured"].startswith("total ")
+    assert len(rows) == 2 + 3 + 2 + 3 + 3
+    assert facts["settings"]["tiny.onnx"]["device"].startswith("cpu")
