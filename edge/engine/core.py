@@ -433,5 +433,7 @@ class Engine:
                 up_s=now - self._began,
             )
             self._events.append(stats)
-        if force or not self._requests or any(isinstance(event, msg.Done) for event in self._events):
+        if self._events and (
+            force or not self._requests or any(isinstance(event, msg.Done) for event in self._events)
+        ):
             self._send()

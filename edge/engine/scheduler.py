@@ -19,6 +19,7 @@ from edge.engine.prefill_budget import Newcomers
 # (sequence, n, rows): at most n tokens that may follow `sequence`, in a step that decodes `rows` tokens so
 # far.
 Draft = Callable[["Sequence", int, int], list[int]]
+_NOBODY = Newcomers()
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +106,7 @@ class Scheduler:
         decoding = len(self.running) - len(reading)
         new = [*reading, *itertools.islice(self.waiting, self._slots - len(self.running))]
         if not new:
-            return decoding, Newcomers()
+            return decoding, _NOBODY
         keys = [s.key for s in new]
         return decoding, Newcomers(len(new), sum(s.left for s in new), min(keys), max(keys))
 
