@@ -136,7 +136,7 @@ export-onnx: install
 	$(BIN)/edge export onnx "$(RUN)" $(if $(PRECISION),--precision $(PRECISION)) $(REPLACE)
 
 onnx-optimum: install
-	$(BIN)/python -m convert.export.check_with_optimum "$(RUN)"
+	$(BIN)/edge export onnx "$(RUN)" --check-with optimum
 
 onnx-alone: install
 	$(BIN)/python -m tests.support.onnx_alone "$(RUN)"

@@ -73,13 +73,26 @@ class _Config(_Types):
     text_config: _Types | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies. dtype: the format's name of its type, such as "BF16"."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Folder:
-    """A transformers folder that was checked. weights: its safetensors files, all of them whole."""
+    """A transformers folder that was checked. weights: its safetensors files, all of them whole.
+
+    tensors: what they hold, by name.
+    """
 
     path: Path
     config: dict[str, Any]
     weights: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
 
 
 def parameters(weights: int, config: dict[str, Any]) -> int:
@@ -135,17 +148,19 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
             f"{shown} is quantised already ({method})", "give the 16-bit model: training quantises it itself"
         )
     weights = _weights(folder, shown)
-    tensors = sum(map(check_safetensors, weights))
+    tensors: dict[str, StoredTensor] = {}
+    for path in weights:
+        tensors |= check_safetensors(path)
     layers = (config.get("text_config") or config).get("num_hidden_layers") or 0
-    if layers > tensors:
+    if layers > len(tensors):
         raise InputError(
-            f"{folder / 'config.json'}: num_hidden_layers is {layers:,}, the weights are {tensors:,} tensors",
+            f"{folder / 'config.json'}: num_hidden_layers is {layers:,}, the weights are {len(tensors):,} tensors",
             "get the model again",
         )
     if not (folder / "tokenizer.json").is_file():
         files = f"into it, from {converts('AutoTokenizer', folder)}"
         raise InputError(f"{shown} has no tokenizer.json", f"put tokenizer.json {files}")
-    return Folder(folder, config, weights)
+    return Folder(folder, config, weights, tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -179,8 +194,8 @@ def _weights(folder: Path, shown: str) -> tuple[Path, ...]:
     raise InputError(f"{shown} has no model.safetensors", "get the model again, with its weights")
 
 
-def check_safetensors(path: Path) -> int:
-    """The number of tensors in `path`. Raises InputError unless native code can be given its header.
+def check_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """What `path` holds. Raises InputError unless native code can be given its header.
 
     Every tensor has a known type, a shape, and exactly its bytes; they fill the file without gap or overlap
     (github.com/huggingface/safetensors, "Format"). A download that was cut off is found by the same.
@@ -210,14 +225,16 @@ def check_safetensors(path: Path) -> int:
         raise InputError(
             f"{path} has {size:,} bytes, its header says {8 + length + end:,}: it was cut off", "get it again"
         )
-    return len(spans)
+    return {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()
+    }
 
 
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name stands twice")
-    return found
+    return entries
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
@@ -226,7 +243,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     if kind not in _SAFETENSORS_BITS:
         raise ValueError(f"{name!r} has the unknown type {kind!r}")
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or any(type(one) is not int or one < 0 for one in numbers):
+        if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"{name!r} has the {what} {str(numbers)[:60]}")
     # Python's numbers do not overflow: a product beyond the file is simply not its bytes.
     bits = math.prod(shape) * _SAFETENSORS_BITS[kind]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from convert.model import reference, safetensors_io
+from convert.model import reference
 from convert.model.dequantized_base import DequantizedBase, spans
 from convert.model.hf_folder import check_folder
 from convert.model.lora_adapter import EMBEDDINGS, HEAD, read_adapter
@@ -161,7 +161,6 @@ class LayeredModel(TorchModel):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._held = read_adapter(self._adapter) if self._adapter else None
-        self._where = safetensors_io.files(self._folder.weights)
         with named(self._folder.path):
             config = AutoConfig.from_pretrained(self._folder.path, local_files_only=True)
             with init_empty_weights(include_buffers=False):
@@ -182,7 +181,7 @@ class LayeredModel(TorchModel):
         names = [f"{self._names[id(module)]}.weight" for module in (embeddings, head)]
         if self._inner.config.tie_word_embeddings:
             names[1] = names[0]
-        if any(name not in self._where for name in names):
+        if any(name not in self._folder.tensors for name in names):
             return []
         # It names a row of the whole table, and matters to gradients alone.
         embeddings.padding_idx = None
@@ -216,7 +215,7 @@ class LayeredModel(TorchModel):
         """The stored tensor, and what dequantises it as in training, or None."""
         if self._held is not None and name in self._held.whole:
             return self._held.read(name), None
-        with safe_open(self._where[name], framework="pt") as file:
+        with safe_open(self._folder.tensors[name].file, framework="pt") as file:
             return file.get_tensor(name), self._dequantized
 
     def _load_outer(self) -> None:
@@ -235,9 +234,9 @@ class LayeredModel(TorchModel):
         if ".default" in parameter:
             return self._read_adapter(parameter)
         name = _WRAPPED.sub("", parameter)
-        if name == HEAD and name not in self._where and self._inner.config.tie_word_embeddings:
+        if name == HEAD and name not in self._folder.tensors and self._inner.config.tie_word_embeddings:
             name = EMBEDDINGS
-        if name not in self._where:
+        if name not in self._folder.tensors:
             raise InputError(f"{self._folder.path} has no tensor {name}", "get the model again")
         tensor, base = self._mapped(name)
         return (base(name, tensor) if base else tensor).float()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from convert.model import chat_format
 from convert.model.dequantized_base import Rows, spans
-from convert.model.hf_folder import AdapterTypes, check_safetensors, read_json
+from convert.model.hf_folder import AdapterTypes, StoredTensor, check_safetensors, read_json
 from edge.artefact import manifest
 from edge.errors import InputError
 
@@ -88,12 +88,13 @@ class Lora:
 class Adapter:
     """updates: by the name of the base's tensor. whole: name -> key in `weights`, read when it is needed.
 
-    tokens: name of a table -> the tokens and their rows, which take the place of those of the table.
+    stored: what `weights` holds, by key. tokens: name of a table -> the tokens and their rows, which take the place of those of the table.
     """
 
     folder: Path
     weights: Path
     config: dict[str, Any]
+    stored: dict[str, StoredTensor]
     updates: dict[str, Lora] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
@@ -105,11 +106,8 @@ class Adapter:
 
     def rows(self) -> int:
         """Rows of the embeddings or the head that it holds whole; 0 without."""
-        with safe_open(self.weights, framework="pt") as file:
-            for name in (EMBEDDINGS, HEAD):
-                if name in self.whole:
-                    return int(file.get_slice(self.whole[name]).get_shape()[0])
-        return 0
+        names = (self.whole[name] for name in (EMBEDDINGS, HEAD) if name in self.whole)
+        return next((self.stored[name].shape[0] for name in names), 0)
 
     @property
     def names(self) -> set[str]:
@@ -167,8 +165,7 @@ def read_adapter(folder: Path) -> Adapter:
     for key in ("fan_in_fan_out", "lora_bias", "target_parameters"):
         if config.get(key):
             raise InputError(f"{path}: {key} is {config[key]!r}, which cannot be merged")
-    check_safetensors(weights)
-    adapter = Adapter(folder, weights, config)
+    adapter = Adapter(folder, weights, config, check_safetensors(weights))
     layers: dict[str, dict[str, torch.Tensor]] = {}
     tables: set[str] = set()
     with safe_open(weights, framework="pt") as file:

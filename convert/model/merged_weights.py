@@ -62,19 +62,16 @@ class MergedWeights:
 
     def _list(self, dtype: torch.dtype) -> None:
         """The base's tensors; floating-point ones become `dtype`."""
-        for path in self._base.weights:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    stored = file.get_slice(name)
-                    kind = safetensors_io.TYPES.get(stored.get_dtype())
-                    if kind is None:
-                        raise InputError(
-                            f"{path}: {name} is of the type {stored.get_dtype()}, which cannot be merged",
-                            "give the 16-bit model",
-                        )
-                    kind = dtype if kind.is_floating_point else kind
-                    self._parts[name] = Part(name, tuple(stored.get_shape()), kind)
-                    self._sources[name] = (path, name)
+        for name, stored in self._base.tensors.items():
+            kind = safetensors_io.TYPES.get(stored.dtype)
+            if kind is None:
+                raise InputError(
+                    f"{stored.file}: {name} is of the type {stored.dtype}, which cannot be merged",
+                    "give the 16-bit model",
+                )
+            kind = dtype if kind.is_floating_point else kind
+            self._parts[name] = Part(name, stored.shape, kind)
+            self._sources[name] = (stored.file, name)
 
     def _tie(self) -> None:
         """Write one table for tied embeddings, or two and undo the tie where they were trained apart."""

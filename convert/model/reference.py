@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from convert.model.dequantized_base import DequantizedBase
@@ -199,9 +198,4 @@ def instead(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[No
 
 def float32_bytes(folder: Folder) -> int:
     """What its weights take in float32."""
-    total = 0
-    for path in folder.weights:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                total += math.prod(file.get_slice(name).get_shape()) * 4
-    return total
+    return 4 * sum(math.prod(tensor.shape) for tensor in folder.tensors.values())

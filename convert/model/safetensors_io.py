@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from convert.model.hf_folder import INDEX, write_json
 
@@ -41,15 +40,6 @@ class Part:
 
 # A part -> its rows from the first to the last, some at a time.
 Rows = Callable[[Part], Iterable[torch.Tensor]]
-
-
-def files(weights: Iterable[Path]) -> dict[str, Path]:
-    """Name of a tensor -> the one of `weights` (safetensors files) that holds it."""
-    found: dict[str, Path] = {}
-    for path in weights:
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
 
 
 def write(folder: Path, parts: list[Part], rows: Rows) -> None:

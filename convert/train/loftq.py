@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from convert.model import safetensors_io
 from convert.model.hf_folder import check_folder
 from edge.errors import InputError
 
@@ -30,14 +29,14 @@ def begin(model: Any, base: Path) -> float:
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    files = safetensors_io.files(check_folder(base).weights)
+    stored = check_folder(base).tensors
     lost = left = 0.0
     for name, layer in _adapted(model):
         weight = layer.get_base_layer().weight
         dequantised = dequantize_4bit(weight.data, weight.quant_state).float()
-        if f"{name}.weight" not in files:
+        if f"{name}.weight" not in stored:
             raise InputError(f"loftq_init: {base} has no tensor {name}.weight", "leave loftq_init out")
-        with safe_open(files[f"{name}.weight"], framework="pt") as file:
+        with safe_open(stored[f"{name}.weight"].file, framework="pt") as file:
             original = file.get_tensor(f"{name}.weight")
         error = original.to(dequantised.device, torch.float32) - dequantised
         rank = layer.r["default"]

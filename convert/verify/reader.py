@@ -74,16 +74,9 @@ class Reader(ABC):
         Raises InputError where the model cannot be loaded, or its memory does not suffice.
         """
 
-    def logits(self, ids: list[int]) -> Logits:
-        """Logits after each of `ids`: float32 (len(ids), vocab)."""
-        return next(self.all_logits([ids], [len(ids)]))
-
+    @abstractmethod
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
         """At most `count` most probable next tokens, a stop token included; None where it is too slow."""
-        tokens: list[int] = []
-        while len(tokens) < count and not (tokens and tokens[-1] in self.stop_ids):
-            tokens.append(int(self.logits(ids + tokens)[-1].argmax()))
-        return tokens
 
     @abstractmethod
     def close(self) -> None:

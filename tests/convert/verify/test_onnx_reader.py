@@ -58,7 +58,7 @@ def test_logits_and_greedy_texts_are_the_backends(reader: OnnxReader) -> None:
     want = np.concatenate(
         [backend.step([Row(0, at, ids[at : at + 48], 48)]).copy() for at in range(0, len(ids), 48)]
     )
-    got = reader.logits(ids)
+    [got] = reader.all_logits([ids], [len(ids)])
     assert got.shape == (len(ids), tiny_onnx.VOCAB)
     np.testing.assert_allclose(got, want, atol=1e-4)
     made = reader.greedy(ids, 12)
@@ -104,7 +104,7 @@ def test_a_special_token_that_differs_is_found_with_onnx_first(folder: Path, tmp
 
 def test_logits_are_those_of_the_last_tokens_however_long(reader: OnnxReader) -> None:
     ids = list(b"abc" * 60)
-    whole = reader.logits(ids)
+    [whole] = reader.all_logits([ids], [len(ids)])
     for last in (1, 64, 65, 130, 180):
         [part] = reader.all_logits([ids], [last])
         np.testing.assert_allclose(part, whole[-last:], atol=1e-4)
