@@ -66,7 +66,7 @@ class ChatFormat:
     def prompt(
         self, messages: list[dict[str, Any]], thinking: str | None, tools: list[dict[str, Any]] | None = None
     ) -> str:
-        """The prompt that serving renders for `messages`. Raises InputError with the template's words."""
+        """The prompt that serving renders for `messages`. Raises InputError with the template's message."""
         extra = {"tools": tools} if tools else {}
         try:
             return self.chat.render(messages, thinking=thinking, **extra)
@@ -199,9 +199,9 @@ def _find_turn_end(form: ChatFormat) -> None:
         raise InputError(f"{form.folder}: the chat template does not show the assistant's answer")
     form.trims = not tail.startswith(" ")
     tail = tail if form.trims else tail[1:]
-    found = [(tail.find(token), -len(token), token) for token in form.special if token and token in tail]
-    if found:
-        start, _, token = min(found)
+    ends = [(tail.find(token), -len(token), token) for token in form.special if token and token in tail]
+    if ends:
+        start, _, token = min(ends)
         form.turn_end, form.turn_tail = form.special[token], tail[: start + len(token)]
         return
     if form.eos not in form.special:
@@ -219,8 +219,8 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
             raise InputError(f"{path} is not UTF-8: {error}", "get the model again") from error
     source = config.get("chat_template")
     if isinstance(source, list):
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
+        templates = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in templates}.get("default")
     if not isinstance(source, str) or not source:
         raise InputError(
             f"{folder} has no chat template", "train a chat model, or put its chat_template.jinja there"

@@ -202,9 +202,9 @@ def _refuse(name: str, revision: str | None, error: Exception) -> NoReturn:
     )
     cause = error.__cause__ or error
     response = getattr(error, "response", None) or getattr(cause, "response", None)
-    said = f"HTTP {response.status_code}" if response is not None else " ".join(str(cause).split())[:300]
+    reason = f"HTTP {response.status_code}" if response is not None else " ".join(str(cause).split())[:300]
     if response is not None and response.status_code in (401, 403):
         hint = "`hf auth login` with an account that may read it, or set HF_TOKEN"
     elif response is None:
         hint = proxies.problem("socksio") or hint
-    raise UnavailableError(f"{name} could not be downloaded from {endpoint}: {said}", hint) from error
+    raise UnavailableError(f"{name} could not be downloaded from {endpoint}: {reason}", hint) from error

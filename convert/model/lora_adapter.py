@@ -88,7 +88,8 @@ class Lora:
 class Adapter:
     """updates: by the name of the base's tensor. whole: name -> key in `weights`, read when it is needed.
 
-    stored: what `weights` holds, by key. tokens: name of a table -> the tokens and their rows, which take the place of those of the table.
+    stored: what `weights` holds, by key. tokens: name of a table -> the tokens and their rows, which take the
+    place of those of the table.
     """
 
     folder: Path

@@ -167,9 +167,9 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
-        mask[at, : len(row)] = 1
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
     real = mask.bool()
     # Rows begin with a token that attention rests on: a thousand times as strong, and no matter.
     real[:, 0] = False

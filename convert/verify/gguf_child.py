@@ -68,12 +68,12 @@ class Session:
         for _ in range(request["rounds"]):
             self._backend.truncate(0, 0)
             began = time.perf_counter()
-            for at in range(0, prompt, stepping.CHUNK):
-                self._backend.step([Row(0, at, [token] * min(stepping.CHUNK, prompt - at), 0)])
+            for begin in range(0, prompt, stepping.CHUNK):
+                self._backend.step([Row(0, begin, [token] * min(stepping.CHUNK, prompt - begin), 0)])
             best_prompt = min(best_prompt, time.perf_counter() - began)
-            for at in range(prompt, prompt + steps):
+            for position in range(prompt, prompt + steps):
                 began = time.perf_counter()
-                self._backend.step([Row(0, at, [token], 1)])
+                self._backend.step([Row(0, position, [token], 1)])
                 best_step = min(best_step, time.perf_counter() - began)
         return {"prompt": prompt / best_prompt, "decode": 1 / best_step}
 
