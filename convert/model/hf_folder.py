@@ -154,7 +154,8 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
     layers = (config.get("text_config") or config).get("num_hidden_layers") or 0
     if layers > len(tensors):
         raise InputError(
-            f"{folder / 'config.json'}: num_hidden_layers is {layers:,}, the weights are {len(tensors):,} tensors",
+            f"{folder / 'config.json'}: num_hidden_layers is {layers:,}, the weights are "
+            f"{len(tensors):,} tensors",
             "get the model again",
         )
     if not (folder / "tokenizer.json").is_file():
