@@ -1,11 +1,14 @@
 """The access log: a request id, a line and a count for every request. Pure ASGI, outermost.
 
+HEAD is answered by the route of GET. A request that the server's end cancels gets a 503.
+
 A line names the route and never quotes a prompt or an answer. A client's own X-Request-Id is kept where it is
 short printable ASCII.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -15,7 +18,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edge.server import error_body
 from edge.server.metrics import Metrics
+from edge.server.served_model import shutting_down
 from edge.server.streaming import SEND
 
 log = logging.getLogger("edge.http")
@@ -50,23 +55,31 @@ class AccessLog:
 
         scope["edge.id"] = request_id
         scope[SEND] = send
+        method = scope["method"]
+        if method == "HEAD":
+            # The server keeps the scope that it has made, and sends no body by it.
+            scope = {**scope, "method": "GET"}
         try:
             await self._app(scope, receive, start)
+        except asyncio.CancelledError:
+            if status:
+                raise
+            await error_body.respond(scope, shutting_down())(scope, receive, start)
         except BaseException:
             status = status or 500
             raise
         finally:
             # Nothing was sent: the client left before there was an answer.
-            self._record(scope, status or 499, time.monotonic() - began)
+            self._record(scope, method, status or 499, time.monotonic() - began)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "other"
-        self._metrics.answered(route, scope["method"], status)
+        self._metrics.answered(route, method, status)
         if route in _QUIET and status < 400:
             return
         fields: dict[str, Any] = {
             "id": scope["edge.id"],
-            "method": scope["method"],
+            "method": method,
             "route": route,
             "status": status,
             "ms": round(seconds * 1000),

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -88,8 +89,18 @@ def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
     app.add_exception_handler(Exception, _fault)
     for router, _ in FAMILIES:
         app.include_router(router)
+        if router.prefix == "/v1":
+            _include_without_prefix(app, router)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
+
+
+def _include_without_prefix(app: FastAPI, router: APIRouter) -> None:
+    """OpenAI's routes without /v1 too: many clients are given a base URL that lacks it."""
+    for route in router.routes:
+        assert isinstance(route, APIRoute)
+        path = route.path.removeprefix(router.prefix)
+        app.add_api_route(path, route.endpoint, methods=sorted(route.methods or ()), include_in_schema=False)
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
@@ -149,7 +160,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code != 413:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path}: {error.detail}"
-        failure = RequestError(message, status=error.status_code, code=code)
+        hint = "routes for OpenAI's and Anthropic's clients begin with /v1; /docs lists all"
+        failure = RequestError(
+            message, status=error.status_code, code=code, hint=hint if code == "not_found" else ""
+        )
     response = error_body.respond(request.scope, failure)
     response.headers.update(error.headers or {})
     return response

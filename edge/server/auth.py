@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import re
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -20,6 +21,7 @@ OPEN_PATHS = frozenset({"/health"})
 PAGES = frozenset({"/", "/docs"})
 ADMIN = "/admin/"
 _PREFLIGHT_S = 600
+_FIELD_NAMES = re.compile(r"[A-Za-z0-9_-]+(?:[ \t]*,[ \t]*[A-Za-z0-9_-]+)*")
 
 
 class Guard:
@@ -33,7 +35,7 @@ class Guard:
         self._app = app
         self._admin_keys = [key.encode("utf-8") for key in access.admin_keys]
         self._keys = [key.encode("utf-8") for key in access.keys]
-        self._origins = frozenset(access.origins)
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,9 +43,9 @@ class Guard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        allowed = origin is not None and origin in self._origins
+        allowed = origin is not None and self._access.allows(origin)
         if origin is not None and allowed:
-            send = _with_cors(send, origin)
+            send = _with_cors(send, origin, headers.get("access-control-request-headers", ""))
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await Response(status_code=204)(scope, receive, send)
                 return
@@ -158,16 +160,19 @@ def _same(origin: str, host: str | None) -> bool:
         return False
 
 
-def _with_cors(send: Send, origin: str) -> Send:
+def _with_cors(send: Send, origin: str, asked: str) -> Send:
+    """A sender that lets pages of `origin` read the answer. asked: the headers that they want to send."""
+    usual = "authorization, content-type, x-api-key, x-request-id"
+
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
             extra = {
                 "access-control-allow-origin": origin,
                 "access-control-allow-methods": "GET, POST, DELETE",
-                "access-control-allow-headers": "authorization, content-type, x-api-key, x-request-id",
+                "access-control-allow-headers": asked if _FIELD_NAMES.fullmatch(asked) else usual,
                 "access-control-expose-headers": "x-request-id, x-edge-model, x-edge-digest, x-edge-device",
                 "access-control-max-age": str(_PREFLIGHT_S),
-                "vary": "origin",
+                "vary": "origin, access-control-request-headers",
             }
             rows = [(name.encode("ascii"), value.encode("ascii")) for name, value in extra.items()]
             message["headers"] = [*message["headers"], *rows]

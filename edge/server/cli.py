@@ -12,6 +12,7 @@ from edge.arguments import PATH_HELP, add_loading_options
 from edge.errors import EdgeError, UsageError
 from edge.server.access import (
     ADMIN_KEY_VARIABLE,
+    BACKLOG,
     KEY_VARIABLE,
     Access,
     check_origin,
@@ -22,6 +23,8 @@ from edge.server.access import (
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
+    if args.max_connections is not None and args.max_connections < 1:
+        raise UsageError(f"--max-connections {args.max_connections} is not at least 1")
     access = _access(args)
     with bind(args.host, args.port) as listener:
         # Imported late: --help, a wrong argument and a port in use are answered at once.
@@ -30,6 +33,8 @@ def main(argv: list[str]) -> int:
         models = model_plans.plan_all(args)
         if args.default is not None and args.default not in models:
             raise UsageError(f"--default {args.default} is none of: {', '.join(models)}")
+        if args.accept_any_model and len(models) > 1:
+            raise UsageError("--accept-any-model goes with a single model", "leave it out, or serve one")
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
         from edge.server import launch
@@ -42,6 +47,8 @@ def main(argv: list[str]) -> int:
             budget=None if args.memory_budget is None else args.memory_budget * 2**20,
             keep_alive=args.keep_alive,
             drain=args.drain,
+            accept_any=args.accept_any_model,
+            max_connections=args.max_connections,
         )
 
 
@@ -59,16 +66,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--name", help="the id in requests, of a single model (default: the artefact's name)")
+    parser.add_argument(
+        "--accept-any-model", action="store_true", help="a single model answers to whatever id is asked for"
+    )
     parser.add_argument("--ctx", type=int, help="tokens that one request may hold, answer included")
     parser.add_argument("--slots", type=int, help="requests that run at once")
     add_loading_options(parser)
     parser.add_argument("--kv-type", choices=["f16", "q8_0", "q4_0"], default="f16")
     parser.add_argument("--no-tune", action="store_true", help="take the settings as they are, unmeasured")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait")
+    parser.add_argument(
+        "--max-connections", type=int, help="open at once (default: 1024, fewer with few file handles)"
+    )
     parser.add_argument("--api-key-file", type=Path, help=f"one key a line (or set {KEY_VARIABLE})")
     parser.add_argument("--admin-key-file", type=Path, help=f"opens /admin/ (or set {ADMIN_KEY_VARIABLE})")
     parser.add_argument(
-        "--cors-origin", action="append", default=[], help="the origin of a web page that may call"
+        "--cors-origin",
+        action="append",
+        default=[],
+        help="the origin of a page or an app that may call; http://localhost:* means any port",
     )
     parser.add_argument("--memory-budget", type=int, metavar="MIB", help="memory for the loaded models")
     parser.add_argument(
@@ -112,7 +128,7 @@ def bind(host: str, port: int) -> socket.socket:
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise EdgeError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
 from edge.reasoning import THINK_END, ReasoningSplitter, opens_reasoning
 from edge.server.served_model import ServedModel
+from edge.server.streaming import start_streams
 from edge.server.tool_dialects import LLAMA3, PROSE, Call, Tool, described, dialect_of, json_rule
 from edge.server.tool_parser import ToolParser
 
@@ -83,7 +84,8 @@ class PreparedChat:
             reasoning = ReasoningOptions(self._inside, budget, self._after)
         params = msgspec.structs.replace(params, stop=[*params.stop, *self._stops])
         run |= {"constraint": self._constraint, "reasoning": reasoning}
-        return [self.model.engine.submit(self.prompt, params.with_seed(i), **run) for i in range(n)]
+        submit = self.model.engine.submit
+        return start_streams(submit(self.prompt, params.with_seed(i), **run) for i in range(n))
 
     def reader(self) -> AnswerReader:
         """A new reader for one answer."""
@@ -252,6 +254,11 @@ async def collect(stream: Stream, reader: AnswerReader) -> Answer:
     assert isinstance(item, msg.Done)
     reasoning, text, calls = reader.push("".join(parts), last=True)
     return Answer(text, reasoning, calls, logprobs, item)
+
+
+async def collect_all(streams: list[Stream], reader: Callable[[], AnswerReader]) -> list[Answer]:
+    """Read every stream to its end; the first that fails ends it. reader: a new one for each stream."""
+    return await asyncio.gather(*(collect(stream, reader()) for stream in streams))
 
 
 async def merged(streams: list[Stream]) -> AsyncIterator[tuple[int, Item]]:

@@ -10,12 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from edge.machine.llamacpp_source import PACKAGE, STOCK
-from edge.server.access import Access
+from edge.server.access import BACKLOG, Access
 from edge.server.app import create_app
+from edge.server.connections import Connection, default_limit, loop_error
 from edge.server.model_registry import Planned, Registry
 from edge.server.served_model import ServedModel
+
+_LAST_WORDS_S = 1.0
 
 
 def serve(
@@ -27,17 +31,50 @@ def serve(
     budget: int | None = None,
     keep_alive: float | None = None,
     drain: float = 10.0,
+    accept_any: bool = False,
+    max_connections: int | None = None,
 ) -> int:
     """Serve `models` on `listener` until a signal comes; the exit code.
 
-    budget: bytes that loaded models may take. keep_alive, drain: seconds. Raises EdgeError where the default
-    model cannot be loaded.
+    budget: bytes that loaded models may take. keep_alive, drain: seconds. accept_any: an unknown id means the
+    default model. max_connections: open at once. Raises EdgeError where the default model cannot be loaded.
     """
-    registry = Registry(models, default=default, budget=budget, keep_alive=keep_alive)
-    return asyncio.run(_serve(listener, registry, access or Access(), drain))
+    registry = Registry(models, default=default, budget=budget, keep_alive=keep_alive, accept_any=accept_any)
+    app = create_app(registry, access or Access())
+    return asyncio.run(_serve(listener, registry, config(app, drain, max_connections)))
 
 
-class _Server(uvicorn.Server):
+def config(app: ASGIApp, drain: float, max_connections: int | None = None) -> uvicorn.Config:
+    """uvicorn's configuration. drain: seconds."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        # The event loop accepts so many in a row before one of them can be refused, each with a file handle.
+        backlog=64,
+        limit_concurrency=max_connections or default_limit(),
+        log_config=None,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server on a long queue of connections. Its streams end with words of their own."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # What the drain did not finish was cancelled, and now writes its last event.
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORDS_S)
+
     # uvicorn raises the signal that ended it once more; a drained server ends with code 0.
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -49,16 +86,9 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-async def _serve(listener: socket.socket, registry: Registry, access: Access, drain: float) -> int:
-    config = uvicorn.Config(
-        create_app(registry, access),
-        log_config=None,
-        access_log=False,
-        log_level="warning",
-        lifespan="off",
-        timeout_graceful_shutdown=max(1, round(drain)),
-    )
-    server = _Server(config)
+async def _serve(listener: socket.socket, registry: Registry, config: uvicorn.Config) -> int:
+    asyncio.get_running_loop().set_exception_handler(loop_error)
+    server = Server(config)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     names = ", ".join(registry.entries)

@@ -88,7 +88,8 @@ class ModelEntry:
 class Registry:
     """The models of a server. budget: bytes that the loaded ones may take together (None: no bound).
 
-    keep_alive: seconds that an idle model stays loaded (None: for good).
+    keep_alive: seconds that an idle model stays loaded (None: for good). accept_any: an unknown id means the
+    default model.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class Registry:
         default: str | None = None,
         budget: int | None = None,
         keep_alive: float | None = None,
+        accept_any: bool = False,
     ) -> None:
         assert models
+        self._accept_any = accept_any
         self.metrics = Metrics()
         self.entries = {name: ModelEntry(name, plan, keep_alive=keep_alive) for name, plan in models.items()}
         self.default = default if default is not None else next(iter(models))
@@ -120,6 +123,8 @@ class Registry:
             return self.entries[self.default]
         # Ollama's clients add the tag to every name.
         entry = self.entries.get(name) or self.entries.get(name.removesuffix(":latest"))
+        if entry is None and self._accept_any:
+            return self.entries[self.default]
         if entry is None:
             names = ", ".join(f"'{served}'" for served in self.entries)
             raise RequestError(
@@ -127,6 +132,7 @@ class Registry:
                 status=404,
                 code="model_not_found",
                 param="model",
+                hint="ask for it by that id; --accept-any-model takes every id for a single model",
             )
         return entry
 

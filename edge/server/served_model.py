@@ -17,6 +17,8 @@ from edge.reasoning import THINK, THINK_END
 
 # The status of a request whose client has left; nobody receives it.
 GONE = 499
+# Bytes of a text that is asked to be tokenized.
+MAX_TEXT = 2**20
 
 
 class ServedModel:
@@ -64,6 +66,20 @@ class ServedModel:
         # Header values are latin-1: a name with other characters is sent escaped.
         return {k: v.encode("ascii", "backslashreplace").decode("ascii") for k, v in headers.items()}
 
+    async def encode(self, text: str, *, special: bool, whole: bool = False) -> msg.Encoded:
+        """Token ids and pieces of a client's `text`. Raises RequestError (413) for one over MAX_TEXT."""
+        # Half of a surrogate pair is refused where the text is packed.
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > MAX_TEXT:
+            raise RequestError(
+                f"the text has {size} bytes, the most that is tokenized at once is {MAX_TEXT}",
+                status=413,
+                code="text_too_long",
+                param="text",
+                hint="send it in parts",
+            )
+        return await self.engine.encode(text, special=special, whole=whole)
+
     async def embed(self, request: Request, texts: list[str | list[int]]) -> list[msg.Embedded]:
         """The vector of each text, in order. Raises RequestError for an empty one, or a client that left."""
         vectors = []
@@ -90,6 +106,10 @@ def loading() -> RequestError:
     return RequestError("the model is being loaded", status=503, code="model_loading", retry_after=1.0)
 
 
+def shutting_down() -> RequestError:
+    return RequestError("the server is shutting down", status=503, code="shutting_down")
+
+
 def timings(done: msg.Done) -> dict[str, float]:
     """Seconds in the queue, in prefill and in decode; tokens per second of the latter two."""
     computed = done.prompt_tokens - done.cached_tokens
@@ -109,5 +129,5 @@ def finish_reason(done: msg.Done) -> str:
     if done.reason == "timeout":
         raise RequestError("the request ran out of its time", status=408, code="timeout", param="timeout")
     if done.reason == "cancelled":
-        raise RequestError("the server is shutting down", status=503, code="shutting_down")
+        raise shutting_down()
     return done.reason

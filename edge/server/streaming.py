@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from edge.engine.client import Stream
 from edge.errors import RequestError
 from edge.server import error_body
-from edge.server.served_model import GONE
+from edge.server.served_model import GONE, shutting_down
 
 # Where the outermost middleware leaves the server's own `send`: chunks of a stream need no wrapper around it.
 SEND = "edge.send"
@@ -38,6 +38,19 @@ def named_event(value: dict[str, Any]) -> bytes:
 def openai_failure(error: RequestError) -> bytes:
     """The end of an OpenAI stream that failed after it had begun."""
     return event(error_body.openai(error)) + DONE
+
+
+def start_streams(streams: Iterable[Stream]) -> list[Stream]:
+    """Every stream of `streams`, which starts them as it is read; where one cannot start, none goes on."""
+    started: list[Stream] = []
+    try:
+        for stream in streams:
+            started.append(stream)
+    except BaseException:
+        for stream in started:
+            stream.cancel()
+        raise
+    return started
 
 
 def respond(
@@ -137,9 +150,12 @@ class EventStream(_LiveResponse):
         try:
             async for chunk in self._events:
                 await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
-        except RequestError as error:
-            if error.status == GONE:
+        except (RequestError, asyncio.CancelledError) as error:
+            # Cancelled: the time to drain is over, and the client must not take a torn stream for a whole.
+            self._cancel()
+            failure = error if isinstance(error, RequestError) else shutting_down()
+            if failure.status == GONE:
                 raise
-            chunk = self._failure(error)
+            chunk = self._failure(failure)
             await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
         await send_body({"type": "http.response.body", "body": b""})

@@ -1,8 +1,9 @@
 """A whole server over the fake backend, in processes of its own, as a user would run it.
 
 As a script: `python -m tests.support.fake_server SETTINGS_JSON`. Settings are keywords of FakeBackend, and
-"keys", "admin_keys", "origins", "max_queue", "drain", "budget", "keep_alive"; "models": settings by name, in
-place of one "fake"; "bytes": the memory that a model claims; "file": a JSON file that is read at each load.
+"keys", "admin_keys", "origins", "max_queue", "drain", "budget", "keep_alive", "accept_any",
+"max_connections"; "models": settings by name, in place of one "fake"; "bytes": the memory that a model
+claims; "file": a JSON file that is read at each load; "file_handles": how many the process may have.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
+_SERVING = ("budget", "keep_alive", "drain", "accept_any", "max_connections")
 ROOT = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
 TEMPLATE = (
@@ -105,10 +107,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def launch(command: list[str], **environment: str) -> Iterator[Server]:
-    """Run a server command that prints its URL first; ended and reaped at the end."""
+def launch(command: list[str], *, log: IO[str] | None = None, **environment: str) -> Iterator[Server]:
+    """Run a server command that prints its URL first; ended and reaped at the end. log: takes its stderr."""
     process = subprocess.Popen(
         command,
+        stderr=log,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
@@ -133,9 +136,10 @@ def launch(command: list[str], **environment: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def fake_server(**settings: Any) -> Iterator[Server]:
-    """A ready server over FakeBackend(**settings)."""
-    with launch([sys.executable, "-m", "tests.support.fake_server", json.dumps(settings)]) as server:
+def fake_server(*, log: IO[str] | None = None, **settings: Any) -> Iterator[Server]:
+    """A ready server over FakeBackend(**settings). log: takes what it writes to stderr."""
+    command = [sys.executable, "-m", "tests.support.fake_server", json.dumps(settings)]
+    with launch(command, log=log) as server:
         server.wait()
         yield server
 
@@ -150,7 +154,11 @@ def main() -> int:
 
     settings = json.loads(sys.argv[1])
     access = Access(*(tuple(settings.pop(name, [])) for name in ("keys", "admin_keys", "origins")))
-    serving = {name: settings.pop(name) for name in ("budget", "keep_alive", "drain") if name in settings}
+    serving = {name: settings.pop(name) for name in _SERVING if name in settings}
+    if (handles := settings.pop("file_handles", None)) is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (handles, handles))
     max_queue = settings.pop("max_queue", 64)
 
     def planned(given: dict[str, Any]) -> Planned:

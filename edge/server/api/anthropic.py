@@ -197,7 +197,8 @@ async def messages(request: Request, body: Messages) -> Response:
 @router.post("/count_tokens", summary="How many tokens a conversation has")
 async def count_tokens(request: Request, body: ConversationFields) -> dict[str, int]:
     model = await served_model(request, body.model)
-    return {"input_tokens": await _count(model, PreparedChat(model, body.conversation()).prompt)}
+    prompt = PreparedChat(model, body.conversation()).prompt
+    return {"input_tokens": len((await model.encode(prompt, special=True, whole=True)).ids)}
 
 
 async def _count(model: ServedModel, prompt: str) -> int:

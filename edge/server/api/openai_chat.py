@@ -11,7 +11,7 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.errors import RequestError
-from edge.server.conversation import AnswerReader, Conversation, Item, PreparedChat, collect
+from edge.server.conversation import AnswerReader, Conversation, Item, PreparedChat, collect_all
 from edge.server.model_registry import ModelEntry, registry_of, served_model
 from edge.server.openai_objects import CompletionFields, ResponseObjects, chat_logprobs, usage
 from edge.server.request_fields import Count, FunctionTools, Messages, Part, Thinking, flat
@@ -106,8 +106,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Response:
 
 async def _answer(objects: ResponseObjects, chat: PreparedChat, streams: list[Stream]) -> dict[str, Any]:
     choices, dones = [], []
-    for index, stream in enumerate(streams):
-        answer = await collect(stream, chat.reader())
+    for index, answer in enumerate(await collect_all(streams, chat.reader)):
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if chat.splits:
             message["reasoning_content"] = answer.reasoning or None

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import EngineProcess, Stream
 from edge.errors import RequestError
-from edge.server.conversation import AnswerReader, Item, collect
+from edge.server.conversation import AnswerReader, Item, collect_all
 from edge.server.model_registry import served_model
 from edge.server.openai_objects import (
     MAX_PROMPTS,
@@ -24,7 +24,7 @@ from edge.server.openai_objects import (
     usage,
 )
 from edge.server.served_model import finish_reason
-from edge.server.streaming import SSE, respond
+from edge.server.streaming import SSE, respond, start_streams
 
 DEFAULT_COMPLETION_TOKENS = 512
 
@@ -64,9 +64,9 @@ async def completions(request: Request, body: Completion) -> Response:
     model = await served_model(request, body.model)
     n, prompts = body.n or 1, prompt_list(body.prompt)
     echoes = [await _text(model.engine, prompt) if body.echo else "" for prompt in prompts for _ in range(n)]
-    streams = [
+    streams = start_streams(
         model.engine.submit(prompt, params.with_seed(i), **run) for prompt in prompts for i in range(n)
-    ]
+    )
     objects = ResponseObjects(model, "text_completion", "cmpl")
     take = _Chunks(objects, echoes).take
     events = objects.events(streams, take, choices=n, include_usage=body.include_usage)
@@ -87,7 +87,7 @@ async def _text(engine: EngineProcess, prompt: str | list[int]) -> str:
 async def _answer(
     objects: ResponseObjects, streams: list[Stream], echoes: list[str], n: int
 ) -> dict[str, Any]:
-    answers = [await collect(stream, AnswerReader()) for stream in streams]
+    answers = await collect_all(streams, AnswerReader)
     choices = [
         {
             "index": index,

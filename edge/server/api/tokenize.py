@@ -37,9 +37,9 @@ async def tokenize(request: Request, body: Tokenize) -> dict[str, Any]:
     model = await served_model(request, body.model)
     if body.messages is not None:
         prompt = PreparedChat(model, Conversation(flat(body.messages))).prompt
-        encoded = await model.engine.encode(prompt, special=True, whole=True)
+        encoded = await model.encode(prompt, special=True, whole=True)
     else:
-        encoded = await model.engine.encode(body.text or "", special=body.special)
+        encoded = await model.encode(body.text or "", special=body.special)
     return {
         "tokens": encoded.ids,
         "count": len(encoded.ids),

@@ -45,7 +45,6 @@ def _served(page: str) -> HTMLResponse:
 
 
 @router.get("/")
-@router.head("/")
 async def page() -> HTMLResponse:
     return _served(_FILE.read_text(encoding="utf-8"))
 

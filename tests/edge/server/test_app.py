@@ -63,3 +63,30 @@ def test_a_part_of_a_message_that_has_the_wrong_type_is_the_clients_error(spelli
     assert spelling.post("/v1/messages", body).status_code == 400
     item = {"type": "function_call", "call_id": "1", "name": ["f"], "arguments": "{}"}
     assert spelling.post("/v1/responses", {"input": [item]}).status_code == 400
+
+
+def test_head_is_answered_wherever_get_is(spelling: Server) -> None:
+    paths = ["/health", "/ready", "/v1/models", "/v1/models/fake", "/api/tags", "/api/ps", "/api/version"]
+    for path in [*paths, "/info", "/metrics", "/", "/docs", "/openapi.json", "/models"]:
+        head = httpx.head(spelling.url + path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == spelling.get(path).headers["content-type"]
+    assert httpx.head(spelling.url + "/nowhere").status_code == 404
+    assert httpx.head(spelling.url + "/v1/completions").status_code == 405
+    assert 'method="HEAD"' in spelling.get("/metrics").text
+
+
+def test_openais_routes_answer_without_v1_too(spelling: Server) -> None:
+    messages = {"messages": [{"role": "user", "content": "hi"}]}
+    bodies = {
+        "/chat/completions": messages, "/completions": {"prompt": "hi"}, "/embeddings": {"input": "hi"},
+        "/responses": {"input": "hi"},
+    }  # fmt: skip
+    for path, body in bodies.items():
+        short, long = spelling.post(path, body), spelling.post("/v1" + path, body)
+        assert (short.status_code, set(short.json())) == (200, set(long.json())), path
+    assert spelling.get("/models").json() == spelling.get("/v1/models").json()
+    assert spelling.get("/models/fake").json()["id"] == "fake"
+    assert not set(bodies) & set(spelling.get("/openapi.json").json()["paths"])
+    assert "/v1" in error(spelling.post("/chat", messages))["message"]
+    assert "/v1" in error(spelling.post("/v1/v1/chat/completions", messages))["message"]

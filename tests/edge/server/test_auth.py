@@ -58,7 +58,8 @@ def test_a_body_over_the_limit_is_refused(spelling: Server) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with fake_server(reply="你好", context=256, origins=["https://app.example"]) as started:
+    origins = ["https://app.example", "app://obsidian.md", "http://localhost:*"]
+    with fake_server(reply="你好", context=256, origins=origins) as started:
         yield started
 
 
@@ -69,6 +70,18 @@ def test_a_configured_origin_may_call_and_no_other(server: Server) -> None:
     preflight = httpx.options(server.url + "/generate", headers=ask)
     assert preflight.status_code == 204
     assert "authorization" in preflight.headers["access-control-allow-headers"]
+    # The headers that are asked for are those that are allowed.
+    names = "anthropic-version,content-type,x-stainless-lang, x-stainless-os"
+    asked = httpx.options(
+        server.url + "/v1/messages", headers={**ask, "access-control-request-headers": names}
+    )
+    assert asked.headers["access-control-allow-headers"] == names
+    assert "access-control-request-headers" in asked.headers["vary"]
+    odd = {**ask, "access-control-request-headers": "x: y".encode("latin-1") + b"\xe9"}
+    assert "authorization" in httpx.options(server.url, headers=odd).headers["access-control-allow-headers"]
+    for origin in ("app://obsidian.md", "http://localhost:5173"):
+        given = server.get("/info", headers={"origin": origin})
+        assert given.headers["access-control-allow-origin"] == origin
     other = {**ask, "origin": "https://app.example.evil"}
     refused = httpx.options(server.url + "/generate", headers=other)
     assert refused.status_code == 403

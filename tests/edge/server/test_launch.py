@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +62,74 @@ def test_sigterm_drains_and_exits_with_zero() -> None:
         assert "".join(json.loads(row).get("text", "") for row in rows) == "w" * 30
         assert server.process.wait(10) == 0
         assert not psutil.pid_exists(worker)
+
+
+STREAMS = {
+    "/generate": {"prompt": "x"},
+    CHAT: {"messages": user()},
+    "/v1/completions": {"prompt": ["x", "y"]},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": user()},
+    "/api/chat": {"model": "fake", "messages": user()},
+    "/api/generate": {"model": "fake", "prompt": "x"},
+}
+# The last event of each family's stream.
+LAST = {
+    "/v1/responses": '"type":"error","code":"shutting_down"',
+    "/v1/messages": '{"type":"error","error":{"type":"overloaded_error"',
+    "/api/chat": '{"error":"the server is shutting down"}',
+    "/api/generate": '{"error":"the server is shutting down"}',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("stopped", [False, True], ids=["engine", "stopped-engine"])
+def test_at_the_drains_end_every_stream_ends_with_its_familys_error(stopped: bool) -> None:
+    """Also where the engine says nothing more."""
+    length = {"max_tokens": 3000, "speculate": False}
+    with (
+        fake_server(reply="w" * 5000, context=4096, slots=16, step_s=0.02, drain=1.0) as server,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        streams = {
+            path: pool.submit(server.post, path, {**length, **body, "stream": True})
+            for path, body in STREAMS.items()
+        }
+        whole = pool.submit(server.post, CHAT, {**length, **STREAMS[CHAT]})
+        server.until(lambda info: info["running"] == len(STREAMS) + 2)
+        engine = server.worker()
+        if stopped:
+            os.kill(engine, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        for path, future in streams.items():
+            response = future.result()  # httpx raises where a chunk is torn
+            assert response.status_code == 200
+            last = response.text.strip().removesuffix("data: [DONE]").strip().rsplit("\n", 1)[1]
+            assert LAST.get(path, '"code":"shutting_down"') in last, path
+        assert (whole.result().status_code, error(whole.result())["code"]) == (503, "shutting_down")
+        assert server.process.wait(15) == 0
+        assert not psutil.pid_exists(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_without_file_handles_the_log_stays_short_and_the_server_comes_back(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        log.open("w", encoding="utf-8") as written,
+        fake_server(log=written, file_handles=64, max_connections=1000) as server,
+    ):
+        address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        with contextlib.ExitStack() as held:
+            for _ in range(100):
+                held.enter_context(socket.create_connection(address, 5.0))
+            time.sleep(2.5)
+        server.wait()
+        assert server.post("/generate", {"prompt": "x", "max_tokens": 2}).status_code == 200
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert sum("a connection cannot be accepted" in line for line in lines) == 1
+    assert len(lines) < 20 and not any("Traceback" in line for line in lines)
 
 
 @pytest.mark.slow

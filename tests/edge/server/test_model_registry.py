@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.fake_server import Server, fake_server
+from tests.support.fake_server import Server, fake_server, user
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -146,3 +146,11 @@ def test_many_at_once_load_a_model_once_and_keep_to_the_budget() -> None:
         until(lambda: list(statuses(server).values()).count("ready") == 1)
         process = psutil.Process(server.process.pid)
         until(lambda: len(process.children()) == 1)
+
+
+def test_any_id_means_the_single_model_where_that_was_asked() -> None:
+    with fake_server(reply="x", context=256, accept_any=True) as server:
+        answer = server.post("/v1/chat/completions", {"model": "gpt-4o", "messages": user()})
+        assert (answer.json()["model"], answer.headers["x-edge-model"]) == ("fake", "fake")
+        assert server.post("/api/generate", {"model": "llama3:8b", "prompt": "x"}).status_code == 200
+        assert server.get("/v1/models/gpt-4o").json()["id"] == "fake"

@@ -8,10 +8,12 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 
+from edge.server.streaming import start_streams
 from tests.support.fake_server import CHAT, Server, error, events, fake_server, user
 
 
@@ -113,3 +115,23 @@ def test_a_deadline_answers_408(slow: Server) -> None:
     assert streamed.status_code == 200
     assert events(streamed)[-1]["error"]["code"] == "timeout"
     assert streamed.text.endswith("data: [DONE]\n\n")
+
+
+def test_streams_that_were_started_are_cancelled_when_one_cannot_start() -> None:
+    class Started:
+        cancelled = False
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    started: list[Any] = []
+
+    def starting() -> Iterator[Any]:
+        for _ in range(3):
+            started.append(Started())
+            yield started[-1]
+        raise OverflowError("the fourth")
+
+    with pytest.raises(OverflowError):
+        start_streams(starting())
+    assert [stream.cancelled for stream in started] == [True] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -33,3 +34,17 @@ def test_lists_of_prompts_in_the_older_interface(server: Server) -> None:
     assert server.post(url, {"prompt": "x", "echo": True, "logprobs": 1}).status_code == 400
     assert server.post(url, {"prompt": ["x"] * 33, "n": 2}).json()["error"]["param"] == "n"
     assert server.post(url, {"prompt": [[1, 999]]}).status_code == 400
+
+
+def test_when_one_of_many_cannot_start_none_goes_on() -> None:
+    """What the engine refuses, and what cannot even be sent to it."""
+    with fake_server(reply="x" * 5000, context=4096, slots=4, step_s=0.02, max_queue=64) as slow:
+        for bad in ([999], [2**70], [-1]):
+            body = {"prompt": [[97]] * 63 + [bad], "max_tokens": 3000, "speculate": False}
+            for streamed in (False, True):
+                began = time.monotonic()
+                response = slow.post("/v1/completions", {**body, "stream": streamed})
+                assert '"error"' in response.text
+                assert streamed or response.status_code >= 400
+                slow.until(lambda info: info["running"] == info["waiting"] == 0, seconds=2.0)
+                assert time.monotonic() - began < 5.0

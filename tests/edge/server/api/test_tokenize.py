@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.fake_server import Server, fake_server, user
+from tests.support.fake_server import Server, error, fake_server, user
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,14 @@ def test_tokens_and_back(server: Server) -> None:
     assert bytes(turned["tokens"]).decode() == "<user>hi<assistant>"
     assert server.post("/detokenize", {"tokens": [260]}).status_code == 400
     assert server.post("/tokenize", {}).status_code == 400
+
+
+def test_a_text_has_a_size(server: Server) -> None:
+    limit = 2**20
+    assert server.post("/tokenize", {"text": "é" * (limit // 2)}).json()["count"] == limit
+    for body in ({"text": "é" * (limit // 2) + "a"}, {"messages": user("a" * limit)}):
+        refused = server.post("/tokenize", body)
+        assert (refused.status_code, error(refused)["code"]) == (413, "text_too_long")
+        assert str(limit) in error(refused)["message"]
+    counted = server.post("/v1/messages/count_tokens", {"messages": user("a" * limit)})
+    assert counted.status_code == 413
