@@ -73,22 +73,23 @@ def run(
     from convert.verify import compare
     from convert.verify.torch_reader import TorchReader
 
-    known = known_adapter(folder)
+    record = known_adapter(folder)
     manifest.check_target(target, overwrite)
     adapter = read_adapter(folder)
-    base = check_folder(find_base(known, folder))
-    seen = DequantizedBase(known.settings) if into == "nf4" else None
-    into = into if known.settings.get("quantized") else "original"
-    weights = MergedWeights(base, adapter, dtype, seen)
+    base = check_folder(find_base(record, folder))
+    # Without settings: as it is.
+    dequantised = DequantizedBase(record.settings if into == "nf4" else {})
+    into = into if record.settings.get("quantized") else "original"
+    weights = MergedWeights(base, adapter, dtype, dequantised)
     manifest.check_free(target, weights.bytes)
     with manifest.publish(target, overwrite=overwrite) as partial:
-        _write_others(partial, folder, base.path, known)
+        _write_others(partial, folder, base.path, record)
         with console.status(f"merging into {target}"):
             weights.write(partial)
         write_json(partial / "config.json", weights.config)
         drift = weights.drift()
         settings = {"dtype": dtype, "into": into, "drift": drift}
-        manifest.write(partial, known.child("merged", folder, settings=settings, packages=_PACKAGES))
+        manifest.write(partial, record.child("merged", folder, settings=settings, packages=_PACKAGES))
         report = compare.prove(TorchReader(folder), TorchReader(partial), console)
     kind = "dequantised NF4" if into == "nf4" else "original"
     console.print(
@@ -101,7 +102,7 @@ def run(
     return target
 
 
-def _write_others(target: Path, adapter: Path, base: Path, known: manifest.Manifest) -> None:
+def _write_others(target: Path, adapter: Path, base: Path, record: manifest.Manifest) -> None:
     """Write generation config, tokenizer and chat template of the merged model.
 
     Raises InputError where neither adapter nor base has the template that the adapter was trained with.
@@ -110,13 +111,13 @@ def _write_others(target: Path, adapter: Path, base: Path, known: manifest.Manif
     from convert.model.lora_adapter import load_format
 
     generation = read_json(base / "generation_config.json")
-    write_json(target / "generation_config.json", {**generation, "eos_token_id": known.stop_ids})
+    write_json(target / "generation_config.json", {**generation, "eos_token_id": record.stop_ids})
     source = adapter if (adapter / "tokenizer.json").is_file() else base
     for path in (source / name for name in chat_format.FILES):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
     template = load_format(adapter, base).source
-    if manifest.text_digest(template) != known.chat_template:
+    if manifest.text_digest(template) != record.chat_template:
         raise InputError(
             f"{adapter}: the chat template is not the one it was trained with", "train again, or put it back"
         )

@@ -19,13 +19,13 @@ TOKENS = 8192
 LONGEST_ROW = 512
 
 
-def rows(folder: Path, known: manifest.Manifest | None) -> tuple[list[list[int]], str]:
+def rows(folder: Path, record: manifest.Manifest | None) -> tuple[list[list[int]], str]:
     """Token ids of training rows, and what they are in words, such as "36 rows".
 
-    folder, known: the merged model and its manifest, which leads to its adapter and data set. Rows that the
+    folder, record: the merged model and its manifest, which leads to its adapter and data set. Rows that the
     comparison asks are left out where enough others remain. Raises InputError without a data set.
     """
-    settings = probes.adapter_settings(known)
+    settings = probes.adapter_settings(record)
     try:
         if settings is None:
             raise InputError("no adapter with a data set is known behind the model")
@@ -37,7 +37,7 @@ def rows(folder: Path, known: manifest.Manifest | None) -> tuple[list[list[int]]
             f"measuring needs rows of the data set: {error.message}",
             "run it where the data set can be found, or leave --imatrix and --gptq out",
         ) from error
-    asked = probes.from_data(known).probes
+    asked = probes.from_data(record).probes
     others = [
         row for row in every if probes.Probe(row.messages[:-1], row.messages[-1]["content"]) not in asked
     ]

@@ -194,7 +194,7 @@ def prove(
 
 def convert(origin: Source, target: Path, quant: str) -> None:
     """Write the source as the unquantised GGUF `target` of the type `quant`, one of WHOLE."""
-    options = ["--outtype", WHOLE[quant], "--model-name", origin.known.name]
+    options = ["--outtype", WHOLE[quant], "--model-name", origin.record.name]
     run_converter("convert_hf_to_gguf.py", origin.path, target, options)
 
 
@@ -231,7 +231,7 @@ def check(header: GGUFHeader, origin: Source) -> dict[str, Any]:
 
     Token ids and logits are left to the comparison. Raises InputError that names the difference.
     """
-    config, stop_ids = origin.config, origin.known.stop_ids
+    config, stop_ids = origin.config, origin.record.stop_ids
     text_config = config.get("text_config") or config
     tied = bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False)))
     vocab = int(text_config.get("vocab_size", 0))

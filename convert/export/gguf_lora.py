@@ -29,7 +29,7 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
     Raises InputError for an adapter that is more than low-rank updates of linear layers.
     """
     folder = stage_folder(run_folder, "adapter")
-    known = known_adapter(folder)
+    record = known_adapter(folder)
     adapter = read_adapter(folder)
     others = {*adapter.whole, *adapter.tokens}
     others |= {name for name, lora in adapter.updates.items() if lora.magnitude is not None or lora.embedding}
@@ -38,19 +38,19 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
             f"{folder} changes {min(others)} in a way that llama.cpp cannot put on at run time",
             "merge it: edge merge, then edge export gguf",
         )
-    base = check_folder(find_base(known, folder)).path
+    base = check_folder(find_base(record, folder)).path
     target = run_folder.absolute() / "lora"
     with manifest.publish(target, overwrite=overwrite) as partial:
         scaled = partial / "scaled"
         _write_scaled(adapter, scaled)
-        file = partial / f"{safe_name(known.name)}-lora.gguf"
+        file = partial / f"{safe_name(record.name)}-lora.gguf"
         # Llama's queries and keys are reordered in a GGUF; the converter does the same to their updates.
         options = ["--base", str(base.resolve()), "--outtype", "f16"]
         run_converter("convert_lora_to_gguf.py", scaled, file, options)
         shutil.rmtree(scaled)
         find.check_lora(file)
         settings = {"file": file.name, "layers": len(adapter.updates)}
-        child = known.child("lora", folder, settings=settings, packages=("edge", "llama-cpp-python"))
+        child = record.child("lora", folder, settings=settings, packages=("edge", "llama-cpp-python"))
         child.chat_template = manifest.text_digest(load_format(folder, base).source)
         manifest.write(partial, child)
     return target / file.name

@@ -85,7 +85,7 @@ def choose_codes(origin: Source, whole: Path, file: Path, console: Console) -> d
     whole: the GGUF that `file` was quantised from. Raises InputError where no data set is known, for an
     architecture whose tensor names are not known, and for activations that contain NaN or infinity.
     """
-    rows, source = calibration.rows(origin.path, origin.known)
+    rows, source = calibration.rows(origin.path, origin.record)
     tokens = sum(map(len, rows))
     with (
         console.status("GPTQ") as status,

@@ -31,7 +31,7 @@ def gather(origin: Source, file: Path, target: Path) -> dict[str, Any]:
     activations with NaN or infinity.
     """
     header = read_header(file)
-    rows, source = calibration.rows(origin.path, origin.known)
+    rows, source = calibration.rows(origin.path, origin.record)
     tensor_name = calibration.tensor_names(header)
     sums: dict[str, torch.Tensor] = {}
 

@@ -81,16 +81,16 @@ def take_apart(template: ChatTemplate, bos: str) -> Shape:
 
 def _shapes(template: ChatTemplate, bos: str) -> Iterator[Shape]:
     """Every way to cut what the template renders into what stands around each role's text."""
-    one = _render(template, [("user", _QUESTION)])
-    two = _render(template, [("user", _QUESTION), ("assistant", _ANSWER), ("user", _AGAIN)])
-    if one is None or two is None:
+    single = _render(template, [("user", _QUESTION)])
+    double = _render(template, [("user", _QUESTION), ("assistant", _ANSWER), ("user", _AGAIN)])
+    if single is None or double is None:
         raise InputError("the chat template refuses a conversation", "serve the model with edge serve")
-    bos = bos if one.startswith(bos) else ""
+    bos = bos if single.startswith(bos) else ""
     system = _render(template, [("system", _SYSTEM), ("user", _QUESTION)])
-    head, _, rest = two.removeprefix(bos).partition(_QUESTION)
+    head, _, rest = double.removeprefix(bos).partition(_QUESTION)
     middle, _, rest = rest.partition(_ANSWER)
     between, _, tail = rest.partition(_AGAIN)
-    if one.removeprefix(bos) != head + _QUESTION + tail:
+    if single.removeprefix(bos) != head + _QUESTION + tail:
         return
     for cut in range(len(head)):
         # A user's turn begins as its second one does; what stands before it in the first is the default.

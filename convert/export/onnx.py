@@ -105,7 +105,7 @@ def _smoothed(source: Source, recipe: Recipe, target: Path, console: Console) ->
 
     try:
         with console.status(f"smoothing the activations of {source.path}"):
-            layers, rows = smoothquant.run(source.path, source.known, target)
+            layers, rows = smoothquant.run(source.path, source.record, target)
     except InputError as error:
         shutil.rmtree(target, ignore_errors=True)
         return source.path, BLOCK, f"as they are, in blocks of {BLOCK}: {error.message}"

@@ -26,13 +26,13 @@ class Recipe:
     ep: str = "cpu"
 
     def __post_init__(self) -> None:
-        for option, value, known in (
+        for option, value, choices in (
             ("--precision", self.precision, PRECISIONS),
             ("--scheme", self.scheme, tuple(SCHEMES)),
             ("--ep", self.ep, EPS),
         ):
-            if value not in known:
-                raise UsageError(f"{option} {value}: not known", f"one of {', '.join(known)}")
+            if value not in choices:
+                raise UsageError(f"{option} {value}: not known", f"one of {', '.join(choices)}")
         if (self.precision, self.ep) == ("fp32", "cuda"):
             raise UsageError(
                 "--precision fp32 --ep cuda: a GPU's attention computes in fp16", "take --precision fp16"

@@ -93,7 +93,7 @@ def run(run_folder: Path, *, overwrite: bool = False, console: Console | None = 
         record: dict[str, Any] = {"machine": hardware.cpu_model(), "chosen": chosen.name, "reason": reason}
         record["rungs"] = [asdict(candidate) for candidate in candidates]
         write_json(partial / "ladder.json", record)
-        (partial / "ladder.svg").write_text(picture(candidates, chosen, origin.known.name), encoding="utf-8")
+        (partial / "ladder.svg").write_text(picture(candidates, chosen, origin.record.name), encoding="utf-8")
         settings = {"rounding": chosen.rounding, "ladder": record}
         _, report = prove(origin, read_header(file), chosen.quant, settings, console)
     console.print(table(candidates, chosen))

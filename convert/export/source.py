@@ -18,11 +18,11 @@ from edge.errors import InputError
 class Source:
     """A transformers folder to export. config: its config.json. template: its chat template.
 
-    known: its manifest, or one made up from its files. weights: bytes of its safetensors files.
+    record: its manifest, or one made up from its files. weights: bytes of its safetensors files.
     """
 
     path: Path
-    known: manifest.Manifest
+    record: manifest.Manifest
     config: dict[str, Any]
     template: str
     weights: int
@@ -30,7 +30,7 @@ class Source:
     @property
     def file_name(self) -> str:
         """The model's name as the beginning of a file's."""
-        return safe_name(self.known.name)
+        return safe_name(self.record.name)
 
     @property
     def whole(self) -> str:
@@ -47,7 +47,7 @@ class Source:
         verify: dict[str, Any],
     ) -> None:
         """Write the manifest of `folder`, a `stage` that was made from this one."""
-        record = self.known.child(stage, self.path, settings=settings, packages=packages)
+        record = self.record.child(stage, self.path, settings=settings, packages=packages)
         record.chat_template, record.verify = manifest.text_digest(self.template), verify
         manifest.write(folder, record)
 
@@ -63,19 +63,19 @@ def open_source(path: Path) -> Source:
     A folder without edge.json was made elsewhere: its own files say where a turn ends.
     """
     elsewhere = (path / "config.json").is_file() and not (path / manifest.FILE).is_file()
-    known = None if elsewhere else manifest.read(path)
+    record = None if elsewhere else manifest.read(path)
     folder = check_folder(path.resolve())
     template = ""
-    if known is None:
+    if record is None:
         form = chat_format.load(folder.path)
         template = form.source  # transformers 4 keeps it in tokenizer_config.json
-        known = manifest.Manifest(
+        record = manifest.Manifest(
             "model", folder.path.name, chat_template=manifest.text_digest(template), stop_ids=form.stop_ids
         )
     if not template or (folder.path / TEMPLATE).is_file():
-        template = read_template(folder.path, known)
+        template = read_template(folder.path, record)
     weights = sum(file.stat().st_size for file in folder.weights)
-    return Source(folder.path, known, folder.config, template, weights)
+    return Source(folder.path, record, folder.config, template, weights)
 
 
 def read_template(source: Path, origin: manifest.Manifest) -> str:

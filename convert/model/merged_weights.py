@@ -26,18 +26,17 @@ from edge.errors import EdgeError, InputError
 class MergedWeights:
     """What is to be written of `base` with `adapter` on top of it, in `dtype`.
 
-    seen: the base as training saw it; None takes it as it is. config: the base's config.json, as it holds for
-    the merged model.
-    Raises InputError where base and adapter do not fit together.
+    dequantised: the base's weights as training saw them, or as they are. config: the base's config.json, as
+    it holds for the merged model. Raises InputError where base and adapter do not fit together.
     """
 
-    def __init__(self, base: Folder, adapter: Adapter, dtype: str, seen: DequantizedBase | None) -> None:
+    def __init__(self, base: Folder, adapter: Adapter, dtype: str, dequantised: DequantizedBase) -> None:
         # Squared norms over all changed layers: of the weights, of the updates, of what rounding took.
         self._weight = self._update = self._lost = 0.0
         # Everything else stays as the base has it: other readers know these keys.
         key = "dtype" if "dtype" in base.config or "torch_dtype" not in base.config else "torch_dtype"
         self.config: dict[str, Any] = {**base.config, key: dtype}
-        self._base, self._adapter, self._seen = base, adapter, seen
+        self._base, self._adapter, self._dequantised = base, adapter, dequantised
         self._parts: dict[str, Part] = {}
         self._sources: dict[str, tuple[Path, str]] = {}  # the base's file of a tensor, and its name there
         self._list(DTYPES[dtype])
@@ -147,7 +146,7 @@ class MergedWeights:
             path, stored = self._sources[name]
             with safe_open(path, framework="pt") as file:
                 weight = file.get_tensor(stored)
-            rows = self._seen.rows(stored, weight) if self._seen else lambda start, stop: weight[start:stop]
+            rows = self._dequantised.rows(stored, weight)
         return weight, self._adapter.with_tokens(name, rows)
 
 
