@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
     "export": ("convert.export.cli", "merged model -> GGUF or ONNX; adapter -> GGUF"),
-    "verify": ("convert.verify.compare", "compare two stages of a model: tokenizer, stop tokens, logits"),
+    "verify": ("convert.verify.cli", "compare two stages of a model: tokenizer, stop tokens, logits"),
     "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
     "bench": ("bench.cli", "measure this server against the baseline"),

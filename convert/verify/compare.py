@@ -11,11 +11,9 @@ export run the same comparison before they publish.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,17 +349,3 @@ def run(a: Path, b: Path, *, lora: Path | None = None, console: Console | None =
             console.print(f"{report.seconds:.0f} s; {place}", style="dim", markup=False)
         report.refuse()
     return report
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="edge verify", description=__doc__.split("\n")[0])
-    parser.add_argument("a", type=Path, metavar="A", help="a stage's folder, or a .gguf file")
-    parser.add_argument("b", type=Path, metavar="B", help="what was made from it")
-    parser.add_argument("--lora", type=Path, metavar="ADAPTER.gguf", help="goes on top of B, a base as GGUF")
-    options = parser.parse_args(argv)
-    run(options.a, options.b, lora=options.lora)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from convert.verify import compare, probes
+from convert.verify import cli, compare, probes
 from convert.verify.divergence import Divergence, log_softmax
 from convert.verify.gguf_reader import GgufReader
 from convert.verify.open_reader import open_reader
@@ -325,4 +325,4 @@ def test_rows_of_the_data_set_are_found_through_the_parents(tmp_path: Path) -> N
 
 def test_verb_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
-        compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
+        cli.main([str(tmp_path / "a"), str(tmp_path / "b")])
