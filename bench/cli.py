@@ -11,36 +11,25 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from rich.console import Console
-from rich.markup import escape
-
-from bench import rate_sweep
-from bench.measure import roofline, workloads
-from bench.measure.process_probe import noise
-from bench.measure.progress import View
-from bench.measure.roofline import MOST_PROBED, Footprint
-from bench.report import build, html, quality, table
-from bench.rounds import Plan, measure
-from bench.servers import external, reference_servers
-from bench.servers.target import Target, baseline, genai, ours, ours_onnx, static
-from edge.artefact import find, manifest
-from edge.artefact.gguf_header import GGUFHeader
-from edge.artefact.onnx_header import OnnxHeader
-from edge.errors import InputError, UsageError
-from edge.machine import hardware
+from bench.measure import workloads
+from bench.measure.workloads import Plan
+from edge.errors import UsageError
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
-# Tokens a slot must hold: the longest prompt of the workloads, a conversation, and the answer.
-PROMPT_ROOM = 1536
+# What `bench.side_by_side.targets` makes. The first one named is what the others are compared with.
+TARGETS = (
+    "baseline", "baseline-bf16", "transformers-static", "edge", "edge-onnx", "genai", "llama-server",
+    "xllamacpp", "llama_cpp.server",
+)  # fmt: skip
+_NAME = re.compile(r"[\w][\w.-]*")
 
 
 def main(argv: list[str]) -> int:
@@ -84,11 +73,15 @@ def main(argv: list[str]) -> int:
         # What was asked for by number is not shortened.
         least=base.least if args.tokens is None else tokens,
         clients=tuple(dict.fromkeys(clients)),
-        workloads=names_of(args.workloads, workloads.WORKLOADS, "--workloads", base.workloads),
+        workloads=names_of(args.workloads, tuple(workloads.WORKLOADS), "--workloads", base.workloads),
         targets=base.targets if args.targets is None else target_names(args.targets),
         budget_s=base.budget_s if args.budget is None else args.budget,
         sweep=args.sweep,
     )
+    # Late: a wrong argument is refused at once.
+    from bench.report import build
+    from bench.side_by_side import run
+
     with stopped_by_signals():
         report = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
     sys.stdout.write(json.dumps(build.headline(report), ensure_ascii=False) + "\n")
@@ -96,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 
 def names_of(
-    words: str | None, choices: Mapping[str, object], option: str, default: tuple[str, ...]
+    words: str | None, choices: Sequence[str], option: str, default: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The comma-separated names, each once. Raises UsageError for one that is none of `choices`."""
     if words is None:
@@ -113,7 +106,7 @@ def target_names(words: str) -> tuple[str, ...]:
     targets = tuple(dict.fromkeys(name.strip() for name in words.split(",")))
     for target in targets:
         if "=" in target:
-            external.check(target)
+            name_and_url(target)
         elif target not in TARGETS:
             choices = f"there are {', '.join(TARGETS)}; or give NAME=URL"
             raise UsageError(f"--targets: there is no '{target}'", choices)
@@ -130,6 +123,22 @@ def target_names(words: str) -> tuple[str, ...]:
     return targets
 
 
+def name_and_url(given: str) -> tuple[str, str]:
+    """(name, URL) of `NAME=URL`. Raises UsageError where it is no such pair."""
+    name, _, url = given.partition("=")
+    parts = urlsplit(url)
+    try:
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not _NAME.fullmatch(name):
+        raise UsageError(
+            f"--targets: '{given}' is not NAME=URL",
+            "such as vllm=http://127.0.0.1:8000 or ollama=http://127.0.0.1:11434/api#MODEL",
+        )
+    return name, url
+
+
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """A termination signal is treated like Ctrl-C, so that every server that was started is stopped."""
@@ -142,151 +151,3 @@ def stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "") -> dict[str, Any]:
-    """Measure the run, show the table, write report.json, .md and .html to `out`; returns the report.
-
-    An earlier report there is kept under another name. Raises InputError where the run lacks a part or its
-    GGUF is not of its merged model, EdgeError where a server does not start or two of them read different
-    prompts.
-    """
-    began = time.perf_counter()
-    artefact = find.resolve(folder, "llamacpp")
-    assert isinstance(artefact.header, GGUFHeader)
-    targets = [make_target(name, folder, artefact.path, plan) for name in plan.targets]
-    stages = list(dict.fromkeys(target.stage for target in targets if target.stage not in ("", "merged")))
-    for stage in dict.fromkeys(["gguf", *stages]):
-        check_same_model(folder, stage)
-    out = out or folder
-    console = Console(stderr=True)
-    with console.status("measuring how quiet the machine is"):
-        before = noise()
-        footprints = {target.name: footprint(target, folder, artefact.header) for target in targets}
-        probed = {name: model.probed for name, model in footprints.items() if model is not None}
-        gpu = roofline.gpu_bandwidth(max(probed.values(), default=MOST_PROBED))
-    need = sum(need_bytes(folder, artefact, target) for target in targets) + 2**30
-    together = need < hardware.memory().available
-    with View(console) as view:
-        measured, kept = measure(targets, plan, out / "bench", together=together, view=view, probed=probed)
-        sweeps = {}
-        for part in measured if kept.sweep else ():
-            name = part.target.name
-            view.say(f"requests at random times: {name}")
-            log, start = out / "bench" / f"{name}-sweep.log", rate_sweep.start(part.rounds)
-            sweeps[name] = rate_sweep.sweep(part.target, log, tokens=kept.tokens, start=start)
-    report = build.build(
-        measured,
-        plan=kept,
-        asked_tokens=plan.tokens,
-        command=command,
-        model=describe(folder, artefact, stages),
-        noise=(before, noise()),
-        gpu=gpu,
-        footprints=footprints,
-        quality={target.name: quality.of_target(folder, target) for target in targets},
-        sweeps=sweeps,
-        together=together,
-        seconds=time.perf_counter() - began,
-    )
-    if earlier := table.write(report, html.page(report), out):
-        kept_as = escape(str(out / f"report-{earlier}.json"))
-        console.print(f"the earlier report is kept as {kept_as}, .md and .html", soft_wrap=True)
-    table.show(report, Console())
-    return report
-
-
-def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | None:
-    """What the target reads for a token; None where that is not known."""
-    if target.stage == "gguf":
-        return roofline.of_gguf(header)
-    if target.stage == "merged":
-        return roofline.of_merged(folder / "merged", header, 2 if target.dtype == "bfloat16" else 4)
-    return roofline.of_onnx(onnx_of(folder)[1]) if target.stage == "onnx" else None
-
-
-def onnx_of(folder: Path) -> tuple[find.Artefact, OnnxHeader]:
-    """The run's ONNX model."""
-    artefact = find.resolve(folder, "onnx")
-    assert isinstance(artefact.header, OnnxHeader)
-    return artefact, artefact.header
-
-
-def make_target(name: str, folder: Path, file: Path, plan: Plan) -> Target:
-    """The target behind a name of TARGETS or NAME=URL. Raises what `external.target` raises."""
-    if "=" in name:
-        return external.target(*external.check(name))
-    return TARGETS[name](folder, file, plan)
-
-
-# Each makes a target over (the run folder, its GGUF, the plan); the first one named is what others are
-# compared with.
-TARGETS: dict[str, Callable[[Path, Path, Plan], Target]] = {
-    "baseline": lambda folder, file, plan: baseline(folder / "merged", "float32"),
-    "baseline-bf16": lambda folder, file, plan: baseline(folder / "merged", "bfloat16"),
-    "transformers-static": lambda folder, file, plan: static(folder / "merged"),
-    "edge": lambda folder, file, plan: ours(folder, "--backend", "llamacpp"),
-    "edge-onnx": lambda folder, file, plan: ours_onnx(folder),
-    "genai": lambda folder, file, plan: genai(folder / "onnx"),
-    "llama-server": lambda folder, file, plan: reference_servers.llama_server(
-        file,
-        slots=max(plan.clients),
-        context=PROMPT_ROOM + plan.tokens,
-        threads=hardware.cpu_threads(),
-        flash_attention=False,
-    ),
-    "xllamacpp": lambda folder, file, plan: reference_servers.xllamacpp(
-        file,
-        slots=max(plan.clients),
-        context=PROMPT_ROOM + plan.tokens,
-        threads=hardware.cpu_threads(),
-    ),
-    "llama_cpp.server": lambda folder, file, plan: reference_servers.llama_cpp_server(
-        file, context=PROMPT_ROOM + plan.tokens, threads=hardware.cpu_threads()
-    ),
-}
-
-
-def check_same_model(folder: Path, stage: str = "gguf") -> None:
-    """Raise InputError unless RUN/merged is there and the stage's folder says that it was made from it."""
-    digest = manifest.read(folder / "merged").digest
-    if digest not in [parent["digest"] for parent in manifest.read(folder / stage).parents]:
-        raise InputError(
-            f"{folder / stage} was not made from {folder / 'merged'}: the two would not be the same model",
-            f"edge export {stage} {shlex.quote(str(folder))} --overwrite",
-        )
-
-
-def merged_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in (folder / "merged").glob("*.safetensors"))
-
-
-def need_bytes(folder: Path, artefact: find.Artefact, target: Target) -> int:
-    """Memory that a target will take, from its files: the merged 16-bit weights in its dtype, and torch;
-    twice the GGUF's weights for the others, cache and buffers included; nothing where it runs already.
-    """
-    if target.url:
-        return 0
-    if target.stage != "merged":
-        return 2 * artefact.header.weights_bytes
-    return merged_bytes(folder) * (1 if target.dtype == "bfloat16" else 2) + 2**30
-
-
-def describe(folder: Path, artefact: find.Artefact, stages: Sequence[str]) -> dict[str, Any]:
-    """The model's files, by stage; sizes in bytes. stages: those whose weights a target reads."""
-
-    def entry(model: find.Artefact, *names: str) -> dict[str, Any]:
-        size = sum((model.path.parent / name).stat().st_size for name in {model.path.name, *names})
-        return {"digest": model.digest, "file": model.path.name, "bytes": size}
-
-    merged = manifest.read(folder / "merged")
-    facts: dict[str, Any] = {
-        "run": folder.resolve().name,
-        "base_model": merged.base_model,
-        "merged": {"digest": merged.digest, "bytes": merged_bytes(folder)},
-        "gguf": entry(artefact),
-    }
-    if "onnx" in stages:
-        model, header = onnx_of(folder)
-        facts["onnx"] = entry(model, *header.files)
-    return facts

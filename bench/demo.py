@@ -18,12 +18,13 @@ from urllib.parse import urlencode
 
 from rich.console import Console
 
-from bench.cli import run, stopped_by_signals
+from bench.cli import stopped_by_signals
 from bench.measure.http1 import ProtocolError
 from bench.measure.load import get
+from bench.measure.workloads import Plan
 from bench.report import build, grid
-from bench.rounds import Plan
 from bench.servers.target import ours, started
+from bench.side_by_side import run
 from edge.artefact import find, manifest
 from edge.console import guarded
 from edge.errors import EdgeError, InputError

@@ -22,7 +22,7 @@ from bench.measure.metrics import Sample, e2e, token_rate
 from bench.measure.process_probe import tree_cpu
 from bench.measure.progress import View
 from bench.measure.roofline import Bandwidth, better, reading
-from bench.measure.workloads import Job
+from bench.measure.workloads import Job, Plan
 from bench.servers.target import Running, Target, started
 from edge.errors import EdgeError
 from edge.machine import hardware
@@ -33,24 +33,6 @@ PAUSE_S = 0.3
 # The last of many clients waits long for a server that answers one after the other.
 ANSWER_LIMIT_S = 3600.0
 Case = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure. budget_s: seconds that the measured rounds may take; at most `rounds` of each case.
-
-    Where one round of each does not fit, answers are shortened to no less than `least` tokens. targets:
-    names, or NAME=URL for servers that run already.
-    """
-
-    tokens: int = 64
-    least: int = 16
-    clients: tuple[int, ...] = (1, 8)
-    workloads: tuple[str, ...] = ("mixed",)
-    targets: tuple[str, ...] = ("baseline", "edge")
-    rounds: int = 5
-    budget_s: float = 100.0
-    sweep: bool = False
 
 
 @dataclass

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -146,14 +146,9 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def interval(
-    values: Sequence[float],
-    statistic: Callable[[np.ndarray, int], np.ndarray] = lambda rows, axis: np.median(rows, axis=axis),
-    *,
-    confidence: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+    values: Sequence[float], q: float = 50.0, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Bootstrap percentile interval of `statistic` (Efron 1979): resample with replacement, `draws` times.
+    """Bootstrap percentile interval of the q-th percentile (Efron 1979): resample with replacement.
 
     None for fewer than three values, where resampling says nothing. The same seed gives the same interval.
     """
@@ -163,7 +158,7 @@ def interval(
     # Of many values fewer draws tell as much: the gaps of one run are thousands.
     draws = min(draws, max(200, 1_000_000 // len(data)))
     rows = data[np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))]
-    estimates = statistic(rows, 1)
+    estimates = np.percentile(rows, q, axis=1)
     tail = (1 - confidence) / 2 * 100
     return float(np.percentile(estimates, tail)), float(np.percentile(estimates, 100 - tail))
 
@@ -221,9 +216,5 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "n": len(values),
         **{f"p{q}": percentile(values, q) for q in PERCENTILES},
         "max": max(values, default=None),
-        "intervals": {f"p{q}": interval(values, _percentile_of(q)) for q in PERCENTILES},
+        "intervals": {f"p{q}": interval(values, q) for q in PERCENTILES},
     }
-
-
-def _percentile_of(q: int) -> Callable[[np.ndarray, int], np.ndarray]:
-    return lambda rows, axis: np.percentile(rows, q, axis=axis)

@@ -27,6 +27,24 @@ class Job:
     speculate: bool = False
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. budget_s: seconds that the measured rounds may take; at most `rounds` of each case.
+
+    Where one round of each does not fit, answers are shortened to no less than `least` tokens. targets:
+    names, or NAME=URL for servers that run already.
+    """
+
+    tokens: int = 64
+    least: int = 16
+    clients: tuple[int, ...] = (1, 8)
+    workloads: tuple[str, ...] = ("mixed",)
+    targets: tuple[str, ...] = ("baseline", "edge")
+    rounds: int = 5
+    budget_s: float = 100.0
+    sweep: bool = False
+
+
 _OPENINGS = (
     "A traveller from the north asked the keeper of the lighthouse",
     "In the kitchen behind the harbour the cook explained",

@@ -18,7 +18,8 @@ from bench.measure import metrics, process_probe, roofline, workloads
 from bench.measure.metrics import Sample
 from bench.measure.process_probe import Noise
 from bench.measure.roofline import Bandwidth, Footprint
-from bench.rounds import Case, Measured, Plan, Round
+from bench.measure.workloads import Plan
+from bench.rounds import Case, Measured, Round
 from bench.servers.target import Target
 from edge.artefact import manifest
 from edge.machine import hardware

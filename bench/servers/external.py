@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,10 +20,9 @@ from bench.measure.http1 import ProtocolError
 from bench.measure.load import Part, get
 from bench.measure.workloads import Job
 from bench.servers.target import Target
-from edge.errors import EdgeError, InputError, UsageError
+from edge.errors import EdgeError, InputError
 
 KEY = "EDGE_BENCH_API_KEY"
-_NAME = re.compile(r"[\w][\w.-]*")
 
 
 class OpenAI:
@@ -80,22 +78,6 @@ class Ollama:
 
 def message_of(error: Any) -> str:
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
-
-
-def check(given: str) -> tuple[str, str]:
-    """(name, URL) of `NAME=URL`. Raises UsageError where it is no such pair."""
-    name, _, url = given.partition("=")
-    parts = urlsplit(url)
-    try:
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or not _NAME.fullmatch(name):
-        raise UsageError(
-            f"--targets: '{given}' is not NAME=URL",
-            "such as vllm=http://127.0.0.1:8000 or ollama=http://127.0.0.1:11434/api#MODEL",
-        )
-    return name, url
 
 
 def target(name: str, url: str) -> Target:

@@ -16,17 +16,18 @@ import pytest
 from rich.console import Console
 
 from bench import demo
-from bench.cli import check_same_model, main
+from bench.cli import main
 from bench.measure import workloads
 from bench.measure.load import Baseline, Ours
 from bench.measure.metrics import Sample
 from bench.measure.process_probe import MemoryWatch, Noise, noise, tree_cpu, tree_memory
 from bench.measure.progress import View
-from bench.measure.workloads import Job, counts
+from bench.measure.workloads import Job, Plan, counts
 from bench.report import build as report
 from bench.report import html, table, update_readme
-from bench.rounds import Measured, Plan, Round, measure, schedule
+from bench.rounds import Measured, Round, measure, schedule
 from bench.servers.target import Target, free_port, started, stop
+from bench.side_by_side import check_same_model
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
 from tests.support.reports import build

@@ -16,8 +16,9 @@ from bench import rate_sweep
 from bench.measure import metrics, roofline, workloads
 from bench.measure.load import Ours, open_loop
 from bench.measure.metrics import Objective, Sample
+from bench.measure.workloads import Plan
 from bench.report import compare, html
-from bench.rounds import Measured, Plan, Round
+from bench.rounds import Measured, Round
 from bench.servers.target import Target
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError

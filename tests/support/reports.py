@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bench.measure.process_probe import Noise
+from bench.measure.workloads import Plan
 from bench.report import build as report
-from bench.rounds import Measured, Plan
+from bench.rounds import Measured
 
 
 def build(measured: list[Measured], **more: Any) -> dict[str, Any]:

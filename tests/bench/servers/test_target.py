@@ -7,6 +7,8 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,11 +18,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import cli, rounds, run_from_gguf
+from bench import cli, rounds, run_from_gguf, side_by_side
 from bench.measure import progress
 from bench.measure.http1 import Lines, request
 from bench.measure.load import ask, spread_evenly
-from bench.measure.workloads import Job
+from bench.measure.workloads import Job, Plan
 from bench.report.definitions import DEFINITIONS
 from bench.servers import external, library_server
 from bench.servers.library_server import Request, next_batch
@@ -144,7 +146,7 @@ def test_models_of_an_outside_server() -> None:
 )
 def test_names_and_urls_are_checked(given: str) -> None:
     with pytest.raises(UsageError, match="NAME=URL"):
-        external.check(given)
+        cli.name_and_url(given)
 
 
 def test_target_names() -> None:
@@ -154,6 +156,21 @@ def test_target_names() -> None:
             cli.target_names(given)
     with pytest.raises(UsageError, match="same server"):
         cli.target_names("a=http://h:1/v1,b=http://h:1/api")
+
+
+def test_each_name_has_a_target(tmp_path: Path) -> None:
+    assert tuple(side_by_side.targets(tmp_path, tmp_path / "x.gguf", Plan())) == cli.TARGETS
+
+
+def test_wrong_arguments_are_refused_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys; from bench import cli\n"
+        "try: cli.main(['x', '--targets', 'nothing'])\n"
+        "except Exception as error: print(type(error).__name__)\n"
+        "print([name for name in ('numpy', 'rich', 'psutil', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["UsageError", "[]"]
 
 
 def test_tokens_of_unknown_pieces_are_spread_evenly() -> None:
