@@ -78,6 +78,7 @@ def test_goodput_counts_what_met_the_objective() -> None:
     assert metrics.goodput(samples, Objective(2.0, 0.5))[1] == 0.75
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_the_sweep_ends_where_the_objective_breaks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.mock_server", "0.2", "0.01", "{port}"]

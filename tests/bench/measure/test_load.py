@@ -35,6 +35,7 @@ def drive(mock: Any, *, clients: int = 1, requests: int = 1, tokens: int = 20) -
     return asyncio.run(run())
 
 
+@pytest.mark.timing
 def test_recovers_the_known_delays() -> None:
     # What else runs on the machine delays the mock too, so its own stamps are what is known; and it delays
     # the reader, so that of several tries one must be right for each figure.
@@ -68,6 +69,7 @@ def test_asks_for_a_fixed_number_of_greedy_tokens_and_keeps_what_the_server_coun
     assert s.text == "la " * 20
 
 
+@pytest.mark.timing
 def test_clients_are_a_closed_loop() -> None:
     samples = drive(Mock(0.05, 0.0), clients=2, requests=6, tokens=3)
     assert sorted(s.prompt for s in samples) == list(range(6))
@@ -134,6 +136,7 @@ def test_the_baseline_answers_in_one_piece() -> None:
     assert metrics.e2e(s) >= 0.1
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("most", [100, 2])
 def test_the_health_probe_sees_a_blocked_server(most: int) -> None:
     connected = 0
@@ -213,6 +216,7 @@ def test_request_bytes() -> None:
     assert b"content-length: 11" in head and json.loads(body) == {"a": "é"}
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_sixty_four_streams_of_fifty_tokens_a_second_on_one_core() -> None:
     server = subprocess.Popen(

@@ -58,6 +58,7 @@ def running(server: Server, count: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.timing
 def test_health_answers_while_tokens_are_made(slow: Server) -> None:
     with running(slow, 2), httpx.Client(base_url=slow.url) as client:
         client.get("/health")
@@ -70,6 +71,7 @@ def test_health_answers_while_tokens_are_made(slow: Server) -> None:
     assert sorted(waits)[10] < 0.05
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_s3_a_client_that_goes_frees_its_slot_in_every_phase(slow: Server) -> None:
     long = {"prompt": "p" * 1500, "raw": True, "cache_prompt": False}
