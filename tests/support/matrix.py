@@ -9,7 +9,7 @@ import pytest
 
 
 def few(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
-    """`values` as parameters, all but those of `kept` marked as `matrix`. A tuple counts by its first item."""
+    """`values` as parameters, all but those of `kept` marked `matrix`. A tuple counts by its first item."""
     params = []
     for value in values:
         items = value if isinstance(value, tuple) else (value,)

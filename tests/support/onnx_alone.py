@@ -1,4 +1,4 @@
-"""An exported folder served by `edge[serve,onnx]` alone: `python -m tests.support.onnx_alone RUN` (make onnx-alone).
+"""An exported folder served by `edge[serve,onnx]` alone: `python -m tests.support.onnx_alone RUN`.
 
 Makes an environment, installs this tree into it with those two extras, copies RUN's onnx folder alone beside
 it, serves that and asks. Fails where torch, transformers or llama.cpp came along, or an answer is missing.
