@@ -1,7 +1,7 @@
 """`edge data CONFIG`: what the data of a configuration holds, and what is trained on, without training.
 
-Counts, rows left out with their reasons, the lengths as a picture, duplicates, placeholders, what is cut and
-how; and the exact tokens of a few rows, those with loss in colour.
+Counts, rows left out with their reasons, a histogram of the lengths, duplicates, placeholders, what is cut
+and how; and the exact tokens of a few rows, those with loss in colour.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POLICY = (
 )
 
 
-def picture(lengths: list[int], cutoff: int) -> list[str]:
+def histogram(lengths: list[int], cutoff: int) -> list[str]:
     """How many rows are how long, as bars; lengths in tokens. The last bar ends with the longest row."""
     if not lengths:
         return []
@@ -39,8 +39,8 @@ def picture(lengths: list[int], cutoff: int) -> list[str]:
     most = max(counts)
     digits = len(str(high))
     lines = []
-    for at, count in enumerate(counts):
-        start, end = low + at * width, min(high, low + (at + 1) * width - 1)
+    for start, count in zip(range(low, high + 1, width), counts, strict=True):
+        end = min(high, start + width - 1)
         bar = "█" * round(_WIDTH * count / most) or ("▏" if count else "")
         mark = "  <- cutoff_len" if start <= cutoff <= end else ""
         lines.append(f"{start:>{digits}} - {end:>{digits}}  {bar} {count}{mark}")
@@ -51,67 +51,67 @@ def picture(lengths: list[int], cutoff: int) -> list[str]:
     return [*lines, f"median and more: {shown}, longest {high}"]
 
 
-def coloured(form: Any, sample: Any) -> Text:
+def coloured(chat: Any, sample: Any) -> Text:
     """The sample's tokens, each with its id; green where it has loss, dim where not."""
-    learnt = {at for start, end in sample.spans for at in range(start, end)}
+    learnt = {index for start, end in sample.spans for index in range(start, end)}
     text = Text()
-    for at, token in enumerate(sample.ids):
-        if at in sample.starts[1:]:
+    for index, token in enumerate(sample.ids):
+        if index in sample.starts[1:]:
             text.append("\n-- next row of the pack --\n", style="yellow")
-        shown = form.tokenizer.decode([token], skip_special_tokens=False)
-        shown = shown.replace("\n", "\\n").replace("�", f"<{form.tokenizer.id_to_token(token)}>")
-        style = ("black on green" if at % 2 else "black on bright_green") if at in learnt else "dim"
-        text.append(shown, style=style)
-        text.append(f"{token} ", style="green" if at in learnt else "dim italic")
+        piece = chat.tokenizer.decode([token], skip_special_tokens=False)
+        piece = piece.replace("\n", "\\n").replace("�", f"<{chat.tokenizer.id_to_token(token)}>")
+        style = ("black on green" if index % 2 else "black on bright_green") if index in learnt else "dim"
+        text.append(piece, style=style)
+        text.append(f"{token} ", style="green" if index in learnt else "dim italic")
     return text
 
 
 def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     """Print everything about the data of `config`, and `rows` of its rows token by token."""
     from convert.data import prepare
-    from convert.model import chat_format
+    from convert.data.encode import Pair
+    from convert.model import chat_format, hub
 
     began = time.monotonic()
     folder = Path(config.model_name_or_path)
     if not folder.is_dir():
-        from convert.model.hub import resolve
-
-        folder = resolve(config.model_name_or_path, config.model_revision)
-    form = chat_format.load(check_folder(folder, shown=config.model_name_or_path).path)
-    for line in (*config.warnings, chat_format.check_name(config.template, form), *form.warnings):
-        if line:
-            console.print(f"note: {line}", style="yellow")
-    made = prepare.prepare(config, form)
-    seconds = time.monotonic() - began
-    report = made.report
+        folder = hub.resolve(config.model_name_or_path, config.model_revision)
+    chat = chat_format.load(check_folder(folder, shown=config.model_name_or_path).path)
+    for line in filter(
+        None, (*config.warnings, chat_format.check_name(config.template, chat), *chat.warnings)
+    ):
+        console.print(f"note: {line}", style="yellow")
+    data = prepare.prepare(config, chat)
+    report, items = data.report, data.train
     kind = "pairs" if config.stage == "dpo" else "rows"
-    held = len({item.source for item in made.held})
+    held = len({item.source for item in data.held})
     console.print(
         f"{', '.join(config.dataset)}: {report.rows:,} rows read, {len(report.bad):,} left out, "
-        f"{made.rows:,} {kind} to train on, {held:,} held out ({seconds:.1f} s)"
+        f"{data.rows:,} {kind} to train on, {held:,} held out ({time.monotonic() - began:.1f} s)"
     )
-    for line in [*made.notes, *report.lines()]:
+    for line in [*data.notes, *report.lines()]:
         console.print(f"note: {line}", style="yellow")
     for row, earlier in report.twins[1:]:
         console.print(f"  also {row} is {earlier}")
-    items = made.train
-    tokens, learnt = (
-        sum(values) for values in ([one.tokens for one in items], [one.learnt for one in items])
-    )
+    tokens, learnt = sum(item.tokens for item in items), sum(item.learnt for item in items)
     console.print(
         f"{tokens:,} tokens in one epoch, {learnt:,} of them with loss ({learnt / max(1, tokens):.0%})"
     )
     console.print("tokens in a sequence:" if config.packs else "tokens in a row:")
-    for line in picture([one.size for one in items], config.cutoff_len):
+    for line in histogram([item.size for item in items], config.cutoff_len):
         console.print(f"  {line}")
     console.print(f"{len(report.cut):,} rows are cut; {_POLICY}")
     for item in items[:rows]:
-        parts = [("", item)] if kind == "rows" else [(", chosen", item.chosen), (", rejected", item.rejected)]
-        for name, sample in parts:
+        pair = (
+            (("", item),)
+            if not isinstance(item, Pair)
+            else ((", chosen", item.chosen), (", rejected", item.rejected))
+        )
+        for name, sample in pair:
             console.print(
                 f"\n{item.source}{name}: {len(sample.ids)} tokens, {sample.learnt} with loss", style="bold"
             )
-            console.print(coloured(form, sample))
+            console.print(coloured(chat, sample))
 
 
 def main(argv: list[str]) -> int:

@@ -16,20 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.data.dataset_info import INFO, Entry, Message, Row, read_info
+from convert.data.dataset_info import Entry, Row, read_info
 from convert.data.read_files import BadRow
 from edge.errors import InputError, UsageError
 
-__all__ = ["INFO", "BadRow", "Message", "Report", "Row", "held_out", "load", "split", "stream"]
-
 _PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]\w*\s*\}\}")
-# Braces in code are meant: `{{ name }}` is an answer about Jinja, not a hole in the row.
+# Braces in code are meant: `{{ name }}` is an answer about Jinja, not a forgotten placeholder.
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
 @dataclass
 class Report:
-    """What was found in the data. bad: (row, reason) of each row left out. twins: (row, the earlier one)."""
+    """What reading and encoding the data met. bad: (row, reason) of each row left out. twins: (duplicate, the
+    earlier row), the first ten. cut: rows longer than cutoff_len. seen: digests of rows."""
 
     rows: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -45,31 +44,31 @@ class Report:
 
     def lines(self) -> list[str]:
         """Warnings in words, worst first; empty where there is nothing to say."""
-        said = []
+        lines = []
         if self.bad:
             shown = [f"  {source}: {reason}" for source, reason in self.bad[:10]]
             more = [f"  ... and {len(self.bad) - 10} more"] if len(self.bad) > 10 else []
-            said.append("\n".join([f"{len(self.bad)} of {self.rows} rows are left out:", *shown, *more]))
+            lines.append("\n".join([f"{len(self.bad)} of {self.rows} rows are left out:", *shown, *more]))
         if self.cut:
-            said.append(
+            lines.append(
                 f"{len(self.cut)} rows are longer than cutoff_len: their answers are cut at the end and do "
                 f"not learn to stop there (first: {self.cut[0]})"
             )
         if self.placeholders:
             names = ", ".join(f"{name} x {count}" for name, count in self.placeholders.most_common(5))
-            said.append(
+            lines.append(
                 f"{self.placeholder_rows} rows hold placeholders that nothing fills in: {names} "
                 f"(first: {self.first_placeholder})"
             )
         if self.duplicates:
             row, earlier = self.twins[0]
-            said.append(
+            lines.append(
                 f"{self.duplicates} rows are duplicates of an earlier one; they are kept "
                 f"(first: {row} is {earlier})"
             )
         if self.thoughts_removed:
-            said.append(f"{self.thoughts_removed} rows had a thought, left out by enable_thinking: false")
-        return said
+            lines.append(f"{self.thoughts_removed} rows had reasoning, left out by enable_thinking: false")
+        return lines
 
     def numbers(self) -> dict[str, Any]:
         """Counts for the manifest."""
@@ -94,7 +93,7 @@ def stream(entry: Entry, report: Report, *, max_samples: int | None = None) -> I
         except BadRow as reason:
             report.bad.append((source, str(reason)))
             continue
-        _look(row, report)
+        _inspect(row, report)
         yield row
 
 
@@ -116,7 +115,7 @@ def load(
 def check(names: tuple[str, ...], usable: int, report: Report, *, strict: bool) -> None:
     """Raise InputError where no row of `names` is usable, and with `strict` for any bad row."""
     if report.bad and strict:
-        raise InputError(report.lines()[0], "mend these rows, or leave `strict` out to go on without them")
+        raise InputError(report.lines()[0], "correct these rows, or leave `strict` out to go on without them")
     if not usable:
         reasons = "; ".join(f"{source}: {reason}" for source, reason in report.bad[:3])
         raise InputError(
@@ -147,28 +146,28 @@ def split(rows: list[Row], val_size: float, seed: int) -> tuple[list[Row], list[
     """(training rows, validation rows), at least one of each; none held out for val_size 0."""
     chosen = held_out(len(rows), val_size, seed)
     return (
-        [row for at, row in enumerate(rows) if at not in chosen],
-        [row for at, row in enumerate(rows) if at in chosen],
+        [row for number, row in enumerate(rows) if number not in chosen],
+        [row for number, row in enumerate(rows) if number in chosen],
     )
 
 
-def _look(row: Row, report: Report) -> None:
+def _inspect(row: Row, report: Report) -> None:
+    """Note whether `row` repeats an earlier one, or holds placeholders."""
     whole = json.dumps([row.messages, row.chosen, row.rejected, row.tools])
-    earlier = report.seen.setdefault(
-        hashlib.blake2b(whole.encode("utf-8"), digest_size=12).digest(), row.source
-    )
+    digest = hashlib.blake2b(whole.encode("utf-8"), digest_size=12).digest()
+    earlier = report.seen.setdefault(digest, row.source)
     if earlier != row.source:
         report.duplicates += 1
         if len(report.twins) < 10:
             report.twins.append((row.source, earlier))
     texts = [*(message["content"] for message in row.messages), row.chosen, row.rejected]
-    found = [
-        hole.replace(" ", "")
+    placeholders = [
+        match.replace(" ", "")
         for text in texts
         if "{{" in text
-        for hole in _PLACEHOLDER.findall(_CODE.sub("", text))
+        for match in _PLACEHOLDER.findall(_CODE.sub("", text))
     ]
-    if found:
+    if placeholders:
         report.first_placeholder = report.first_placeholder or row.source
-        report.placeholders.update(found)
+        report.placeholders.update(placeholders)
         report.placeholder_rows += 1

@@ -1,4 +1,4 @@
-"""dataset_info.json: where a data set lies, and how its rows become messages.
+"""dataset_info.json: where a data set is, and how its rows become messages.
 
 alpaca, sharegpt and openai rows, preference rows (ranking) of each; tools and their calls.
 """
@@ -130,13 +130,12 @@ class Entry:
         tags = dict(_OPENAI_TAGS if formatting == "openai" else _TAGS)
         if formatting == "openai":
             columns["messages"] = "messages"
-        for kind, known in (("columns", columns), ("tags", tags)):
-            given = entry.get(kind) or {}
-            for key, value in given.items():
-                if key not in known:
-                    raise wrong(f"has {kind} with the unknown name '{key}'; known: {', '.join(known)}")
+        for kind, names in (("columns", columns), ("tags", tags)):
+            for key, value in (entry.get(kind) or {}).items():
+                if key not in names:
+                    raise wrong(f"has {kind} with the unknown name '{key}'; known: {', '.join(names)}")
                 if value is not None:
-                    known[key] = value
+                    names[key] = value
         path = folder / file if isinstance(file, str) else folder
         use_hub = isinstance(hub, str) and not (isinstance(file, str) and path.exists())
         return cls(
@@ -145,20 +144,16 @@ class Entry:
         )  # fmt: skip
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """(number, value) of each row as it lies there. Raises InputError where it cannot be read."""
+        """(number, value) of each row, unchecked. Raises InputError where it cannot be read."""
         if self.hub is not None:
             yield from _hub_rows(self)
             return
         path = self.path / self.folder if self.folder and self.path.is_dir() else self.path
-        found = read_files.files(path)
-        if len(found) > 1:
-            word = re.compile(rf"(^|[^a-z]){re.escape(self.split.lower())}([^a-z]|$)")
-            found = [one for one in found if word.search(one.stem.lower())] or found
-        number = 0
-        for file in found:
-            for number_here, row in read_files.read(file):
-                number += 1
-                yield (number_here if len(found) == 1 else number), row
+        files = read_files.files(path)
+        word = re.compile(rf"(^|[^a-z]){re.escape(self.split.lower())}([^a-z]|$)")
+        files = [file for file in files if word.search(file.stem.lower())] or files
+        rows = (row for file in files for row in read_files.read(file))
+        yield from rows if len(files) == 1 else enumerate((row for _, row in rows), 1)
 
     def row(self, source: str, raw: Any) -> Row:
         """`raw` as messages: perhaps system, then question and answer in turn. Raises BadRow."""
@@ -210,7 +205,7 @@ class Entry:
             raise BadRow(f"`{column}` is {kind_of(given)}, not a list of messages")
         if not given:
             raise BadRow(f"`{column}` is empty")
-        messages = [self._message(number, one) for number, one in enumerate(given, 1)]
+        messages = [self._message(number, message) for number, message in enumerate(given, 1)]
         turns = messages[1:] if messages[0]["role"] == "system" else messages
         for number, message in enumerate(turns):
             if message["role"] not in (("user", "tool"), ("assistant",))[number % 2]:
@@ -222,23 +217,18 @@ class Entry:
             raise BadRow("its last message is not an answer")
         return messages
 
-    def _message(self, number: int, one: Any) -> Message:
-        if not isinstance(one, dict):
-            raise BadRow(f"message {number} is {kind_of(one)}, not an object")
+    def _message(self, number: int, raw: Any) -> Message:
+        if not isinstance(raw, dict):
+            raise BadRow(f"message {number} is {kind_of(raw)}, not an object")
         roles = {self.tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
         roles |= {self.tags["observation_tag"]: "tool", self.tags["function_tag"]: "call"}
-        tag = one.get(self.tags["role_tag"])
+        tag = raw.get(self.tags["role_tag"])
         role = roles.get(tag) if isinstance(tag, str) else None
         if role is None:
             raise BadRow(f"message {number} has the role {tag!r}; known: {', '.join(roles)}")
-        column = self.tags["content_tag"]
-        if role == "assistant" and one.get("tool_calls"):
-            return {
-                "role": role,
-                "content": _text(one, column),
-                "tool_calls": _calls(one["tool_calls"], number),
-            }
-        content = _text(one, column)
+        content = _text(raw, self.tags["content_tag"])
+        if role == "assistant" and raw.get("tool_calls"):
+            return {"role": role, "content": content, "tool_calls": _calls(raw["tool_calls"], number)}
         if not content.strip():
             raise BadRow(f"message {number} is empty")
         if role == "call":
@@ -262,9 +252,9 @@ class Entry:
             value = _loads(value) if value.strip() else None
         if not value:
             return None
-        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise BadRow(f"`{column}` is no JSON list of tools")
-        return [one if "function" in one else {"type": "function", "function": one} for one in value]
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
 
 
 def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
@@ -277,10 +267,10 @@ def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
             "pip install -c constraints.txt '.[train]'",
         ) from error
     try:
-        found = datasets.load_dataset(
+        rows = datasets.load_dataset(
             entry.hub, name=entry.subset, data_dir=entry.folder, split=entry.split, streaming=True
         )
-        yield from enumerate(found, 1)
+        yield from enumerate(rows, 1)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -312,19 +302,15 @@ def _loads(text: str) -> Any:
 
 def _calls(given: Any, number: int) -> list[dict[str, Any]]:
     """Tool calls as chat templates know them. Raises BadRow for one without a name or arguments."""
-    found = []
-    for one in given if isinstance(given, list) else [given]:
-        call = one.get("function", one) if isinstance(one, dict) else None
-        arguments = call.get("arguments") if isinstance(call, dict) else None
+    calls = []
+    for raw in given if isinstance(given, list) else [given]:
+        call = raw.get("function", raw) if isinstance(raw, dict) else {}
+        name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else ("", "")
         arguments = _loads(arguments) if isinstance(arguments, str) else arguments
-        if (
-            not isinstance(call, dict)
-            or not isinstance(call.get("name"), str)
-            or not isinstance(arguments, dict)
-        ):
+        if not isinstance(name, str) or not isinstance(arguments, dict):
             raise BadRow(f"message {number} is no tool call with a name and an object of arguments")
-        found.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
-    return found
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
 
 
 def kind_of(value: Any) -> str:

@@ -6,12 +6,14 @@ padding token.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from convert.data.dataset import Message, Report, Row
+from convert.data.dataset import Report
+from convert.data.dataset_info import Message, Row
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
 from edge.errors import InputError, UsageError
 from edge.reasoning import opens_reasoning
@@ -19,7 +21,7 @@ from edge.reasoning import opens_reasoning
 IGNORED = -100
 _BATCH = 512
 
-# What one sample is made of: (text, has loss); the pieces joined are prompt and answer.
+# (text, has loss) of the parts of a sample: prompts and answers in turn.
 Pieces = list[tuple[str, bool]]
 
 
@@ -27,8 +29,8 @@ Pieces = list[tuple[str, bool]]
 class Sample:
     """One sequence to train on.
 
-    ids: token ids. spans: [start, end) of what is learnt; a row's first token never is, for nothing is before
-    it. starts: where rows begin, more than one where several are packed. row: number of its row, from 0.
+    ids: token ids. spans: [start, end) of what is learnt, never a row's first token, for nothing predicts it.
+    starts: where rows begin, more than one where several are packed. row: number of its row, from 0.
     """
 
     source: str
@@ -40,10 +42,10 @@ class Sample:
     @property
     def labels(self) -> list[int]:
         """The ids, IGNORED where there is no loss."""
-        made = [IGNORED] * len(self.ids)
+        labels = [IGNORED] * len(self.ids)
         for start, end in self.spans:
-            made[start:end] = self.ids[start:end]
-        return made
+            labels[start:end] = self.ids[start:end]
+        return labels
 
     @property
     def learnt(self) -> int:
@@ -109,7 +111,7 @@ def encode(
     The ids before an answer are those that serving makes of the same messages. Where the template shows
     earlier turns as they were written, one sample holds all of a row's answers; else each answer has its own.
     An answer beyond `cutoff_len` tokens is cut at its end; a row whose prompt alone is that long is left out.
-    Raises UsageError where enable_thinking null meets a template that opens thoughts and rows without any.
+    Raises UsageError where enable_thinking null meets a template that opens reasoning and rows without any.
     """
     rules = Rules(cutoff_len, enable_thinking, mask_history, train_on_prompt, default_system)
     return list(samples(rows, form, report, rules))
@@ -124,11 +126,11 @@ def samples(
         drafts: list[tuple[int, str, Pieces]] = []
         for number, row in numbered:
             try:
-                found = _drafts(_messages(row, rules), row.tools, form, mode, rules.mask_history, report)
+                parts = _drafts(_messages(row, rules), row.tools, form, mode, rules.mask_history, report)
             except InputError as error:
                 report.bad.append((row.source, error.message))
                 continue
-            drafts += [(number, row.source, pieces) for pieces in found]
+            drafts += [(number, row.source, pieces) for pieces in parts]
         for (number, source, _), sample in zip(drafts, _tokens(drafts, form, rules), strict=True):
             if len(sample.ids) > rules.cutoff_len:
                 cut = _cut(sample, rules.cutoff_len)
@@ -171,36 +173,29 @@ def pairs(
 
 
 def pack(given: list[Sample], longest: int) -> list[Sample]:
-    """`given` in sequences of at most `longest` tokens, whole rows only: each goes to where it fits best."""
+    """`given` in sequences of at most `longest` tokens, whole rows only: best fit, the longest rows first."""
     bins: list[list[Sample]] = []
-    # Bins by the room they have left; a row goes to the fullest that can take it.
-    room: list[list[int]] = [[] for _ in range(longest + 1)]
-    free: list[int] = []
-    for sample in sorted(given, key=lambda one: -len(one.ids)):
-        size = len(sample.ids)
-        left = next((space for space in free if space >= size), None)
-        if left is None:
-            bins.append([sample])
-            at, left = len(bins) - 1, longest
+    # (tokens left, minus the step it was filled at, bin): a row goes to the fullest bin that can take it.
+    room: list[tuple[int, int, int]] = []
+    for step, sample in enumerate(sorted(given, key=lambda sample: -sample.size)):
+        index = bisect.bisect_left(room, (sample.size,))
+        if index < len(room):
+            left, _, number = room.pop(index)
         else:
-            at = room[left].pop()
-            bins[at].append(sample)
-            if not room[left]:
-                free.remove(left)
-        if not room[left - size]:
-            free.append(left - size)
-            free.sort()
-        room[left - size].append(at)
-    return [_joined(one) if len(one) > 1 else one[0] for one in bins]
+            left, number = longest, len(bins)
+            bins.append([])
+        bins[number].append(sample)
+        bisect.insort(room, (left - sample.size, -step, number))
+    return [_joined(parts) if len(parts) > 1 else parts[0] for parts in bins]
 
 
 def _joined(parts: list[Sample]) -> Sample:
     ids: array[int] = array("i")
     spans, starts = [], []
     for part in parts:
-        at = len(ids)
-        starts.append(at)
-        spans += [(at + start, at + end) for start, end in part.spans]
+        offset = len(ids)
+        starts.append(offset)
+        spans += [(offset + start, offset + end) for start, end in part.spans]
         ids += part.ids
     return Sample(" + ".join(part.source for part in parts), ids, tuple(spans), tuple(starts), parts[0].row)
 

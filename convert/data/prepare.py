@@ -23,7 +23,7 @@ Item = Sample | Pair
 class Prepared:
     """train: what one epoch goes over, in order, before shuffling. held: what is evaluated on.
 
-    rows: usable training rows; by_packing: how many sequences they became. held_rows: their sources.
+    rows: usable training rows, before packing.
     """
 
     train: list[Item]
@@ -38,13 +38,13 @@ class Prepared:
         return max(item.size for item in itertools.chain(self.train, self.held))
 
     def digest(self) -> str:
-        """Of the token ids and masks that are trained on, in their order: the same data, the same digest."""
-        found = hashlib.sha256()
+        """SHA-256 of the token ids and loss masks that are trained on, in their order."""
+        digest = hashlib.sha256()
         for item in self.train:
             for sample in (item,) if isinstance(item, Sample) else (item.chosen, item.rejected):
-                found.update(sample.ids.tobytes())
-                found.update(repr((sample.spans, sample.starts)).encode())
-        return found.hexdigest()
+                digest.update(sample.ids.tobytes())
+                digest.update(repr((sample.spans, sample.starts)).encode())
+        return digest.hexdigest()
 
 
 def rules(config: TrainConfig) -> Rules:
@@ -57,31 +57,31 @@ def rules(config: TrainConfig) -> Rules:
     )
 
 
-def prepare(config: TrainConfig, form: ChatFormat) -> Prepared:
+def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
     """Read and encode what `config` names.
 
     Raises InputError for files that cannot be read and where no row is left, UsageError for an entry of
     dataset_info.json or a val_size that cannot be used.
     """
     report = dataset.Report()
-    entries = read_info(config.dataset_dir, (*config.dataset, *(config.eval_dataset or ())))
+    entries = _entries(config)
     _check_stage(config, entries)
     sets, count = [], 0
     for name in config.dataset:
-        found, usable = _encoded(entries[name], config, form, report, count)
-        sets.append(found)
+        items, usable = _encoded(entries[name], config, chat, report, count)
+        sets.append(items)
         count += usable
     dataset.check(config.dataset, count, report, strict=config.strict)
     held: list[Item] = []
     if config.eval_dataset:
         for name in config.eval_dataset:
-            held += _encoded(entries[name], config, form, report, 0)[0]
+            held += _encoded(entries[name], config, chat, report, 0)[0]
         if not held:
             raise InputError(f"eval_dataset: no usable row in {', '.join(config.eval_dataset)}")
     else:
         out = dataset.held_out(count, config.val_size, config.seed)
-        held = [item for found in sets for item in found if item.row in out]
-        sets = [[item for item in found if item.row not in out] for found in sets]
+        held = [item for items in sets for item in items if item.row in out]
+        sets = [[item for item in items if item.row not in out] for items in sets]
         count -= len(out)
     prepared = Prepared([], held, report, rows=count)
     shuffle = random.Random(config.seed)
@@ -91,12 +91,10 @@ def prepare(config: TrainConfig, form: ChatFormat) -> Prepared:
             sets[number] = _drawn(sets[number], wanted, shuffle)
     prepared.train = _mixed(sets, config, shuffle)
     if config.packs:
-        whole = len(prepared.train)
-        prepared.train = list(
-            encode.pack([one for one in prepared.train if isinstance(one, Sample)], config.cutoff_len)
-        )
+        samples = [item for item in prepared.train if isinstance(item, Sample)]
+        prepared.train = list(encode.pack(samples, config.cutoff_len))
         prepared.notes.append(
-            f"packing: {whole} rows in {len(prepared.train)} sequences, isolated from each other"
+            f"packing: {len(samples)} rows in {len(prepared.train)} sequences, isolated from each other"
         )
         if config.packing and not config.neat_packing:
             prepared.notes.append("packing isolates its rows here, as neat_packing does in LLaMA-Factory")
@@ -107,8 +105,7 @@ def prepare(config: TrainConfig, form: ChatFormat) -> Prepared:
 
 def held_rows(config: TrainConfig) -> list[Row]:
     """The rows that `prepare` holds out, as messages; empty where none are."""
-    entries = read_info(config.dataset_dir, (*config.dataset, *(config.eval_dataset or ())))
-    report = dataset.Report()
+    entries, report = _entries(config), dataset.Report()
 
     def of(names: tuple[str, ...]) -> Iterator[Row]:
         for name in names:
@@ -122,16 +119,19 @@ def held_rows(config: TrainConfig) -> list[Row]:
     return [row for number, row in enumerate(of(config.dataset)) if number in out]
 
 
+def _entries(config: TrainConfig) -> dict[str, Entry]:
+    return read_info(config.dataset_dir, (*config.dataset, *(config.eval_dataset or ())))
+
+
 def _encoded(
-    entry: Entry, config: TrainConfig, form: ChatFormat, report: dataset.Report, first: int
+    entry: Entry, config: TrainConfig, chat: ChatFormat, report: dataset.Report, first: int
 ) -> tuple[list[Item], int]:
     """(samples or pairs of one data set, its usable rows)"""
-    counted = itertools.count()
+    usable = itertools.count()
     rows = dataset.stream(entry, report, max_samples=config.max_samples)
-    numbered = (row for row, _ in zip(rows, counted, strict=False))
+    counted = (row for row, _ in zip(rows, usable, strict=False))
     make: Callable[..., Iterator[Any]] = encode.pairs if config.stage == "dpo" else encode.samples
-    made: list[Item] = list(make(numbered, form, report, rules(config), first))
-    return made, next(counted)
+    return list(make(counted, chat, report, rules(config), first)), next(usable)
 
 
 def _check_stage(config: TrainConfig, entries: dict[str, Entry]) -> None:
@@ -154,20 +154,16 @@ def _drawn(items: list[Item], wanted: int, shuffle: random.Random) -> list[Item]
 
 
 def _mixed(sets: list[list[Item]], config: TrainConfig, shuffle: random.Random) -> list[Item]:
-    filled = [found for found in sets if found]
-    if config.mix_strategy == "concat" or len(filled) < 2:
-        return [item for found in sets for item in found]
-    probs = config.interleave_probs
-    at = [0] * len(sets)
-    over = config.mix_strategy == "interleave_over"
-    made: list[Item] = []
-    for turn in itertools.count():
-        one = shuffle.choices(range(len(sets)), probs)[0] if probs else turn % len(sets)
-        if not sets[one]:
-            continue
-        made.append(sets[one][at[one] % len(sets[one])])
-        at[one] += 1
-        ended = [done >= len(found) for done, found in zip(at, sets, strict=True) if found]
-        if all(ended) if over else any(ended):
-            return made
-    raise AssertionError("unreachable")
+    """The data sets one after the other, or drawn in turn (by interleave_probs where they are given)."""
+    if config.mix_strategy == "concat" or sum(map(bool, sets)) < 2:
+        return list(itertools.chain(*sets))
+    probs, turn = config.interleave_probs, itertools.count()
+    enough = all if config.mix_strategy == "interleave_over" else any
+    drawn = [0] * len(sets)
+    mixed: list[Item] = []
+    while not enough(count >= len(items) for count, items in zip(drawn, sets, strict=True) if items):
+        number = shuffle.choices(range(len(sets)), probs)[0] if probs else next(turn) % len(sets)
+        if items := sets[number]:
+            mixed.append(items[drawn[number] % len(items)])
+            drawn[number] += 1
+    return mixed

@@ -67,12 +67,12 @@ def files(path: Path) -> list[Path]:
     """`path` itself, or the data files in the folder `path`, by name. Raises InputError for none."""
     if not path.is_dir():
         return [path]
-    found = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
-    if not found:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
         raise InputError(
             f"{path} holds none of {', '.join(SUFFIXES)}", "check file_name in dataset_info.json"
         )
-    return found
+    return files
 
 
 def parse(text: str, path: Path) -> Any:
@@ -86,12 +86,11 @@ def parse(text: str, path: Path) -> Any:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    counts = Counter(key for key, _ in pairs)
-    twice = Twice(found)
-    twice.key = next(key for key, count in counts.items() if count > 1)
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    twice = Twice(values)
+    twice.key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     return twice
 
 
@@ -99,7 +98,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
 class _Buffer:
-    """A moving piece of a text file. at: what has been read. line, column: of the start of `text`, from 0."""
+    """A window that moves over a text file. at: index in `text` of what comes next. line, column: its start."""
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self.path = file, path
@@ -109,9 +108,8 @@ class _Buffer:
     def more(self) -> bool:
         """Read on, at least as much as is left; False at the end of the file."""
         done, left = self.text[: self.at], self.text[self.at :]
-        lines = done.count("\n")
-        self._line += lines
-        self._column = len(done) - done.rfind("\n") - 1 if lines else self._column + len(done)
+        self._line += done.count("\n")
+        self._column = len(done) - done.rfind("\n") - 1 if "\n" in done else self._column + len(done)
         new = "" if self.ended else self._file.read(max(_CHUNK, len(left)))
         self.ended = not new
         self.text, self.at = left + new, 0

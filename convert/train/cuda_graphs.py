@@ -253,7 +253,7 @@ class Body:
             ).last_hidden_state
 
     def _captured(self, *inputs: torch.Tensor) -> _Graphs:
-        buffers = [tensor.detach().clone() for tensor in inputs]
+        embedded, positions, bounds = (tensor.detach().clone() for tensor in inputs)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         how = {
             "pool": self._pool,
@@ -261,11 +261,11 @@ class Body:
             "capture_error_mode": "thread_local",
         }
         with torch.cuda.graph(forward, **how):
-            hidden = self._pass(*buffers)
+            hidden = self._pass(embedded, positions, bounds)
         gradient = torch.zeros_like(hidden)
         with torch.cuda.graph(backward, **how):
             hidden.backward(gradient)
-        return _Graphs(*buffers, hidden.detach(), gradient, forward, backward)
+        return _Graphs(embedded, positions, bounds, hidden.detach(), gradient, forward, backward)
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:

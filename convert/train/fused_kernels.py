@@ -52,7 +52,7 @@ def _adapted(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: A
 def _dtype(base: Any) -> torch.dtype:
     """The type that a layer's weight has, or is dequantised to."""
     state = getattr(base.weight, "quant_state", None)
-    return (base.weight if state is None else state).dtype  # type: ignore[no-any-return]
+    return (base.weight if state is None else state).dtype
 
 
 def _dequantised(base: Any) -> Any:

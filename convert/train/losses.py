@@ -252,7 +252,7 @@ def reference(head: LossHead, pairs: list[Pair], device: str, size: int) -> dict
 
     Before training, a fresh adapter changes nothing: the model that is to be trained is its own reference.
     """
-    logs = {}
+    logs: dict[int, tuple[float, float]] = {}
     with torch.no_grad():
         for batch in by_length(pairs, size):
             sums, _ = head.sums([pair.chosen for pair in batch] + [pair.rejected for pair in batch], device)

@@ -151,13 +151,13 @@ class Passes:
 
     def __init__(self, model: Any, config: TrainConfig, place: Place, *, longest: int) -> None:
         shape, full = model.config.get_text_config(), config.finetuning_type == "full"
-        hidden, heads = shape.hidden_size, shape.num_attention_heads
-        size = getattr(shape, "head_dim", None) or hidden // heads
-        query, key = heads * size, (getattr(shape, "num_key_value_heads", None) or heads) * size
+        hidden, heads = int(shape.hidden_size), int(shape.num_attention_heads)
+        size = int(getattr(shape, "head_dim", None) or hidden // heads)
+        query, key = heads * size, int(getattr(shape, "num_key_value_heads", None) or heads) * size
         experts = getattr(shape, "num_experts_per_tok", 0) * getattr(shape, "moe_intermediate_size", 0)
-        inner = max(shape.intermediate_size, experts)
+        inner = int(max(shape.intermediate_size, experts))
         half = autocast(config, place)
-        item = (half or place.dtype).itemsize
+        item = int((half or place.dtype).itemsize)
         packed = cuda_graphs.likely(config, place)
         self._cutoff = config.cutoff_len
         eager = cuda_graphs.attention_name(place, longest=min(longest, self._cutoff)) == "eager"
@@ -175,8 +175,12 @@ class Passes:
         self._scores = heads * (4 if item == 4 else 6) if eager else 0
         self._hidden, self._inner, self._item, self._packed = item * hidden, item * inner, item, packed
         self._dequantised = hidden * inner * item if place.four_bit else 0
-        self._layers, self._checkpoints = shape.num_hidden_layers, not config.disable_gradient_checkpointing
-        self._width, self._vocabulary = hidden, shape.vocab_size
+        self._layers, self._width, self._vocabulary = (
+            int(shape.num_hidden_layers),
+            hidden,
+            int(shape.vocab_size),
+        )
+        self._checkpoints = not config.disable_gradient_checkpointing
         head = model.get_output_embeddings()
         plain = type(head) is nn.Linear and not head.weight.requires_grad
         self._in_pieces = plain and not getattr(shape, "final_logit_softcapping", None)

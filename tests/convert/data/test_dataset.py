@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.data import dataset, encode
+from convert.data import dataset, dataset_info, encode
 from convert.model import chat_format
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, UsageError
@@ -47,7 +47,9 @@ def learnt(form, sample):
 def row(*texts, system=None):
     roles = ("user", "assistant")
     head = [{"role": "system", "content": system}] if system else []
-    return dataset.Row("d, row 1", head + [{"role": roles[n % 2], "content": t} for n, t in enumerate(texts)])
+    return dataset_info.Row(
+        "d, row 1", head + [{"role": roles[n % 2], "content": t} for n, t in enumerate(texts)]
+    )
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl", "数据 集.json"])
@@ -187,7 +189,7 @@ def test_t15_placeholders(tmp_path):
      (5, 5, None), (2, 2, None), (5, 0.99, None), (5, 4, 4), (5, 0, 0)],
 )  # fmt: skip
 def test_t8_split(n, size, held):
-    rows = [dataset.Row(str(i), []) for i in range(n)]
+    rows = [dataset_info.Row(str(i), []) for i in range(n)]
     if held is None:
         with pytest.raises(UsageError, match="val_size"):
             dataset.split(rows, size, 1)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from convert.config import parse
-from convert.data import cli, dataset, encode, read_files
+from convert.data import cli, dataset, dataset_info, encode, read_files
 from convert.data.dataset_info import read_info
 from convert.model import chat_format
 from edge.errors import InputError, UsageError
@@ -120,13 +120,13 @@ def test_preference_rows_of_each_format(tmp_path):
 
 def test_pairs_have_loss_on_both_answers_alone(tmp_path):
     form = chat_format.load(make_model(tmp_path / "m"))
-    row = dataset.Row("r", [{"role": "user", "content": "q"}], None, "good", "bad")
+    row = dataset_info.Row("r", [{"role": "user", "content": "q"}], None, "good", "bad")
     (pair,) = encode.pairs([row], form, dataset.Report(), encode.Rules())
     for sample, answer in ((pair.chosen, "good"), (pair.rejected, "bad")):
         ids = [label for label in sample.labels if label != encode.IGNORED]
         assert form.tokenizer.decode(ids, skip_special_tokens=False) == answer + IM_END
     report = dataset.Report()
-    long = dataset.Row("r", [{"role": "user", "content": "q " * 90}], None, "good", "bad")
+    long = dataset_info.Row("r", [{"role": "user", "content": "q " * 90}], None, "good", "bad")
     assert not list(encode.pairs([long, row], form, report, encode.Rules(cutoff_len=30)))[1:]
     assert report.bad == [("r", "its prompt alone has 30 tokens or more (cutoff_len)")]
 
@@ -239,11 +239,11 @@ def test_edge_data_shows_it_all(tmp_path):
 
 
 def test_the_picture_counts_every_row():
-    lines = cli.picture([10, 10, 11, 40, 400], 64)
+    lines = cli.histogram([10, 10, 11, 40, 400], 64)
     counts = [int(line.split("  <-")[0].split()[-1]) for line in lines[:-1]]
     assert sum(counts) == 5 and counts[0] == 4 and counts[-1] == 1
     assert lines[-1] == "median and more: 50 % 11, 90 % 400, 99 % 400, longest 400"
-    assert cli.picture([7], 8) == [
+    assert cli.histogram([7], 8) == [
         "7 - 7  " + "█" * 40 + " 1",
         lines[-1].replace("11", "7").replace("400", "7"),
     ]
