@@ -98,7 +98,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
 class _Buffer:
-    """A window that moves over a text file. at: index in `text` of what comes next. line, column: its start."""
+    """A window that moves over a text file. at: index in `text` of what is next. line, column: its start."""
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self.path = file, path

@@ -17,17 +17,11 @@ from convert.train import checkpoint, cli, finetune, trainer
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.support.runs import ROWS, configure
-from tests.support.toy import make_model
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("base") / "m")
 
 
 @pytest.fixture

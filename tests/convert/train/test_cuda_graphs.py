@@ -13,7 +13,7 @@ import torch
 from convert.config import TrainConfig, parse
 from convert.data.encode import Sample
 from convert.train import cuda_graphs, fused_kernels, load_model, trainer
-from convert.train.losses import LossHead, TokenLoss, loss_rows
+from convert.train.losses import LossHead
 
 # Seconds of passes through small models: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -96,23 +96,6 @@ def test_joined_rows_have_the_losses_and_gradients_of_padded_ones(base: Any, kin
     assert torch.equal(rows, same)
     torch.testing.assert_close(joined, padded, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other, slope, atol=1e-6, rtol=1e-4)
-
-
-def test_the_loss_in_pieces_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(50, 24, dtype=torch.float64).requires_grad_()
-    weight, targets = torch.randn(90, 24, dtype=torch.float64), torch.randint(0, 90, (50,))
-    by = torch.rand(50)
-    monkeypatch.setattr("convert.train.losses._LOGITS", 90 * 16)
-    assert loss_rows(50, 24, 90) == 16
-    losses = TokenLoss.apply(hidden, weight, targets)
-    (mine,) = torch.autograd.grad((losses * by).sum(), hidden)
-    want = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    (theirs,) = torch.autograd.grad((want * by).sum(), hidden)
-    torch.testing.assert_close(losses.double(), want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
-    with torch.no_grad():
-        assert torch.equal(TokenLoss.apply(hidden, weight, targets), losses)
 
 
 def test_few_sizes_and_little_padding() -> None:

@@ -19,17 +19,11 @@ from convert.data.prepare import Prepared
 from convert.train import cuda_graphs, load_model, memory_estimate
 from convert.train.losses import LossHead
 from edge.errors import EdgeError
-from tests.support.toy import make_model
 
 # Seconds of models without storage: left out of the quick part.
 pytestmark = pytest.mark.slow
 
 CPU = load_model.Place("cpu", torch.float32, False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("base") / "m")
 
 
 def config(base, **changes):

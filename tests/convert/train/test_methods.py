@@ -2,12 +2,7 @@
 
 import json
 import math
-import os
 import random
-import re
-import subprocess
-import sys
-from array import array
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,18 +13,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from convert import merge
-from convert.config import as_yaml
 from convert.data import encode, prepare
-from convert.data.encode import Pair, Sample
 from convert.model import chat_format
-from convert.train import cli, finetune, fsdp, load_model, loftq, trainer
-from convert.train.distributed import World
-from convert.train.losses import LossHead, Preference
-from edge.errors import EdgeError, InputError, UsageError
+from convert.train import cli, finetune, load_model, loftq, trainer
+from edge.errors import InputError, UsageError
 from tests.convert.test_config import DPO, QLORA
-from tests.support.matrix import few
 from tests.support.runs import PAIRS, ROWS, configure
 from tests.support.toy import make_model
+from tests.support.training import logits, plain, sample
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -38,39 +29,14 @@ ROOT = Path(__file__).parents[3]
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("base") / "m")
-
-
 @pytest.fixture
 def made(tmp_path, base):
     return configure(tmp_path, base, max_steps=2, save_strategy="no")
 
 
-def plain(base):
-    return load_model.load_model(base, load_model.Place("cpu", torch.float32, False)).eval()
-
-
-def sample(size, seed, *, prompt=1):
-    ids = torch.randint(3, 300, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Sample(f"r{seed}", array("i", ids), ((prompt, size),))
-
-
-def test_t10_packed_rows_do_not_see_each_other(base):
-    rows = [sample(3, 1), sample(5, 2), sample(9, 3)]
-    packs = encode.pack(rows, 9)
-    assert sorted(one.starts for one in packs) == [(0,), (0, 5)]
-    head = LossHead(plain(base))
-    apart = sum(float(head([row], "cpu")[0].detach().sum()) for row in rows)
-    together = float(head(packs, "cpu")[0].detach().sum())
-    assert together == pytest.approx(apart, rel=1e-5)
-    assert head(packs, "cpu")[1].tolist().count(1) == 6
-
-
 def test_packs_hold_each_row_once_and_little_room():
     shuffle = random.Random(3)
-    rows = [sample(shuffle.randint(2, 60), n) for n in range(200)]
+    rows = [sample(shuffle.randint(2, 60), prompt=1, seed=n) for n in range(200)]
     packs = encode.pack(rows, 64)
     assert sum(len(one.starts) for one in packs) == len(rows)
     assert sum(one.learnt for one in packs) == sum(one.learnt for one in rows)
@@ -107,36 +73,6 @@ def test_num_samples_and_mixing(made, tmp_path, base):
     assert sources(mix_strategy="interleave_over").count("a") == 25
     drawn = sources(mix_strategy="interleave_over", interleave_probs="0.1,0.9")
     assert 0 < drawn.count("a") < 10 and drawn.count("b") >= 25
-
-
-# Of one pair with log probabilities -3 (2 tokens) and -4 (4 tokens), the reference -5 and -2: by hand.
-@pytest.mark.parametrize(
-    ("changes", "want"),
-    [
-        ({"pref_loss": "sigmoid"}, -math.log(1 / (1 + math.exp(-0.4)))),
-        ({"pref_loss": "hinge"}, 0.6),
-        ({"pref_loss": "ipo"}, (1.0 + 0.5 - 5) ** 2),
-        ({"pref_loss": "simpo", "pref_beta": 2.0}, math.log(1 + math.exp(0.5 - 2 * (-1.5 + 1.0)))),
-        ({"pref_loss": "sigmoid", "pref_ftx": 2.0}, math.log(1 + math.exp(-0.4)) + 2 * 1.5),
-        (
-            {"dpo_label_smoothing": 0.25},
-            0.75 * math.log(1 + math.exp(-0.4)) + 0.25 * math.log(1 + math.exp(0.4)),
-        ),
-        (
-            {"pref_loss": "orpo"},
-            1.5 + 0.1 * math.log(1 + math.exp(math.log(math.exp(1.5) - 1) - math.log(math.exp(1.0) - 1))),
-        ),
-    ],
-)
-def test_preference_losses(made, changes, want):
-    class Head:
-        def sums(self, batch, device):
-            return torch.tensor([-3.0, -4.0]), torch.tensor([2.0, 4.0])
-
-    pair = Pair("p", sample(4, 1), sample(6, 2))
-    config = made(stage="dpo", dataset="p", learning_rate=1e-6, **changes)
-    losses, _ = Preference(Head(), config, {id(pair): (-5.0, -2.0)})([pair], "cpu")
-    assert losses.item() == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -197,12 +133,6 @@ def test_every_weight(made, base):
     assert (
         config["dtype"] == "float16" and chat_format.load(target).stop_ids == chat_format.load(base).stop_ids
     )
-
-
-def logits(one):
-    ids = torch.tensor([[5, 60, 7, 80, 9, 100]])
-    with torch.no_grad():
-        return one(input_ids=ids).logits.float()
 
 
 @pytest.mark.slow
@@ -300,21 +230,6 @@ def test_dora(made):
     assert any("lora_magnitude_vector" in name for name in tensors)
 
 
-def test_neftune_is_noise_in_training_alone(base, made):
-    config = made(neftune_noise_alpha=5.0)
-    one = plain(base)
-    runner = trainer.Loop(one, [sample(9, 1)], config, device="cpu", dtype=torch.float32)
-    remove = runner._noise()
-    quiet_ = logits(one.eval())
-    assert torch.equal(quiet_, logits(one.eval())) and not torch.equal(quiet_, logits(one.train()))
-    width = one.get_input_embeddings()(torch.tensor([[1, 2, 3]]))
-    one.eval()
-    bound = 5 / math.sqrt(3 * width.shape[2])
-    assert 0 < (width - one.get_input_embeddings()(torch.tensor([[1, 2, 3]]))).abs().max() <= bound
-    remove()
-    assert torch.equal(quiet_, logits(one.train()))
-
-
 @pytest.mark.slow
 def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 9.0])
@@ -340,95 +255,3 @@ def test_the_best_evaluation_is_kept_and_training_stops(made, tmp_path, monkeypa
     assert len(answers) == 2 * 4 and set(json.loads(answers[0])) == {"current_steps", "question", "answer"}
     for name in ("training_loss.svg", "training_eval_loss.svg"):
         assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
-
-
-def two_processes(*what):
-    """A module by torchrun, over gloo."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29611",
-    ]
-    return subprocess.run(
-        [*command, "-m", *what],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=240,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", few([None, "full_shard"], ["full_shard"]))
-def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
-    """The same gradients, the same weights; also where the processes hold the frozen weights together."""
-    # Three batches an epoch: in each second step one process has none.
-    more = {"val_size": 2, "max_steps": 4, "max_samples": 8, "quantization_bit": 4}
-    more["disable_gradient_checkpointing"] = fsdp is None
-    one = finetune.run(made("one", gradient_accumulation_steps=2, **more), console=QUIET)
-    path = tmp_path / "c.yaml"
-    path.write_text(as_yaml(made("two", fsdp=fsdp, **more)), encoding="utf-8")
-    done = two_processes("edge.cli", "train", str(path))
-    said = done.stdout.decode("utf-8")
-    assert done.returncode == 0, done.stderr.decode("utf-8")
-    assert ("sharded over 2 processes" if fsdp else "on each of 2 processes") in said
-    assert said.count("step 4/4") == 1 and " -> " in said
-    first, second = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
-    )
-    assert set(first) == set(second)
-    for name in first:
-        assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5), name
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "trainer_log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    for line, other in zip(*logs, strict=True):
-        for key in ("loss", "eval_loss", "total_tokens"):
-            assert line.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4)
-    assert one.is_dir()
-
-
-@pytest.mark.slow
-def test_spread_weights_are_whole_one_layer_at_a_time(tmp_path):
-    folder = make_model(tmp_path / "m", layers=5)
-    done = two_processes("tests.support.fsdp_check", str(folder))
-    assert done.returncode == 0, done.stderr.decode("utf-8")
-    assert re.search(r"5 layers, 1 at a time, 0 left, 0\.5\d held", done.stdout.decode("utf-8"))
-
-
-def test_spread_weights_want_several_processes_and_an_adapter(made, monkeypatch):
-    with pytest.raises(UsageError, match="this is one") as caught:
-        finetune.run(made(fsdp="full_shard"), console=QUIET)
-    assert "torchrun" in caught.value.hint
-    # What `accelerate launch` sets where it was configured so.
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert fsdp.asked(made(), World(0, 2))
-    for more in ({"use_dora": True}, {"finetuning_type": "full", "quantization_bit": None}):
-        with pytest.raises(UsageError, match="under a LoRA adapter"):
-            fsdp.asked(made(**more), World(0, 2))
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    assert not fsdp.asked(made(), World(0, 2))
-
-
-def test_who_has_a_batch_less_computes_one_that_does_not_count():
-    batches = ["a", "b", "c"]
-    assert World(1, 2).share(batches) == [("b", True)]
-    assert World(1, 2, sharded=True).share(batches) == [("b", True), ("a", False)]
-    assert World(0, 2, sharded=True).share(batches) == [("a", True), ("c", True)]
-    assert World(1, 2, sharded=True).share(["a", "b"]) == [("b", True)]
-    assert World(2, 3, sharded=True).share(["a"]) == [("a", False)]
-
-
-def test_one_bad_row_is_named_in_a_preference_too(made, monkeypatch):
-    def broken(self, batch, device):
-        return torch.full((len(batch),), math.nan, requires_grad=True), torch.ones(len(batch))
-
-    monkeypatch.setattr(LossHead, "sums", broken)
-    config = made(stage="dpo", dataset="p", pref_loss="simpo")
-    with pytest.raises(EdgeError, match=r"step 1: the loss is nan in .* \(rows: p, row"):
-        finetune.run(config, console=QUIET)
