@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge.artefact.find import Artefact
 from edge.artefact.gguf_header import GGUFArray, read_header
 from edge.artefact.gguf_shards import read_whole
 from edge.errors import InputError
+from edge.loading.load_plan import estimate
 from tests.support.tiny_gguf import gguf
 
 TEMPLATE = "{% for m in messages %}你好 🍔 {{ m.content }}{% endfor %}"
@@ -182,3 +185,7 @@ def test_any_mutation_parses_or_is_refused(tmp_path: Path, changes: list[tuple[i
     assert all(
         len(item.values()) == item.count for item in header.metadata.values() if isinstance(item, GGUFArray)
     )
+    # What is not refused can be planned for.
+    with contextlib.suppress(InputError):
+        model = Artefact(header.path, "x", read_whole(header.path))
+        assert estimate(model, kv_type="f16", slots=1).cells(2**30) >= 0
