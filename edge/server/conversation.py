@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
 from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
-from edge.reasoning import THINK_END, ReasoningSplitter, opens_reasoning
+from edge.reasoning import THINK, THINK_END, ReasoningSplitter, opens_reasoning
 from edge.server.served_model import ServedModel
 from edge.server.streaming import start_streams
 from edge.server.tool_dialects import LLAMA3, PROSE, Call, Tool, described, dialect_of, json_rule
@@ -33,8 +34,10 @@ Item = msg.Delta | msg.Done
 # OpenAI's efforts as tokens of reasoning; None: no bound.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
 _RESERVED = frozenset(
-    {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "thinking", "_edge_tick"}
+    {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "thinking", "self", "_edge_tick"}
 )
+# Stands behind a text that the model is to continue, to show where the template ends the turn: no character.
+_HERE = "\ufdd0"
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Conversation:
     choice: auto, none, required, or the name of a tool. parallel: whether one answer may hold several calls.
     thinking: on, off, or as the artefact has it. budget: tokens of reasoning at most.
     raw: the reasoning stays in the answer, with its tags. extra: the template's own variables.
+    prefill: whether a last message of the assistant is continued; None: where there is one.
     """
 
     messages: list[dict[str, Any]]
@@ -56,6 +60,19 @@ class Conversation:
     raw: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
+    prefill: bool | None = None
+
+    @property
+    def continued(self) -> str | None:
+        """The text of the last message, which the model is to go on with. Raises RequestError without one."""
+        last = self.messages[-1] if self.messages else {"role": ""}
+        begun = last["role"] == "assistant" and not last.get("tool_calls")
+        if self.prefill and not begun:
+            raise RequestError(
+                "only a text of the assistant in the last message can be continued",
+                param="continue_final_message",
+            )
+        return last["content"] if begun and self.prefill is not False else None
 
 
 class PreparedChat:
@@ -71,7 +88,8 @@ class PreparedChat:
         self._dialect = dialect_of(template.source)
         self._tools = self._offered()
         self.prompt = self._render()
-        self._inside = opens_reasoning(self.prompt)
+        begun = asked.continued or ""
+        self._inside = opens_reasoning(self.prompt) or begun.rfind(THINK) > begun.rfind(THINK_END)
         self.splits = model.reasons and not asked.raw
         self._stops: list[str] = []
         self._constraint, self._after = self._bound()
@@ -134,7 +152,7 @@ class PreparedChat:
         mode = self.model.thinking
         if asked.thinking is not None:
             mode = "on" if asked.thinking else "off"
-        prompt = template.render(messages, thinking=mode, **extra)
+        prompt = self._with_turn(messages, mode, extra)
         if asked.thinking and not (opens_reasoning(prompt) or "enable_thinking" in template.variables):
             raise RequestError(
                 f"{self.model.name} cannot be told to think: its chat template has no switch for it",
@@ -142,6 +160,23 @@ class PreparedChat:
                 param="enable_thinking",
             )
         self._check_rendered(prompt, messages)
+        return prompt
+
+    def _with_turn(self, messages: list[dict[str, Any]], mode: str | None, extra: dict[str, Any]) -> str:
+        """The prompt, which ends where the model's text begins: in a new turn, or behind the last message."""
+        begun, template = self._asked.continued, self.model.template()
+        if begun is None:
+            return template.render(messages, thinking=mode, **extra)
+        *others, last = messages
+        if not begun and not last.get("reasoning_content"):
+            # An empty beginning is none.
+            return template.render(others, thinking=mode, **extra)
+        turns = [*others, {**last, "content": begun + _HERE}]
+        prompt = template.render(turns, thinking=mode, add_generation_prompt=False, **extra)
+        prompt, *rest = prompt.split(_HERE)
+        parts = [part.strip() for part in re.split(f"{THINK}|{THINK_END}", begun)]
+        if len(rest) != 1 or not all(part in prompt for part in parts) or not prompt.endswith(parts[-1]):
+            raise _dropped("an answer that is to be continued", "messages")
         return prompt
 
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -221,17 +256,18 @@ class AnswerReader:
 
     def take(self, item: Item) -> tuple[str, str, list[Call]]:
         """What is certain after the stream's next item."""
-        return self.push(item.text, last=isinstance(item, msg.Done))
+        last = isinstance(item, msg.Done)
+        return self.push(item.text, last=last, cut=isinstance(item, msg.Done) and item.reason == "length")
 
-    def push(self, text: str, *, last: bool = False) -> tuple[str, str, list[Call]]:
-        """What is certain after `text`; with `last`, what was held back too."""
+    def push(self, text: str, *, last: bool = False, cut: bool = False) -> tuple[str, str, list[Call]]:
+        """What is certain after `text`; with `last`, what was held back too. cut: at the limit of tokens."""
         reasoning, answer = self._split.push(text) if self._split else ("", text)
         if last and self._split:
             rest = self._split.finish()
             reasoning, answer = reasoning + rest[0], answer + rest[1]
         if self._parser is None:
             return reasoning, answer, []
-        return reasoning, *self._parser.push(answer, last=last)
+        return reasoning, *self._parser.push(answer, last=last, cut=cut)
 
 
 @dataclass
@@ -252,7 +288,7 @@ async def collect(stream: Stream, reader: AnswerReader) -> Answer:
         parts.append(item.text)
         logprobs += item.logprobs or []
     assert isinstance(item, msg.Done)
-    reasoning, text, calls = reader.push("".join(parts), last=True)
+    reasoning, text, calls = reader.push("".join(parts), last=True, cut=item.reason == "length")
     return Answer(text, reasoning, calls, logprobs, item)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,10 +12,9 @@ from pydantic import Field
 
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
-from edge.engine.grammar import Constraint
 from edge.errors import RequestError
 from edge.server.conversation import Item, merged
-from edge.server.request_fields import Open, Sampled, TokenId, answer_format, only_constraint
+from edge.server.request_fields import MAX_TOKENS, Constrained, Sampled, TokenId
 from edge.server.served_model import ServedModel
 from edge.server.streaming import DONE, dump, event
 
@@ -24,60 +22,28 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 64
 assert MAX_CHOICES <= MAX_PROMPTS
 
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 IdPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
 
-# Fields that would change the answer and cannot be honoured; others (user, metadata) are ignored.
-_REFUSED = ("modalities", "audio", "prediction", "web_search_options", "suffix", "functions", "function_call")
-_NEUTRAL = ("none", "auto", {"type": "text"}, ["text"])
 # JSON has no infinity; OpenAI writes this for a probability of zero.
 _NEVER = -9999.0
 
 
-class CompletionFields(Sampled, Open):
-    """Fields of both kinds of completions. guided_*: vLLM's names for what an answer must match."""
+class CompletionFields(Sampled, Constrained):
+    """Fields of both kinds of completions."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream_options: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
-    guided_grammar: str | None = None
-
-    def constraint(self) -> Constraint | None:
-        """What the answer must match. Raises RequestError for an unknown format, or for several."""
-        wanted = self.response_format
-        if wanted and isinstance(wanted.get("json_schema"), dict):
-            wanted = {**wanted["json_schema"], "type": wanted.get("type")}
-        choices = " | ".join(dump(choice).decode("utf-8") for choice in self.guided_choice or [])
-        return only_constraint(
-            {
-                "guided_json": ("json_schema", _parsed(self.guided_json)),
-                "guided_regex": ("regex", self.guided_regex),
-                "guided_choice": ("lark", f"start: {choices}" if choices else None),
-                "guided_grammar": ("lark", self.guided_grammar),
-            },
-            answer_format(wanted or None, "response_format", "response_format.json_schema.schema"),
-        )
 
     def check(self) -> None:
         """Raise RequestError for what cannot be honoured."""
-        self.refuse(*_REFUSED, neutral=_NEUTRAL)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options goes with stream: true", param="stream_options")
 
     @property
     def include_usage(self) -> bool:
         return bool((self.stream_options or {}).get("include_usage"))
-
-
-def _parsed(schema: dict[str, Any] | str | None) -> Any:
-    try:
-        return json.loads(schema) if isinstance(schema, str) else schema
-    except ValueError as error:
-        raise RequestError(f"guided_json is not JSON: {error}", param="guided_json") from error
 
 
 def prompt_list(given: Any) -> list[str | list[int]]:

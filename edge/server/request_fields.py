@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from edge.engine.grammar import Constraint, json_constraint
+from edge.engine.grammar import MAX_CHARACTERS, Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
 from edge.server.conversation import EFFORTS
+from edge.server.field_names import resolved
 from edge.server.tool_dialects import MAX_TOOLS, Tool
 
 MAX_TOKENS = 1_000_000
@@ -20,6 +21,15 @@ MAX_MESSAGES = 2048
 MAX_CALLS = 128
 MAX_BIASES = 1024
 MAX_INPUTS = 2048
+# Token ids are 32-bit numbers in every backend; the engine refuses those beyond a model's own vocabulary.
+MAX_ID = 2**31 - 1
+MAX_LOGPROBS = 20
+
+
+def _unbounded(number: int) -> BeforeValidator:
+    """Reads the -1 of many clients, "no bound", as `number`."""
+    return BeforeValidator(lambda value: number if type(value) is int and value == -1 else value)
+
 
 # Numbers must be numbers: "0.7" and true are refused, NaN and infinity too.
 Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
@@ -28,15 +38,16 @@ Floor = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 Repetition = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS), _unbounded(MAX_TOKENS)]
+TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS), _unbounded(0)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Seconds = Annotated[float, Field(gt=0.0, le=86400.0, allow_inf_nan=False)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
-Role = Annotated[str, Field(min_length=1, max_length=64)]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 
 _SAMPLING = frozenset(
@@ -47,29 +58,40 @@ _SAMPLING = frozenset(
 )  # fmt: skip
 
 
-class Closed(BaseModel):
-    """An object whose unknown fields are refused."""
+class Body(BaseModel):
+    """The body of a request. Fields of other names are looked up in edge.server.field_names.
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class Open(BaseModel):
-    """An object whose unknown fields are kept, so that they can be refused or passed on by name."""
+    What could change the answer and is not supported is refused, hints are ignored. `ignored` names the rest.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    def refuse(self, *names: str, neutral: tuple[Any, ...] = (), why: str = "") -> None:
-        """Raise RequestError for a field that would change the answer. neutral: values that would not."""
-        given = {**vars(self), **(self.model_extra or {})}
-        for name in names:
-            if given.get(name) and given[name] not in neutral:
-                raise RequestError(f"{name} is not supported{why}", code="unsupported", param=name)
+    @model_validator(mode="before")
+    @classmethod
+    def _by_our_names(cls, given: Any) -> Any:
+        return resolved(given, cls.model_fields) if isinstance(given, dict) else given
+
+    @property
+    def ignored(self) -> list[str]:
+        """The fields that nothing here knows."""
+        return sorted(self.model_extra or {})
+
+
+class Closed(Body):
+    """A body whose unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class Part(BaseModel):
-    """An object whose unknown fields are ignored."""
+    """An object within a body. Unknown fields are ignored, and null means absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 def sampling(body: BaseModel, **options: Any) -> Params:
@@ -78,7 +100,7 @@ def sampling(body: BaseModel, **options: Any) -> Params:
     return Params(**{**options, **body.model_dump(include=fields, exclude_none=True)})
 
 
-class Sampled(Closed):
+class Sampled(Body):
     """What every generating route understands. Fields beyond OpenAI's keep transformers' or vLLM's names."""
 
     max_tokens: Count | None = None
@@ -123,8 +145,8 @@ class Sampled(Closed):
     def _bias(self) -> dict[int, float]:
         bias = {}
         for key, value in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdigit():
-                raise RequestError(f"logit_bias has the key '{key}', not a token id", param="logit_bias")
+            if not (key.isascii() and key.isdigit() and len(key) <= len(str(MAX_ID)) and int(key) <= MAX_ID):
+                raise RequestError(f"logit_bias has the key '{key[:40]}', not a token id", param="logit_bias")
             bias[int(key)] = value
         return bias
 
@@ -137,7 +159,8 @@ class Thinking(BaseModel):
     """How a reasoning model thinks: Qwen's names, OpenAI's `reasoning_effort`, llama.cpp's format.
 
     enable_thinking: asks for reasoning, or for none. thinking_budget: tokens of reasoning at most.
-    reasoning_format none: the reasoning stays in the content, tags and all.
+    reasoning_format none: the reasoning stays in the content, tags and all. continue_final_message: whether a
+    last message of the assistant is continued, as it is by default; add_generation_prompt: the opposite.
     """
 
     enable_thinking: bool | None = None
@@ -145,6 +168,8 @@ class Thinking(BaseModel):
     reasoning_effort: Effort | None = None
     reasoning_format: Literal["auto", "deepseek", "none"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     def thinking(self) -> dict[str, Any]:
         """Keywords of `Conversation`. Raises RequestError for a template variable of the wrong type."""
@@ -159,7 +184,15 @@ class Thinking(BaseModel):
         if budget is None and self.reasoning_effort is not None:
             budget = EFFORTS.get(self.reasoning_effort)
         raw = self.reasoning_format == "none"
-        return {"thinking": switch, "budget": budget, "raw": raw, "extra": extra}
+        prefill = self.continue_final_message
+        if self.add_generation_prompt is not None:
+            if prefill is self.add_generation_prompt:
+                raise RequestError(
+                    "continue_final_message and add_generation_prompt are opposites",
+                    param="add_generation_prompt",
+                )
+            prefill = not self.add_generation_prompt
+        return {"thinking": switch, "budget": budget, "raw": raw, "extra": extra, "prefill": prefill}
 
 
 class CalledFunction(Part):
@@ -192,16 +225,20 @@ class PastCall(Part):
 Content = str | list[dict[str, Any]] | None
 
 
-class Message(Open):
-    """One message. content: a text, a list of text parts, or null beside tool calls."""
+class Message(BaseModel):
+    """One message. content: a text, a list of text parts, or null beside tool calls.
+
+    Further fields are the chat template's to read.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
 
     role: Role
     content: Content = None
     tool_calls: Annotated[list[PastCall], Field(max_length=MAX_CALLS)] | None = None
 
-    def flat(self, index: int) -> dict[str, Any]:
-        """The message as chat templates read it, text parts joined."""
-        where = f"messages[{index}]"
+    def flat(self, where: str) -> dict[str, Any]:
+        """The message as chat templates read it, text parts joined. where: the field that errors name."""
         if self.content is None and not self.tool_calls:
             raise RequestError(
                 f"{where}.content is null; only a message with tool_calls may be", param=f"{where}.content"
@@ -237,7 +274,20 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)
 
 def flat(messages: list[Message]) -> list[dict[str, Any]]:
     """Messages as chat templates read them."""
-    return [message.flat(i) for i, message in enumerate(messages)]
+    return [message.flat(f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def flat_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message that another API's was translated to, as chat templates read it.
+
+    where: the field that errors name. Raises RequestError for a value of the wrong form.
+    """
+    try:
+        return Message(**row).flat(where)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join([where, *map(str, first["loc"])])
+        raise RequestError(f"{field}: {first['msg']}", code=first["type"], param=field) from error
 
 
 class Function(Part):
@@ -261,6 +311,54 @@ class FunctionTool(Part):
 FunctionTools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 
+def constraint_of(kind: str, value: Any, param: str) -> Constraint:
+    """What an answer must match. param: the field that errors name. Raises RequestError for a wrong value.
+
+    kind: json (a schema, its text, or true for any object), regex, grammar (Lark, or llama.cpp's GBNF), or
+    choice (a list of texts).
+    """
+    if kind == "json":
+        try:
+            return json_constraint(json.loads(value) if isinstance(value, str) else value, param)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{param} is not JSON: {error}", param=param) from error
+    if kind == "choice":
+        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+            raise RequestError(f"{param} must be a list of texts", param=param)
+        value = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
+    if not isinstance(value, str):
+        raise RequestError(f"{param} must be a text", param=param)
+    if kind == "grammar" and "::=" in value:
+        value = _as_lark(value, param)
+    return Constraint("regex" if kind == "regex" else "lark", value, param)
+
+
+def _as_lark(gbnf: str, param: str) -> str:
+    """A grammar in llama.cpp's form (`root ::= ...`), translated by llguidance."""
+    try:
+        from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    except ImportError:
+        return gbnf  # the engine says which package is missing
+    if len(gbnf) > MAX_CHARACTERS:
+        return gbnf  # the engine says how long it may be
+    try:
+        return str(any_to_lark(gbnf))
+    except (GbnfToLarkError, ValueError, LookupError, RecursionError) as error:
+        raise RequestError(
+            f"the grammar cannot be honoured: {error}"[:500], code="invalid_grammar", param=param
+        ) from error
+
+
+# The kinds of a response_format, as `constraint_of` has them.
+_FORMATS = {
+    "json_object": "json",
+    "json_schema": "json",
+    "json": "json",
+    "regex": "regex",
+    "grammar": "grammar",
+}
+
+
 def answer_format(wanted: Any, param: str, schema_param: str) -> Constraint | None:
     """The constraint of a format such as {"type": "json_schema", "schema": ...}; None for a text.
 
@@ -269,28 +367,59 @@ def answer_format(wanted: Any, param: str, schema_param: str) -> Constraint | No
     kind = wanted.get("type") if isinstance(wanted, dict) else wanted
     if wanted is None or kind == "text":
         return None
-    if kind == "json_object":
-        return json_constraint(True, param)
-    if kind == "json_schema" and isinstance(wanted, dict):
-        return json_constraint(wanted.get("schema"), schema_param)
-    raise RequestError(f"{param} of type {kind!r} is not known", code="unsupported", param=param)
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise RequestError(f"{param} of type {kind!r} is not known", code="unsupported", param=param)
+    names = ("schema", "value", _FORMATS[kind], "pattern")
+    fields = wanted if isinstance(wanted, dict) else {}
+    value = next((fields[name] for name in names if fields.get(name) is not None), None)
+    if kind == "json_object" and value is None:
+        return constraint_of("json", True, param)
+    return constraint_of(_FORMATS[kind], value, schema_param)
 
 
-def only_constraint(
-    fields: dict[str, tuple[Literal["json_schema", "regex", "lark"], Any]], given: Constraint | None = None
-) -> Constraint | None:
-    """What the answer must match. Raises RequestError where the request has more than one such field.
+# The parts of vLLM's structured_outputs, as `constraint_of` has them.
+_KINDS = {"json": "json", "json_object": "json", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+# What an answer must match, by the names of several servers, and the kind of each.
+_CONSTRAINTS = {
+    "guided_json": "json", "json_schema": "json", "guided_regex": "regex", "regex": "regex",
+    "guided_grammar": "grammar", "grammar": "grammar", "ebnf": "grammar", "guided_choice": "choice",
+}  # fmt: skip
 
-    fields: by name, the kind of each and its value or None. given: a constraint from a field of another form.
-    """
-    constraints = [] if given is None else [given]
-    for param, (kind, value) in fields.items():
-        if value is not None:
-            json_schema = kind == "json_schema"
-            constraints.append(
-                json_constraint(value, param) if json_schema else Constraint(kind, value, param)
-            )
-    if len(constraints) > 1:
-        first, second = constraints[0].param, constraints[1].param
-        raise RequestError(f"give one of {first} and {second}", param=second)
-    return constraints[0] if constraints else None
+
+class Constrained(Body):
+    """What an answer must match, in the words of OpenAI, vLLM, SGLang, TGI, llama.cpp and Ollama."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    json_schema: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    regex: str | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    ebnf: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must match. Raises RequestError for an unknown format, or for several."""
+        wanted = self.response_format
+        if wanted and isinstance(wanted.get("json_schema"), dict):
+            wanted = {**wanted["json_schema"], "type": wanted.get("type")}
+        found = [answer_format(wanted or None, "response_format", "response_format.json_schema.schema")]
+        for name, value in resolved(self.structured_outputs or {}, _KINDS).items():
+            if name not in _KINDS:
+                where = "structured_outputs"
+                raise RequestError(f"{where}.{name} is not supported", code="unsupported", param=where)
+            if value not in (False, ""):
+                found.append(constraint_of(_KINDS[name], value, f"structured_outputs.{name}"))
+        if self.format:
+            found.append(constraint_of("json", True if self.format == "json" else self.format, "format"))
+        for name, kind in _CONSTRAINTS.items():
+            if (value := getattr(self, name)) is not None:
+                found.append(constraint_of(kind, value, name))
+        given = [constraint for constraint in found if constraint is not None]
+        if len(given) > 1:
+            first, second = given[0].param, given[1].param
+            raise RequestError(f"give one of {first} and {second}", param=second)
+        return given[0] if given else None

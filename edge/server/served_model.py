@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import struct
+from collections.abc import Iterable
 
 from starlette.requests import Request
 
@@ -19,6 +21,9 @@ from edge.reasoning import THINK, THINK_END
 GONE = 499
 # Bytes of a text that is asked to be tokenized.
 MAX_TEXT = 2**20
+# Names of fields that a header may repeat.
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MOST_IGNORED = 16
 
 
 class ServedModel:
@@ -58,11 +63,13 @@ class ServedModel:
             )
         return _compiled(ready.chat_template, ready.bos_text, ready.eos_text)
 
-    def headers(self) -> dict[str, str]:
-        """Response headers: which model answers, and on what device."""
+    def headers(self, ignored: Iterable[str] = ()) -> dict[str, str]:
+        """Response headers: which model answers, on what device, and what of the request was ignored."""
         headers = {"x-edge-model": self.name, "x-edge-device": self.ready.device}
         if self.digest:
             headers["x-edge-digest"] = self.digest
+        if names := [name for name in ignored if _PLAIN.fullmatch(name)][:_MOST_IGNORED]:
+            headers["x-edge-ignored"] = ", ".join(names)
         # Header values are latin-1: a name with other characters is sent escaped.
         return {k: v.encode("ascii", "backslashreplace").decode("ascii") for k, v in headers.items()}
 

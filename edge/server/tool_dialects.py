@@ -162,6 +162,13 @@ def dialect_of(source: str) -> Dialect | None:
     return None
 
 
+def chosen(tools: list[Tool], names: list[str]) -> list[Tool]:
+    """The tools of these names, as a tool_choice of type allowed_tools wants it. Raises RequestError."""
+    if unknown := sorted(set(names) - {tool.name for tool in tools}):
+        raise RequestError(f"tool_choice names '{unknown[0]}', no such tool is given", param="tool_choice")
+    return [tool for tool in tools if tool.name in names]
+
+
 def described(tools: list[Tool], dialect: Dialect) -> str:
     """A system text that explains the tools, for templates that render calls but no definitions.
 

@@ -3,7 +3,7 @@
 Dialects with marks open and close each call. Llama 3 has none, and small models of the other families forget
 theirs and write the bare object, often in a fenced block. Such an object is a call only if it begins with the
 name of a tool that was offered, and fits the schema of a strict tool. Anything else that looks like a call
-stays text.
+stays text, except one that the limit of tokens cut off: it is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edge.server.tool_dialects import Call, Dialect, Tool, call_of
 _FENCE = "```"
 # What may stand before a bare object, blank space aside, and what closes it.
 _OPENINGS = {"": "", "```json": _FENCE, _FENCE: _FENCE, "<tools>": "</tools>", "<|python_tag|>": ""}
+_TAGS = [opening for opening in _OPENINGS if opening.startswith("<")]
 _KINDS = ("", '"type":"function",')
 # How far a call's beginning is looked for, blank space included: a name has at most 128 characters.
 _LOOK = 1024
@@ -38,12 +39,14 @@ class ToolParser:
         self._parallel = parallel
         self._count = 0
 
-    def push(self, text: str, *, last: bool = False) -> tuple[str, list[Call]]:
-        """What is certain after `text`; with `last`, what was held back too."""
-        pieces: Iterable[str | Call] = [text] if self._marks is None else self._marks.push(text, last=last)
-        return self._counted(self._with_bare(pieces, last))
+    def push(self, text: str, *, last: bool = False, cut: bool = False) -> tuple[str, list[Call]]:
+        """What is certain after `text`; with `last`, what was held back too, less a call that was cut off."""
+        pieces: Iterable[str | Call] = [text]
+        if self._marks is not None:
+            pieces = self._marks.push(text, last=last, cut=cut)
+        return self._counted(self._with_bare(pieces, last, cut))
 
-    def _with_bare(self, pieces: Iterable[str | Call], last: bool) -> Iterator[str | Call]:
+    def _with_bare(self, pieces: Iterable[str | Call], last: bool, cut: bool) -> Iterator[str | Call]:
         for piece in pieces:
             if isinstance(piece, Call):
                 # Text that was held back in front of a mark is no call.
@@ -52,7 +55,7 @@ class ToolParser:
             else:
                 yield from self._bare.push(piece)
         if last:
-            yield from self._bare.push("", last=True)
+            yield from self._bare.push("", last=True, cut=cut)
 
     def _counted(self, pieces: Iterable[str | Call]) -> tuple[str, list[Call]]:
         shown, calls = "", []
@@ -76,8 +79,10 @@ class _Marks:
         self._held = ""
         self._inside = False
 
-    def push(self, text: str, *, last: bool) -> Iterator[str | Call]:
-        self._held += text
+    def push(self, text: str, *, last: bool, cut: bool = False) -> Iterator[str | Call]:
+        # The limit may fall within a character of a mark.
+        whole = text.rstrip("\ufffd") if cut else text
+        self._held += whole
         while True:
             if self._inside:
                 body, closing, rest = self._held.partition(self._dialect.closing)
@@ -98,14 +103,24 @@ class _Marks:
             yield self._held[:index].rstrip()
             self._held = self._held[index + len(mark) :]
             self._inside = mark == self._dialect.opening
+        if last and self._inside:
+            ended = self._ended(self._held, self._held)
+            yield "" if cut and isinstance(ended, str) else ended
+        elif last:
+            yield _without_mark(self._held, self._openings, text[len(whole) :]) if cut else self._held
         if last:
-            yield self._ended(self._held, self._held) if self._inside else self._held
             self._held = ""
 
     def _ended(self, body: str, raw: str) -> str | Call:
         """The call in `body`, or the text to show in its place where it is none."""
         self._inside = False
         return self._dialect.parse(body) or self._dialect.opening + raw
+
+
+def _without_mark(text: str, marks: Iterable[str], rest: str = "") -> str:
+    """`text` and `rest`, less a mark that has begun where they meet. One character is no sign of a mark."""
+    begun = max(overlap(text, mark) for mark in marks)
+    return text[:-begun].rstrip() if begun > 1 else text + rest
 
 
 class _Bare:
@@ -125,7 +140,7 @@ class _Bare:
         self._closing = ""
         self._object: _Braces | None = None
 
-    def push(self, text: str, *, last: bool = False) -> Iterator[str | Call]:
+    def push(self, text: str, *, last: bool = False, cut: bool = False) -> Iterator[str | Call]:
         self._held += text
         while self._held:
             if self._object is not None:
@@ -157,7 +172,10 @@ class _Bare:
             else:
                 yield self._cut(begin + len(_FENCE))
         if last:
-            yield self._cut(len(self._held))
+            held, begun = self._cut(len(self._held)), self._object is not None
+            if cut:
+                held = "" if begun else _without_mark(held, _TAGS)
+            yield held
             self._object = None
 
     def _cut(self, n: int) -> str:

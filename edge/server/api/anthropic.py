@@ -21,17 +21,16 @@ from edge.server.request_fields import (
     MAX_MESSAGES,
     MAX_STOPS,
     MAX_TOKENS,
+    Body,
     Count,
     Floor,
-    Message,
     Name,
-    Open,
     Part,
     Share,
     Stop,
     TopK,
     answer_format,
-    flat,
+    flat_row,
     sampling,
     text_of,
 )
@@ -89,7 +88,20 @@ class ToolChoice(Part):
     disable_parallel_tool_use: bool | None = None
 
 
-class ConversationFields(Open):
+class ContextEdit(Part):
+    type: str
+    keep: Any = None
+
+
+class ContextManagement(Part):
+    edits: Annotated[list[ContextEdit], Field(max_length=MAX_CALLS)] | None = None
+
+
+# The blocks that an edit of this type, without its date, takes out of a conversation.
+_EDITED = {"clear_thinking": "thinking", "clear_tool_uses": "tool_result"}
+
+
+class ConversationFields(Body):
     """What a conversation is made of, for an answer as for a count."""
 
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -100,9 +112,10 @@ class ConversationFields(Open):
     thinking: ThinkingMode | None = None
     output_format: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    context_management: ContextManagement | None = None
 
     def conversation(self) -> Conversation:
-        self.refuse("mcp_servers", "container", "context_management")
+        self._check_edits()
         wanted = self.tool_choice or ToolChoice(type="auto")
         if wanted.type == "tool" and not wanted.name:
             raise RequestError("tool_choice of type tool needs a name", param="tool_choice")
@@ -121,13 +134,26 @@ class ConversationFields(Open):
             constraint=answer_format(output, "output_format", "output_format.schema"),
         )
 
+    def _check_edits(self) -> None:
+        """Raise RequestError for a context edit that would change this conversation."""
+        contents = [message.content for message in self.messages if not isinstance(message.content, str)]
+        kinds = {block.get("type") for blocks in contents for block in blocks}
+        for edit in (self.context_management and self.context_management.edits) or []:
+            edited = _EDITED.get(edit.type.rpartition("_")[0])
+            if edited is None or (edited in kinds and not (edited == "thinking" and edit.keep == "all")):
+                raise RequestError(
+                    f"context_management of type '{edit.type[:64]}' would change this conversation",
+                    code="unsupported",
+                    param="context_management",
+                )
+
     def _messages(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         if self.system:
             rows.append({"role": "system", "content": text_of(self.system, "system")})
         for i, message in enumerate(self.messages):
-            rows += _rows(message, f"messages[{i}]")
-        return flat([Message(**row) for row in rows])
+            rows += [flat_row(row, f"messages[{i}]") for row in _rows(message, f"messages[{i}]")]
+        return rows
 
 
 class Messages(ConversationFields):
@@ -187,7 +213,7 @@ async def messages(request: Request, body: Messages) -> Response:
     }
     return respond(
         [stream],
-        model.headers(),
+        model.headers(body.ignored),
         answer=lambda: _answer(head, chat.reader(), stream),
         events=_events(head, chat, stream) if body.stream else None,
         failure=lambda error: named_event(error_body(error)),

@@ -16,12 +16,11 @@ from starlette.responses import Response
 
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
-from edge.engine.grammar import Constraint
 from edge.errors import RequestError
 from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
 from edge.server.model_registry import served_model
 from edge.server.openai_objects import usage
-from edge.server.request_fields import MAX_TOKENS, Messages, Sampled, Thinking, flat, only_constraint
+from edge.server.request_fields import MAX_TOKENS, Closed, Constrained, Messages, Sampled, Thinking, flat
 from edge.server.served_model import ServedModel, finish_reason, timings
 from edge.server.streaming import DONE, SSE, event, respond
 
@@ -30,29 +29,13 @@ DEFAULT_MAX_TOKENS = 512
 router = APIRouter(tags=["generate"])
 
 
-class Generate(Sampled, Thinking):
-    """prompt: a text; or messages: a conversation. raw: the prompt is not put through the chat template.
-
-    json_schema (a schema, or true for any object), regex or grammar (Lark): what the answer must match.
-    """
+class Generate(Sampled, Constrained, Thinking, Closed):
+    """prompt: a text; or messages: a conversation. raw: the prompt is not put through the chat template."""
 
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Messages | None = None
     raw: bool = False
     model: str | None = None
-    json_schema: dict[str, Any] | bool | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    def constraint(self) -> Constraint | None:
-        """What the answer must match. Raises RequestError for more than one."""
-        return only_constraint(
-            {
-                "json_schema": ("json_schema", self.json_schema),
-                "regex": ("regex", self.regex),
-                "grammar": ("lark", self.grammar),
-            }
-        )
 
 
 @router.get("/generate", summary="Answer a prompt, as the tutorial's server does", responses=SSE)
@@ -87,7 +70,7 @@ async def post_generate(request: Request, body: Generate) -> Response:
         [stream] = PreparedChat(model, asked).start(params, **body.run())
     return respond(
         [stream],
-        model.headers(),
+        model.headers(body.ignored),
         answer=lambda: _answer(model, stream),
         events=_events(model, stream) if body.stream else None,
     )

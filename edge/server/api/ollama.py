@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
 from edge.engine import protocol as msg
@@ -25,14 +25,16 @@ from edge.engine.sampling import Params
 from edge.errors import RequestError
 from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
 from edge.server.model_registry import registry_of, served_model
+from edge.server.openai_objects import chat_logprobs
 from edge.server.request_fields import (
     MAX_INPUTS,
     MAX_MESSAGES,
     MAX_TOKENS,
+    Body,
     Floor,
     FunctionTools,
     Message,
-    Open,
+    Part,
     PastCall,
     Penalty,
     Repetition,
@@ -41,6 +43,7 @@ from edge.server.request_fields import (
     Stops,
     Temperature,
     TopK,
+    TopLogprobs,
     flat,
     sampling,
     stops,
@@ -67,10 +70,14 @@ def error_body(error: RequestError) -> dict[str, Any]:
     return {"error": str(error)}
 
 
-class Options(BaseModel):
-    """Sampling options. An unknown one that would change the answer is refused."""
+class Lax(Body):
+    """A body as Ollama reads it: numbers may be texts."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(strict=False)
+
+
+class Options(Lax):
+    """Sampling options. An unknown one that would change the answer is refused."""
 
     temperature: Temperature | None = None
     top_k: TopK | None = None
@@ -84,16 +91,6 @@ class Options(BaseModel):
     stop: Stop | Stops | None = None
 
     def params(self) -> Params:
-        extra = self.model_extra or {}
-        for name, neutral in (("mirostat", 0), ("typical_p", 1.0), ("tfs_z", 1.0)):
-            if extra.get(name, neutral) != neutral:
-                raise RequestError(f"options.{name} is not supported", code="unsupported", param=name)
-        if self.repeat_penalty not in (None, 1.0) and extra.get("repeat_last_n", -1) != -1:
-            raise RequestError(
-                "options.repeat_last_n other than -1 is not supported: the penalty looks at everything",
-                code="unsupported",
-                param="repeat_last_n",
-            )
         limit = self.num_predict
         params = sampling(
             self,
@@ -109,15 +106,22 @@ class Options(BaseModel):
         return msgspec.structs.replace(params, top_p=max(params.top_p, 1e-6), seed=seed)
 
 
-class _Fields(Open):
-    model_config = ConfigDict(strict=False)
-
+class _Fields(Lax):
     model: Annotated[str, Field(min_length=1)]
     stream: bool = True
     options: Options = Field(default_factory=Options)
     format: Literal["", "json"] | dict[str, Any] | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
     keep_alive: Lifetime | None = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+
+    def params(self) -> Params:
+        """Sampling parameters. Raises RequestError for top_logprobs without logprobs."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
+        params = self.options.params()
+        return msgspec.structs.replace(params, logprobs=self.top_logprobs) if self.logprobs else params
 
     def constraint(self) -> Constraint | None:
         if not self.format:
@@ -137,8 +141,8 @@ class Generate(_Fields):
     raw: bool = False
 
 
-class OllamaMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class OllamaMessage(Part):
+    model_config = ConfigDict(strict=False)
 
     role: Role
     content: str = ""
@@ -160,17 +164,19 @@ class Chat(_Fields):
     tools: FunctionTools | None = None
 
 
-class Embed(BaseModel):
+class Embed(Lax):
     model: str
     input: str | Annotated[list[str], Field(max_length=MAX_INPUTS)]
     truncate: bool | None = None
     dimensions: int | None = None
+    options: dict[str, Any] | None = None
     keep_alive: Lifetime | None = None
 
 
-class EmbedOne(BaseModel):
+class EmbedOne(Lax):
     model: str
     prompt: str
+    options: dict[str, Any] | None = None
     keep_alive: Lifetime | None = None
 
 
@@ -190,7 +196,7 @@ def seconds(given: float | str | None) -> float | None:
 
 @router.post("/chat", summary="Ollama's chat", responses=_STREAMED)
 async def chat(request: Request, body: Chat) -> Response:
-    keep_alive, params, constraint = seconds(body.keep_alive), body.options.params(), body.constraint()
+    keep_alive, params, constraint = seconds(body.keep_alive), body.params(), body.constraint()
     began = time.monotonic_ns()
     if not body.messages:
         return await _load_only(request, body.model, keep_alive, {"message": _message("", "", [])})
@@ -203,13 +209,12 @@ async def chat(request: Request, body: Chat) -> Response:
     )
     prepared = PreparedChat(model, asked)
     [stream] = prepared.start(params)
-    return _respond(_ChatObjects(model, prepared.reader(), began), stream, body.stream)
+    return _respond(_ChatObjects(model, prepared.reader(), began), stream, body)
 
 
 @router.post("/generate", summary="Ollama's completion", responses=_STREAMED)
 async def generate(request: Request, body: Generate) -> Response:
-    body.refuse("images", "suffix", "template", "context")
-    keep_alive, params, constraint = seconds(body.keep_alive), body.options.params(), body.constraint()
+    keep_alive, params, constraint = seconds(body.keep_alive), body.params(), body.constraint()
     began = time.monotonic_ns()
     if not body.prompt:
         return await _load_only(request, body.model, keep_alive, {"response": ""})
@@ -222,7 +227,7 @@ async def generate(request: Request, body: Generate) -> Response:
         prepared = PreparedChat(model, Conversation(messages, constraint=constraint, **body.thinking(model)))
         [stream] = prepared.start(params)
         reader = prepared.reader()
-    return _respond(_GenerateObjects(model, reader, began), stream, body.stream)
+    return _respond(_GenerateObjects(model, reader, began), stream, body)
 
 
 async def _load_only(
@@ -265,8 +270,12 @@ class _ChatObjects:
     def part(self, text: str, reasoning: str, calls: list[Call]) -> dict[str, Any]:
         return {"message": _message(text, reasoning, calls)}
 
-    def row(self, text: str, reasoning: str, calls: list[Call]) -> dict[str, Any]:
+    def row(
+        self, text: str, reasoning: str, calls: list[Call], logprobs: list[msg.Logprob] | None = None
+    ) -> dict[str, Any]:
         part = self.part(text, reasoning, calls)
+        if rows := chat_logprobs(logprobs):
+            part["logprobs"] = rows["content"]
         return {"model": self.model.name, "created_at": _now(), **part, "done": False}
 
     def last(self, row: dict[str, Any], done: msg.Done) -> dict[str, Any]:
@@ -291,12 +300,12 @@ class _GenerateObjects(_ChatObjects):
         return {"response": text, "thinking": reasoning} if reasoning else {"response": text}
 
 
-def _respond(objects: _ChatObjects, stream: Stream, streamed: bool) -> Response:
+def _respond(objects: _ChatObjects, stream: Stream, body: _Fields) -> Response:
     return respond(
         [stream],
-        objects.model.headers(),
+        objects.model.headers([*body.ignored, *body.options.ignored]),
         answer=lambda: _answer(objects, stream),
-        events=_lines(objects, stream) if streamed else None,
+        events=_lines(objects, stream) if body.stream else None,
         failure=_failure,
         content_type=_NDJSON,
     )
@@ -308,13 +317,16 @@ def _failure(error: RequestError) -> bytes:
 
 async def _answer(objects: _ChatObjects, stream: Stream) -> dict[str, Any]:
     answer = await collect(stream, objects.reader)
-    return objects.last(objects.row(answer.text, answer.reasoning, answer.calls), answer.done)
+    row = objects.row(answer.text, answer.reasoning, answer.calls, answer.logprobs)
+    return objects.last(row, answer.done)
 
 
 async def _lines(objects: _ChatObjects, stream: Stream) -> AsyncIterator[bytes]:
     async for item in stream:
         reasoning, text, calls = objects.reader.take(item)
-        lines = dump(objects.row(text, reasoning, calls)) + b"\n" if reasoning or text or calls else b""
+        lines = b""
+        if reasoning or text or calls or item.logprobs:
+            lines = dump(objects.row(text, reasoning, calls, item.logprobs)) + b"\n"
         if isinstance(item, msg.Done):
             lines += dump(objects.last(objects.row("", "", []), item)) + b"\n"
         if lines:

@@ -8,18 +8,22 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 import edge
 from edge.artefact.find import SUFFIXES
 from edge.artefact.gguf_header import GGUFHeader
 from edge.server.model_registry import ModelEntry, registry_of, served_model
+from edge.server.request_fields import Body
 from edge.server.tool_dialects import dialect_of
+
+# The first version that gives logprobs; editors want at least 0.6.4.
+OLLAMA_VERSION = "0.12.11"
 
 router = APIRouter(prefix="/api", tags=["ollama"])
 
 
-class Named(BaseModel):
+class Named(Body):
     """model; older clients call it name."""
 
     model: Annotated[str, Field(min_length=1)] | None = None
@@ -28,8 +32,8 @@ class Named(BaseModel):
 
 @router.get("/version")
 async def version() -> dict[str, str]:
-    """This server's own version. Clients compare it, and it is not Ollama's."""
-    return {"version": edge.__version__}
+    """The version of Ollama whose interface this is: clients refuse an older one. edge: this server's own."""
+    return {"version": OLLAMA_VERSION, "edge": edge.__version__}
 
 
 @router.get("/tags", summary="The models that can be asked")
@@ -71,20 +75,29 @@ async def show(request: Request, body: Named) -> dict[str, Any]:
         "embedding": bool(ready.embedding),
     }
     header = _gguf(entry)
-    metadata = header.metadata if header else {}
     return {
         "modelfile": f"# served by edge\nFROM {ready.name}\n",
         "parameters": "",
         "template": template,
         "details": _details(entry),
-        "model_info": {
-            key: value
-            for key, value in metadata.items()
-            if isinstance(value, (str, int, float)) and key != "tokenizer.chat_template"
-        },
+        "model_info": _model_info(entry, header, ready.context),
         "capabilities": [name for name, there in capabilities.items() if there],
         "modified_at": datetime.fromtimestamp(entry.created, UTC).isoformat(),
     }
+
+
+def _model_info(entry: ModelEntry, header: GGUFHeader | None, context: int) -> dict[str, Any]:
+    """A GGUF's metadata; the keys that clients read are there for every format."""
+    family = header.architecture if header else "edge"
+    always = {
+        "general.architecture": family,
+        "general.basename": entry.name,
+        "general.parameter_count": _count(header) if header else 0,
+        f"{family}.context_length": context,
+    }
+    given = header.metadata if header else {}
+    hidden = "tokenizer.chat_template"
+    return always | {k: v for k, v in given.items() if isinstance(v, (str, int, float)) and k != hidden}
 
 
 def _about(entry: ModelEntry) -> dict[str, Any]:
@@ -119,6 +132,10 @@ def _gguf(entry: ModelEntry) -> GGUFHeader | None:
     return header if isinstance(header, GGUFHeader) else None
 
 
+def _count(header: GGUFHeader) -> int:
+    return sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+
+
 def _parameters(header: GGUFHeader) -> str:
-    count = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    count = _count(header)
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"

@@ -14,10 +14,10 @@ from edge.errors import RequestError
 from edge.server.conversation import AnswerReader, Conversation, Item, PreparedChat, collect_all
 from edge.server.model_registry import ModelEntry, registry_of, served_model
 from edge.server.openai_objects import CompletionFields, ResponseObjects, chat_logprobs, usage
-from edge.server.request_fields import Count, FunctionTools, Messages, Part, Thinking, flat
+from edge.server.request_fields import Count, FunctionTools, Messages, Part, Thinking, TopLogprobs, flat
 from edge.server.served_model import finish_reason
 from edge.server.streaming import SSE, respond
-from edge.server.tool_dialects import Call
+from edge.server.tool_dialects import MAX_TOOLS, Call, chosen
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -31,13 +31,24 @@ class NamedTool(Part):
     function: NamedFunction
 
 
+class AllowedTools(Part):
+    """A choice among some of the tools."""
+
+    class Choice(Part):
+        mode: Literal["auto", "required"]
+        tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Choice
+
+
 class ChatCompletion(CompletionFields, Thinking):
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     tools: FunctionTools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
@@ -46,10 +57,13 @@ class ChatCompletion(CompletionFields, Thinking):
             raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
 
     def conversation(self) -> Conversation:
-        choice = self.tool_choice or "auto"
+        choice, tools = self.tool_choice or "auto", [tool.function.tool() for tool in self.tools or []]
+        if isinstance(choice, AllowedTools):
+            tools = chosen(tools, [tool.function.name for tool in choice.allowed_tools.tools])
+            choice = choice.allowed_tools.mode
         return Conversation(
             flat(self.messages),
-            tools=[tool.function.tool() for tool in self.tools or []],
+            tools=tools,
             choice=choice if isinstance(choice, str) else choice.function.name,
             parallel=self.parallel_tool_calls is not False,
             constraint=self.constraint(),
@@ -98,7 +112,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Response:
     )
     return respond(
         streams,
-        model.headers(),
+        model.headers(body.ignored),
         answer=lambda: _answer(objects, chat, streams),
         events=events if body.stream else None,
     )

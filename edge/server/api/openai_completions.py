@@ -23,6 +23,7 @@ from edge.server.openai_objects import (
     text_logprobs,
     usage,
 )
+from edge.server.request_fields import TopLogprobs
 from edge.server.served_model import finish_reason
 from edge.server.streaming import SSE, respond, start_streams
 
@@ -37,7 +38,7 @@ class Completion(CompletionFields):
     """echo: the prompt stands before its answer. best_of is taken where it equals n: all are returned."""
 
     prompt: str | Ids | Prompts | IdPrompts
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: TopLogprobs | None = None
     echo: bool | None = None
     best_of: int | None = None
 
@@ -72,7 +73,7 @@ async def completions(request: Request, body: Completion) -> Response:
     events = objects.events(streams, take, choices=n, include_usage=body.include_usage)
     return respond(
         streams,
-        model.headers(),
+        model.headers(body.ignored),
         answer=lambda: _answer(objects, streams, echoes, n),
         events=events if body.stream else None,
     )

@@ -15,13 +15,13 @@ from pydantic import Field
 from edge.errors import RequestError
 from edge.server.model_registry import served_model
 from edge.server.openai_objects import IdPrompts, Ids, prompt_list
-from edge.server.request_fields import MAX_INPUTS, Part
+from edge.server.request_fields import MAX_INPUTS, Body
 from edge.server.served_model import floats
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-class Embeddings(Part):
+class Embeddings(Body):
     input: str | Ids | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] | IdPrompts
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None

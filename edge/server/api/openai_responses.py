@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.responses import Response
 
 from edge.engine import protocol as msg
@@ -18,27 +18,26 @@ from edge.server.conversation import EFFORTS, AnswerReader, Conversation, Prepar
 from edge.server.model_registry import served_model
 from edge.server.request_fields import (
     MAX_MESSAGES,
+    Body,
     Count,
     Effort,
     Function,
-    Message,
-    Open,
     Part,
     Share,
     Temperature,
     answer_format,
-    flat,
+    flat_row,
     sampling,
     text_of,
 )
 from edge.server.served_model import ServedModel, finish_reason
 from edge.server.streaming import SSE, named_event, respond
-from edge.server.tool_dialects import MAX_TOOLS, Call
+from edge.server.tool_dialects import MAX_TOOLS, Call, chosen
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-# Fields that would change the answer and cannot be honoured.
-_REFUSED = ("previous_response_id", "conversation", "prompt", "background", "max_tool_calls", "store")
+# Tools that OpenAI's servers run, or whose input is no JSON. To be offered one makes no model call it.
+_LEFT_OUT = ("custom", "web_search", "web_search_preview")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -55,7 +54,22 @@ class NamedTool(Part):
     name: str
 
 
-class Responses(Open):
+class AllowedTools(Part):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+def _offered(tools: Any) -> Any:
+    """The tools that this model may call."""
+    if not isinstance(tools, list):
+        return tools
+    return [tool for tool in tools if not (isinstance(tool, dict) and tool.get("type") in _LEFT_OUT)]
+
+
+class Responses(Body):
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     model: str | None = None
     instructions: str | None = None
@@ -64,20 +78,23 @@ class Responses(Open):
     top_p: Share | None = None
     stream: bool | None = None
     store: bool | None = None
-    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[FlatTool] | None, Field(max_length=MAX_TOOLS), BeforeValidator(_offered)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: Reasoning | None = None
     metadata: dict[str, Any] | None = None
 
     def conversation(self) -> Conversation:
-        choice = self.tool_choice or "auto"
+        choice, tools = self.tool_choice or "auto", [tool.tool() for tool in self.tools or []]
+        if isinstance(choice, AllowedTools):
+            tools = chosen(tools, [tool.name for tool in choice.tools])
+            choice = choice.mode
         effort = self.reasoning.effort if self.reasoning else None
         wanted = (self.text or {}).get("format") or None
         return Conversation(
             self._messages(),
-            tools=[tool.tool() for tool in self.tools or []],
+            tools=tools,
             choice=choice if isinstance(choice, str) else choice.name,
             parallel=self.parallel_tool_calls is not False,
             thinking=False if effort == "none" else None,
@@ -86,33 +103,33 @@ class Responses(Open):
         )
 
     def _messages(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
+        rows: list[tuple[str, dict[str, Any]]] = []
         if self.instructions:
-            rows.append({"role": "system", "content": self.instructions})
+            rows.append(("instructions", {"role": "system", "content": self.instructions}))
         if isinstance(self.input, str):
-            rows.append({"role": "user", "content": self.input})
+            rows.append(("input", {"role": "user", "content": self.input}))
         else:
             for i, item in enumerate(self.input):
                 _add(rows, item, f"input[{i}]")
-        return flat([Message(**row) for row in rows])
+        return [flat_row(row, where) for where, row in rows]
 
 
-def _add(rows: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
+def _add(rows: list[tuple[str, dict[str, Any]]], item: dict[str, Any], where: str) -> None:
     """Append an item as a message in the form of chat completions; calls in a row share one message."""
     kind = item.get("type", "message")
     try:
         if kind == "message":
             text = text_of(item["content"], where, _TEXT_PARTS)
-            rows.append({"role": str(item["role"]), "content": text})
+            rows.append((where, {"role": item["role"], "content": text}))
         elif kind == "function_call":
             function = {"name": item["name"], "arguments": item["arguments"]}
-            if not rows or rows[-1]["role"] != "assistant":
-                rows.append({"role": "assistant", "content": ""})
-            calls = rows[-1].setdefault("tool_calls", [])
+            if not rows or rows[-1][1]["role"] != "assistant":
+                rows.append((where, {"role": "assistant", "content": ""}))
+            calls = rows[-1][1].setdefault("tool_calls", [])
             calls.append({"id": item["call_id"], "type": "function", "function": function})
         elif kind == "function_call_output":
             text = text_of(item["output"], where, _TEXT_PARTS)
-            rows.append({"role": "tool", "content": text, "tool_call_id": item["call_id"]})
+            rows.append((where, {"role": "tool", "content": text, "tool_call_id": item["call_id"]}))
         elif kind != "reasoning":
             # Chat templates leave out the reasoning of earlier answers, so a reasoning item is skipped.
             raise RequestError(f"{where} is of type {kind!r}, which is not supported", param=where)
@@ -122,7 +139,8 @@ def _add(rows: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
 
 @router.post("/responses", summary="OpenAI's responses, stateless", responses=SSE)
 async def responses(request: Request, body: Responses) -> Response:
-    body.refuse(*_REFUSED, why=": this server keeps nothing between requests")
+    if body.store:
+        raise RequestError("this server keeps nothing between requests", code="unsupported", param="store")
     asked, params = body.conversation(), sampling(body, max_tokens=body.max_output_tokens)
     model = await served_model(request, body.model)
     chat = PreparedChat(model, asked)
@@ -130,7 +148,7 @@ async def responses(request: Request, body: Responses) -> Response:
     response = _ResponseObject(model, body)
     return respond(
         [stream],
-        model.headers(),
+        model.headers(body.ignored),
         answer=lambda: _answer(response, chat.reader(), stream),
         events=_events(response, chat.reader(), stream) if body.stream else None,
         failure=_failure,

@@ -46,14 +46,14 @@ def test_a_call_streamed_or_not(caller: Server) -> None:
     assert "".join(d["delta"].get("content") or "" for d in deltas) == ""
 
 
-def test_a_call_that_is_cut_off_is_no_call_and_nothing_of_it_is_lost(caller: Server) -> None:
-    body = {"messages": user("please"), "tools": TOOLS, "temperature": 0, "max_tokens": 38}
+@pytest.mark.parametrize("limit", [5, 12, 20, 38])
+def test_u22_a_call_that_is_cut_off_is_no_call_and_leaves_no_mark(caller: Server, limit: int) -> None:
+    body = {"messages": user("please"), "tools": TOOLS, "temperature": 0, "max_tokens": limit}
     choice = caller.post(CHAT, body).json()["choices"][0]
     assert choice["finish_reason"] == "length"
     assert "tool_calls" not in choice["message"]
-    shown = choice["message"]["content"].rstrip("\ufffd")
-    assert shown
-    assert any(shown in answer for answer, _ in ANSWERS.values())
+    # A bare object that has not yet named an offered tool may be any JSON, and stays text.
+    assert choice["message"]["content"].rstrip("\ufffd") in ("", '{"nam', '{"name": "f'[:limit])
     rows = caller.post(CHAT, {**body, "stream": True}).text.split("\n\n")
     deltas = [json.loads(row[6:])["choices"][0] for row in rows if row.startswith("data: {")]
     assert "".join(d["delta"].get("content") or "" for d in deltas) == choice["message"]["content"]

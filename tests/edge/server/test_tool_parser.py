@@ -43,6 +43,31 @@ def read(dialect: Dialect, text: str, size: int, **given: Any) -> tuple[str, lis
 @pytest.mark.parametrize(
     ("dialect", "text", "want"),
     [
+        (HERMES, 'Sure. <tool_call>{"name": "f", "argu', "Sure."),
+        (HERMES, "Sure. <tool_ca", "Sure."),
+        (HERMES, "1 <", "1 <"),
+        (HERMES, "```json\n" + BARE[:-4], ""),
+        (DEEPSEEK, "a\n" + ANSWERS["deepseek"][0][:40], "a"),
+        (DEEPSEEK, "a\n" + ANSWERS["deepseek"][0][:30], "a"),
+        (LLAMA3, "<|python_t", ""),
+        (LLAMA3, ANSWERS["llama3"][0][:-3], ""),
+        (LLAMA3, '{"na', '{"na'),
+    ],
+)
+def test_a_call_that_the_limit_cuts_off_leaves_no_mark(dialect: Dialect, text: str, want: str) -> None:
+    for size in (1, 3, 1000):
+        reader, shown = ToolParser(dialect, [Tool("f")]), ""
+        for i in range(0, len(text), size):
+            more, calls = reader.push(text[i : i + size])
+            assert calls == []
+            shown += more
+        more, calls = reader.push("", last=True, cut=True)
+        assert (shown + more, calls) == (want, [])
+
+
+@pytest.mark.parametrize(
+    ("dialect", "text", "want"),
+    [
         (HERMES, ANSWERS["hermes"][0], ("", [F])),
         (HERMES, "Sure.\n\n" + ANSWERS["hermes"][0] + "\n" + ANSWERS["hermes"][0] + "\n", ("Sure.", [F, F])),
         (HERMES, '<tool_call>{"name": "f", "arguments": {"k": "你"}}', ("", [F])),
