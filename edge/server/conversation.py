@@ -175,7 +175,11 @@ class PreparedChat:
         prompt = template.render(turns, thinking=mode, add_generation_prompt=False, **extra)
         prompt, *rest = prompt.split(_HERE)
         parts = [part.strip() for part in re.split(f"{THINK}|{THINK_END}", begun)]
-        if len(rest) != 1 or not all(part in prompt for part in parts) or not prompt.endswith(parts[-1]):
+        if (
+            len(rest) != 1
+            or not all(part in prompt for part in parts)
+            or not prompt.rstrip().endswith(parts[-1])
+        ):
             raise _dropped("an answer that is to be continued", "messages")
         return prompt
 
