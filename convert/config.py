@@ -185,19 +185,19 @@ def _doubts(config: TrainConfig) -> list[str]:
     """Warnings on values that are allowed and hardly meant."""
     kind = "dpo" if config.stage == "dpo" else config.finetuning_type
     low, high = _RATES[kind]
-    said = []
+    doubts = []
     if not low <= config.learning_rate <= high:
         effect = "teaches next to nothing" if config.learning_rate < low else "usually destroys the model"
-        said.append(
+        doubts.append(
             f"learning_rate {config.learning_rate:g} {effect} with {kind}: {low:g} to {high:g} is usual"
         )
     if config.finetuning_type == "lora" and config.alpha > 8 * config.lora_rank and not config.use_rslora:
-        said.append(f"lora_alpha {config.alpha} is more than eight times lora_rank {config.lora_rank}")
+        doubts.append(f"lora_alpha {config.alpha} is more than eight times lora_rank {config.lora_rank}")
     if config.warmup_ratio > 0.5 and not config.warmup_steps:
-        said.append(f"warmup_ratio {config.warmup_ratio:g}: most of the steps only warm up")
+        doubts.append(f"warmup_ratio {config.warmup_ratio:g}: most of the steps only warm up")
     if config.num_train_epochs > 30 and config.max_steps < 0:
-        said.append(f"num_train_epochs {config.num_train_epochs:g}: rows are learnt by heart long before")
-    return said
+        doubts.append(f"num_train_epochs {config.num_train_epochs:g}: rows are learnt by heart long before")
+    return doubts
 
 
 def _read(path: Path) -> dict[str, Any]:

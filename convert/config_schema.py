@@ -67,20 +67,20 @@ def _values(key: Key) -> dict[str, Any]:
         allowed += ["none", "None"] if key.default is None else []
         return {"enum": [*allowed, None] if null else allowed}
     types, more = _TYPES[key.kind]
-    made: dict[str, Any] = {"type": [*types, "null"] if null else list(types)}
+    values: dict[str, Any] = {"type": [*types, "null"] if null else list(types)}
     for name, word in _BOUNDS.items():
         if getattr(key, name) is not None:
-            made[word] = getattr(key, name)
+            values[word] = getattr(key, name)
     if key.kind in ("int", "float"):
         low = key.minimum if key.minimum is not None else key.exclusive_minimum
         sign = "[-+]?" if low is None or low < 0 else r"\+?"
         number = sign + (_WHOLE if key.kind == "int" else NUMBER)
-        made["pattern"] = rf"^\s*({number}{'|' + _NONE if key.default is None else ''})\s*$"
+        values["pattern"] = rf"^\s*({number}{'|' + _NONE if key.default is None else ''})\s*$"
     if key.names:
         name = f"({'|'.join(key.names)})"
-        made |= {"pattern": rf"^\s*{name}(\s*,\s*{name})*\s*$", "items": {"enum": list(key.names)}}
-        return made
-    return {**more, **made}
+        values |= {"pattern": rf"^\s*{name}(\s*,\s*{name})*\s*$", "items": {"enum": list(key.names)}}
+        return values
+    return {**more, **values}
 
 
 # Of each kind: JSON's types, the key's own first, and what limits them.

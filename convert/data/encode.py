@@ -97,7 +97,7 @@ class Rules:
 
 def encode(
     rows: Iterable[Row],
-    form: ChatFormat,
+    chat: ChatFormat,
     report: Report,
     *,
     cutoff_len: int = 2048,
@@ -114,24 +114,24 @@ def encode(
     Raises UsageError where enable_thinking null meets a template that opens reasoning and rows without any.
     """
     rules = Rules(cutoff_len, enable_thinking, mask_history, train_on_prompt, default_system)
-    return list(samples(rows, form, report, rules))
+    return list(samples(rows, chat, report, rules))
 
 
 def samples(
-    rows: Iterable[Row], form: ChatFormat, report: Report, rules: Rules, first: int = 0
+    rows: Iterable[Row], chat: ChatFormat, report: Report, rules: Rules, first: int = 0
 ) -> Iterator[Sample]:
     """As `encode`, a few hundred rows at a time. first: the number of the first row."""
-    mode = thinking_mode(form, rules.enable_thinking)
+    mode = thinking_mode(chat, rules.enable_thinking)
     for numbered in _batches(rows, first):
         drafts: list[tuple[int, str, Pieces]] = []
         for number, row in numbered:
             try:
-                parts = _drafts(_messages(row, rules), row.tools, form, mode, rules.mask_history, report)
+                parts = _drafts(_messages(row, rules), row.tools, chat, mode, rules.mask_history, report)
             except InputError as error:
                 report.bad.append((row.source, error.message))
                 continue
             drafts += [(number, row.source, pieces) for pieces in parts]
-        for (number, source, _), sample in zip(drafts, _tokens(drafts, form, rules), strict=True):
+        for (number, source, _), sample in zip(drafts, _tokens(drafts, chat, rules), strict=True):
             if len(sample.ids) > rules.cutoff_len:
                 cut = _cut(sample, rules.cutoff_len)
                 if not cut.spans:
@@ -144,10 +144,10 @@ def samples(
 
 
 def pairs(
-    rows: Iterable[Row], form: ChatFormat, report: Report, rules: Rules, first: int = 0
+    rows: Iterable[Row], chat: ChatFormat, report: Report, rules: Rules, first: int = 0
 ) -> Iterator[Pair]:
     """Preference rows as pairs of samples with loss on the last answer alone."""
-    mode = thinking_mode(form, rules.enable_thinking)
+    mode = thinking_mode(chat, rules.enable_thinking)
     for numbered in _batches(rows, first):
         drafts: list[tuple[int, str, Pieces]] = []
         for number, row in numbered:
@@ -155,13 +155,13 @@ def pairs(
             try:
                 for answer in (row.chosen, row.rejected):
                     talk = [*messages, {"role": "assistant", "content": answer}]
-                    (pieces,) = _drafts(talk, row.tools, form, mode, True, report)
+                    (pieces,) = _drafts(talk, row.tools, chat, mode, True, report)
                     drafts.append((number, row.source, pieces))
             except InputError as error:
                 report.bad.append((row.source, error.message))
                 drafts = drafts[: len(drafts) // 2 * 2]
-        made = _tokens(drafts, form, replace(rules, train_on_prompt=False))
-        for (number, source, _), two in zip(drafts[::2], zip(made, made, strict=True), strict=True):
+        tokenised = _tokens(drafts, chat, replace(rules, train_on_prompt=False))
+        for (number, source, _), two in zip(drafts[::2], zip(tokenised, tokenised, strict=True), strict=True):
             cut = [_cut(one, rules.cutoff_len) for one in two]
             if not all(one.spans for one in cut):
                 reason = f"its prompt alone has {rules.cutoff_len} tokens or more (cutoff_len)"
@@ -212,8 +212,8 @@ def _messages(row: Row, rules: Rules) -> list[Message]:
     return row.messages
 
 
-def _tokens(drafts: list[tuple[int, str, Pieces]], form: ChatFormat, rules: Rules) -> Iterator[Sample]:
-    ids = iter(form.encode([text for _, _, pieces in drafts for text, _ in pieces]))
+def _tokens(drafts: list[tuple[int, str, Pieces]], chat: ChatFormat, rules: Rules) -> Iterator[Sample]:
+    ids = iter(chat.encode([text for _, _, pieces in drafts for text, _ in pieces]))
     for _, source, pieces in drafts:
         whole: array[int] = array("i")
         spans = []
@@ -233,7 +233,7 @@ def _cut(sample: Sample, longest: int) -> Sample:
 def _drafts(
     messages: list[Message],
     tools: list[dict[str, object]] | None,
-    form: ChatFormat,
+    chat: ChatFormat,
     mode: str | None,
     mask_history: bool,
     report: Report,
@@ -241,13 +241,13 @@ def _drafts(
     turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     if mask_history:
         turns = turns[-1:]
-    prompts = [form.prompt(messages[:at], mode, tools) for at in turns]
+    prompts = [chat.prompt(messages[:at], mode, tools) for at in turns]
     answers = []
     for at, prompt in zip(turns, prompts, strict=True):
         if "tool_calls" in messages[at]:
-            answers.append(form.call(messages[: at + 1], prompt, mode, tools))
+            answers.append(chat.call(messages[: at + 1], prompt, mode, tools))
         else:
-            answers.append(form.answer(_thoughtful(messages[at]["content"], prompt, mode, report)))
+            answers.append(chat.answer(_thoughtful(messages[at]["content"], prompt, mode, report)))
     if len(turns) > 1:
         pieces, done = [], ""
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -257,8 +257,8 @@ def _drafts(
             done = prompt + answer
         else:
             # Pieces tokenised apart must give what serving gives for the prompt as one text.
-            apart = form.encode([text for text, _ in pieces[:-1]])
-            if [token for part in apart for token in part] == form.encode([prompts[-1]])[0]:
+            apart = chat.encode([text for text, _ in pieces[:-1]])
+            if [token for part in apart for token in part] == chat.encode([prompts[-1]])[0]:
                 return [pieces]
     return [[(prompt, False), (answer, True)] for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -278,8 +278,8 @@ def _thoughtful(content: str, prompt: str, mode: str | None, report: Report) -> 
         return with_thought(prompt, "", rest)
     if opens_reasoning(prompt):
         raise UsageError(
-            "enable_thinking: null leaves answers without a thought alone, but this model's chat template "
-            "opens a thought in every prompt",
-            "give true (an empty thought is learnt) or false (the prompt closes it)",
+            "enable_thinking: null leaves answers without reasoning alone, but this model's chat template "
+            "opens it in every prompt",
+            "give true (empty reasoning is learnt) or false (the prompt closes it)",
         )
     return content

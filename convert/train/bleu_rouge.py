@@ -41,15 +41,15 @@ def words() -> Callable[[str], list[str]]:
 
 def score(answer: str, reference: str, split: Callable[[str], list[str]]) -> dict[str, float]:
     """Each of NAMES, from 0 to 100; ROUGE is 0 where either has no words."""
-    found = {"bleu-4": bleu(answer, reference)}
+    scores = {"bleu-4": bleu(answer, reference)}
     ours, theirs = split(answer), split(reference)
     if not ours or not theirs:
-        return {name: round(100 * found.get(name, 0.0), 4) for name in NAMES}
+        return {name: round(100 * scores.get(name, 0.0), 4) for name in NAMES}
     for size in (1, 2):
         mine, wanted = (set(_grams(one, size)) for one in (ours, theirs))
-        found[f"rouge-{size}"] = _f_score(len(mine & wanted), len(mine), len(wanted))
-    found["rouge-l"] = _f_score(_common(ours, theirs), len(ours), len(theirs))
-    return {name: round(100 * found[name], 4) for name in NAMES}
+        scores[f"rouge-{size}"] = _f_score(len(mine & wanted), len(mine), len(wanted))
+    scores["rouge-l"] = _f_score(_common(ours, theirs), len(ours), len(theirs))
+    return {name: round(100 * scores[name], 4) for name in NAMES}
 
 
 def bleu(answer: str, reference: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,27 @@ from edge.errors import UnavailableError
 LOG, SAMPLES = "trainer_log.jsonl", "eval_answers.jsonl"
 
 
-@dataclass
-class Actions:
-    """What a run can do at a step. evaluate: the loss on the held-out rows. save: a checkpoint's folder.
-    ask: (question, answer) of a few held-out rows."""
-
-    evaluate: Callable[[], float] | None
-    save: Callable[[Best], Path]
-    ask: Callable[[], list[tuple[str, str]]]
-
-
 class Watch:
-    """Called after each step; True ends the training early. With several processes the first one writes."""
+    """Called after each step; True ends the training early. With several processes the first one writes.
 
-    def __init__(self, loop: Loop, folder: Path, actions: Actions, console: Console, best: Best) -> None:
-        self.best = best
-        self._loop, self._config, self._folder, self._actions = loop, loop.config, folder, actions
-        self._console, self._first = console, loop.world.first
+    evaluate: returns the loss on the held-out rows; None where there are none. save: writes a checkpoint and
+    returns its folder. ask: returns (question, answer) of a few held-out rows.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        folder: Path,
+        console: Console,
+        best: Best,
+        *,
+        evaluate: Callable[[], float] | None,
+        save: Callable[[Best], Path],
+        ask: Callable[[], list[tuple[str, str]]],
+    ) -> None:
+        self.best, self._console, self._first = best, console, loop.world.first
+        self._loop, self._config, self._folder = loop, loop.config, folder
+        self._evaluate, self._save, self._answers = evaluate, save, ask
         self._in_epoch = steps_in_epoch(loop.config, len(loop.items), loop.world.size)
         self._began = loop.state.step
         self._board = _board(folder) if "tensorboard" in loop.config.report_to and self._first else None
@@ -77,7 +80,7 @@ class Watch:
         if state.step % config.logging_steps == 0 or last:
             self._log(_line(state))
         saved = False
-        if self._actions.evaluate is not None and self._due(
+        if self._evaluate is not None and self._due(
             config.eval_strategy, config.eval_steps or config.logging_steps
         ):
             saved = self.evaluate()
@@ -99,8 +102,8 @@ class Watch:
 
     def evaluate(self) -> bool:
         """Evaluate and log; True where a checkpoint was written because it is the best one so far."""
-        assert self._actions.evaluate is not None
-        state, loss = self._loop.state, self._actions.evaluate()
+        assert self._evaluate is not None
+        state, loss = self._loop.state, self._evaluate()
         better = loss < self.best.loss
         saved = False
         self._log({"current_steps": state.step, "total_steps": state.total, "eval_loss": round(loss, 6),
@@ -133,7 +136,7 @@ class Watch:
         """Write a checkpoint and remove those beyond save_total_limit; the folder is returned."""
         folder = None
         if self._first:
-            folder = self._actions.save(self.best)
+            folder = self._save(self.best)
             checkpoint.prune(self._folder, self._config.save_total_limit, self.best)
         self._loop.world.wait()
         return folder
@@ -159,7 +162,7 @@ class Watch:
                 self._print(f"{path}")
 
     def _ask(self) -> None:
-        for question, answer in self._actions.ask():
+        for question, answer in self._answers():
             self._print(f"  {question!r} -> {answer!r}")
             line = {"current_steps": self._loop.state.step, "question": question, "answer": answer}
             if self._first:

@@ -40,7 +40,7 @@ from convert.train import (
     signals,
     trainer,
 )
-from convert.train.callbacks import Actions, Watch
+from convert.train.callbacks import Watch
 from convert.train.load_model import (
     NF4_BLOCK,
     Place,
@@ -51,7 +51,7 @@ from convert.train.load_model import (
     quantized_layers,
     unfreeze,
 )
-from convert.train.losses import LossHead, Objective, Preference, reference
+from convert.train.losses import Objective, Preference, reference
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError
 
@@ -120,7 +120,6 @@ class Run:
     again: str
     passes: int = 0
     model: Any = None
-    head: LossHead = field(init=False)
     objective: Objective = field(init=False)
     loop: trainer.Loop = field(init=False)
     best: checkpoint.Best = field(default_factory=checkpoint.Best)
@@ -259,19 +258,19 @@ class Run:
     def build_objective(self) -> None:
         """What is minimised: the loss of the learnt tokens, or of pairs against the reference model."""
         config = self.config
-        self.head, how = cuda_graphs.head(
+        head, how = cuda_graphs.head(
             self.model, config, self.place, passes=self.passes, sharded=self.world.sharded
         )
         if how:
             self.console.print(how)
-        self.objective = self.head
+        self.objective = head
         if config.stage == "dpo":
             self.model.eval()
             logs = {}
             if config.pref_loss not in ("orpo", "simpo"):
                 pairs = [item for item in (*self.data.train, *self.data.held) if isinstance(item, Pair)]
-                logs = reference(self.head, pairs, self.place.device, config.per_device_eval_batch_size)
-            self.objective = Preference(self.head, config, logs)
+                logs = reference(head, pairs, self.place.device, config.per_device_eval_batch_size)
+            self.objective = Preference(head, config, logs)
 
     def resume(self) -> None:
         """Make the training loop, and bring it to where the checkpoint was; else remove older checkpoints.
@@ -308,8 +307,10 @@ class Run:
 
         Raises Stopped after Ctrl-C, once a checkpoint is written.
         """
-        actions = Actions(self.evaluate if self.data.held else None, self.save, self.ask)
-        with Watch(self.loop, self.folder, actions, self.console, self.best) as watch:
+        evaluate = self.evaluate if self.data.held else None
+        with Watch(
+            self.loop, self.folder, self.console, self.best, evaluate=evaluate, save=self.save, ask=self.ask
+        ) as watch:
             with signals.asked_to_stop(lambda line: self.console.print(line, style="yellow")) as stop:
                 try:
                     state = self.loop.run(watch, stop=stop)
@@ -404,9 +405,9 @@ class Run:
     def parent(self) -> dict[str, Any]:
         """base_model and parents, for the manifest."""
         if (self.base / manifest.FILE).is_file():
-            known = manifest.read(self.base)
-            parent = known.parent(self.base.absolute())
-            return {"base_model": known.base_model or known.name, "parents": [parent]}
+            about = manifest.read(self.base)
+            parent = about.parent(self.base.absolute())
+            return {"base_model": about.base_model or about.name, "parents": [parent]}
         parent = {"stage": "model", "path": str(self.base.absolute()), "digest": ""}
         return {"base_model": self.config.model_name_or_path, "parents": [parent]}
 
