@@ -65,14 +65,13 @@ def open_source(path: Path) -> Source:
     elsewhere = (path / "config.json").is_file() and not (path / manifest.FILE).is_file()
     record = None if elsewhere else manifest.read(path)
     folder = check_folder(path.resolve())
-    template = ""
     if record is None:
         form = chat_format.load(folder.path)
-        template = form.source  # transformers 4 keeps it in tokenizer_config.json
+        template = form.source
         record = manifest.Manifest(
             "model", folder.path.name, chat_template=manifest.text_digest(template), stop_ids=form.stop_ids
         )
-    if not template or (folder.path / TEMPLATE).is_file():
+    else:
         template = read_template(folder.path, record)
     weights = sum(file.stat().st_size for file in folder.weights)
     return Source(folder.path, record, folder.config, template, weights)

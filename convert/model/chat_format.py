@@ -214,7 +214,8 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_bytes().decode("utf-8")
+            # As transformers reads it: line ends of Windows count as plain ones.
+            return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8: {error}", "get the model again") from error
     source = config.get("chat_template")

@@ -101,15 +101,6 @@ def test_m2_a_missing_or_changed_template_is_refused(run_folder: Path) -> None:
     assert leftovers(run_folder) == []
 
 
-def test_m2_line_ends_of_windows_are_taken(converted: dict[str, Any], run_folder: Path) -> None:
-    path = run_folder / "merged" / "chat_template.jinja"
-    path.write_bytes(TEMPLATE.replace("\n", "\r\n").encode("utf-8"))
-    converted["prepare"]()
-    made = read_header(gguf.run(run_folder, quant="F16", console=quiet()))
-    assert made.chat_template == TEMPLATE
-    assert manifest.read(run_folder / "gguf").chat_template == manifest.text_digest(TEMPLATE)
-
-
 def test_missing_weights_are_refused(run_folder: Path) -> None:
     (run_folder / "merged" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="safetensors"):
@@ -312,6 +303,19 @@ def test_m3_m9_real_conversion(
         assert not any(tensor.type.endswith("_K") for tensor in header.tensors.values())
     else:
         assert made.settings["fallbacks"] == 0 and header.tensors["output.weight"].type == "Q8_0"
+
+
+@pytest.mark.slow
+def test_m2_line_ends_of_windows_are_taken(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    merged = write_model(tmp_path / "run" / "merged", tied=True)
+    (merged / "chat_template.jinja").write_bytes(TEMPLATE.replace("\n", "\r\n").encode("utf-8"))
+    made = read_header(gguf.run(tmp_path / "run", quant="F16", console=quiet()))
+    assert made.chat_template == TEMPLATE
+    record = manifest.read(tmp_path / "run" / "gguf")
+    assert (
+        record.chat_template == manifest.text_digest(TEMPLATE) and record.verify["chat_template"] == "equal"
+    )
 
 
 @pytest.mark.slow
