@@ -165,6 +165,12 @@ class Messages(ConversationFields):
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
 
 
+class Counted(Messages):
+    """The same body without its answer; what only an answer has changes no count."""
+
+    max_tokens: Count | None = None  # type: ignore[assignment]
+
+
 def _rows(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
     """A message in the form of chat completions. Results of tools become messages of their own, in front."""
     if isinstance(message.content, str):
@@ -221,7 +227,7 @@ async def messages(request: Request, body: Messages) -> Response:
 
 
 @router.post("/count_tokens", summary="How many tokens a conversation has")
-async def count_tokens(request: Request, body: ConversationFields) -> dict[str, int]:
+async def count_tokens(request: Request, body: Counted) -> dict[str, int]:
     model = await served_model(request, body.model)
     prompt = PreparedChat(model, body.conversation()).prompt
     return {"input_tokens": len((await model.encode(prompt, special=True, whole=True)).ids)}

@@ -100,3 +100,48 @@ def test_anthropic_stops_and_errors(server: Server) -> None:
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
     shaped = {"format": {"type": "json_schema", "schema": {"enum": [7]}}}
     assert ask(output_config=shaped).json()["content"][0]["text"] == "7"
+
+
+KEEP_ALL = {"type": "clear_thinking_20251015", "keep": "all"}
+CLEAR = {"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 1}}
+TOOL_USES = {"type": "clear_tool_uses_20250919", "trigger": {"type": "input_tokens", "value": 1}}
+THOUGHT = [{"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "yes"}]
+USED = [{"type": "tool_use", "id": "t1", "name": "f", "input": {}}]
+RESULT = [{"type": "tool_result", "tool_use_id": "t1", "content": "5"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "turns", "status"),
+    [
+        (None, [], 200),
+        ({}, [], 200),
+        ({"edits": []}, [THOUGHT, "x"], 200),
+        ({"edits": [KEEP_ALL]}, [THOUGHT, "x"], 200),
+        ({"edits": [CLEAR]}, ["yes", "x"], 200),
+        ({"edits": [CLEAR]}, [THOUGHT, "x"], 400),
+        ({"edits": [KEEP_ALL, TOOL_USES]}, [THOUGHT, "x"], 200),
+        ({"edits": [TOOL_USES]}, [USED, RESULT], 400),
+        ({"edits": [{"type": "compact_20260112"}]}, [], 400),
+        ({"edits": [{"type": "clear_everything_20300101"}]}, [], 400),
+        ({"edits": "all"}, [], 400),
+    ],
+)
+def test_u15_a_context_edit_is_taken_where_it_changes_nothing(
+    server: Server, given: Any, turns: list[Any], status: int
+) -> None:
+    messages = [
+        *user(),
+        *({"role": r, "content": c} for r, c in zip(("assistant", "user"), turns, strict=False)),
+    ]
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        body = {"max_tokens": 9, "messages": messages, "context_management": given}
+        response = server.post(path, body)
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert "context_management" in response.json()["error"]["message"]
+
+
+def test_u22_a_call_that_is_cut_leaves_no_mark(server: Server) -> None:
+    body = {"tools": [{"name": "f", "input_schema": TOOL}], "temperature": 0, "messages": user("please")}
+    answer = server.post("/v1/messages", {**body, "max_tokens": 30}).json()
+    assert (answer["content"], answer["stop_reason"]) == ([{"type": "text", "text": "Sure."}], "max_tokens")

@@ -110,3 +110,74 @@ def test_ollama_durations(given: Any, want: Any) -> None:
 def test_ollama_durations_that_are_none(given: str) -> None:
     with pytest.raises(RequestError, match="no duration"):
         seconds(given)
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_u24_logprobs(server: Server, path: str) -> None:
+    body = {"model": "fake", "messages": user()} if "chat" in path else {"model": "fake", "prompt": "x"}
+    body |= {"logprobs": True, "top_logprobs": 3, "options": {"temperature": 0}}
+    rows = lines(server.post(path, body))
+    streamed = [entry for row in rows for entry in row.get("logprobs", [])]
+    whole = server.post(path, {**body, "stream": False}).json()
+    assert [e["token"] for e in whole["logprobs"]] == [e["token"] for e in streamed]
+    assert b"".join(bytes(entry["bytes"]) for entry in streamed).decode() == REPLY
+    for entry in streamed:
+        assert set(entry) == {"token", "bytes", "logprob", "top_logprobs"}
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["top_logprobs"][0]["logprob"] == entry["logprob"] <= 0
+    assert "logprobs" not in server.post(path, {**body, "logprobs": False, "top_logprobs": 0}).text
+    assert server.post(path, {**body, "logprobs": None}).status_code == 400
+    assert server.post(path, {**body, "top_logprobs": 21}).status_code == 400
+
+
+def test_u19_null_means_absent(server: Server) -> None:
+    chat = [
+        "stream",
+        "options",
+        "format",
+        "think",
+        "keep_alive",
+        "tools",
+        "logprobs",
+        "top_logprobs",
+        "template",
+    ]
+    rows = lines(server.post("/api/chat", {"model": "fake", "messages": user(), **dict.fromkeys(chat)}))
+    assert "".join(row["message"]["content"] for row in rows) == REPLY
+    generate = [*chat, "system", "raw", "images", "suffix", "context"]
+    rows = lines(server.post("/api/generate", {"model": "fake", "prompt": "x", **dict.fromkeys(generate)}))
+    assert "".join(row["response"] for row in rows) == REPLY
+    names = [
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repeat_penalty",
+        "seed",
+        "num_predict",
+        "stop",
+        "mirostat",
+    ]
+    options = dict.fromkeys(names)
+    asked = {"model": "fake", "messages": user(), "options": options, "stream": False}
+    assert server.post("/api/chat", asked).json()["message"]["content"] == REPLY
+    calls = [{"id": None, "function": {"name": "f", "arguments": {"k": 1}, "index": None}}]
+    turn = {"role": "assistant", "content": None, "thinking": None, "images": None, "tool_calls": calls}
+    past = [*user(), turn, {"role": "tool", "content": "5", "tool_name": None, "tool_calls": None}]
+    assert server.post("/api/chat", {**asked, "messages": past}).status_code == 200
+    for path, extra in (("embed", {"input": "a"}), ("embeddings", {"prompt": "a"}), ("show", {})):
+        nulls = dict.fromkeys(["keep_alive", "options", "truncate", "dimensions", "name"])
+        assert server.post(f"/api/{path}", {"model": "fake", **extra, **nulls}).status_code == 200, path
+    empty = server.post("/api/generate", {"model": "fake", "prompt": None, "keep_alive": None}).json()
+    assert empty["done_reason"] == "load"
+
+
+def test_a_sampling_field_outside_of_options_is_refused(server: Server) -> None:
+    for extra in (
+        {"temperature": 0},
+        {"max_tokens": 5},
+        {"tool_choice": "required"},
+        {"options": {"top_a": 1}},
+    ):
+        response = server.post("/api/chat", {"model": "fake", "messages": user(), **extra})
+        assert response.status_code == 400, extra

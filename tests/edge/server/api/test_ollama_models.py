@@ -32,7 +32,12 @@ def test_ollama_models(server: Server) -> None:
     assert shown["capabilities"] == ["completion", "thinking", "embedding"]
     assert server.post("/api/show", {"name": "fake"}).json()["capabilities"][1] == "tools"
     assert {"fake", "thinker"} == {m["name"] for m in server.get("/api/ps").json()["models"]}
-    assert server.get("/api/version").json()["version"]
+    # VS Code wants at least 0.6.4, and these of a model's keys.
+    version = tuple(map(int, server.get("/api/version").json()["version"].split(".")))
+    assert version >= (0, 6, 4)
+    about = server.post("/api/show", {"model": "fake"}).json()["model_info"]
+    assert about["general.basename"] == "fake"
+    assert about[about["general.architecture"] + ".context_length"] == 512
     assert len(server.post("/api/embed", {"model": "fake", "input": ["a", "b"]}).json()["embeddings"]) == 2
     gone = server.post("/api/generate", {"model": "thinker", "keep_alive": 0}).json()
     assert gone["done_reason"] == "unload"

@@ -286,3 +286,27 @@ def test_the_models(server: Server) -> None:
     assert [row["id"] for row in server.get("/v1/models").json()["data"]] == ["fake", "chance", "thinker"]
     assert server.get("/v1/models/thinker").json()["id"] == "thinker"
     assert server.get("/v1/models/nobody").status_code == 404
+
+
+@pytest.fixture
+def roomy() -> Iterator[Server]:
+    with fake_server(reply="x", context=1024, batch=256) as started:
+        yield started
+
+
+def test_u23_a_choice_among_some_of_the_tools(roomy: Server) -> None:
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("f", "g")]
+
+    def ask(mode: str, *names: str) -> Any:
+        chosen = [{"type": "function", "function": {"name": name}} for name in names]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": chosen}}
+        body = {"messages": user(), "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+        return roomy.post(CHAT, body)
+
+    [call] = ask("required", "g").json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "g"
+    assert ask("auto", "f", "g").status_code == 200
+    assert error(ask("auto", "h"))["param"] == "tool_choice"
+    assert ask("auto").status_code == 400
+    assert ask("none", "f").status_code == 400

@@ -48,3 +48,13 @@ def test_when_one_of_many_cannot_start_none_goes_on() -> None:
                 assert streamed or response.status_code >= 400
                 slow.until(lambda info: info["running"] == info["waiting"] == 0, seconds=2.0)
                 assert time.monotonic() - began < 5.0
+
+
+def test_u23_as_many_alternatives_as_the_chat_gives(server: Server) -> None:
+    for count in (0, 10, 20):
+        choice = server.post("/v1/completions", {"prompt": "x", "logprobs": count}).json()["choices"][0]
+        # Pieces of characters have one text, so there may be fewer.
+        assert all(len(top) <= count for top in choice["logprobs"]["top_logprobs"])
+        assert any(choice["logprobs"]["top_logprobs"]) == bool(count)
+    refused = server.post("/v1/completions", {"prompt": "x", "logprobs": 21})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")

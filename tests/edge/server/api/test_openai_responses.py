@@ -16,7 +16,7 @@ THINKER = (
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    common = {"context": 256, "slots": 4}
+    common = {"context": 1024, "slots": 4, "batch": 128}
     models = {
         "fake": {**common, "reply": "你好, world!"},
         "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
@@ -44,3 +44,51 @@ def test_responses_are_stateless_and_in_order(server: Server) -> None:
     for name, value in (("previous_response_id", "resp_1"), ("store", True), ("background", True)):
         refused = server.post(url, {"input": "hi", name: value})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+
+
+CODEX = [
+    {
+        "type": "custom",
+        "name": "apply_patch",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "x"},
+    },
+    {"type": "web_search", "external_web_access": False},
+]
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_u15_tools_that_the_model_cannot_call_are_not_offered(server: Server) -> None:
+    answer = server.post("/v1/responses", {"input": "hi", "tools": [*CODEX, TOOL]}).json()
+    assert [tool["name"] for tool in answer["tools"]] == ["f"]
+    assert server.post("/v1/responses", {"input": "hi", "tools": CODEX}).status_code == 200
+    for choice in ("required", {"type": "custom", "name": "apply_patch"}, {"type": "web_search"}):
+        refused = server.post("/v1/responses", {"input": "hi", "tools": CODEX, "tool_choice": choice})
+        assert refused.status_code == 400, choice
+    for kind in ("mcp", "file_search", "code_interpreter", "computer_use_preview"):
+        refused = server.post("/v1/responses", {"input": "hi", "tools": [{"type": kind}]})
+        assert refused.status_code == 400, kind
+
+
+def test_u23_a_choice_among_some_of_the_tools(server: Server) -> None:
+    other = {**TOOL, "name": "other"}
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "other"}]}
+    body = {"input": "hi", "tools": [TOOL, other], "tool_choice": choice, "parallel_tool_calls": False}
+    [call] = server.post("/v1/responses", body).json()["output"]
+    assert (call["type"], call["name"]) == ("function_call", "other")
+    choice["tools"] = [{"type": "function", "name": "third"}]
+    assert server.post("/v1/responses", body).json()["error"]["param"] == "tool_choice"
+
+
+def test_a_call_of_the_past_needs_a_name(server: Server) -> None:
+    call = {"type": "function_call", "call_id": "c", "arguments": "{}", "name": "f"}
+    for name in ("", None, 5, "x" * 129, ["f"]):
+        response = server.post("/v1/responses", {"input": [{**call, "name": name}]})
+        assert response.status_code == 400, name
+        assert response.json()["error"]["param"].startswith("input[0]")
+    del call["name"]
+    assert server.post("/v1/responses", {"input": [call]}).status_code == 400
+    # Reasoning alone makes no message.
+    assert server.post("/v1/responses", {"input": [{"type": "reasoning", "summary": []}]}).status_code in (
+        200,
+        400,
+    )
