@@ -25,7 +25,15 @@ from convert.config import TrainConfig
 from convert.data.encode import Pair, Sample
 from convert.data.prepare import Prepared
 from convert.train import cuda_graphs, fsdp, malloc_trim
-from convert.train.load_model import NF4_BLOCK, Place, add_adapter, autocast, keeps_embeddings_off, unfreeze
+from convert.train.load_model import (
+    NF4_BLOCK,
+    Place,
+    add_adapter,
+    autocast,
+    keeps_embeddings_off,
+    no_advice,
+    unfreeze,
+)
 from convert.train.losses import by_length, loss_rows
 from convert.train.trainer import batches, total_steps
 from edge.errors import EdgeError
@@ -93,6 +101,7 @@ def estimate(
 
 def skeleton(base: Path, config: TrainConfig, place: Place) -> Any:
     """The model that is to be trained, without storage."""
+    no_advice()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(base, local_files_only=True)
