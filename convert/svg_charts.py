@@ -196,7 +196,7 @@ def _text_width(text: str) -> float:
 def _free_place(
     x: float, y: float, width: float, boxes: Sequence[tuple[float, float, float]]
 ) -> tuple[float, float]:
-    """(left, middle) of a label beside the point (x, y): the nearest place that no (left, right, middle) has."""
+    """(left, middle) of a label beside the point (x, y): the nearest place that no box has."""
     gap = 14.0
     shifts = sorted(range(-8, 9), key=abs)
     sides = (x + gap, x - gap - width)

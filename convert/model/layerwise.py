@@ -157,7 +157,7 @@ class LayeredModel(TorchModel):
         return 2 * (float32_bytes(self._folder) - tables) // layers + 2**30
 
     def _build(self) -> Any:
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._held = read_adapter(self._adapter) if self._adapter else None
