@@ -204,6 +204,8 @@ def answer_of(server: Server, path: str, body: dict[str, Any]) -> str:
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
         ({"grammar": "root ::= ("}, "grammar"),
+        ({"grammar": "root ::= missing"}, "grammar"),
+        ({"grammar": "other ::= [a]"}, "grammar"),
         ({"ebnf": "(" * 70_000 + "::="}, "ebnf"),
         ({"grammar": "root ::= " + "(" * 5000}, "grammar"),
         ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
