@@ -19,6 +19,7 @@ from edge.errors import InputError, UnavailableError, UsageError
 
 INFO = "dataset_info.json"
 ONLINE = "ONLINE"
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 _COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "messages": "conversations",
@@ -157,8 +158,18 @@ class Entry:
 
     def row(self, source: str, raw: Any) -> Row:
         """`raw` as messages: perhaps system, then question and answer in turn. Raises BadRow."""
+        row = self._row(source, raw)
+        # Checked after the tools and calls are parsed: their JSON texts have escapes of their own.
+        for part in (row.messages, row.tools, row.chosen, row.rejected):
+            if half := _half_pair(part):
+                columns = [column for column in self.columns.values() if _half_pair(raw.get(column))]
+                where = f"`{columns[0]}`" if columns else "a tool or a call"
+                raise BadRow(f"{where} holds {half!a}, half a surrogate pair, which is no character")
+        return row
+
+    def _row(self, source: str, raw: Any) -> Row:
         if isinstance(raw, Twice):
-            raise BadRow(f"the key '{raw.key}' stands twice")
+            raise BadRow(f"the key {raw.key!r} stands twice")
         if not isinstance(raw, dict):
             raise BadRow(f"is {kind_of(raw)}, not an object")
         for key in ("images", "videos", "audios"):
@@ -277,6 +288,15 @@ def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
             f"the data set {entry.hub} cannot be read from the hub: {first}",
             "check its name, subset and split; HF_ENDPOINT can name a mirror; or fetch it and name the file",
         ) from error
+
+
+def _half_pair(value: Any) -> str:
+    """The first half of a surrogate pair in a JSON value, its keys included; "" without one."""
+    if isinstance(value, str):
+        return match[0] if (match := _HALF.search(value)) else ""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return next(filter(None, map(_half_pair, value)), "") if isinstance(value, list) else ""
 
 
 def _turn(question: str, answer: str) -> list[Message]:

@@ -234,8 +234,12 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=512):
-                for row in batch.to_pylist():
+                for index in range(batch.num_rows):
                     number += 1
+                    try:
+                        (row,) = batch.slice(index, 1).to_pylist()
+                    except UnicodeDecodeError as error:
+                        row = BadRow(f"is not UTF-8: {error}")
                     yield number, row
     except arrow.ArrowException as error:
         raise InputError(

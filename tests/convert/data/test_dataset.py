@@ -304,3 +304,57 @@ def test_missing_parts_of_a_model(tmp_path):
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
         chat_format.load(folder)
+
+
+_HALF = "Great trip \ud83d"
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize(
+    ("good", "bad", "entry"),
+    [
+        *((ROW, {key: _HALF}, {}) for key in ("instruction", "input", "output", "system")),
+        (ROW, {"history": [["a", _HALF]]}, {}),
+        # The tools are a JSON text of their own, with its own escapes.
+        (ROW, {"tools": '[{"name": "f", "description": "\\ud83d"}]'}, {}),
+        (
+            {"instruction": "a", "chosen": "b", "rejected": "c"},
+            {"rejected": _HALF},
+            {"ranking": True},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": _HALF}]},
+            {"formatting": "sharegpt"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "function_call", "content": '{"name": "f", "arguments": {"\\ud83d": 1}}'},
+                ]
+            },
+            {"formatting": "openai"},
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_leaves_its_row_out(tmp_path, name, good, bad, entry):
+    rows = [good, {**good, **bad}]
+    text = json.dumps(rows) if name == "d.json" else "\n".join(map(json.dumps, rows))
+    usable, report = load(tmp_path, text=text, name=name, **entry)
+    assert len(usable) == 1
+    [(source, reason)] = report.bad
+    assert source == "d, row 2" and "holds '\\ud83d', half a surrogate pair" in reason
+    assert reason.isascii()
+    with pytest.raises(InputError, match=r"row 2: .* half a surrogate pair"):
+        load(tmp_path, text=text, name=name, strict=True, **entry)
+
+
+def test_a_row_counts_once_and_only_where_an_answer_is_left(tmp_path, thinking):
+    """Earlier thoughts are not shown again, so each answer of `talk` is a sample of its own."""
+    report = dataset.Report()
+    talk, long = row("q", "No.", "q " * 90, "No."), row("q " * 90, "No.", "q", "No.")
+    samples = encode.encode([talk, long], thinking, report, cutoff_len=40)
+    assert len(samples) == 1 and len(report.cut) == 1
+    assert [reason.split(" (")[-1] for _, reason in report.bad] == ["cutoff_len)"]

@@ -247,3 +247,37 @@ def test_the_picture_counts_every_row():
         "7 - 7  " + "█" * 40 + " 1",
         lines[-1].replace("11", "7").replace("400", "7"),
     ]
+
+
+@pytest.mark.parametrize(("val_size", "seed", "counts"), [(0, 4, (2, 0)), (1, 4, (1, 1)), (1, 42, (2, 0))])
+def test_rows_beyond_cutoff_len_are_not_counted_as_trained(tmp_path, val_size, seed, counts):
+    given = [ROW, {"instruction": "Why " * 200, "output": "No."}, {**ROW, "output": "Maybe."}]
+    (tmp_path / "d.json").write_text(json.dumps(given), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
+    config = parse(
+        {
+            "model_name_or_path": str(make_model(tmp_path / "m")),
+            "dataset": "d",
+            "dataset_dir": str(tmp_path),
+            "output_dir": "o",
+            "cutoff_len": 64,
+            "val_size": val_size,
+            # Of 4 the held-out row is the last, of 42 the one that is left out.
+            "seed": seed,
+        }
+    )
+    said = Console(record=True, width=200)
+    cli.show(config, said, rows=0)
+    rows, held = counts
+    assert f"3 rows read, 1 left out, {rows} rows to train on, {held} held out" in said.export_text()
+
+
+def test_a_parquet_text_that_is_no_utf8_leaves_its_row_out(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = arrow.StringArray.from_buffers(2, *arrow.array([b"good", b"\xed\xa0\xbd"]).buffers()[1:])
+    parquet.write_table(arrow.table({"a": texts}), tmp_path / "d.parquet")
+    (_, good), (number, bad) = read_files.read(tmp_path / "d.parquet")
+    assert good == {"a": "good"} and number == 2
+    assert isinstance(bad, read_files.BadRow) and "not UTF-8" in str(bad)
