@@ -84,10 +84,9 @@ def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     data = prepare.prepare(config, chat)
     report, items = data.report, data.train
     kind = "pairs" if config.stage == "dpo" else "rows"
-    held = len({item.source for item in data.held})
     console.print(
         f"{', '.join(config.dataset)}: {report.rows:,} rows read, {len(report.bad):,} left out, "
-        f"{data.rows:,} {kind} to train on, {held:,} held out ({time.monotonic() - began:.1f} s)"
+        f"{data.rows:,} {kind} to train on, {data.held_rows:,} held out ({time.monotonic() - began:.1f} s)"
     )
     for line in [*data.notes, *report.lines()]:
         console.print(f"note: {line}", style="yellow")

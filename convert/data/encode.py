@@ -131,16 +131,17 @@ def samples(
                 report.bad.append((row.source, error.message))
                 continue
             drafts += [(number, row.source, pieces) for pieces in parts]
-        for (number, source, _), sample in zip(drafts, _tokens(drafts, chat, rules), strict=True):
-            if len(sample.ids) > rules.cutoff_len:
-                cut = _cut(sample, rules.cutoff_len)
-                if not cut.spans:
-                    reason = f"its prompt alone has {rules.cutoff_len} tokens or more (cutoff_len)"
-                    report.bad.append((source, reason))
-                    continue
+        tokens = _tokens(drafts, chat, rules)
+        # A row may have several samples, and is left out where none of them has an answer left.
+        for (number, source), group in itertools.groupby(drafts, lambda draft: draft[:2]):
+            whole = list(itertools.islice(tokens, sum(1 for _ in group)))
+            cut = [sample for sample in (_cut(one, rules.cutoff_len) for one in whole) if sample.spans]
+            if not cut:
+                reason = f"its prompt alone has {rules.cutoff_len} tokens or more (cutoff_len)"
+                report.bad.append((source, reason))
+            elif any(len(one.ids) > rules.cutoff_len for one in whole):
                 report.cut.append(source)
-                sample = cut
-            yield replace(sample, row=number)
+            yield from (replace(sample, row=number) for sample in cut)
 
 
 def pairs(

@@ -23,7 +23,7 @@ Item = Sample | Pair
 class Prepared:
     """train: what one epoch goes over, in order, before shuffling. held: what is evaluated on.
 
-    rows: usable training rows, before packing.
+    rows: training rows of which anything is left to train on, before packing. held_rows: held out, likewise.
     """
 
     train: list[Item]
@@ -31,6 +31,10 @@ class Prepared:
     report: dataset.Report
     rows: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def held_rows(self) -> int:
+        return len({item.source for item in self.held})
 
     @property
     def longest(self) -> int:
@@ -76,14 +80,17 @@ def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
     if config.eval_dataset:
         for name in config.eval_dataset:
             held += _encoded(entries[name], config, chat, report, 0)[0]
+        if report.bad and config.strict:
+            dataset.check(config.eval_dataset, len(held), report, strict=True)
         if not held:
             raise InputError(f"eval_dataset: no usable row in {', '.join(config.eval_dataset)}")
     else:
         out = dataset.held_out(count, config.val_size, config.seed)
         held = [item for items in sets for item in items if item.row in out]
         sets = [[item for item in items if item.row not in out] for items in sets]
-        count -= len(out)
-    prepared = Prepared([], held, report, rows=count)
+    # Rows whose prompt passes cutoff_len have no items.
+    rows = len({item.row for items in sets for item in items})
+    prepared = Prepared([], held, report, rows=rows)
     shuffle = random.Random(config.seed)
     for number, name in enumerate(config.dataset):
         wanted = entries[name].num_samples

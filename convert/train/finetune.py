@@ -204,7 +204,7 @@ class Run:
             notes.append(
                 f"all {steps} steps warm up (warmup {warmup}): the peak learning rate is never reached"
             )
-        held = len(data.held)
+        held = data.held_rows
         if held > data.rows and not config.eval_dataset:
             notes.append(
                 f"val_size {config.val_size:g} holds out more rows ({held}) than are left ({data.rows})"
@@ -227,7 +227,7 @@ class Run:
         processes = f" on each of {world.size} processes" if world.size > 1 else ""
         processes = f", sharded over {world.size} processes" if world.sharded else processes
         return (
-            f"{data.rows} {rows} to train on, {len(data.held)} held out, longest {data.longest} tokens, "
+            f"{data.rows} {rows} to train on, {data.held_rows} held out, longest {data.longest} tokens, "
             f"{trainer.total_steps(config, len(data.train), world.size)} steps; "
             f"{Path(config.model_name_or_path).name} in {weights} on {place.device}{processes}, "
             f"computing in {dtype_name(place.dtype)}"
