@@ -36,6 +36,7 @@ from convert.train import (
     init_adapter,
     loftq,
     memory_estimate,
+    run_lock,
     sample_answers,
     signals,
     trainer,
@@ -77,17 +78,19 @@ def run(
 
     again: the command that resumes this run, for messages. Raises EdgeError subclasses for a base model, data
     or values that cannot be used, and at the first loss that is NaN or infinite; ExistsError where an earlier
-    result stands and `overwrite` was not given; Stopped, with a checkpoint written, after Ctrl-C.
+    result stands and `overwrite` was not given, or another training runs there; Stopped, with a checkpoint
+    written, after Ctrl-C.
     """
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     try:
-        job = Run.begin(config, overwrite=overwrite, console=console, again=again)
-        with trainer.out_of_memory(job.config):
-            job.load()
-            job.build_objective()
-            job.resume()
-            job.fit()
-            return job.publish()
+        with run_lock.hold(Path(config.output_dir)):
+            job = Run.begin(config, overwrite=overwrite, console=console, again=again)
+            with trainer.out_of_memory(job.config):
+                job.load()
+                job.build_objective()
+                job.resume()
+                job.fit()
+                return job.publish()
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -186,13 +188,15 @@ def check_target(target: Path, overwrite: bool) -> None:
 def publish(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty sibling folder to write into; rename it to `target` when the block ends well.
 
-    On any exception the sibling is removed and what stood at `target` is untouched. The manifest must
-    have been written (`write`) before the block ends. Raises what `check_target` raises.
+    On any exception the sibling is removed and what stood at `target` is untouched. What a killed process
+    left of `target` is swept first. The manifest must have been written (`write`) before the block ends.
+    Raises what `check_target` raises.
     """
-    target = target.absolute()
     check_target(target, overwrite)
+    target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    sweep(target.parent, target.name)
+    partial = _sibling(target, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -203,8 +207,51 @@ def publish(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what `publish` left in `folder`, of the target `name` or of all, in processes that are gone.
+
+    A target whose process was killed between the two renames is put back. What processes of other hosts write
+    stays: whether they live cannot be seen from here.
+    """
+    for path in folder.iterdir():
+        match = _SIBLING.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]) or not path.is_dir():
+            continue
+        if match["host"] not in (None, _host()) or _writes(int(match["pid"]), path):
+            continue
+        target = folder / match["name"]
+        if match["kind"] == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+_SIBLING = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?:(?P<host>[\w-]*)\.)?(?P<pid>\d+)")
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{_host()}.{os.getpid()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", platform.node())[:40]
+
+
+def _writes(pid: int, path: Path) -> bool:
+    """Whether process `pid` lives and may be what writes `path`, rather than a later one of its number."""
+    import psutil  # late: reading a manifest needs none
+
+    try:
+        touched = max(path.stat().st_mtime, path.stat().st_ctime)  # a rename changes the second alone
+        return bool(psutil.Process(pid).create_time() <= touched + 2)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
 def _swap(partial: Path, target: Path) -> None:
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    old = _sibling(target, "old")
     if target.exists():
         target.rename(old)
     try:

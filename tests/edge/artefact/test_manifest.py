@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,55 @@ def test_free_space_is_checked(tmp_path: Path) -> None:
     manifest.check_free(tmp_path / "not" / "yet", 1000)
     with pytest.raises(InputError, match="MiB free"):
         manifest.check_free(tmp_path, 2**60)
+
+
+def _die(target: Path, *, renaming: bool) -> None:
+    """Be killed while `target` is written, or between the two renames: nothing stands under its name then."""
+    real, calls = Path.rename, iter([True])
+    with manifest.publish(target, overwrite=True) as folder:
+        (folder / "half").write_text("x", encoding="utf-8")
+        if not renaming:
+            os._exit(9)
+        manifest.write(folder, Manifest(stage="gguf", name="n"))
+        setattr(Path, "rename", lambda a, b: real(a, b) if next(calls, False) else os._exit(9))  # noqa: B010
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to die midway")
+@pytest.mark.parametrize("renaming", [False, True])
+def test_what_a_killed_export_left_is_swept_by_the_next(tmp_path: Path, renaming: bool) -> None:
+    target = tmp_path / "out"
+    make(target, {"first": "1"})
+    pid = os.fork()
+    if pid == 0:
+        _die(target, renaming=renaming)
+    os.waitpid(pid, 0)
+    assert len(list(tmp_path.iterdir())) == 2 and target.exists() is not renaming
+    manifest.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert manifest.read(target).files.keys() == {"first"}
+
+
+def test_only_what_dead_processes_of_this_host_left_is_swept(tmp_path: Path) -> None:
+    stay = [".out.partial-elsewhere.1", ".other.partial-x", "out.partial-1", ".a"]
+    with manifest.publish(tmp_path / "out") as mine:
+        for name in stay:
+            (tmp_path / name).mkdir()
+        manifest.sweep(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stay, mine.name])
+        manifest.write(mine, Manifest(stage="gguf", name="n"))
+
+
+def test_a_later_process_of_the_same_number_protects_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later:
+        def __init__(self, pid: int) -> None:
+            assert pid == 77
+
+        def create_time(self) -> float:
+            return time.time() + 60
+
+    monkeypatch.setattr("psutil.Process", Later)
+    (tmp_path / ".out.partial-77").mkdir()
+    manifest.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
