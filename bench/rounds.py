@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import workloads as prompts
-from bench.measure.load import HealthProbe, ask, closed_loop, get
+from bench.measure.load import HealthProbe, ask, closed_loop, get_json
 from bench.measure.metrics import Sample, e2e, token_rate
 from bench.measure.process_probe import tree_cpu
 from bench.measure.progress import View
-from bench.measure.roofline import Bandwidth, better, reading
+from bench.measure.roofline import Bandwidth, reading
 from bench.measure.workloads import Job, Plan
 from bench.servers.target import Running, Target, started
 from edge.errors import EdgeError
@@ -128,8 +127,7 @@ class _Rounds:
         server = stack.enter_context(started(part.target, self.logs / f"{name}.log"))
         if not part.target.url:
             part.load_s, part.answers_s = server.load_s, server.answers_s
-        _, body = asyncio.run(get(server.url, part.target.about, key=part.target.dialect.key))
-        part.about = json.loads(body)
+        part.about = asyncio.run(get_json(server.url, part.target.about, key=part.target.dialect.key))
         self.view.say(f"warming {name}")
         self.rates.append(warm(part, server, self.reads))
         # A server that ran before has its share in both.
@@ -172,7 +170,7 @@ class _Rounds:
         seconds = time.perf_counter() - began
         cpu, idle = (after - earlier for after, earlier in zip(used(), (cpu, idle), strict=True))
         after = self.read(part, case)
-        memory = better(before, after) if before and after else None
+        memory = max(before, after) if before and after else None
         part.rounds.setdefault(case, []).append(
             Round(samples, probe.seconds, probe.failures, idle / seconds, cpu, memory)
         )

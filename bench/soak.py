@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.measure import workloads
-from bench.measure.load import Changed, Ours, ask, get, send
+from bench.measure.load import Ours, ask, get_json
 from bench.measure.workloads import Job
 from bench.servers.target import ours, started
 from edge.console import guarded
@@ -72,17 +72,16 @@ async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, 
 
     await asyncio.gather(*(client(number) for number in range(streams)))
     await asyncio.sleep(1.0)
-    _, body = await get(url, "/info")
-    info = json.loads(body)
+    info = await get_json(url, "/info")
     state = {name: info[name] for name in ("busy_slots", "waiting", "restarts", "steps")}
     return {**outcomes, **state, "failed": len(failures), "failures": failures[:5]}
 
 
 async def _leave(url: str, job: Job, after: float) -> None:
     """Ask, and close the connection after some seconds, whatever has come by then."""
-    writer = await send(url, Changed({"stream": job.index % 2 == 0}), job)
+    asked = asyncio.create_task(ask(url, Ours({"stream": job.index % 2 == 0}), job))
     await asyncio.sleep(after)
-    writer.transport.abort()
+    asked.cancel()
 
 
 if __name__ == "__main__":

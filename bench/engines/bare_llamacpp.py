@@ -69,7 +69,7 @@ class BareLoop:
             return self._measure(prompts, tokens[0] - 1)
         before = roofline.reading(footprint.probed, self.threads)
         rates = self._measure(prompts, tokens[0] - 1)
-        memory = roofline.better(before, roofline.reading(footprint.probed, self.threads))
+        memory = max(before, roofline.reading(footprint.probed, self.threads))
         per_token = footprint.per_token(roofline.context_of([len(prompts[0])], tokens[0] - 1))
         rates.memory_share = (rates.decode or 0.0) / roofline.ceiling(memory, per_token)
         return rates

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import psutil
 
 from bench.engines.race import Row
 from bench.engines.sides import new_jobs
-from bench.measure.load import Changed, Ours, ask, closed_loop, get, send
+from bench.measure.load import Ours, ask, closed_loop, get_json
 from bench.measure.metrics import Ratio, Sample, itl, percentile, ratio, ttft
 from bench.measure.workloads import Job
 from bench.servers.target import Running
@@ -48,9 +47,7 @@ def rows(server: Running, context: int, *, rounds: int, requests: int) -> Iterat
 
 async def state(server: Running) -> dict[str, Any]:
     """What the server's /info says."""
-    _, body = await get(server.url, "/info")
-    info: dict[str, Any] = json.loads(body)
-    return info
+    return await get_json(server.url, "/info")
 
 
 def _text(tokens: int) -> str:
@@ -78,7 +75,7 @@ def _prefix(server: Running, rounds: int) -> Row:
         head = f"{number}{time.time_ns()} " + _text(1000)
         for question, firsts in times.items():
             job = Job(f"{head}\nThe {question} question", 0, 2)
-            sample = asyncio.run(ask(server.url, Changed({"cache_prompt": True}), job))
+            sample = asyncio.run(ask(server.url, Ours({"cache_prompt": True}), job))
             firsts.append(_whole(sample, server)[0])
     cold, warm = (statistics.median(firsts) for firsts in times.values())
     share = _ratio(times["second"], times["first"]).value
@@ -158,7 +155,7 @@ def _lookup(
     rates: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):
         for speculate in (False, True):
-            dialect = Changed({**changes, "speculate": speculate})
+            dialect = Ours({**changes, "speculate": speculate})
             sample = asyncio.run(ask(server.url, dialect, Job(f"{number} {text}", 0, 96)))
             first, seconds = _whole(sample, server)
             rates[speculate].append(95 / (seconds - first))
@@ -176,10 +173,10 @@ def _cancel(server: Running, rounds: int, name: str, *, tokens: int, wait: float
             await asyncio.sleep(0.002)
 
     async def leave() -> float:
-        writer = await send(server.url, Ours(), Job(_text(tokens), 0, 200))
+        asked = asyncio.create_task(ask(server.url, Ours(), Job(_text(tokens), 0, 200)))
         await until(busy=True)
         await asyncio.sleep(wait)
-        writer.transport.abort()
+        asked.cancel()
         began = time.perf_counter()
         await until(busy=False)
         return time.perf_counter() - began

@@ -74,23 +74,6 @@ class Response:
         self.done = True
 
 
-class Events:
-    """Server-sent events out of a byte stream: the `data` of each, its lines joined."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-
-    def feed(self, data: bytes) -> list[str]:
-        self._buffer += data.replace(b"\r\n", b"\n")
-        *whole, self._buffer = self._buffer.split(b"\n\n")
-        texts = []
-        for block in whole:
-            lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
-            if lines:
-                texts.append(b"\n".join(lines).decode("utf-8"))
-        return texts
-
-
 class Lines:
     """Objects of a stream of JSON lines (NDJSON)."""
 
@@ -100,3 +83,10 @@ class Lines:
     def feed(self, data: bytes) -> list[str]:
         *whole, self._buffer = (self._buffer + data).split(b"\n")
         return [line.decode("utf-8") for line in whole if line.strip()]
+
+
+class Events(Lines):
+    """Server-sent events out of a byte stream: the `data` of each, which is JSON on a single line."""
+
+    def feed(self, data: bytes) -> list[str]:
+        return [line[5:].strip() for line in super().feed(data) if line.startswith("data:")]

@@ -13,8 +13,8 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlencode, urlsplit
 
@@ -37,17 +37,16 @@ class Part:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish: str = ""
-    error: str = ""
     at_limit: bool = False
 
 
 class Dialect(Protocol):
     """How to ask a server for a fixed number of greedy tokens after a raw prompt, and how to read its answer.
 
-    key: the bearer token, "" for none.
+    key: the bearer token, "" for none. An answer with an `error` is not given to `read`.
     """
 
-    key: str
+    key: str = ""
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         """(method, path with query, JSON body or None)."""
@@ -56,23 +55,23 @@ class Dialect(Protocol):
         """One event's JSON object, or the whole answer's where the server does not stream."""
 
 
-class Ours:
+@dataclass(frozen=True)
+class Ours(Dialect):
     """edge's own interface, streamed, with prefix reuse and speculation as the job has them.
 
     They are off in most workloads: the baseline has neither, and forced greedy text repeats itself, which
-    would flatter prompt lookup.
+    would flatter prompt lookup. changes: fields of the request that are not as usual.
     """
 
-    key = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "raw": True, "max_tokens": job.tokens, "temperature": 0.0}
         allowed = {"cache_prompt": job.reuse, "speculate": job.speculate}
-        return "POST", "/generate", body | allowed | {"ignore_eos": True, "stream": True}
+        forced = {"ignore_eos": True, "stream": True}
+        return "POST", "/generate", body | allowed | forced | dict(self.changes)
 
     def read(self, answer: dict[str, Any]) -> Part:
-        if "error" in answer:
-            return Part(error=str(answer["error"].get("message", answer["error"])))
         usage = answer.get("usage", {})
         return Part(
             text=answer.get("text", ""),
@@ -83,21 +82,8 @@ class Ours:
         )
 
 
-@dataclass(frozen=True)
-class Changed(Ours):
-    """Our dialect with some fields of the request changed."""
-
-    changes: dict[str, Any]
-
-    def ask(self, job: Job) -> tuple[str, str, Any]:
-        method, path, body = super().ask(job)
-        return method, path, {**body, **self.changes}
-
-
-class Baseline:
+class Baseline(Dialect):
     """The tutorial's interface: one JSON answer when all is done."""
-
-    key = ""
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         return "GET", "/generate?" + urlencode({"prompt": job.prompt, "max_new_tokens": job.tokens}), None
@@ -201,24 +187,27 @@ async def _exchange(url: str, dialect: Dialect, job: Job, sample: Sample, seen: 
                 continue
             for event in stream.feed(piece):
                 if event != "[DONE]":
-                    _take(sample, dialect.read(json.loads(event)), moment, seen)
+                    _take(sample, dialect, json.loads(event), moment, seen)
     sample.end, sample.status = moment, response.status
     if sample.status != 200:
         sample.error = f"HTTP {sample.status}: {whole.decode('utf-8', 'replace')[:300]}"
     elif whole:
-        _take(sample, dialect.read(json.loads(whole)), moment, seen)
+        _take(sample, dialect, json.loads(whole), moment, seen)
     if len(sample.events) > 1 and not any(tokens for _, tokens in sample.events):
         sample.events = spread_evenly(sample.events, sample.completion_tokens or 0)
 
 
-def _take(sample: Sample, part: Part, moment: float, seen: Seen) -> None:
+def _take(sample: Sample, dialect: Dialect, answer: dict[str, Any], moment: float, seen: Seen) -> None:
     """Enter into `sample` what has come at `moment`."""
+    if error := answer.get("error"):
+        sample.error = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+        return
+    part = dialect.read(answer)
     if part.completion_tokens is not None:
         sample.prompt_tokens, sample.completion_tokens = part.prompt_tokens, part.completion_tokens
         if part.at_limit:
             sample.completion_tokens = sample.wanted
     sample.finish = part.finish or sample.finish
-    sample.error = part.error or sample.error
     if part.text:
         sample.text += part.text
         tokens = part.completion_tokens if part.tokens is None else part.tokens
@@ -243,20 +232,16 @@ def spread_evenly(events: Sequence[tuple[float, int]], tokens: int) -> list[tupl
     return [(when, (n + 1) * tokens // count - n * tokens // count) for n, (when, _) in enumerate(events)]
 
 
-async def _open(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    parts = urlsplit(url)
-    secure = parts.scheme == "https"
-    return await asyncio.open_connection(
-        parts.hostname, parts.port or (443 if secure else 80), ssl=True if secure else None
-    )
-
-
 async def _receive(url: str, message: bytes) -> AsyncGenerator[tuple[float, Response, bytes], None]:
     """Send a request, and yield (when it came, the response, bytes of its body) for each piece of the answer.
 
     Raises OSError or ProtocolError.
     """
-    reader, writer = await _open(url)
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, parts.port or (443 if secure else 80), ssl=True if secure else None
+    )
     response = Response()
     try:
         writer.write(message)
@@ -272,14 +257,6 @@ async def _receive(url: str, message: bytes) -> AsyncGenerator[tuple[float, Resp
             await writer.wait_closed()
 
 
-async def send(url: str, dialect: Dialect, job: Job) -> asyncio.StreamWriter:
-    """Send a request and read nothing of its answer; the caller ends the connection."""
-    _, writer = await _open(url)
-    method, path, body = dialect.ask(job)
-    writer.write(request(method, urlsplit(url).netloc, path, body, key=dialect.key))
-    return writer
-
-
 async def get(
     url: str, path: str, *, limit: float = 10.0, key: str = "", body: Any = None
 ) -> tuple[int, bytes]:
@@ -291,6 +268,12 @@ async def get(
             status = response.status
             whole += piece
     return status, bytes(whole)
+
+
+async def get_json(url: str, path: str, *, key: str = "") -> Any:
+    """What a GET is answered with, whatever its status. Raises what `get` raises, and ValueError."""
+    _, body = await get(url, path, key=key)
+    return json.loads(body)
 
 
 @dataclass
@@ -307,30 +290,26 @@ class HealthProbe:
     interval: float = 0.1
     key: str = ""
     most: int = 100
-
-    def __post_init__(self) -> None:
-        self.seconds: list[float] = []
-        self.failures = 0
+    seconds: list[float] = field(default_factory=list)
+    failures: int = 0
+    _open: set[asyncio.Task[None]] = field(default_factory=set)
+    _unasked: list[float] = field(default_factory=list)
 
     async def __aenter__(self) -> HealthProbe:
-        self._asked: list[asyncio.Task[None]] = []
-        self._open = 0
-        self._unasked: list[float] = []
         self._clock = asyncio.create_task(self._tick())
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._clock.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._clock
         # The load is over: a server that was only busy answers now.
-        await asyncio.gather(*self._asked)
+        await asyncio.gather(*self._open)
 
     async def _tick(self) -> None:
         while True:
-            if self._open < self.most:
-                self._open += 1
-                self._asked.append(asyncio.create_task(self._ask()))
+            if len(self._open) < self.most:
+                question = asyncio.create_task(self._ask())
+                self._open.add(question)
+                question.add_done_callback(self._open.discard)
             else:
                 self._unasked.append(time.perf_counter())
             await asyncio.sleep(self.interval)
@@ -343,6 +322,5 @@ class HealthProbe:
         except (OSError, TimeoutError, ProtocolError):
             self.failures += 1
         now = time.perf_counter()
-        self._open -= 1
         self.seconds += [now - asked for asked in (began, *self._unasked)]
         self._unasked.clear()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -88,27 +89,24 @@ def complete(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def wall(samples: Sequence[Sample]) -> float:
-    """Seconds from the first request to the last end; 0 for no samples."""
-    return max(s.end for s in samples) - min(s.start for s in samples) if samples else 0.0
+    """Seconds from the first request to the last end; infinite for no samples, whose rates are then 0."""
+    return max(s.end for s in samples) - min(s.start for s in samples) if samples else math.inf
 
 
 def token_rate(samples: Sequence[Sample]) -> float:
     """Output tokens of complete answers per second of wall time, over all clients."""
-    seconds = wall(samples)
-    return sum(s.completion_tokens or 0 for s in complete(samples)) / seconds if seconds else 0.0
+    return sum(s.completion_tokens or 0 for s in complete(samples)) / wall(samples)
 
 
 def total_rate(samples: Sequence[Sample]) -> float:
     """Prompt and output tokens of complete answers per second of wall time."""
-    seconds = wall(samples)
     tokens = sum((s.completion_tokens or 0) + (s.prompt_tokens or 0) for s in complete(samples))
-    return tokens / seconds if seconds else 0.0
+    return tokens / wall(samples)
 
 
 def request_rate(samples: Sequence[Sample]) -> float:
     """Complete answers per second of wall time."""
-    seconds = wall(samples)
-    return len(complete(samples)) / seconds if seconds else 0.0
+    return len(complete(samples)) / wall(samples)
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,7 @@ OBJECTIVE = Objective(ttft=2.0, tpot=0.2)
 def goodput(samples: Sequence[Sample], objective: Objective) -> tuple[float, float]:
     """(requests per second that met the objective, their share of all requests)."""
     met = sum(objective.met(sample) for sample in samples)
-    seconds = wall(samples)
-    return (met / seconds if seconds else 0.0), (met / len(samples) if samples else 0.0)
+    return met / wall(samples), met / max(len(samples), 1)
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
@@ -181,17 +178,12 @@ def ratio(better: Sequence[float | None], worse: Sequence[float | None]) -> Rati
     quotients = [b / w for b, w in zip(better, worse, strict=True) if b and w]
     if not quotients:
         return None
-    mean = math.exp(sum(math.log(q) for q in quotients) / len(quotients))
-    return Ratio(mean, min(quotients), max(quotients), len(quotients))
+    return Ratio(statistics.geometric_mean(quotients), min(quotients), max(quotients), len(quotients))
 
 
 def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     """All figures of one closed loop: seconds, rates per second and counts, over complete answers."""
     good = complete(samples)
-    firsts = [value for s in good if (value := ttft(s)) is not None]
-    gaps = [gap for s in good for gap in itl(s)]
-    per_token = [value for s in good if (value := tpot(s)) is not None]
-    whole = [e2e(s) for s in good]
     return {
         "requests": len(samples),
         "complete": len(good),
@@ -200,10 +192,10 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "tokens_per_s": token_rate(samples),
         "total_tokens_per_s": total_rate(samples),
         "requests_per_s": request_rate(samples),
-        "ttft_s": spread(firsts),
-        "itl_s": spread(gaps),
-        "tpot_s": spread(per_token),
-        "e2e_s": spread(whole),
+        "ttft_s": spread([value for s in good if (value := ttft(s)) is not None]),
+        "itl_s": spread([gap for s in good for gap in itl(s)]),
+        "tpot_s": spread([value for s in good if (value := tpot(s)) is not None]),
+        "e2e_s": spread([e2e(s) for s in good]),
     }
 
 

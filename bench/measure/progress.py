@@ -6,7 +6,6 @@ A thread draws it twice a second, which takes less than one percent of a core.
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -30,13 +29,11 @@ class View:
         self._rounds: dict[Case, int] = {}
         self._names: list[str] = []
         self._expected: dict[tuple[str, Case], float] = {}
-        self._took: dict[tuple[str, Case], list[float]] = {}
-        self._rates: dict[tuple[str, Case], list[float]] = {}
+        # Seconds and tokens/s of each round that is over.
+        self._done: dict[tuple[str, Case], list[tuple[float, float]]] = {}
         self._now: tuple[str, Case] | None = None
         self._began = 0.0
         self._tokens = 0
-        # One thread draws, another reports.
-        self._lock = threading.RLock()
 
     def __enter__(self) -> View:
         if self._console.is_terminal:
@@ -49,8 +46,7 @@ class View:
 
     def say(self, phase: str) -> None:
         """Show what happens between rounds."""
-        with self._lock:
-            self._phase, self._now = phase, None
+        self._phase, self._now = phase, None
         if not self._console.is_terminal:
             self._console.print(phase, markup=False, highlight=False, soft_wrap=True)
 
@@ -58,12 +54,10 @@ class View:
         self, names: Sequence[str], rounds: Mapping[Case, int], seconds: Mapping[tuple[str, Case], float]
     ) -> None:
         """Announce the rounds. seconds: an estimate for one round of each target and case."""
-        with self._lock:
-            self._names, self._rounds, self._expected = list(names), dict(rounds), dict(seconds)
+        self._names, self._rounds, self._expected = list(names), dict(rounds), dict(seconds)
 
     def begin(self, name: str, case: Case) -> None:
-        with self._lock:
-            self._now, self._began, self._tokens = (name, case), time.perf_counter(), 0
+        self._began, self._tokens, self._now = time.perf_counter(), 0, (name, case)
 
     def seen(self, tokens: int) -> None:
         """Count tokens that have come."""
@@ -71,47 +65,38 @@ class View:
 
     def end(self, rate: float) -> None:
         """The round is over: tokens/s."""
-        assert self._now is not None
-        with self._lock:
-            now = self._now
-            self._took.setdefault(now, []).append(time.perf_counter() - self._began)
-            self._rates.setdefault(now, []).append(rate)
-            self._now = None
-        if not self._console.is_terminal:
-            name, case = now
-            place = f"round {len(self._took[now])} of {self._rounds[case]}"
-            left = f"about {_clock(self.left())} left"
-            line = f"{name}: {_case_title(case)}, {place}: {rate:.1f} tokens/s; {left}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        now, self._now = self._now, None
+        assert now is not None
+        place = self._place(*now)
+        self._done.setdefault(now, []).append((time.perf_counter() - self._began, rate))
+        self.say(f"{place}: {rate:.1f} tokens/s; about {_clock(self.left())} left")
 
     def left(self) -> float:
         """Seconds that the rounds will still take, by those before them, or by the estimate."""
         total = 0.0
-        with self._lock:
-            for case, rounds in self._rounds.items():
-                for name in self._names:
-                    took = self._took.get((name, case), [])
-                    each = statistics.fmean(took) if took else self._expected.get((name, case), 0.0)
-                    total += each * (rounds - len(took))
-            if self._now is not None:
-                total -= time.perf_counter() - self._began
+        for case, rounds in self._rounds.items():
+            for name in self._names:
+                took = [seconds for seconds, _ in self._done.get((name, case), [])]
+                each = statistics.fmean(took) if took else self._expected.get((name, case), 0.0)
+                total += each * (rounds - len(took))
+        if self._now is not None:
+            total -= time.perf_counter() - self._began
         return max(total, 0.0)
 
     def __rich__(self) -> RenderableType:
-        with self._lock:
-            return Group(self._table(), Text(self._line())) if self._rates else Text(self._line())
+        return Group(self._table(), Text(self._line())) if self._done else Text(self._line())
 
     def _line(self) -> str:
-        if self._now is None:
+        # Another thread draws than the one that reports: what it decides by is read once.
+        if (now := self._now) is None:
             return self._phase
-        name, case = self._now
         seconds = max(time.perf_counter() - self._began, 1e-9)
-        number = len(self._took.get(self._now, [])) + 1
         rate = f"{self._tokens / seconds:.1f} tokens/s" if self._tokens else "no token yet"
-        return (
-            f"{name}: {_case_title(case)}, round {number} of {self._rounds[case]}, {rate}; "
-            f"about {_clock(self.left())} left"
-        )
+        return f"{self._place(*now)}, {rate}; about {_clock(self.left())} left"
+
+    def _place(self, name: str, case: Case) -> str:
+        number = len(self._done.get((name, case), [])) + 1
+        return f"{name}: {_case_title(case)}, round {number} of {self._rounds[case]}"
 
     def _table(self) -> Table:
         table = Table(title="output tokens/s, median of the rounds so far", title_justify="left")
@@ -119,7 +104,7 @@ class View:
         for name in self._names:
             table.add_column(escape(name), justify="right")
         for case in self._rounds:
-            cells = [self._rates.get((name, case)) for name in self._names]
+            cells = [[rate for _, rate in self._done.get((name, case), [])] for name in self._names]
             table.add_row(
                 escape(_case_title(case)),
                 *(f"{statistics.median(c):.1f} ({len(c)})" if c else "" for c in cells),

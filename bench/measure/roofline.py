@@ -13,12 +13,11 @@ import math
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,11 +31,11 @@ KV_F16_BYTES = 2.0
 LEAST_PROBED, MOST_PROBED = 16 * 2**20, 2 * 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Bandwidth:
     """Read bandwidth in bytes/s: the best pass and the median one. size: bytes read in a pass.
 
-    threads: of the processor; 0 for a GPU.
+    threads: of the processor; 0 for a GPU. The greater of two readings is the one with the better best pass.
     """
 
     best: float
@@ -52,31 +51,13 @@ def bandwidth(size: int, threads: int, *, seconds: float = 1.0) -> Bandwidth:
     """
     share = max(size // threads // 8, 1)
     parts = [np.ones(share, np.int64) for _ in range(threads)]
-    begin, end = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
-    stop = False
-
-    def read(part: np.ndarray) -> None:
-        while True:
-            begin.wait()
-            if stop:
-                return
-            part.max()
-            end.wait()
-
-    workers = [threading.Thread(target=read, args=(part,)) for part in parts]
-    for worker in workers:
-        worker.start()
     rates: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(rates) < 3 or time.perf_counter() < until:
-        began = time.perf_counter()
-        begin.wait()
-        end.wait()
-        rates.append(8 * share * threads / (time.perf_counter() - began))
-    stop = True
-    begin.wait()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(threads) as pool:
+        until = time.perf_counter() + seconds
+        while len(rates) < 3 or time.perf_counter() < until:
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))
+            rates.append(8 * share * threads / (time.perf_counter() - began))
     return Bandwidth(max(rates), statistics.median(rates), 8 * share * threads, threads)
 
 
@@ -84,11 +65,6 @@ def reading(size: int, threads: int) -> Bandwidth:
     """A short reading, right before or after a run, of `size` bytes or a quarter of the free memory."""
     room = max(hardware.memory().available // 4, LEAST_PROBED)
     return bandwidth(min(size, room), threads, seconds=0.3)
-
-
-def better(before: Bandwidth, after: Bandwidth) -> Bandwidth:
-    """The reading that counts, of those before and after a run."""
-    return max(before, after, key=lambda bandwidth: bandwidth.best)
 
 
 @dataclass(frozen=True)
@@ -141,11 +117,14 @@ def of_merged(folder: Path, header: GGUFHeader, element: int) -> Footprint:
 def of_onnx(header: OnnxHeader) -> Footprint | None:
     """Of an exported graph; None where the onnx package, which tells what its nodes read, is missing."""
     try:
-        import onnx
+        from onnx import helper, load
     except ImportError:
         return None
-    graph = onnx.load(str(header.path), load_external_data=False).graph
-    sizes = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}
+    graph = load(str(header.path), load_external_data=False).graph
+    sizes = {
+        tensor.name: math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.initializer
+    }
     # Embeddings and the rotary table are read by rows.
     readers = [node for node in graph.node if not node.op_type.startswith(("Gather", "GroupQuery"))]
     whole = {name for node in readers for name in node.input}
@@ -153,13 +132,6 @@ def of_onnx(header: OnnxHeader) -> Footprint | None:
     element = 2 if header.cache_type == "float16" else 4
     heads = header.head_count_kv * (header.key_length + header.value_length)
     return Footprint(weights, header.block_count * heads * element)
-
-
-def _tensor_bytes(tensor: Any) -> int:
-    from onnx import helper
-
-    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return int(math.prod(tensor.dims) * kind.itemsize)
 
 
 def gpu_bandwidth(size: int) -> Bandwidth | None:

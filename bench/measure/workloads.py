@@ -95,35 +95,20 @@ TURNS = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """A kind of request. make(count, tokens, seed, first): jobs of `count` clients, numbered from `first`.
+    """A kind of request. make(count, tokens, seed=, first=): jobs of `count` clients, numbered from `first`.
 
     reuse, speculate: whether servers that can may reuse prefixes and look ahead by prompt lookup.
     """
 
     name: str
     about: str
-    make: Callable[[int, int, int, int], list[Job]]
+    make: Callable[..., list[Job]]
     reuse: bool = False
     speculate: bool = False
 
     def jobs(self, count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
-        jobs = self.make(count, tokens, seed, first)
+        jobs = self.make(count, tokens, seed=seed, first=first)
         return [replace(job, reuse=self.reuse, speculate=self.speculate) for job in jobs]
-
-
-def make(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
-    """`count` jobs of some 80 prompt tokens each, which force `tokens` output tokens; numbered from `first`.
-
-    The same seed gives the same jobs. Different numbers begin differently, so that no server can reuse the
-    beginning of another prompt.
-    """
-    jobs = []
-    for index in range(first, first + count):
-        # Seeded by text: random takes no tuples.
-        draw = random.Random(f"{seed}/{index}")
-        opening = f"{draw.randrange(1000, 10000)}. {draw.choice(_OPENINGS)}:"
-        jobs.append(Job(" ".join([opening, *draw.sample(_SENTENCES, 4)]), index, tokens))
-    return jobs
 
 
 def counts(text: str) -> list[int]:
@@ -134,17 +119,30 @@ def counts(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _each(write: Callable[[random.Random, str], str]) -> Callable[[int, int, int, int], list[Job]]:
-    """Jobs of one prompt each: `write` is given the job's own random numbers and a head nobody else has."""
+def _each(write: Callable[[random.Random, str], str]) -> Callable[..., list[Job]]:
+    """Jobs of one prompt each: `write` is given the job's own random numbers and a head nobody else has.
 
-    def jobs(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+    The same seed gives the same jobs. Different numbers begin differently, so that no server can reuse the
+    beginning of another prompt.
+    """
+
+    def jobs(count: int, tokens: int, *, seed: int, first: int = 0) -> list[Job]:
         result = []
         for index in range(first, first + count):
+            # Seeded by text: random takes no tuples.
             draw = random.Random(f"{seed}/{index}")
             result.append(Job(write(draw, f"{draw.randrange(1000, 10000)}."), index, tokens))
         return result
 
     return jobs
+
+
+def _mixed(draw: random.Random, head: str) -> str:
+    return " ".join([f"{head} {draw.choice(_OPENINGS)}:", *draw.sample(_SENTENCES, 4)])
+
+
+# `count` jobs of some 80 prompt tokens each, which force `tokens` output tokens; numbered from `first`.
+make = _each(_mixed)
 
 
 def _chinese(draw: random.Random, head: str) -> str:
@@ -161,13 +159,16 @@ def _edit(draw: random.Random, head: str) -> str:
     return f"{head} Write this text again, word for word:\n{text}\n{text}\n"
 
 
-def _shared(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+def _short(draw: random.Random, head: str) -> str:
+    return f"{head} {draw.choice(_QUESTIONS)}"
+
+
+def _shared(draw: random.Random, head: str) -> str:
     system = "You keep the archive of a harbour town. " + " ".join(_SENTENCES * 2)
-    short = _each(lambda draw, head: f"{head} {draw.choice(_QUESTIONS)}")
-    return [replace(job, prompt=f"{system}\n{job.prompt}") for job in short(count, tokens, seed, first)]
+    return f"{system}\n{_short(draw, head)}"
 
 
-def _chat(count: int, tokens: int, seed: int, first: int) -> list[Job]:
+def _chat(count: int, tokens: int, *, seed: int, first: int) -> list[Job]:
     """Each client's conversation, sent again with one more turn: all first turns, then all second ones."""
     jobs = []
     texts = [""] * count
@@ -188,17 +189,15 @@ WORKLOADS = {
         Workload(
             "mixed",
             "prompts of some 80 tokens in English and Chinese, each asked once",
-            lambda count, tokens, seed, first: make(count, tokens, seed=seed, first=first),
+            lambda count, tokens, **numbers: make(count, tokens, **numbers),
         ),
-        Workload(
-            "short", "one short question", _each(lambda draw, head: f"{head} {draw.choice(_QUESTIONS)}")
-        ),
+        Workload("short", "one short question", _each(_short)),
         Workload("long", "prompts of some 1000 tokens, each asked once", _each(_long)),
         Workload("chinese", "prompts in Chinese alone", _each(_chinese)),
-        Workload("shared", "one text of some 500 tokens before a question each", _shared, reuse=True),
+        Workload("shared", "one text of some 500 tokens before a question each", _each(_shared), reuse=True),
         Workload(
             "chat",
-            f"conversations of {TURNS} turns, each texts again from the beginning",
+            f"conversations of {TURNS} turns, each told again from the beginning",
             _chat,
             reuse=True,
         ),

@@ -160,7 +160,7 @@ def _against(case: Case, reference: Measured, part: Measured) -> dict[str, Any]:
 def _memory(part: Measured, gpu: Bandwidth | None) -> dict[str, Any] | None:
     """The best reading of the memory that the target's model lies in; None where there was none."""
     readings = [result.memory for rounds in part.rounds.values() for result in rounds if result.memory]
-    best = gpu if part.on_gpu else max(readings, key=lambda reading: reading.best, default=None)
+    best = gpu if part.on_gpu else max(readings, default=None)
     return asdict(best) if best else None
 
 

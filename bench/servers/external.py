@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from bench.measure.http1 import ProtocolError
-from bench.measure.load import Part, get
+from bench.measure.load import Dialect, Part, get
 from bench.measure.workloads import Job
 from bench.servers.target import Target
 from edge.errors import EdgeError, InputError
@@ -25,11 +26,14 @@ from edge.errors import EdgeError, InputError
 KEY = "EDGE_BENCH_API_KEY"
 
 
-class OpenAI:
+@dataclass
+class OpenAI(Dialect):
     """/v1/completions, streamed, greedy. force: whether the server takes what makes it ignore end tokens."""
 
-    def __init__(self, path: str, model: str, key: str = "", *, force: bool) -> None:
-        self.path, self.model, self.key, self.force = path, model, key, force
+    path: str
+    model: str
+    key: str
+    force: bool = True
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"model": self.model, "prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
@@ -39,13 +43,11 @@ class OpenAI:
         return "POST", f"{self.path}/completions", body
 
     def read(self, answer: dict[str, Any]) -> Part:
-        if "error" in answer:
-            return Part(error=message_of(answer["error"]))
         choice = (answer.get("choices") or [{}])[0]
         usage = answer.get("usage") or {}
         return Part(
             text=choice.get("text") or "",
-            # How many tokens a piece has is not answer.
+            # How many tokens a piece has is not said.
             tokens=0,
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
@@ -53,11 +55,13 @@ class OpenAI:
         )
 
 
-class Ollama:
+@dataclass
+class Ollama(Dialect):
     """/api/generate with a raw prompt, streamed, greedy. It always ends at an end token."""
 
-    def __init__(self, path: str, model: str, key: str = "") -> None:
-        self.path, self.model, self.key = path, model, key
+    path: str
+    model: str
+    key: str
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"model": self.model, "prompt": job.prompt, "raw": True, "stream": True}
@@ -65,8 +69,6 @@ class Ollama:
         return "POST", f"{self.path}/generate", body | {"options": options}
 
     def read(self, answer: dict[str, Any]) -> Part:
-        if "error" in answer:
-            return Part(error=message_of(answer["error"]))
         return Part(
             text=answer.get("response", ""),
             tokens=0,
@@ -74,10 +76,6 @@ class Ollama:
             completion_tokens=answer.get("eval_count"),
             finish=answer.get("done_reason", ""),
         )
-
-
-def message_of(error: Any) -> str:
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
 def target(name: str, url: str) -> Target:
@@ -96,7 +94,7 @@ def target(name: str, url: str) -> Target:
     else:
         path = path if path.endswith("/v1") else f"{path}/v1"
         listing = f"{path}/models"
-        dialect = OpenAI(path, parts.fragment or only_model(name, url, base, listing, key), key, force=True)
+        dialect = OpenAI(path, parts.fragment or only_model(name, url, base, listing, key), key)
         # Some refuse fields that they do not have.
         _, where, body = dialect.ask(Job("1, 2, 3,", 0, 2))
         dialect.force = fetch(name, base, where, key, body)[0] < 400

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.measure.load import Part
+from bench.measure.load import Dialect, Part
 from bench.measure.workloads import Job
 from bench.servers.target import Target
 from edge.artefact.gguf_shards import read_whole
@@ -89,10 +89,8 @@ def _run(command: list[str]) -> None:
         raise EdgeError(f"{command[0]} failed", "\n  ".join(tail))
 
 
-class LlamaServer:
+class LlamaServer(Dialect):
     """llama-server's native /completion, streamed, greedy, with prefix reuse as the job has it."""
-
-    key = ""
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"prompt": job.prompt, "n_predict": job.tokens, "temperature": 0.0}
@@ -100,8 +98,6 @@ class LlamaServer:
         return "POST", "/completion", body | given
 
     def read(self, answer: dict[str, Any]) -> Part:
-        if "error" in answer:
-            return Part(error=str(answer["error"].get("message", answer["error"])))
         if not answer.get("stop"):
             return Part(text=answer.get("content", ""), tokens=len(answer.get("tokens", [])) or 1)
         kind = answer.get("stop_type", "limit")
@@ -134,14 +130,12 @@ def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
     return Target("xllamacpp", command, LlamaServer(), "/health", "/props")
 
 
-class LlamaCppServer:
+class LlamaCppServer(Dialect):
     """llama_cpp.server's /v1/completions, greedy, whole answers: it counts tokens in those alone.
 
     It counts the tokens of the answer's text, encoded again, which may be more or fewer than were made. ends:
     ids that end an answer; it cannot ignore them, so they are forbidden by a bias.
     """
-
-    key = ""
 
     def __init__(self, ends: frozenset[int]) -> None:
         self._never = {str(token): -100.0 for token in sorted(ends)}

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -156,9 +155,7 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
     command = [word.format(port=port) if word == "{port}" else word for word in target.command]
     log.parent.mkdir(parents=True, exist_ok=True)
     # A group of its own: Ctrl-C reaches the one who measures, who then stops its targets in order.
-    group: dict[str, Any] = {"start_new_session": True}
-    if sys.platform == "win32":
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    group = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
     began = time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -167,7 +164,8 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", **target.environment},
-            **group,
+            creationflags=group,
+            start_new_session=True,
         )
     try:
         memory = MemoryWatch(process.pid)
