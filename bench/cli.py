@@ -15,7 +15,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         # What was asked for by number is not shortened.
         least=base.least if args.tokens is None else tokens,
         clients=tuple(dict.fromkeys(clients)),
-        workloads=names_of(args.workloads, tuple(workloads.WORKLOADS), "--workloads", base.workloads),
+        workloads=base.workloads if args.workloads is None else workload_names(args.workloads),
         targets=base.targets if args.targets is None else target_names(args.targets),
         budget_s=base.budget_s if args.budget is None else args.budget,
         sweep=args.sweep,
@@ -88,16 +88,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def names_of(
-    words: str | None, choices: Sequence[str], option: str, default: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The comma-separated names, each once. Raises UsageError for one that is none of `choices`."""
-    if words is None:
-        return default
+def workload_names(words: str) -> tuple[str, ...]:
+    """The comma-separated workloads, each once. Raises UsageError for one that there is not."""
     names = tuple(dict.fromkeys(name.strip() for name in words.split(",")))
-    for name in names:
-        if name not in choices:
-            raise UsageError(f"{option}: there is no '{name}'", f"there are {', '.join(choices)}")
+    if unknown := [name for name in names if name not in workloads.WORKLOADS]:
+        choices = f"there are {', '.join(workloads.WORKLOADS)}"
+        raise UsageError(f"--workloads: there is no '{unknown[0]}'", choices)
     return names
 
 
@@ -143,10 +139,7 @@ def name_and_url(given: str) -> tuple[str, str]:
 def stopped_by_signals() -> Iterator[None]:
     """A termination signal is treated like Ctrl-C, so that every server that was started is stopped."""
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -41,6 +41,9 @@ class Question:
     text: str
     words: tuple[str, ...] = ()
 
+    def fits(self, answer: str) -> bool:
+        return any(word.lower() in answer.lower() for word in self.words)
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
@@ -51,15 +54,14 @@ def main(argv: list[str]) -> int:
     base = args.base or base_of(args.run)
     questions = questions_of(args.run)
     with stopped_by_signals():
-        logs = args.run / "bench"
-        tuned_says = answers(args.run, questions, logs / "demo-tuned.log")
-        base_says = answers(base, questions, logs / "demo-base.log")
+        tuned_says = answers(args.run, questions, args.run / "bench" / "demo-tuned.log")
+        base_says = answers(base, questions, args.run / "bench" / "demo-base.log")
         show_answers(console, questions, tuned_says, base_says)
         check(questions, tuned_says, base_says)
         report = run(args.run, PLAN, command=f"python -m bench.demo {args.run}")
     show_files(console, args.run, base)
-    texts = [question.text for question in questions]
-    line = build.headline(report) | {"answers": dict(zip(texts, tuned_says, strict=True))}
+    said = {question.text: text for question, text in zip(questions, tuned_says, strict=True)}
+    line = build.headline(report) | {"answers": said}
     sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
     return 0
 
@@ -118,8 +120,7 @@ def answers(model: Path, questions: list[Question], log: Path) -> list[str]:
 
 
 def show_answers(console: Console, questions: list[Question], tuned: list[str], base: list[str]) -> None:
-    texts = [question.text for question in questions]
-    rows = [list(row) for row in zip(texts, tuned, base, strict=True)]
+    rows = [[question.text, *said] for question, *said in zip(questions, tuned, base, strict=True)]
     console.print(grid.terminal(["asked", "tuned", "base"], rows, title="GET /generate?prompt=...", left=3))
 
 
@@ -140,17 +141,14 @@ def size(path: Path) -> int:
 def check(questions: list[Question], tuned: list[str], base: list[str]) -> None:
     """Raise EdgeError unless the tuned model speaks as it was taught, and its base does not."""
 
-    def has(text: str, words: tuple[str, ...]) -> bool:
-        return any(word.lower() in text.lower() for word in words)
-
     for question, ours_, theirs in zip(questions, tuned, base, strict=True):
-        if question.words and not has(ours_, question.words):
+        if question.words and not question.fits(ours_):
             wanted = ", ".join(question.words)
             raise EdgeError(
                 f"the tuned model's answer to '{question.text}' has none of {wanted}: {ours_}",
                 "the training did not take: look at its loss",
             )
-        if question.words and has(theirs, question.words):
+        if question.fits(theirs):
             raise EdgeError(f"the base model already answers '{question.text}' with: {theirs}")
 
 

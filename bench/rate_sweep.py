@@ -9,17 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.measure import workloads
 from bench.measure.load import open_loop
 from bench.measure.metrics import OBJECTIVE, Objective, goodput, median, request_rate, spread, ttft
+from bench.rounds import Case, Round
 from bench.servers.target import Target, started
 
-if TYPE_CHECKING:
-    from bench.rounds import Case, Round
-
-ROOT = Path(__file__).parent.parent
 GROWTH = 1.5
 MOST_STEPS = 6
 ENOUGH = 0.9
@@ -56,10 +53,8 @@ def sweep(
             first += count
             samples = asyncio.run(open_loop(server.url, target.dialect, jobs, rate, seed=SEED + step))
             met, share = goodput(samples, objective)
-            firsts = [value for sample in samples if (value := ttft(sample)) is not None]
-            steps.append(
-                {"rate": rate, "requests": count, "goodput": met, "share": share, "ttft_s": spread(firsts)}
-            )
+            firsts = spread([value for sample in samples if (value := ttft(sample)) is not None])
+            steps.append({"rate": rate, "requests": count, "goodput": met, "share": share, "ttft_s": firsts})
             if share < ENOUGH:
                 break
     return steps

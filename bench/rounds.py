@@ -21,7 +21,7 @@ from bench.measure.metrics import Sample, e2e, token_rate
 from bench.measure.process_probe import tree_cpu
 from bench.measure.progress import View
 from bench.measure.roofline import Bandwidth, reading
-from bench.measure.workloads import Job, Plan
+from bench.measure.workloads import Plan
 from bench.servers.target import Running, Target, started
 from edge.errors import EdgeError
 from edge.machine import hardware
@@ -149,13 +149,17 @@ class _Rounds:
     def round(
         self, part: Measured, server: Running, others: Sequence[Running], case: Case, number: int
     ) -> None:
-        jobs, target = jobs_of(self.plan, case, number), part.target
-        key = target.dialect.key
+        name, clients = case
+        target = part.target
+        # The same prompts for every target, never asked before.
+        first = 1000 * clients + 1000 * 300 * number
+        jobs = prompts.WORKLOADS[name].jobs(clients, self.plan.tokens, seed=SEED, first=first)
 
         async def drive() -> tuple[list[Sample], HealthProbe]:
-            async with HealthProbe(server.url, target.health, key=key) as probe:
-                seen = self.view.seen
-                load = closed_loop(server.url, target.dialect, jobs, case[1], limit=ANSWER_LIMIT_S, seen=seen)
+            async with HealthProbe(server.url, target.health, key=target.dialect.key) as probe:
+                load = closed_loop(
+                    server.url, target.dialect, jobs, clients, limit=ANSWER_LIMIT_S, seen=self.view.seen
+                )
                 return await load, probe
 
         def used() -> tuple[float, float]:
@@ -205,13 +209,6 @@ def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]
         for name in plan.workloads
         for n in plan.clients
     }
-
-
-def jobs_of(plan: Plan, case: Case, number: int) -> list[Job]:
-    """The prompts of one round: the same for every target, never asked before."""
-    name, clients = case
-    workload = prompts.WORKLOADS[name]
-    return workload.jobs(clients, plan.tokens, seed=SEED, first=1000 * clients + 1000 * 300 * number)
 
 
 def warm(part: Measured, server: Running, reads: dict[int, int]) -> float:

@@ -19,8 +19,6 @@ from edge.artefact.gguf_header import read_header
 from edge.console import guarded
 from edge.errors import InputError
 
-TEMPLATE = "chat_template.jinja"
-
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -61,8 +59,7 @@ def make(file: Path, run: Path, *, overwrite: bool = False) -> Path:
         raise InputError(f"transformers cannot read {file}: {error}", "give a model that it knows") from error
     model.hf_quantizer = None
     for name in ("quantization_config", "_model_name_or_path"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+        vars(model.config).pop(name, None)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -73,7 +70,7 @@ def make(file: Path, run: Path, *, overwrite: bool = False) -> Path:
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         form = chat_format.load(partial)
-        (partial / TEMPLATE).write_bytes(form.source.encode("utf-8"))
+        (partial / "chat_template.jinja").write_bytes(form.source.encode("utf-8"))
         manifest.write(
             partial,
             manifest.Manifest(

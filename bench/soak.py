@@ -20,7 +20,6 @@ from pathlib import Path
 
 from bench.measure import workloads
 from bench.measure.load import Ours, ask, get_json
-from bench.measure.workloads import Job
 from bench.servers.target import ours, started
 from edge.console import guarded
 
@@ -36,9 +35,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as logs, started(ours(args.path), Path(logs) / "edge.log") as server:
         result = asyncio.run(_soak(server.url, args.minutes * 60, args.streams, args.seed))
-        memory = server.memory.steady(time.perf_counter() - 10)
-        after_warm = server.memory.steady(server.started + 30)
-        result |= {"memory_end_mib": memory // 2**20, "memory_median_mib": after_warm // 2**20}
+        result |= {
+            "memory_end_mib": server.memory.steady(time.perf_counter() - 10) // 2**20,
+            "memory_median_mib": server.memory.steady(server.started + 30) // 2**20,
+        }
         if result["failed"]:
             sys.stderr.write(server.log_tail() + "\n")
     good = (
@@ -62,7 +62,9 @@ async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, 
             [job] = workloads.make(1, tokens, seed=seed, first=100_000 * number + turn)
             job = replace(job, reuse=draw.random() < 0.5, speculate=draw.random() < 0.5)
             if draw.random() < 0.4:
-                await _leave(url, job, draw.choice([0.0, 0.01, 0.1, 0.5, 1.5]))
+                asked = asyncio.create_task(ask(url, Ours({"stream": job.index % 2 == 0}), job))
+                await asyncio.sleep(draw.choice([0.002, 0.01, 0.1, 0.5, 1.5]))
+                asked.cancel()
                 outcomes["left"] += 1
                 continue
             sample = await ask(url, Ours(), job, client=number, limit=PATIENCE_S)
@@ -75,13 +77,6 @@ async def _soak(url: str, seconds: float, streams: int, seed: int) -> dict[str, 
     info = await get_json(url, "/info")
     state = {name: info[name] for name in ("busy_slots", "waiting", "restarts", "steps")}
     return {**outcomes, **state, "failed": len(failures), "failures": failures[:5]}
-
-
-async def _leave(url: str, job: Job, after: float) -> None:
-    """Ask, and close the connection after some seconds, whatever has come by then."""
-    asked = asyncio.create_task(ask(url, Ours({"stream": job.index % 2 == 0}), job))
-    await asyncio.sleep(after)
-    asked.cancel()
 
 
 if __name__ == "__main__":

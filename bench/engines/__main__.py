@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rich.console import Console
 from bench.engines import bare_llamacpp, features, race, sides
 from bench.engines.bare_llamacpp import BareLoop
 from bench.engines.race import Case, Rates, Row, Side
+from bench.measure.load import get_json
 from bench.measure.process_probe import noise
 from bench.measure.workloads import counts
 from bench.report import grid
@@ -70,16 +71,16 @@ class Bench:
         """Yield the rows of a case; returns its samples."""
         seed = len(self.samples)
         rates = race.race(case, rounds=self.options.rounds, console=self.console, seed=seed)
-        self.samples[case.name] = race.plain(rates)
+        self.samples[case.name] = {
+            name: [vars(result) for result in results] for name, results in rates.items()
+        }
         yield from race.rows(case, rates)
         return rates
 
-    @contextlib.contextmanager
-    def edge(self, *words: str) -> Iterator[Running]:
+    def edge(self, *words: str) -> contextlib.AbstractContextManager[Running]:
         """Our server over the artefact."""
         target = ours(self.artefact.path, "--threads", str(self.options.threads), *words)
-        with started(target, self.logs / "edge.log", watch=False) as server:
-            yield server
+        return started(target, self.logs / "edge.log", watch=False)
 
 
 def streams(bench: Bench) -> Rows:
@@ -88,7 +89,7 @@ def streams(bench: Bench) -> Rows:
     slots = max(options.streams)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(bench.edge("--slots", str(slots), "--ctx", str(CONTEXT)))
-        settings = asyncio.run(features.state(server))["settings"]
+        settings = asyncio.run(get_json(server.url, "/info"))["settings"]
         bench.settings[path.name] = settings
         flash = settings["flash_attention"] == "on"
         model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(path)))
@@ -189,10 +190,8 @@ def cases(
     library = other == sides.Generator.name
     one, equal = (size.tokens,), (size.tokens,) * size.streams
     many = {other: size.many} if size.many else {}
-    limits = dict.fromkeys((side.name for side in slow), 2 if size is CPU else 1)
-
-    def against_slow(goal: float) -> dict[str, float]:
-        return dict.fromkeys((side.name for side in slow), goal)
+    slow_names = [side.name for side in slow]
+    limits = dict.fromkeys(slow_names, 2 if size is CPU else 1)
 
     def case(what: str, tokens: tuple[int, ...], more: Sequence[Side], goals: Mapping[str, float]) -> Case:
         rate = what.split()[0].rstrip(",")
@@ -201,9 +200,9 @@ def cases(
 
     result = [
         case("decode, 1 stream", one, plain, {other: 0.97 if library else 0.95}),
-        case("total, 1 stream", one, slow, against_slow(size.alone)),
+        case("total, 1 stream", one, slow, dict.fromkeys(slow_names, size.alone)),
         case(f"decode, {size.streams} streams", equal, plain, many),
-        case(f"total, {size.streams} streams", equal, slow, against_slow(size.together) | many),
+        case(f"total, {size.streams} streams", equal, slow, dict.fromkeys(slow_names, size.together) | many),
     ]
     if library:
         # The Generator's batch runs until its longest answer ends.
@@ -330,23 +329,19 @@ def main(argv: list[str]) -> int:
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1")
     artefacts = [find.resolve(path, options.backend) for path in options.paths]
+    parts = {artefact.path: parts_of(artefact, options) for artefact in artefacts}
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     before = noise()
     table: list[Row] = []
     samples: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    # What transformers makes does not depend on our artefact: it is measured beside the first one.
+    with_slow = next((artefact for artefact in artefacts if "libraries" in parts[artefact.path]), None)
     with tempfile.TemporaryDirectory() as logs:
-        slow: list[Side] | None = None
         for artefact in artefacts:
-            parts = parts_of(artefact, options)
-            # What transformers makes does not depend on our artefact: it is measured beside the first one.
-            slow = (
-                ([] if slow is not None else load_transformers(options, console))
-                if "libraries" in parts
-                else slow
-            )
-            bench = Bench(artefact, options, Path(logs), console, samples, settings, slow or [])
-            for row in itertools.chain.from_iterable(PARTS[part](bench) for part in parts):
+            slow = load_transformers(options, console) if artefact is with_slow else []
+            bench = Bench(artefact, options, Path(logs), console, samples, settings, slow)
+            for row in itertools.chain.from_iterable(PARTS[part](bench) for part in parts[artefact.path]):
                 table.append(row)
                 # Said at once, so that a later failure does not lose it.
                 console.print("  ".join(row.cells()))

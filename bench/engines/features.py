@@ -16,7 +16,7 @@ import psutil
 from bench.engines.race import Row
 from bench.engines.sides import new_jobs
 from bench.measure.load import Ours, ask, closed_loop, get_json
-from bench.measure.metrics import Ratio, Sample, itl, percentile, ratio, ttft
+from bench.measure.metrics import Sample, itl, percentile, ratio, ttft
 from bench.measure.workloads import Job
 from bench.servers.target import Running
 from edge.errors import EdgeError
@@ -45,20 +45,9 @@ def rows(server: Running, context: int, *, rounds: int, requests: int) -> Iterat
         yield _memory(server, requests)
 
 
-async def state(server: Running) -> dict[str, Any]:
-    """What the server's /info says."""
-    return await get_json(server.url, "/info")
-
-
 def _text(tokens: int) -> str:
     """About `tokens` tokens that no prompt before had."""
     return " ".join(job.prompt for job in new_jobs(max(1, tokens // 85), 1))
-
-
-def _ratio(better: list[float], worse: list[float]) -> Ratio:
-    pairs = ratio(better, worse)
-    assert pairs is not None, "both have at least one round"
-    return pairs
 
 
 def _whole(sample: Sample, server: Running) -> tuple[float, float]:
@@ -78,9 +67,10 @@ def _prefix(server: Running, rounds: int) -> Row:
             sample = asyncio.run(ask(server.url, Ours({"cache_prompt": True}), job))
             firsts.append(_whole(sample, server)[0])
     cold, warm = (statistics.median(firsts) for firsts in times.values())
-    share = _ratio(times["second"], times["first"]).value
-    measured = f"{share:.1%} ({cold:.2f} s to {warm:.3f} s)"
-    return Row("1000-token prefix: warm TTFT of cold", measured, goal="under 8 %", reached=share < 0.08)
+    pairs = ratio(times["second"], times["first"])
+    assert pairs is not None, "there is at least one round"
+    measured = f"{pairs.value:.1%} ({cold:.2f} s to {warm:.3f} s)"
+    return Row("1000-token prefix: warm TTFT of cold", measured, goal="under 8 %", reached=pairs.value < 0.08)
 
 
 def _gap(server: Running, context: int) -> Row:
@@ -126,7 +116,7 @@ def _overhead(server: Running) -> Row:
         streams = [asyncio.create_task(ask(server.url, Ours(), job)) for job in new_jobs(8, 96)]
         states: list[dict[str, Any]] = []
         while not any(stream.done() for stream in streams):
-            info = await state(server)
+            info = await get_json(server.url, "/info")
             if not states or info["steps"] > states[-1]["steps"]:
                 states.append(info)
             await asyncio.sleep(0.1)
@@ -159,7 +149,8 @@ def _lookup(
             sample = asyncio.run(ask(server.url, dialect, Job(f"{number} {text}", 0, 96)))
             first, seconds = _whole(sample, server)
             rates[speculate].append(95 / (seconds - first))
-    faster = _ratio(rates[True], rates[False])
+    faster = ratio(rates[True], rates[False])
+    assert faster is not None, "there is at least one round"
     measured = f"{faster.value:.2f} x ({faster.low:.2f} to {faster.high:.2f})"
     return Row(f"prompt lookup, {name}", measured, goal=f"{goal:g} x", reached=faster.value >= goal)
 
@@ -169,7 +160,7 @@ def _cancel(server: Running, rounds: int, name: str, *, tokens: int, wait: float
 
     async def until(*, busy: bool) -> None:
         # Another process changes it: there is nothing to wait on but the next answer.
-        while bool((await state(server))["busy_slots"]) != busy:  # noqa: ASYNC110
+        while bool((await get_json(server.url, "/info"))["busy_slots"]) != busy:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
     async def leave() -> float:

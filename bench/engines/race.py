@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from rich.console import Console
@@ -37,7 +37,8 @@ class Rates:
 class Side(Protocol):
     name: str
 
-    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates: ...
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        """Make tokens[i] greedy tokens after prompts[i]."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,3 @@ def stream_rates(times: Sequence[Sequence[float]], tokens: Sequence[int], second
     first, last = max(stream[0] for stream in times), min(stream[-1] for stream in times)
     between = sum(first < moment <= last for stream in times for moment in stream)
     return Rates(sum(tokens) / seconds, between / (last - first) if last > first else None)
-
-
-def plain(rates: Mapping[str, Sequence[Rates]]) -> dict[str, list[dict[str, Any]]]:
-    """The samples for JSON."""
-    return {name: [vars(result) for result in results] for name, results in rates.items()}

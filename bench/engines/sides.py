@@ -125,8 +125,7 @@ class Generator:
             generator.generate_next_token()
             generator.get_next_tokens()
             times.append(time.perf_counter() - began)
-        end = time.perf_counter()
-        return stream_rates([times[:count] for count in tokens], tokens, end - began)
+        return stream_rates([times[:count] for count in tokens], tokens, times[-1])
 
 
 class Transformers:
@@ -145,10 +144,9 @@ class Transformers:
         torch.set_num_threads(threads)
         self._torch: Any = torch
         self._device, self._most = device, most
-        model = AutoModelForCausalLM.from_pretrained(
+        self._model = AutoModelForCausalLM.from_pretrained(
             merged, dtype=getattr(torch, dtype), local_files_only=True
-        )
-        self._model = model.to(device)
+        ).to(device)
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
         tokens = tokens[: self._most]

@@ -112,8 +112,7 @@ def noise(seconds: float = 1.0) -> Noise:
     while (began := time.perf_counter()) < until:
         sum(range(20_000))
         pieces.append(time.perf_counter() - began)
-    slow = percentile(pieces, 95) or 0.0
-    return Noise(busy, slow / min(pieces) - 1)
+    return Noise(busy, (percentile(pieces, 95) or 0.0) / min(pieces) - 1)
 
 
 def warnings(before: Noise, after: Noise) -> list[str]:

@@ -20,7 +20,6 @@ from bench.measure.process_probe import Noise
 from bench.measure.roofline import Bandwidth, Footprint
 from bench.measure.workloads import Plan
 from bench.rounds import Case, Measured, Round
-from bench.servers.target import Target
 from edge.artefact import manifest
 from edge.machine import hardware
 
@@ -92,8 +91,10 @@ def build(
 
 
 def _target(part: Measured, reference: Measured) -> dict[str, Any]:
+    # Whatever its path, this interpreter is shown as `python`.
+    words = ["python" if word == sys.executable else word for word in part.target.command]
     return {
-        "command": shown(_command(part.target)),
+        "command": shown(words or [part.target.url]),
         "stage": part.target.stage,
         "unforced": part.unforced,
         "answers_s": round(part.answers_s, 2),
@@ -104,11 +105,6 @@ def _target(part: Measured, reference: Measured) -> dict[str, Any]:
         "memory_ratio": _quotient(reference.memory_steady, part.memory_steady),
         "about": shown(part.about),
     }
-
-
-def _command(target: Target) -> list[str]:
-    first = "python" if target.command[:1] == [sys.executable] else "".join(target.command[:1])
-    return [first, *target.command[1:]] if target.command else [target.url]
 
 
 def shown(value: Any) -> Any:
@@ -192,13 +188,12 @@ def _ceiling(
 def _figures(rounds: Sequence[Round]) -> dict[str, Any]:
     """One target's figures over all rounds; rates are the median over the rounds."""
     samples = [sample for part in rounds for sample in part.samples]
-    pooled = metrics.summary(samples)
     rates = [metrics.token_rate(part.samples) for part in rounds]
-    pooled["tokens_per_s"] = metrics.median(rates)
-    pooled["total_tokens_per_s"] = metrics.median([metrics.total_rate(part.samples) for part in rounds])
-    pooled["requests_per_s"] = metrics.median([metrics.request_rate(part.samples) for part in rounds])
     tokens = sum(sample.completion_tokens or 0 for sample in metrics.complete(samples))
-    return pooled | {
+    return metrics.summary(samples) | {
+        "tokens_per_s": metrics.median(rates),
+        "total_tokens_per_s": metrics.median([metrics.total_rate(part.samples) for part in rounds]),
+        "requests_per_s": metrics.median([metrics.request_rate(part.samples) for part in rounds]),
         "rates": rates,
         "tokens_per_s_interval": metrics.interval(rates),
         "goodput": metrics.median([metrics.goodput(part.samples, metrics.OBJECTIVE)[0] for part in rounds]),

@@ -64,10 +64,8 @@ def read(path: Path) -> dict[str, Any]:
     """A report. Raises InputError for a file that is none, or one of another schema."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}", "give RUN/report.json") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", "give RUN/report.json") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}", "give RUN/report.json") from error
     if not isinstance(report, dict) or report.get("kind") != "bench":
         raise InputError(f"{path} is not a report of `edge bench`", "give RUN/report.json")
     # Schema 3 had energy too, which is not compared.
@@ -103,8 +101,13 @@ def judge(before: Sequence[float], after: Sequence[float], *, more_is_better: bo
     """
     a, b = np.asarray(before, float), np.asarray(after, float)
     ratio = float(np.median(b) / np.median(a))
-    figures: dict[str, Any] = {"before": float(np.median(a)), "after": float(np.median(b)), "ratio": ratio}
-    figures |= {"low": None, "high": None}
+    figures: dict[str, Any] = {
+        "before": float(np.median(a)),
+        "after": float(np.median(b)),
+        "ratio": ratio,
+        "low": None,
+        "high": None,
+    }
     if min(len(a), len(b)) < 3:
         return figures | {"verdict": "too few rounds"}
     rng = np.random.default_rng(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -24,7 +23,7 @@ code { background: #8882; padding: 0 0.25em; }
 
 
 def page(report: dict[str, Any]) -> str:
-    """The whole page for a report that `report.build` report."""
+    """The whole page for a report of `bench.report.build`."""
     machine = report["machine"]
     parts = [
         f"<h1>{escape(table.heading(report))}</h1>",
@@ -106,16 +105,13 @@ def _by_clients(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
 def _shares(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """Of the case with most clients: which share of answers had begun by when."""
     case = max(report["cases"], key=lambda c: c["clients"])
-    return {name: _steps(_firsts(side)) for name, side in case["targets"].items()}
+    return {name: _steps(side) for name, side in case["targets"].items()}
 
 
-def _firsts(side: dict[str, Any]) -> list[float]:
+def _steps(side: dict[str, Any]) -> list[tuple[float, float]]:
+    """The empirical distribution of the times to the first token, as the corners of its steps."""
     samples = [sample for part in side["samples"] for sample in part]
-    return sorted(s["events"][0][0] for s in samples if s["state"] == "ok" and s["events"])
-
-
-def _steps(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The empirical distribution, as the corners of its steps."""
+    values = sorted(s["events"][0][0] for s in samples if s["state"] == "ok" and s["events"])
     count = len(values)
     return [point for i, v in enumerate(values) for point in ((v, i / count), (v, (i + 1) / count))]
 

@@ -180,13 +180,17 @@ def _show_by_target(report: dict[str, Any], console: Console, title: str) -> Non
         for name, side in case["targets"].items():
             against = case["against"].get(name)
             better = _better(against, "tokens_per_s").strip(" ()") if against else ""
-            times = [
-                side["ttft_s"]["p50"],
-                side["e2e_s"]["p50"],
-                side["e2e_s"]["p95"],
-                side["health_s"]["p99"],
-            ]
-            table.append([name, _number(side["tokens_per_s"]), better, *map(_time, times)])
+            table.append(
+                [
+                    name,
+                    _number(side["tokens_per_s"]),
+                    better,
+                    _time(side["ttft_s"]["p50"]),
+                    _time(side["e2e_s"]["p50"]),
+                    _time(side["e2e_s"]["p95"]),
+                    _time(side["health_s"]["p99"]),
+                ]
+            )
     columns = ["", "tokens/s", "better by", "first", "answer", "p95", "/health"]
     console.print(grid.terminal(columns, table, title=title))
     table = [

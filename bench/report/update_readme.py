@@ -17,14 +17,6 @@ from edge.errors import InputError
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def replaced(text: str, table: str) -> str:
-    """`text` with what stands between the two marks replaced. Raises ValueError without exactly one pair."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report.update_readme", description=__doc__.splitlines()[0]
@@ -40,11 +32,11 @@ def main(argv: list[str]) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.report} is not a report: {error}", "give RUN/report.json") from error
     for path in args.readme:
-        try:
-            text = replaced(path.read_text(encoding="utf-8"), text_table)
-        except ValueError:
-            raise InputError(f"{path} needs one {BEGIN} and, after it, one {END}") from None
-        path.write_text(text, encoding="utf-8")
+        head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, tail = rest.partition(END)
+        if not end or BEGIN in rest or END in head + tail:
+            raise InputError(f"{path} needs one {BEGIN} and, after it, one {END}")
+        path.write_text(f"{head}{BEGIN}\n{text_table}{END}{tail}", encoding="utf-8")
     if pictures:
         table.write_files({f"{name}.svg": svg for name, svg in pictures.items()}, args.pictures, keep=False)
     return 0

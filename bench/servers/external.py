@@ -62,6 +62,7 @@ class Ollama(Dialect):
     path: str
     model: str
     key: str
+    force: bool = False
 
     def ask(self, job: Job) -> tuple[str, str, Any]:
         body = {"model": self.model, "prompt": job.prompt, "raw": True, "stream": True}
@@ -87,19 +88,18 @@ def target(name: str, url: str) -> Target:
     """
     parts = urlsplit(url)
     base, path, key = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), os.environ.get(KEY, "")
-    dialect: OpenAI | Ollama
-    if path.endswith("/api"):
-        listing = f"{path}/tags"
-        dialect = Ollama(path, parts.fragment or only_model(name, url, base, listing, key), key)
-    else:
-        path = path if path.endswith("/v1") else f"{path}/v1"
-        listing = f"{path}/models"
-        dialect = OpenAI(path, parts.fragment or only_model(name, url, base, listing, key), key)
+    ollama = path.endswith("/api")
+    path = path if path.endswith(("/api", "/v1")) else f"{path}/v1"
+    listing = f"{path}/{'tags' if ollama else 'models'}"
+    model = parts.fragment or only_model(name, url, base, listing, key)
+    dialect = Ollama(path, model, key) if ollama else OpenAI(path, model, key)
+    if isinstance(dialect, OpenAI):
         # Some refuse fields that they do not have.
         _, where, body = dialect.ask(Job("1, 2, 3,", 0, 2))
         dialect.force = fetch(name, base, where, key, body)[0] < 400
-    forced = isinstance(dialect, OpenAI) and dialect.force
-    return Target(name, [], dialect, listing, listing, health=listing, stage="", url=base, forced=forced)
+    return Target(
+        name, [], dialect, listing, listing, health=listing, stage="", url=base, forced=dialect.force
+    )
 
 
 def only_model(name: str, url: str, base: str, listing: str, key: str) -> str:

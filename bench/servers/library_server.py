@@ -40,11 +40,6 @@ class Request:
     tokens: int
     send: Callable[[dict[str, Any] | None], object]
 
-    def end(self) -> dict[str, Any]:
-        """The last event of a whole answer."""
-        usage = {"prompt_tokens": len(self.ids), "completion_tokens": self.tokens}
-        return {"done": True, "finish_reason": "length", "usage": usage}
-
 
 class Library(Protocol):
     """A loop that runs a batch. info: for /health. rows: how many requests it takes at once."""
@@ -52,7 +47,8 @@ class Library(Protocol):
     info: dict[str, Any]
     rows: int
 
-    def encode(self, prompt: str) -> list[int]: ...
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's tokens."""
 
     def run(self, batch: Sequence[Request], emit: Callable[[int, str], None]) -> None:
         """Make every row's tokens; emit(row, text) for each token, whose text may be empty."""
@@ -131,7 +127,7 @@ class Static:
         )
 
     def _generate(self, request: Request, take: Callable[[int], None], length: int | None = None) -> None:
-        from transformers import StoppingCriteriaList
+        from transformers import MaxLengthCriteria, StoppingCriteriaList
 
         seen = 0
 
@@ -145,14 +141,11 @@ class Static:
                 seen += 1
 
             def end(self) -> None:
-                pass
-
-        def enough(ids: Any, *_: Any, **__: Any) -> Any:
-            done = ids.shape[1] >= len(request.ids) + request.tokens
-            return self._torch.full((1,), done, dtype=self._torch.bool, device=ids.device)
+                """Nothing is left to do."""
 
         ids = self._torch.tensor([request.ids], device=self._model.device)
-        longest = length or len(request.ids) + request.tokens
+        enough = len(request.ids) + request.tokens
+        longest = length or enough
         with self._torch.inference_mode():
             self._model.generate(
                 input_ids=ids,
@@ -160,50 +153,44 @@ class Static:
                 max_length=longest,
                 min_length=longest,
                 do_sample=False,
-                stopping_criteria=StoppingCriteriaList([enough]),
+                stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(enough)]),
                 streamer=Streamer(),
                 pad_token_id=0,
                 **self._more,
             )
 
 
-class Batches:
-    """The queue, and the thread that empties it batch by batch."""
+def work(library: Library, requests: queue.SimpleQueue[Request]) -> None:
+    """Take requests from the queue and run them batch by batch, without an end."""
+    waiting: list[Request] = []
+    while True:
+        while not waiting or not requests.empty():
+            waiting.append(requests.get())
+        batch = next_batch(waiting, library.rows)
+        waiting = [request for request in waiting if request not in batch]
+        run_batch(library, batch)
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
-        self._queue: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self.put = self._queue.put
-        threading.Thread(target=self._work, daemon=True).start()
 
-    def _work(self) -> None:
-        waiting: list[Request] = []
-        while True:
-            while not waiting or not self._queue.empty():
-                waiting.append(self._queue.get())
-            batch = next_batch(waiting, self._library.rows)
-            waiting = [request for request in waiting if request not in batch]
-            self._run(batch)
+def run_batch(library: Library, batch: list[Request]) -> None:
+    pending = [0] * len(batch)
 
-    def _run(self, batch: list[Request]) -> None:
-        pending = [0] * len(batch)
+    def emit(row: int, text: str) -> None:
+        pending[row] += 1
+        # Half a character has no text yet: its token is counted with the next.
+        if text:
+            batch[row].send({"text": text, "tokens": pending[row]})
+            pending[row] = 0
 
-        def emit(row: int, text: str) -> None:
-            pending[row] += 1
-            # Half a character has no text yet: its token is counted with the next.
-            if text:
-                batch[row].send({"text": text, "tokens": pending[row]})
-                pending[row] = 0
-
-        try:
-            self._library.run(batch, emit)
-            ends = [request.end() for request in batch]
-        except Exception as error:  # the client gets the message, the log the rest, and the next batch runs
-            traceback.print_exc()
-            ends = [{"error": {"message": f"{type(error).__name__}: {error}"}}] * len(batch)
-        for request, end in zip(batch, ends, strict=True):
-            request.send(end)
-            request.send(None)
+    end: dict[str, Any] = {"done": True, "finish_reason": "length"}
+    try:
+        library.run(batch, emit)
+    except Exception as error:  # the client gets the message, the log the rest, and the next batch runs
+        traceback.print_exc()
+        end = {"error": {"message": f"{type(error).__name__}: {error}"}}
+    for request in batch:
+        usage = {"prompt_tokens": len(request.ids), "completion_tokens": request.tokens}
+        request.send(end if "error" in end else end | {"usage": usage})
+        request.send(None)
 
 
 def next_batch(waiting: Sequence[Request], rows: int) -> list[Request]:
@@ -217,14 +204,15 @@ def create_app(library: Library) -> Any:
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    batches = Batches(library)
+    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    threading.Thread(target=work, args=(library, requests), daemon=True).start()
 
     async def generate(request: Any) -> Any:
         body = await request.json()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         ids = library.encode(body["prompt"])
-        batches.put(
+        requests.put(
             Request(
                 ids, body["max_tokens"], lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
             )
@@ -259,11 +247,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         raise InputError(f"no such folder: {args.folder}", "give RUN/onnx or RUN/merged")
-    library: Library
-    if args.library == "genai":
-        library = Genai(args.folder)
-    else:
-        library = Static(args.folder, args.dtype, compiled=args.compile)
+    static = args.library == "static"
+    library: Library = (
+        Static(args.folder, args.dtype, compiled=args.compile) if static else Genai(args.folder)
+    )
     uvicorn.run(create_app(library), host="127.0.0.1", port=args.port, log_level="warning")
     return 0
 

@@ -48,10 +48,14 @@ class Target:
     forced: bool = True
 
 
+def _python(module: str, *words: str | Path) -> list[str]:
+    """The command of a server that is a Python module."""
+    return [sys.executable, "-m", module, *map(str, words), "--port", "{port}"]
+
+
 def ours(artefact: Path, *options: str) -> Target:
     """edge serving a run folder or a GGUF file."""
-    command = [sys.executable, "-m", "edge.cli", "serve", str(artefact), "--port", "{port}", *options]
-    return Target("edge", command, Ours(), "/ready", "/info")
+    return Target("edge", _python("edge.cli", "serve", artefact, *options), Ours(), "/ready", "/info")
 
 
 def ours_onnx(folder: Path) -> Target:
@@ -61,40 +65,23 @@ def ours_onnx(folder: Path) -> Target:
 
 def baseline(merged: Path, dtype: str) -> Target:
     """The tutorial's server over a transformers folder, in float32 or bfloat16."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.servers.baseline",
-        str(merged),
-        "--port",
-        "{port}",
-        "--dtype",
-        dtype,
-    ]
+    command = _python("bench.servers.baseline", merged, "--dtype", dtype)
     name = "baseline" if dtype == "float32" else "baseline-bf16"
     return Target(name, command, Baseline(), "/health", "/health", _OFFLINE, stage="merged", dtype=dtype)
 
 
 def genai(onnx: Path) -> Target:
     """onnxruntime-genai's Generator over the exported folder, behind a queue of the bench's own."""
-    command = [sys.executable, "-m", "bench.servers.library_server", "genai", str(onnx), "--port", "{port}"]
+    command = _python("bench.servers.library_server", "genai", onnx)
     return Target("genai", command, Ours(), "/health", "/health", _OFFLINE, stage="onnx")
 
 
 def static(merged: Path, dtype: str = "float32") -> Target:
     """transformers with a static cache, behind the same queue."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.servers.library_server",
-        "static",
-        str(merged),
-        "--port",
-        "{port}",
-    ]
+    command = _python("bench.servers.library_server", "static", merged, "--dtype", dtype)
     return Target(
         "transformers-static",
-        [*command, "--dtype", dtype],
+        command,
         Ours(),
         "/health",
         "/health",
@@ -155,7 +142,6 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
     command = [word.format(port=port) if word == "{port}" else word for word in target.command]
     log.parent.mkdir(parents=True, exist_ok=True)
     # A group of its own: Ctrl-C reaches the one who measures, who then stops its targets in order.
-    group = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
     began = time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -164,7 +150,7 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", **target.environment},
-            creationflags=group,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             start_new_session=True,
         )
     try:

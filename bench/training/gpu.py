@@ -119,6 +119,7 @@ def measure(side: str, base: Path, batches: str, *, cap: float, accumulate: int)
             course = Course()
             train(side, run, course)
             seconds = course.step_seconds()
+            guess = {"estimate_gib": estimate(run) / 2**30} if side == "edge" else {}
             result = {
                 "batch": batch,
                 "length": length,
@@ -129,9 +130,7 @@ def measure(side: str, base: Path, batches: str, *, cap: float, accumulate: int)
                 "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
                 "losses": course.losses,
             }
-            if side == "edge":
-                result["estimate_gib"] = estimate(run) / 2**30
-            results.append(result)
+            results.append(result | guess)
     distributed.leave()
     return results if world.first else []
 

@@ -58,25 +58,24 @@ DEFINITIONS = {
 }
 
 
-def speed(
-    config: Path, overrides: list[str], rounds: int, goal: float, *, packed: bool, console: Console
-) -> dict[str, Any]:
-    """Ours against the plain loop, in turn. packed: ours packs its rows into sequences of cutoff_len."""
+def speed(part: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Ours against the plain loop, in turn. In the part "packing" ours packs rows into cutoff_len tokens."""
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    part = "packing" if packed else "speed"
 
     def words(side: str) -> list[str]:
         console.print(f"{part}: {side}")
-        more = ["neat_packing=true"] if packed and side == "edge" else []
-        return ["bench.training.side", side, str(config), *overrides, *more, "--loss", str(goal)]
+        more = ["neat_packing=true"] if part == "packing" and side == "edge" else []
+        given = [str(options.config), *options.overrides, *more, "--loss", str(options.loss)]
+        return ["bench.training.side", side, *given]
 
-    for number, side, numbers in in_turn(SIDES, rounds, words):
+    for number, side, numbers in in_turn(SIDES, options.rounds, words):
         results[side].append(numbers)
         console.print(
-            f"{part}: {side}, round {number + 1} of {rounds}: {numbers['tokens_per_s']:.0f} tokens/s, "
-            f"{numbers['memory_peak'] / 2**20:,.0f} MiB, loss {numbers['loss']:.3f}"
+            f"{part}: {side}, round {number + 1} of {options.rounds}: "
+            f"{numbers['tokens_per_s']:.0f} tokens/s, {numbers['memory_peak'] / 2**20:,.0f} MiB, "
+            f"loss {numbers['loss']:.3f}"
         )
-    return {"goal": goal, "rounds": results} | compared(results)
+    return {"goal": options.loss, "rounds": results} | compared(results)
 
 
 def compared(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -134,11 +133,10 @@ def heldout(run: Path, questions: Path, console: Console) -> dict[str, Any]:
     prompts = [chat.prompt([{"role": "user", "content": row["question"]}], trained.thinking) for row in rows]
     model = load_tuned(run / "adapter", base, config, place)
     answers = sample_answers.generate(model, chat, prompts, device=place.device, max_new_tokens=64, size=8)
-    hits = 0
+    hits = len(rows)
     for row, answer in zip(rows, answers, strict=True):
-        hit = any(word.lower() in answer.lower() for word in row["keywords"])
-        hits += hit
-        if not hit:
+        if not any(word.lower() in answer.lower() for word in row["keywords"]):
+            hits -= 1
             console.print(f"heldout: not in persona: {row['question']} -> {answer}")
     seconds = trained.settings["seconds"]
     console.print(f"heldout: {hits} of {len(rows)} in persona, after {seconds:.0f} s of training")
@@ -196,21 +194,18 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["## Memory", "", grid.markdown(columns, cells)]
     if "heldout" in report:
         answers = report["heldout"]
-        lines += [
-            "## Held-out questions",
-            "",
-            f"{answers['in_persona']} of {answers['asked']} in persona",
-            "",
-        ]
+        hits = f"{answers['in_persona']} of {answers['asked']} in persona"
+        lines += ["## Held-out questions", "", hits, ""]
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["## What the figures mean", "", *(f"- {name}: {text}" for name, text in DEFINITIONS.items())]
-    lines += ["", "## Machine", "", f"- {machine['cpu']}, {machine['threads']} cores, {machine['os']}"]
     lines += [
+        *("", "## Machine", ""),
+        f"- {machine['cpu']}, {machine['threads']} cores, {machine['os']}",
         f"- {versions}",
         f"- {report['created']}, {report['seconds']:.0f} s in all: `{report['command']}`",
+        *(f"- beware: {text}" for text in report["warnings"]),
     ]
-    lines += [f"- beware: {text}" for text in report["warnings"]]
     return "\n".join(lines) + "\n"
 
 
@@ -235,9 +230,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="where training.json and .md go (default: the run folder)")
     options = parser.parse_intermixed_args(argv)
     parts = [part.strip() for part in options.parts.split(",")]
-    for part in parts:
-        if part not in PARTS:
-            raise UsageError(f"--parts: there is no '{part}'", f"there are {', '.join(PARTS)}")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UsageError(f"--parts: there is no '{unknown[0]}'", f"there are {', '.join(PARTS)}")
     if options.rounds < 1 or options.steps < 1:
         raise UsageError("--rounds and --steps are whole numbers from 1 on")
     config = load_train_config(options.config, options.overrides)
@@ -253,9 +247,11 @@ def main(argv: list[str]) -> int:
         "versions": manifest.versions(*_PACKAGES),
     } | measure(parts, options, config, console)
     after = noise()
-    report["noise"] = {"before": asdict(before), "after": asdict(after)}
-    report["warnings"] = warnings(before, after)
-    report["seconds"] = round(time.perf_counter() - began, 1)
+    report |= {
+        "noise": {"before": asdict(before), "after": asdict(after)},
+        "warnings": warnings(before, after),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
     out = options.out or Path(config.output_dir)
     if earlier := write_files({"training.json": text, "training.md": markdown(report)}, out):
@@ -272,8 +268,7 @@ def measure(
     results: dict[str, Any] = {}
     for part in ("speed", "packing"):
         if part in parts:
-            given = (options.config, options.overrides, options.rounds, options.loss)
-            results[part] = speed(*given, packed=part == "packing", console=console)
+            results[part] = speed(part, options, console)
     if "memory" in parts:
         results["memory"] = memory(options.config, options.overrides, options.steps, console)
     if "heldout" in parts:

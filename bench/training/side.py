@@ -135,6 +135,7 @@ def _plain(run: Run, course: Course) -> None:
     """As many optimizer steps as ours makes of the same rows."""
     import bitsandbytes
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     from convert.train import trainer
 
@@ -147,13 +148,9 @@ def _plain(run: Run, course: Course) -> None:
     total = trainer.total_steps(config, len(run.data.train))
     course.begin()
     for step, batch in zip(range(total), _batches(run), strict=False):
-        longest = max(item.size for item in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, item in enumerate(batch):
-            ids[row, : item.size] = torch.tensor(item.ids)
-            mask[row, : item.size] = 1
-            labels[row, : item.size] = torch.tensor(item.labels)
+        ids = pad_sequence([torch.tensor(item.ids, dtype=torch.long) for item in batch], True)
+        mask = pad_sequence([torch.ones(item.size, dtype=torch.long) for item in batch], True)
+        labels = pad_sequence([torch.tensor(item.labels, dtype=torch.long) for item in batch], True, -100)
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
             loss = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)

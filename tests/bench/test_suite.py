@@ -82,7 +82,9 @@ def test_goodput_counts_what_met_the_objective() -> None:
 @pytest.mark.slow
 def test_the_sweep_ends_where_the_objective_breaks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.mock_server", "0.2", "0.01", "{port}"]
-    target = Target("edge", command, Ours(), "/ready", "/info", {"PYTHONPATH": str(rate_sweep.ROOT)})
+    target = Target(
+        "edge", command, Ours(), "/ready", "/info", {"PYTHONPATH": str(Path(__file__).parents[2])}
+    )
     easy = rate_sweep.sweep(
         target, tmp_path / "log", tokens=3, start=20.0, objective=Objective(5.0, 5.0), seconds=0.3
     )
