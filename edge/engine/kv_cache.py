@@ -161,13 +161,12 @@ class KVCache:
     def truncate(self, index: int, n: int) -> None:
         """Keep the first `n` tokens of a slot."""
         slot = self._slots[index]
-        if n >= slot.length:
-            return
-        self._backend.truncate(index, n)
-        self._drop(slot, n)
+        if n < slot.length:
+            self._backend.truncate(index, n)
+            self._drop(slot, n)
 
     def restore(self, index: int) -> None:
-        """Bring the backend's slot back to what is booked here, after a step that was interrupted."""
+        """Bring the backend's slot back to the length that is recorded here, after a step that was interrupted."""
         self._backend.truncate(index, self._slots[index].length)
 
     def release(self, index: int, *, keep: bool = True) -> None:
