@@ -166,7 +166,7 @@ class KVCache:
             self._drop(slot, n)
 
     def restore(self, index: int) -> None:
-        """Bring the backend's slot back to the length that is recorded here, after a step that was interrupted."""
+        """Bring the backend's slot back to the length recorded here, after an interrupted step."""
         self._backend.truncate(index, self._slots[index].length)
 
     def release(self, index: int, *, keep: bool = True) -> None:
