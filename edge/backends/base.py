@@ -55,6 +55,8 @@ class BackendInfo:
     candidates: how many of the most probable tokens suffice to let a row be `few`; 0: no row may be.
     draft_streams: a step may verify drafts while no more streams than this decode; beyond that, drafts cost
     more than they save. overlaps: a step is computed asynchronously, and calls `Backend.meanwhile` meanwhile.
+    token_bytes: how many UTF-8 bytes of a text one token stands for at most; 0 where that is not known.
+    strips: spaces beside some special tokens are no part of that.
     """
 
     kind: str
@@ -78,6 +80,8 @@ class BackendInfo:
     candidates: int = 0
     chat_template: str | None = None
     overlaps: bool = False
+    token_bytes: int = 0
+    strips: bool = False
     settings: dict[str, str] = field(default_factory=dict)
 
 
@@ -117,7 +121,7 @@ class Row:
 
 
 class Backend(Protocol):
-    """A model with a KV cache. Not thread-safe, except for `encode`, `decode` and `interrupt`.
+    """A model with a KV cache. Not thread-safe, except for `encode`, `marks`, `decode` and `interrupt`.
 
     meanwhile: work for the time in which a step is computed, set by whoever calls `step`; see `overlaps`.
     """
@@ -127,6 +131,12 @@ class Backend(Protocol):
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
+
+    def marks(self, *, special: bool) -> tuple[str, ...]:
+        """Texts of the tokens that `encode` finds before all others: a text may be cut before each.
+
+        Always the same object, as what is made of it is kept.
+        """
 
     def decode(self, token: int) -> bytes:
         """The bytes that `token` stands for, maybe a part of a character; none for a control token."""
@@ -175,6 +185,10 @@ class SlotBackend(ABC):
         self.meanwhile: Callable[[], None] = nothing
         self._lengths = [0] * slots
         self._interrupted = False
+
+    def marks(self, *, special: bool) -> tuple[str, ...]:
+        """See Backend.marks."""
+        return ()
 
     def copy(self, src: int, dst: int, n: int) -> None:
         slots = range(self.info.slots)

@@ -65,6 +65,7 @@ class FakeBackend(SlotBackend):
             chat_template=chat_template,
             embedding=embedding,
             overlaps=overlaps,
+            token_bytes=max(map(len, pieces), default=1) if pieces is not None else 1,
         )
         self._reply = (lambda _: list(reply.encode("utf-8"))) if isinstance(reply, str) else reply
         self._script = [(part.encode("utf-8"), list(answer.encode("utf-8"))) for part, answer in script]

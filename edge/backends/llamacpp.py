@@ -24,6 +24,7 @@ from edge.backends import base, linux_memory
 from edge.backends.base import FULL, BackendInfo, Logits, Row, SlotBackend, StepInterrupted, check_rows
 from edge.backends.llamacpp_embedding import Embedder, filled
 from edge.backends.llamacpp_threads import ThreadController
+from edge.backends.llamacpp_vocabulary import Vocabulary
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.machine import build_llamacpp
 from edge.machine.llamacpp_source import BUILD
@@ -94,6 +95,7 @@ class Model:
         if extra_buffers:
             linux_memory.drop_file_pages(part_files(path))
         self.vocab = lib.llama_model_get_vocab(self.pointer)
+        self.vocabulary = Vocabulary(lib, self.vocab)
         self._adapters: dict[Path, Any] = {}
 
     def adapter(self, path: Path) -> Any:
@@ -225,8 +227,8 @@ class LlamaCpp(SlotBackend):
 
     def _describe(self, extra_stop_ids: frozenset[int]) -> BackendInfo:
         lib, settings, vocab = self._lib, self._settings, self._vocab
-        size = lib.llama_vocab_n_tokens(vocab)
-        ends = {i for i in range(size) if lib.llama_vocab_is_eog(vocab, i)}
+        vocabulary = self._model.vocabulary
+        ends = {i for i in range(vocabulary.size) if lib.llama_vocab_is_eog(vocab, i)}
         bos, eos = lib.llama_vocab_bos(vocab), lib.llama_vocab_eos(vocab)
         template = lib.llama_model_chat_template(self._model.pointer, None)
         build = lib.llama_print_system_info().decode("utf-8", "replace").strip()
@@ -241,7 +243,9 @@ class LlamaCpp(SlotBackend):
             shared=settings.unified,
             batch=settings.batch,
             outputs=settings.outputs,
-            vocab=size,
+            vocab=vocabulary.size,
+            token_bytes=vocabulary.token_bytes,
+            strips=vocabulary.strips,
             stop_ids=frozenset(ends) | extra_stop_ids,
             bos_id=bos if bos >= 0 else None,
             add_bos=bool(lib.llama_vocab_get_add_bos(vocab)),
@@ -268,12 +272,10 @@ class LlamaCpp(SlotBackend):
         return text.decode("utf-8", "replace") if text else ""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        data = text.encode("utf-8")
-        ids = (ctypes.c_int32 * (len(data) + 16))()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, special)
-        if count < 0:
-            raise EdgeError(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
-        return list(ids[:count])
+        return self._model.vocabulary.encode(text, special=special)
+
+    def marks(self, *, special: bool) -> tuple[str, ...]:
+        return self._model.vocabulary.marks if special else self._model.vocabulary.parsed_always
 
     def decode(self, token: int) -> bytes:
         if token not in self._pieces:

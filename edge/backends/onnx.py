@@ -177,6 +177,8 @@ class Onnx(SlotBackend):
             bos_text=vocabulary.bos_text,
             eos_text=vocabulary.eos_text,
             embedding=header.hidden,
+            token_bytes=vocabulary.token_bytes,
+            strips=vocabulary.strips,
             candidates=header.candidates,
             chat_template=self._model.template,
             settings={
@@ -195,6 +197,9 @@ class Onnx(SlotBackend):
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self._model.vocabulary.encode(text, special=special)
+
+    def marks(self, *, special: bool) -> tuple[str, ...]:
+        return self._model.vocabulary.marks if special else self._model.vocabulary.parsed_always
 
     def decode(self, token: int) -> bytes:
         return self._model.vocabulary.decode(token)

@@ -8,6 +8,7 @@ SentencePiece (a space is "▁", and `<0x0A>` is a byte). Another family is refu
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from edge.errors import InputError, UnavailableError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MAX_BYTES = 256 * 2**20
+# Pre-tokenizers that leave no character out.
+_KEEP_ALL = ("ByteLevel", "Digits", "Metaspace", "Split")
 
 
 def byte_table() -> dict[str, int]:
@@ -29,11 +32,16 @@ def byte_table() -> dict[str, int]:
 class Vocabulary:
     """A tokenizer for a model of `size` ids; no text has ids beyond the tokenizer's own.
 
+    token_bytes, strips: see BackendInfo. marks: texts of the tokens that are found in a text before all
+    others, at which it may be cut; parsed_always: those of them that are found with special=False, too.
+
     Thread-safe. Raises InputError for a file that is missing, broken or of an unsupported family.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
         try:
+            # One text at a time gives the package's threads nothing to do.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             from tokenizers import Tokenizer
         except ImportError as error:
             raise UnavailableError(
@@ -61,6 +69,7 @@ class Vocabulary:
         if self._special.get_vocab_size() > size:
             raise InputError(f"{path} has more tokens than the model's {size}", "it belongs to another model")
         self._pieces = _pieces(path, self._special, described, size)
+        self._describe_added(described)
         config = _read_config(folder / "tokenizer_config.json")
         self.bos_text, self.eos_text = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
         self.bos_id: int | None = self._special.token_to_id(self.bos_text) if self.bos_text else None
@@ -72,16 +81,51 @@ class Vocabulary:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
         tokenizer = self._special if special else self._plain
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        # Unlike `encode` this releases the GIL, so that a long text keeps no other thread waiting.
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
+
+    def _describe_added(self, described: dict[str, Any]) -> None:
+        added = list(self._special.get_added_tokens_decoder().values())
+        # A token that takes the spaces before it, or only counts as a word, must not be parted from them.
+        free = [token for token in added if not token.lstrip and not token.single_word and token.content]
+        self.marks = tuple(token.content for token in free)
+        self.parsed_always = tuple(token.content for token in free if not token.special)
+        self.strips = any(token.lstrip or token.rstrip for token in added)
+        pieces = [*self._pieces, *(token.content.encode("utf-8") for token in added)]
+        self.token_bytes = max(map(len, pieces)) * _shrinks(described)
 
     def decode(self, token: int) -> bytes:
         """The bytes of `token`; none for a control token."""
         return self._pieces[token]
 
 
+def _shrinks(described: dict[str, Any]) -> int:
+    """How many times shorter a text's bytes may be when they are looked up; 0 where that is not known.
+
+    Composition (NFC) makes a text up to 3.5 times shorter: U+1FBE U+0308 U+0341 (7 bytes) become U+0390 (2).
+    """
+    model, factor = described.get("model") or {}, 1
+    for part in _parts(described.get("normalizer"), "normalizers"):
+        pattern = (part.get("pattern") or {}).get("String")
+        content = part.get("content")
+        if part.get("type") == "NFC":
+            factor = 4
+        elif part.get("type") == "Replace" and isinstance(pattern, str) and isinstance(content, str):
+            if len(content.encode("utf-8")) < len(pattern.encode("utf-8")):
+                return 0
+        elif part.get("type") != "Prepend":
+            return 0
+    kinds = _parts(described.get("pre_tokenizer"), "pretokenizers")
+    if any(part.get("type") not in _KEEP_ALL or part.get("behavior") == "Removed" for part in kinds):
+        return 0
+    # Otherwise a token for the unknown may stand for any number of characters.
+    by_bytes = any(part.get("type") == "ByteLevel" for part in kinds) or bool(model.get("byte_fallback"))
+    return factor if by_bytes else 0
+
+
 def _pieces(path: Path, tokenizer: Any, described: dict[str, Any], size: int) -> list[bytes]:
-    names = {part.get("type") for part in _parts(described.get("decoder"))}
+    names = {part.get("type") for part in _parts(described.get("decoder"), "decoders")}
     model = described.get("model") or {}
     if "ByteLevel" in names:
         table = byte_table()
@@ -113,12 +157,13 @@ def _pieces(path: Path, tokenizer: Any, described: dict[str, Any], size: int) ->
     return pieces
 
 
-def _parts(decoder: Any) -> list[dict[str, Any]]:
-    if not isinstance(decoder, dict):
+def _parts(described: Any, name: str) -> list[dict[str, Any]]:
+    """A decoder, normalizer or pre-tokenizer; or those that a sequence has under `name`."""
+    if not isinstance(described, dict):
         return []
-    if decoder.get("type") == "Sequence":
-        return [part for part in decoder.get("decoders", []) if isinstance(part, dict)]
-    return [decoder]
+    if described.get("type") == "Sequence":
+        return [part for part in described.get(name, []) if isinstance(part, dict)]
+    return [described]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from edge.backends.base import Backend, Row, StepInterrupted, StepOutputs
+from edge.backends.base import Backend, Row, StepInterrupted, StepOutputs, nothing
 from edge.engine import protocol as msg
 from edge.engine.grammar import Grammars
 from edge.engine.kv_cache import KVCache
@@ -138,23 +138,34 @@ class Engine:
         """Whether a request is being served or waits to be taken in."""
         return bool(self._requests) or not self._inbox.empty()
 
-    def submit(self, message: msg.Submit) -> None:
-        """Take a request in; one that cannot be served is answered with Refused at once."""
+    def submit(
+        self, message: msg.Submit, arrived: float | None = None, check: Callable[[], None] = nothing
+    ) -> None:
+        """Take a request in; one that cannot be served is answered with Refused at once.
+
+        arrived: on the engine's clock, None for now. check: see tokenize.encode.
+        """
         try:
             self._inbox.put(
                 admit(
-                    message, self._backend, self._grammars, speculate=self._speculate, arrived=self._clock()
+                    message,
+                    self._backend,
+                    self._grammars,
+                    speculate=self._speculate,
+                    arrived=self._clock() if arrived is None else arrived,
+                    check=check,
                 )
             )
         except RequestError as error:
             self._refuse(message.key, error)
 
-    def embed(self, message: msg.Embed) -> None:
+    def embed(self, message: msg.Embed, check: Callable[[], None] = nothing) -> None:
         """Take in a text to be turned into a vector, between steps; answered with Embedded or Refused."""
         try:
             if not self._backend.info.embedding:
                 raise RequestError("this backend gives no embeddings", code="unsupported", param="model")
-            self._inbox.put(msg.Embed(message.key, prompt_tokens(self._backend, message.prompt)))
+            tokens = prompt_tokens(self._backend, message.prompt, check=check)
+            self._inbox.put(msg.Embed(message.key, tokens))
         except RequestError as error:
             self._refuse(message.key, error)
 

@@ -35,6 +35,11 @@ class Submit(msgspec.Struct, tag="submit"):
     speculate: bool = True
     reasoning: ReasoningOptions | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters or ids to be tokenized."""
+        return len(self.prompt)
+
 
 class Cancel(msgspec.Struct, tag="cancel"):
     key: int
@@ -48,12 +53,20 @@ class Encode(msgspec.Struct, tag="encode"):
     special: bool
     whole: bool = False
 
+    @property
+    def size(self) -> int:
+        return len(self.text)
+
 
 class Decode(msgspec.Struct, tag="decode"):
     """The pieces of token ids; answered with Encoded."""
 
     key: int
     ids: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
 
 
 class Embed(msgspec.Struct, tag="embed"):
@@ -62,6 +75,10 @@ class Embed(msgspec.Struct, tag="embed"):
     key: int
     prompt: str | list[int]
 
+    @property
+    def size(self) -> int:
+        return len(self.prompt)
+
 
 class Drain(msgspec.Struct, tag="drain"):
     """Admit nothing more; end after `seconds` at the latest."""
@@ -69,7 +86,9 @@ class Drain(msgspec.Struct, tag="drain"):
     seconds: float
 
 
-ToEngine = Submit | Cancel | Encode | Decode | Embed | Drain
+# Requests that the tokenizer's thread handles.
+ToTokenize = Submit | Encode | Decode | Embed
+ToEngine = ToTokenize | Cancel | Drain
 
 
 class Logprob(msgspec.Struct, array_like=True):

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from edge.backends.base import Backend
+from edge.backends.base import Backend, nothing
 from edge.engine import protocol as msg
+from edge.engine import tokenize
 from edge.engine.detokenizer import TextStream
 from edge.engine.grammar import Grammars, Matcher
 from edge.engine.prompt_lookup import Lookup
@@ -131,11 +132,20 @@ class Request:
             self.undecoded = []
 
 
-def prompt_tokens(backend: Backend, prompt: str | list[int], *, special: bool = True) -> list[int]:
-    """The ids of a prompt, with one begin token where the model wants it. Raises RequestError."""
+def prompt_tokens(
+    backend: Backend,
+    prompt: str | list[int],
+    *,
+    special: bool = True,
+    check: Callable[[], None] = nothing,
+) -> list[int]:
+    """The ids of a prompt, with one begin token where the model wants it. check: see tokenize.encode.
+
+    Raises RequestError.
+    """
     info = backend.info
     if isinstance(prompt, str):
-        tokens = backend.encode(prompt, special=special)
+        tokens = tokenize.encode(backend, prompt, special=special, limit=info.context, check=check)
         begins = bool(info.bos_text) and special and prompt.startswith(info.bos_text)
         if info.add_bos and info.bos_id is not None and not begins:
             tokens.insert(0, info.bos_id)
@@ -145,13 +155,7 @@ def prompt_tokens(backend: Backend, prompt: str | list[int], *, special: bool = 
     if not tokens:
         raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
     if len(tokens) >= info.context:
-        raise RequestError(
-            f"the prompt has {len(tokens)} tokens; this server's context holds {info.context}, "
-            "one of them for the answer",
-            code="context_length_exceeded",
-            param="messages",
-            hint="shorten the prompt, or serve with a larger --ctx",
-        )
+        raise tokenize.too_long(info, str(len(tokens)))
     return tokens
 
 
@@ -163,11 +167,20 @@ def check_ids(ids: Iterable[int], vocab: int, param: str) -> None:
 
 
 def admit(
-    submit: msg.Submit, backend: Backend, grammars: Grammars, *, speculate: bool, arrived: float
+    submit: msg.Submit,
+    backend: Backend,
+    grammars: Grammars,
+    *,
+    speculate: bool,
+    arrived: float,
+    check: Callable[[], None] = nothing,
 ) -> Request:
-    """The request that `submit` asks for. Raises RequestError for one that cannot be served here."""
+    """The request that `submit` asks for. Raises RequestError for one that cannot be served here.
+
+    check: see tokenize.encode.
+    """
     info, params, options = backend.info, submit.params, submit.reasoning
-    tokens = prompt_tokens(backend, submit.prompt, special=submit.special)
+    tokens = prompt_tokens(backend, submit.prompt, special=submit.special, check=check)
     check_ids(params.logit_bias, info.vocab, "logit_bias")
     check_ids(params.stop_ids, info.vocab, "stop_token_ids")
     limit = info.context if params.max_tokens is None else len(tokens) + params.max_tokens

@@ -17,6 +17,8 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,11 @@ import msgspec
 
 from edge.backends.base import Backend, BackendInfo
 from edge.engine import protocol as msg
+from edge.engine import tokenize
 from edge.engine.core import Engine
 from edge.engine.prefix_store import PrefixStore
 from edge.engine.request import check_ids, prompt_tokens
+from edge.engine.tokenize import TokenizerThread
 from edge.errors import EdgeError, RequestError
 
 if TYPE_CHECKING:
@@ -140,34 +144,63 @@ class Link:
         return msg.unpack_request(body) if size and len(body) == size else None
 
 
-def _serve_requests(link: Link, engine: Engine, backend: Backend) -> None:
-    while (request := link.receive()) is not None:
-        match request:
-            case msg.Submit():
-                engine.submit(request)
-            case msg.Cancel(key):
-                engine.cancel(key)
-            case msg.Drain(seconds):
-                engine.drain(seconds)
-            case msg.Embed():
-                engine.embed(request)
-            case _:
-                link.send([_tokens(request, backend)])
-    engine.drain(0.0)
+class Router:
+    """Reads requests and routes them, on a thread that does nothing else: what has to be tokenized waits on
+    the tokenizer's thread, where it can be cancelled.
+    """
 
+    def __init__(self, link: Link, engine: Engine, backend: Backend) -> None:
+        self._link, self._engine, self._backend = link, engine, backend
+        self.tokenizer = TokenizerThread(self._tokenize, self._refuse, engine.cancel)
 
-def _tokens(request: msg.Encode | msg.Decode, backend: Backend) -> msg.Event:
-    try:
+    def run(self) -> None:
+        """Until the other side has closed."""
+        while (request := self._link.receive()) is not None:
+            match request:
+                case msg.Cancel(key):
+                    if not self.tokenizer.end(
+                        key, RequestError("cancelled", status=499, code="client_closed")
+                    ):
+                        self._engine.cancel(key)
+                case msg.Drain(seconds):
+                    self._drain(seconds)
+                case _:
+                    self.tokenizer.put(request, request.size)
+        self._drain(0.0)
+
+    def _drain(self, seconds: float) -> None:
+        self.tokenizer.close(
+            RequestError("the server is shutting down", status=503, code="shutting_down"),
+        )
+        self._engine.drain(seconds)
+
+    def _refuse(self, key: int, error: RequestError) -> None:
+        self._link.send([msg.Refused.of(key, error)])
+
+    def _tokenize(self, request: msg.ToTokenize, arrived: float, check: Callable[[], None]) -> None:
+        try:
+            match request:
+                case msg.Submit():
+                    self._engine.submit(request, arrived, check)
+                case msg.Embed():
+                    self._engine.embed(request, check)
+                case _:
+                    ids = self._ids(request, check)
+                    pieces = [self._backend.decode(token) for token in ids]
+                    self._link.send([msg.Encoded(request.key, ids, pieces)])
+        except RequestError as error:
+            self._refuse(request.key, error)
+        except Exception as error:  # this thread serves the other requests, too
+            traceback.print_exc()
+            self._refuse(request.key, RequestError(f"internal error: {error}", status=500, code="internal"))
+
+    def _ids(self, request: msg.Encode | msg.Decode, check: Callable[[], None]) -> list[int]:
         if isinstance(request, msg.Decode):
-            ids = request.ids
-            check_ids(ids, backend.info.vocab, "tokens")
-        elif request.whole:
-            ids = prompt_tokens(backend, request.text, special=request.special)
-        else:
-            ids = backend.encode(request.text, special=request.special)
-    except RequestError as error:
-        return msg.Refused.of(request.key, error)
-    return msg.Encoded(request.key, ids, [backend.decode(i) for i in ids])
+            check_ids(request.ids, self._backend.info.vocab, "tokens")
+            return request.ids
+        if request.whole:
+            return prompt_tokens(self._backend, request.text, special=request.special, check=check)
+        return tokenize.encode(self._backend, request.text, special=request.special, check=check)
 
 
 def _end_with_parent() -> None:
@@ -197,7 +230,8 @@ def main() -> int:
     chosen = {"chosen": load.why} if load.why else {}
     info = dataclasses.replace(backend.info, settings={**backend.info.settings, **chosen})
     link.send([msg.Ready(info, time.monotonic() - began)])
-    threading.Thread(target=_serve_requests, args=(link, engine, backend), daemon=True).start()
+    router = Router(link, engine, backend)
+    threading.Thread(target=router.run, name="router", daemon=True).start()
     try:
         engine.run()
     except EdgeError as error:
@@ -205,6 +239,9 @@ def main() -> int:
         link.send([msg.Failed(error.message, error.hint, again=True)])
         return error.exit_code
     backend.close()
+    if router.tokenizer.busy:
+        # Native code would go on while the interpreter ends.
+        os._exit(0)
     return 0
 
 

@@ -1,0 +1,65 @@
+"""Texts to token ids by llama.cpp's own tokenizer, and what is known of its vocabulary."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from edge.errors import EdgeError
+
+
+class Vocabulary:
+    """A loaded model's tokenizer. Thread-safe.
+
+    token_bytes, strips: see BackendInfo. marks: texts of the tokens that are found in a text before all
+    others, at which it may be cut; parsed_always: those of them that are found with special=False, too.
+    """
+
+    def __init__(self, lib: Any, pointer: Any) -> None:
+        self._lib, self._pointer = lib, pointer
+        self.size = int(lib.llama_vocab_n_tokens(pointer))
+        kind = lib.llama_vocab_type(pointer)
+        # Other kinds of vocabulary shorten a text before they look it up.
+        bounded = kind in (lib.LLAMA_VOCAB_TYPE_BPE, lib.LLAMA_VOCAB_TYPE_SPM)
+        marks, parsed_always, longest = [], [], 1
+        self.strips = False
+        control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        own = control | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+        strips = lib.LLAMA_TOKEN_ATTR_LSTRIP | lib.LLAMA_TOKEN_ATTR_RSTRIP
+        for token in range(self.size):
+            data = lib.llama_vocab_get_text(pointer, token) or b""
+            attributes = lib.llama_vocab_get_attr(pointer, token)
+            if len(data) > longest:
+                longest = max(longest, len(data) if attributes & own else self._spelled(data, kind))
+            if not attributes & own:
+                continue
+            self.strips = self.strips or bool(attributes & strips)
+            # A token that takes the spaces before it must not be parted from them.
+            if data and not attributes & lib.LLAMA_TOKEN_ATTR_LSTRIP:
+                text = data.decode("utf-8", "replace")
+                marks.append(text)
+                # A token may be both.
+                if not attributes & control:
+                    parsed_always.append(text)
+        self.token_bytes = longest if bounded else 0
+        self.marks, self.parsed_always = tuple(marks), tuple(parsed_always)
+
+    def _spelled(self, data: bytes, kind: int) -> int:
+        """Bytes of a text that a token stands for. BPE spells each as a character, SPM only spaces."""
+        text = data.decode("utf-8", "replace")
+        if kind == self._lib.LLAMA_VOCAB_TYPE_BPE:
+            return len(text)
+        return len(text.replace("▁", " ").encode("utf-8"))
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
+        data = text.encode("utf-8")
+        ids = np.empty(len(data) + 16, np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        count = self._lib.llama_tokenize(self._pointer, data, len(data), pointer, ids.size, False, special)
+        if count < 0:
+            raise EdgeError(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
+        tokens: list[int] = ids[:count].tolist()
+        return tokens
