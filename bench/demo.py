@@ -25,6 +25,7 @@ from bench.measure.workloads import Plan
 from bench.report import build, grid
 from bench.servers.target import ours, started
 from bench.side_by_side import run
+from convert.data.dataset_info import find_folder
 from edge.artefact import find, manifest
 from edge.console import guarded
 from edge.errors import EdgeError, InputError
@@ -85,7 +86,7 @@ def questions_of(folder: Path) -> list[Question]:
     """
     settings = manifest.read(folder / "adapter").settings
     name = (settings.get("dataset") or [""])[0]
-    path = Path(str(settings.get("dataset_dir", "data"))) / f"{name}_heldout.json"
+    path = Path(find_folder(settings, folder / "adapter")) / f"{name}_heldout.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         held_out = [Question(row["question"], tuple(row["keywords"])) for row in rows]

@@ -25,7 +25,9 @@ from edge.errors import InputError, UsageError
 # (what is wrong, what to do) of values that exclude each other.
 Clashes = Iterator[tuple[str, str]]
 
-__all__ = ["FIELDS", "TrainConfig", "as_yaml", "load_train_config", "parse"]
+__all__ = ["FIELDS", "PATHS", "TrainConfig", "absolute", "as_yaml", "load_train_config", "parse", "recorded"]
+
+PATHS = ("model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir")
 
 # Rates beyond these teach nothing, or break the model; for each kind of training (lowest, highest).
 _RATES = {"lora": (1e-6, 5e-3), "full": (1e-7, 5e-4), "dpo": (1e-8, 1e-4)}
@@ -65,6 +67,19 @@ def load_train_config(path: Path, overrides: list[str] | None = None) -> TrainCo
         as_text = kind in ("text", "names", "resume") and text not in values
         given[key] = text if as_text else _scalar(key, text)
     return parse(given)
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """The keys of `config` as a run records them: paths absolute, for stages run in other working folders."""
+    keys = {name: value for name, value in dataclasses.asdict(config).items() if name in FIELDS}
+    # ONLINE names the hub, whatever lies in the working folder.
+    paths = {name: absolute(keys[name]) for name in PATHS if keys[name] != "ONLINE"}
+    return keys | paths
+
+
+def absolute(path: str | None) -> str | None:
+    """`path` from the root where it exists; what does not, such as a hub id, stays as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 def parse(given: dict[str, Any]) -> TrainConfig:

@@ -83,6 +83,20 @@ def read_info(folder: str, names: tuple[str, ...]) -> dict[str, Entry]:
     return {name: Entry.of(name, info[name], Path(folder)) for name in names}
 
 
+def find_folder(settings: dict[str, Any], run: Path | None) -> str:
+    """The dataset_dir in a run's recorded `settings`; run: a folder of that run.
+
+    Older runs recorded it as it was given: a relative one is looked for in the folders above `run`, the
+    nearest first, then in the working folder.
+    """
+    name = str(settings.get("dataset_dir", "data"))
+    if name != ONLINE and run is not None:
+        for folder in run.absolute().parents:
+            if (folder / name / INFO).is_file():
+                return str(folder / name)
+    return name
+
+
 @dataclass(frozen=True)
 class Entry:
     """One data set of dataset_info.json, with every default filled in. hub: its id, or None for `path`."""

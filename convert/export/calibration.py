@@ -29,9 +29,7 @@ def rows(folder: Path, record: manifest.Manifest | None) -> tuple[list[list[int]
     try:
         if settings is None:
             raise InputError("no adapter with a data set is known behind the model")
-        every, _ = dataset.load(
-            tuple(settings.get("dataset") or ()), Path(str(settings.get("dataset_dir", "data")))
-        )
+        every, _ = dataset.load(tuple(settings.get("dataset") or ()), Path(settings["dataset_dir"]))
     except EdgeError as error:
         raise InputError(
             f"measuring needs rows of the data set: {error.message}",

@@ -8,7 +8,6 @@ that was cut off later is recognised. No pickle is written or read.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from convert.config import FIELDS, TrainConfig
+from convert.config import FIELDS, PATHS, TrainConfig, absolute, recorded
 from convert.train.fsdp import plain
 from convert.train.load_model import dtype_name
 from convert.train.trainer import Loop, Progress
@@ -184,6 +183,8 @@ def check_same(resumed: Checkpoint, config: TrainConfig, *, data: str, processes
     for key, value in now.items():
         # A key that is newer than the checkpoint had its default.
         before = resumed.settings.get(key, FIELDS[key].default if key in FIELDS else None)
+        if key in PATHS:
+            before = absolute(before)
         if key not in _FREE and before != value and before != _plain(value):
             raise UsageError(
                 f"{key} is {value!r}, {name} was trained with {before!r}: that is another run",
@@ -300,7 +301,7 @@ def _deep(tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> dict[int
 
 
 def _deciding(config: TrainConfig) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items() if name in FIELDS}
+    return {name: _plain(value) for name, value in recorded(config).items()}
 
 
 def _plain(value: Any) -> Any:

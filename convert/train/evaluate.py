@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from convert.config import FIELDS, TrainConfig, parse
 from convert.data import prepare
-from convert.data.dataset_info import Row
+from convert.data.dataset_info import Row, find_folder
 from convert.data.encode import Pair, Sample
 from convert.model import chat_format
 from convert.model.lora_adapter import find_base
@@ -70,7 +70,7 @@ def run(
         raise InputError(f"{folder} has no adapter/ and no merged/", "train first: edge train CONFIG.yaml")
     stage = folder / stages[0]
     about = manifest.read(stage)
-    config = _config(about, dataset, dataset_dir, max_samples)
+    config = _config(about, dataset, dataset_dir or find_folder(about.settings, stage), max_samples)
     split = bleu_rouge.words()
     base = find_base(about, stage)
     chat = chat_format.load(base)
@@ -114,15 +114,14 @@ def _both(job: _Job, stage: Path, base: Path, *, with_base: bool) -> dict[str, R
 
 
 def _config(
-    about: manifest.Manifest, dataset: tuple[str, ...], dataset_dir: str | None, max_samples: int | None
+    about: manifest.Manifest, dataset: tuple[str, ...], dataset_dir: str, max_samples: int | None
 ) -> TrainConfig:
     """The run's own configuration, with other rows where they are asked for."""
     given = {key: value for key, value in about.settings.items() if key in FIELDS}
     if "dataset" not in given:
         raise InputError("this model was not trained by `edge train`", "give a run folder")
     given |= {"resume_from_checkpoint": None, "packing": False, "neat_packing": False}
-    if dataset_dir is not None:
-        given["dataset_dir"] = dataset_dir
+    given["dataset_dir"] = dataset_dir
     if dataset:
         given |= {"eval_dataset": list(dataset), "val_size": 0, "eval_strategy": "no"}
         given |= {"early_stopping_steps": None, "load_best_model_at_end": False}

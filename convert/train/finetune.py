@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from convert.config import TrainConfig
+from convert.config import TrainConfig, recorded
 from convert.data import prepare
 from convert.data.encode import Pair
 from convert.model import chat_format
@@ -137,7 +137,7 @@ class Run:
         Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
         """
         resumed = _starting_point(config, overwrite)
-        base = base_folder(config.model_name_or_path, config.model_revision)
+        base = base_folder(config.model_name_or_path, config.model_revision).absolute()
         chat = chat_format.load(base)
         notes = [*config.warnings]
         if config.adapter_name_or_path:
@@ -417,10 +417,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Every key of the configuration, and what came of it, for the manifest."""
         state = self.loop.state
-        keys = dataclasses.asdict(self.config)
-        del keys["warnings"]
         return {
-            **keys,
+            **recorded(self.config),
             "alpha": self.config.alpha,
             "device": self.place.device,
             "compute_dtype": dtype_name(self.place.dtype),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from convert.config import TrainConfig
+from convert.config import TrainConfig, absolute
 from convert.train import malloc_trim
 from edge.errors import InputError, UnavailableError, UsageError
 
@@ -207,7 +207,7 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
             adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
-    adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
+    adapted.peft_config["default"].base_model_name_or_path = absolute(config.model_name_or_path)
     if not config.disable_gradient_checkpointing:
         # Without dropout the recomputation needs no random state, and can be captured as a CUDA graph.
         _checkpoint(adapted.get_base_model(), preserve_rng_state=drops(adapted))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from convert.data import dataset
+from convert.data.dataset_info import find_folder
 from edge.artefact import manifest
 from edge.errors import EdgeError
 
@@ -93,7 +94,7 @@ def from_data(known: manifest.Manifest | None) -> Probes:
     try:
         rows, _ = dataset.load(
             tuple(settings.get("dataset") or ()),
-            Path(str(settings.get("dataset_dir", "data"))),
+            Path(settings["dataset_dir"]),
             max_samples=settings.get("max_samples"),
         )
         _, held = dataset.split(rows, float(settings.get("val_size") or 0), int(settings.get("seed", 42)))
@@ -104,16 +105,21 @@ def from_data(known: manifest.Manifest | None) -> Probes:
     return Probes(probes, f"{len(probes)} {'held-out' if held else 'training'} rows")
 
 
-def adapter_settings(known: manifest.Manifest | None) -> dict[str, Any] | None:
-    """The settings of the adapter that a stage came from, itself or through its parents; None without one."""
-    if known is None or known.stage == "adapter":
-        return known.settings if known else None
+def adapter_settings(known: manifest.Manifest | None, folder: Path | None = None) -> dict[str, Any] | None:
+    """The settings of the adapter that a stage came from, itself or through its parents; None without one.
+
+    folder: where `known` was read.
+    """
+    if known is None:
+        return None
+    if known.stage == "adapter":
+        return known.settings | {"dataset_dir": find_folder(known.settings, folder)}
     for entry in known.parents:
         folder = Path(entry["path"])
         parent = manifest.read(folder) if (folder / manifest.FILE).is_file() else None
         # With another digest it was trained again meanwhile: its rows may be others.
         if parent is not None and parent.digest == entry["digest"]:
-            return adapter_settings(parent)
+            return adapter_settings(parent, folder)
     return None
 
 

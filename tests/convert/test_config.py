@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.config import FIELDS, TrainConfig, as_yaml, load_train_config, parse
+from convert.config import FIELDS, TrainConfig, as_yaml, load_train_config, parse, recorded
 from edge.errors import InputError, UsageError
 
 NEEDED = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
@@ -300,3 +300,16 @@ def test_files(tmp_path):
 def test_every_field_says_what_it_is():
     assert all(key.help and key.help_zh for key in FIELDS.values())
     assert set(TrainConfig.__dataclass_fields__) - set(FIELDS) == {"warnings"}
+
+
+def test_recorded_paths_hold_in_other_working_folders(tmp_path, monkeypatch):
+    for name in ("data", "model", "run", "ONLINE"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = {"model_name_or_path": "model", "dataset": "d", "dataset_dir": "data", "output_dir": "run"}
+    keys = recorded(parse(given))
+    for key in ("model_name_or_path", "dataset_dir", "output_dir"):
+        assert keys[key] == str(tmp_path / given[key])
+    keys = recorded(parse(given | {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_dir": "ONLINE"}))
+    assert (keys["model_name_or_path"], keys["dataset_dir"]) == ("Qwen/Qwen3-0.6B", "ONLINE")
+    assert "warnings" not in keys

@@ -1,11 +1,13 @@
 """Whole runs: what they publish, what they leave alone when they fail, and what they refuse."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from convert.config import parse
-from convert.train import cli, finetune, trainer
+from convert.train import cli, evaluate, finetune, trainer
 from edge.artefact import manifest
 from edge.errors import ExistsError, UsageError
 from tests.support.toy import THINKING, make_model
@@ -129,6 +131,27 @@ def test_verb(made, tmp_path, base, capsys):
     assert cli.main([str(path), "max_steps=1", "--overwrite", "template=qwen"]) == 0
     said = capsys.readouterr().out
     assert "trust_remote_code is ignored" in said and "4 rows to train on" in said and "loss" in said
+
+
+def test_a_run_can_be_used_from_another_working_folder(made, tmp_path, monkeypatch, base):
+    made()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("d.json", "dataset_info.json"):
+        (tmp_path / name).rename(tmp_path / "data" / name)
+    given = {"dataset_dir": "data", "output_dir": "run", "val_size": 1, "max_steps": 2}
+    local = os.path.relpath(base)
+    target = finetune.run(made(**given, model_name_or_path=local, save_steps=1))
+    for folder in (target, target.parent / "checkpoint-2"):
+        settings = manifest.read(folder.absolute()).settings
+        assert settings["dataset_dir"] == str(tmp_path / "data")
+        assert Path(settings["output_dir"]) == tmp_path / "run"
+    adapter = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+    assert Path(adapter["base_model_name_or_path"]).is_absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    results = evaluate.run(tmp_path / "run", with_base=False, max_new_tokens=2)
+    assert results["predict_samples"] == 1
 
 
 def test_template_of_another_family(made):

@@ -326,3 +326,25 @@ def test_rows_of_the_data_set_are_found_through_the_parents(tmp_path: Path) -> N
 def test_verb_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         cli.main([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_an_older_runs_relative_data_set_is_found_above_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, adapter = tmp_path / "project", tmp_path / "project" / "runs" / "a" / "adapter"
+    for folder, count in ((project / "data", 8), (tmp_path / "elsewhere" / "data", 2)):
+        folder.mkdir(parents=True)
+        rows = [{"instruction": f"q{n}", "output": f"a{n}"} for n in range(count)]
+        (folder / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+        (folder / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
+    adapter.mkdir(parents=True)
+    settings = {"dataset": ["d"], "dataset_dir": "data"}
+    known = manifest.write(adapter, manifest.Manifest("adapter", "x", settings=settings))
+    child = manifest.Manifest("merged", "x", parents=[known.parent(adapter)])
+    monkeypatch.chdir(tmp_path)
+    assert probes.from_data(child).rows == "8 training rows"
+    # The run's own folders first: another project's `data` may lie in the working folder.
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert probes.from_data(child).rows == "8 training rows"
+    (project / "data" / "dataset_info.json").unlink()
+    assert probes.from_data(child).rows == "2 training rows"
