@@ -95,8 +95,11 @@ def run(
         if error.errno != errno.ENOSPC:
             raise
         folder = Path(config.output_dir)
+        # Paths under output_dir are said as they were given; another may be on another disk.
+        file = Path(error.filename or folder)
+        inside = file.absolute().is_relative_to(folder.absolute())
         raise EdgeError(
-            f"the disk is full: {error.filename or folder}; {_last_checkpoint(folder)}",
+            f"the disk is full: {folder if inside else file}; {_last_checkpoint(folder)}",
             f"free some space, then: {again}",
         ) from error
     finally:

@@ -158,9 +158,17 @@ def check_free(folder: Path, need: int) -> None:
     free = shutil.disk_usage(probe).free
     if free < need * 1.1:
         raise InputError(
-            f"{folder} needs about {need / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free",
+            f"{folder} needs about {in_units(need)}, the disk has {in_units(free)} free",
             "free some space, or choose a folder on another disk",
         )
+
+
+def in_units(count: int) -> str:
+    """`count` bytes in the largest unit of which there is one, such as "3.2 MiB"."""
+    for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.1f} {unit}"
+    return f"{count} bytes"
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,8 +172,11 @@ def test_a_full_disk_keeps_what_was_whole(made, tmp_path, monkeypatch, quiet):
         real(tensors, path, **more)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(EdgeError, match=r"the disk is full: .*the last whole checkpoint is .*checkpoint-2"):
-        finetune.run(made(), console=quiet)
+    monkeypatch.chdir(tmp_path)
+    # Both paths as output_dir was given, not one of them from the root.
+    words = f"the disk is full: run; the last whole checkpoint is {Path('run', 'checkpoint-2')}"
+    with pytest.raises(EdgeError, match=re.escape(words)):
+        finetune.run(made(output_dir="run"), console=quiet)
     names = sorted(one.name for one in (tmp_path / "run").iterdir())
     assert names == ["checkpoint-2", "trainer_log.jsonl"]
 

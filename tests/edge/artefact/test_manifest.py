@@ -130,8 +130,17 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_free_space_is_checked(tmp_path: Path) -> None:
     manifest.check_free(tmp_path / "not" / "yet", 1000)
-    with pytest.raises(InputError, match="MiB free"):
+    with pytest.raises(InputError, match=r"needs about 1,073,741,824\.0 GiB, the disk has .* free"):
         manifest.check_free(tmp_path, 2**60)
+
+
+def test_little_space_is_not_said_to_be_0_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = manifest.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(manifest.shutil, "disk_usage", lambda _: usage._replace(free=4_096))
+    with pytest.raises(InputError, match=r"needs about 97\.7 KiB, the disk has 4\.0 KiB free"):
+        manifest.check_free(tmp_path, 100_000)
+    sizes = [0, 1023, 1024, 3 * 2**20 + 2**18, 5 * 2**30]
+    assert [*map(manifest.in_units, sizes)] == ["0 bytes", "1023 bytes", "1.0 KiB", "3.2 MiB", "5.0 GiB"]
 
 
 def _die(target: Path, *, renaming: bool) -> None:
