@@ -11,7 +11,14 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from convert.train import checkpoint, plots
 from convert.train.checkpoint import Best
@@ -19,6 +26,8 @@ from convert.train.trainer import Loop, steps_in_epoch
 from convert.train.trainer import Progress as State
 from edge.errors import UnavailableError
 
+# Columns of the bar: on 80 of them the loss and the speed have room beside it.
+_BAR = 8
 LOG, SAMPLES = "trainer_log.jsonl", "eval_answers.jsonl"
 
 
@@ -48,10 +57,12 @@ class Watch:
         self._board = _board(folder) if "tensorboard" in loop.config.report_to and self._first else None
         self._bar = Progress(
             TextColumn("training"),
-            BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
+            TextColumn("left"),
+            *([BarColumn(bar_width=_BAR)] if console.width >= 60 else []),
+            TextColumn("{task.description}"),
             console=console,
             disable=not console.is_terminal or not self._first,
         )
@@ -170,9 +181,18 @@ class Watch:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _progress(self, state: State) -> None:
-        figures = (
-            f"loss {state.loss:.4f} ({state.smooth:.4f})  norm {state.norm:.2f}  lr {state.rate:.1e}  "
-            f"{state.tokens_per_second:.0f} tokens/s  {memory_used(self._loop.device) / 2**30:.1f} GiB"
+        # Before the figures: words, steps, percentage, time and bar, with blanks between them.
+        room = self._console.width - (2 * len(str(state.total)) + _BAR + 33)
+        figures = _fitting(
+            [
+                f"loss {state.loss:.4f}",
+                f"{state.tokens_per_second:.0f} tokens/s",
+                f"smoothed {state.smooth:.4f}",
+                f"lr {state.rate:.1e}",
+                f"norm {state.norm:.2f}",
+                f"{memory_used(self._loop.device) / 2**30:.1f} GiB",
+            ],
+            room,
         )
         self._bar.update(self._task, completed=state.step, description=figures)
         if state.step == self._began + 3 and state.total > state.step:
@@ -227,6 +247,17 @@ def _line(state: State) -> dict[str, Any]:
         "throughput": round(state.tokens_per_second, 2),
         "total_tokens": state.tokens,
     }
+
+
+def _fitting(parts: list[str], room: int) -> str:
+    """The first of `parts` that fit into `room` columns, whole."""
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        if len(longer) > room:
+            break
+        line = longer
+    return line
 
 
 def _duration(seconds: float) -> str:
