@@ -140,7 +140,7 @@ class Run:
         Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
         """
         resumed = _starting_point(config, overwrite)
-        base = base_folder(config.model_name_or_path, config.model_revision).absolute()
+        base = base_folder(config.model_name_or_path, config.model_revision)
         chat = chat_format.load(base)
         notes = [*config.warnings]
         if config.adapter_name_or_path:
