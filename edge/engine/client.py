@@ -1,7 +1,8 @@
 """The HTTP process's side of the engine: starts the worker, talks to it, and restarts it when it dies.
 
 A crash in native code ends the worker alone: requests in flight are answered with 503, and the next worker is
-started after a pause that grows. A worker that dies three times while it loads its model is given up.
+started after a pause that grows. A worker that no longer answers is killed, and so replaced. A model is given
+up when its worker dies three times while it loads, or at requests without having finished one in between.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ _PAUSES_S = (0.5, 2.0, 8.0)
 _LOAD_TRIES = 3
 _SECRET_BYTES = 16
 _CRASHED = "the engine process ended unexpectedly"
+# Deaths at requests, none of them finished in between.
+_FRUITLESS = 3
+# Seconds between two looks for a sign of life; of silence after which an engine is stalled, and is killed.
+_BEAT_S, _STALLED_S, _KILLED_S = 1.0, 5.0, 30.0
+# Seconds that the engine has to end a request that has run out of its time.
+_GRACE_S = 1.0
 
 
 class Stream:
@@ -45,9 +52,15 @@ class Stream:
         self._engine = engine
         self._key = key
         self._queue: asyncio.Queue[msg.Delta | msg.Done | RequestError] = asyncio.Queue()
+        self.deadline: asyncio.TimerHandle | None = None
 
     def put(self, event: msg.Delta | msg.Done | RequestError) -> None:
         self._queue.put_nowait(event)
+
+    def end(self) -> None:
+        """No event follows, or nobody waits for one."""
+        if self.deadline is not None:
+            self.deadline.cancel()
 
     def cancel(self) -> None:
         """Stop the work; the iterator ends without a Done."""
@@ -95,13 +108,18 @@ class EngineProcess:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._broken = ""
+        self._fruitless = 0
+        self._heard = False
+        self._silent_s = 0.0
 
     @property
     def state(self) -> str:
-        """loading, ready or failed."""
+        """loading, ready, stalled or failed."""
         if self.failure is not None:
             return "failed"
-        return "ready" if self.ready is not None else "loading"
+        if self.ready is None:
+            return "loading"
+        return "stalled" if self._silent_s >= _STALLED_S else "ready"
 
     @property
     def pid(self) -> int | None:
@@ -144,6 +162,10 @@ class EngineProcess:
             msg.Submit(key, prompt, params, special, reuse, timeout_s, constraint, speculate, reasoning)
         )
         stream = self._streams[key] = Stream(self, key)
+        if timeout_s is not None:
+            # The engine keeps the time itself, unless it is stopped or busy.
+            loop = asyncio.get_running_loop()
+            stream.deadline = loop.call_later(timeout_s + _GRACE_S, self._expire, key)
         writer.write(frame)
         return stream
 
@@ -163,7 +185,12 @@ class EngineProcess:
         writer, frame = self._connection(), msg.pack(request)
         future = self._calls[request.key] = asyncio.get_running_loop().create_future()
         writer.write(frame)
-        event = await future
+        try:
+            event = await future
+        except asyncio.CancelledError:
+            self._calls.pop(request.key, None)
+            self._send(msg.Cancel(request.key))
+            raise
         assert isinstance(event, answer)
         return event
 
@@ -173,8 +200,17 @@ class EngineProcess:
 
     def forget(self, key: int) -> None:
         """The stream's reader has left; if its request still runs, it is cancelled."""
-        if self._streams.pop(key, None) is not None:
+        if (stream := self._streams.pop(key, None)) is not None:
+            stream.end()
             self._send(msg.Cancel(key))
+
+    def _expire(self, key: int) -> None:
+        if key in self._streams:
+            self._send(msg.Cancel(key))
+            error = RequestError(
+                "the request ran out of its time", status=408, code="timeout", param="timeout"
+            )
+            self._end(key, error)
 
     async def stop(self, seconds: float) -> None:
         """Let running requests end within `seconds`, then end the worker."""
@@ -191,7 +227,19 @@ class EngineProcess:
             raise RequestError(str(self.failure), status=503, code="model_failed")
         if self.ready is None or self._writer is None:
             raise RequestError("the model is being loaded", status=503, code="model_loading", retry_after=1.0)
+        self.check_alive()
         return self._writer
+
+    def check_alive(self) -> None:
+        """Raise RequestError (503) where the engine's process has not answered for seconds."""
+        if self.state == "stalled":
+            raise RequestError(
+                f"the engine process has not answered for {self._silent_s:.0f} s; it is restarted "
+                f"after {_KILLED_S:.0f} s",
+                status=503,
+                code="engine_stalled",
+                retry_after=_STALLED_S,
+            )
 
     def _send(self, request: msg.ToEngine) -> None:
         if self._writer is not None:
@@ -215,6 +263,13 @@ class EngineProcess:
                         f"the engine process died {load_crashes} times while loading {self.load.path} "
                         f"(exit code {code})",
                         "see its messages above; `edge doctor` checks the build",
+                    )
+                    return
+                if self._fruitless >= _FRUITLESS:
+                    self.failure = EdgeError(
+                        f"the engine process died {self._fruitless} times at requests to {self.load.path}, "
+                        f"and finished none in between (exit code {code})",
+                        "see its messages above; verify the file, or export it again",
                     )
                     return
                 await asyncio.sleep(_PAUSES_S[min(crashes, len(_PAUSES_S)) - 1])
@@ -241,14 +296,18 @@ class EngineProcess:
         # asyncio's own subprocesses need a certain event loop on Windows; this works on every loop.
         process = self._process = _spawn(json.dumps(order).encode("utf-8") + b"\n")
         ended = loop.run_in_executor(None, process.wait)
+        watch: asyncio.Task[None] | None = None
         try:
             first: set[asyncio.Future[Any]] = {linked, ended}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if linked.done():
                 reader, self._writer = linked.result()
+                watch = asyncio.create_task(self._watch(process))
                 await self._listen(reader)
         finally:
             was_ready = self.ready is not None
+            if watch is not None:
+                watch.cancel()
             self._lost()
             server.close()
             with contextlib.suppress(OSError):
@@ -261,11 +320,29 @@ class EngineProcess:
             self._process = None
         return code, was_ready
 
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Ask a loaded worker for signs of life. Turns are counted, not time: this process may have slept."""
+        while True:
+            self._heard = False
+            if self.ready is not None:
+                self._send(msg.Ping())
+            await asyncio.sleep(_BEAT_S)
+            silent = self.ready is not None and not self._heard
+            self._silent_s = self._silent_s + _BEAT_S if silent else 0.0
+            if self._silent_s >= _KILLED_S:
+                self._broken = (
+                    f"the engine process did not answer for {self._silent_s:.0f} s; it is restarted"
+                )
+                log.error("%s", self._broken)
+                process.kill()
+                return
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readexactly(4)
                 body = await reader.readexactly(msg.frame_length(head))
+                self._heard = True
                 for event in msg.unpack_events(body):
                     self._dispatch(event)
 
@@ -277,10 +354,14 @@ class EngineProcess:
             case msg.Done(key):
                 if self._on_done is not None:
                     self._on_done(event)
+                if event.reason in ("stop", "length"):
+                    self._fruitless = 0
                 self._end(key, event)
             case msg.Refused(key):
                 self._end(key, event.error())
             case msg.Encoded(key) | msg.Embedded(key):
+                if isinstance(event, msg.Embedded):
+                    self._fruitless = 0
                 self._end(key, event)
             case msg.Stats():
                 self.stats = event
@@ -298,6 +379,7 @@ class EngineProcess:
         """Hand a request its last event; nobody may be waiting for it any more."""
         if (stream := self._streams.pop(key, None)) is not None:
             assert isinstance(outcome, (msg.Done, RequestError))
+            stream.end()
             stream.put(outcome)
         elif (future := self._calls.pop(key, None)) is not None and not future.done():
             if isinstance(outcome, RequestError):
@@ -309,10 +391,16 @@ class EngineProcess:
         """The worker is gone: answer everything that was in flight."""
         if self._writer is not None:
             self._writer.close()
+        if self.ready is not None and self.busy and not self._stopping:
+            self._fruitless += 1
         self._writer = self.ready = self.stats = None
+        self._silent_s = 0.0
         if self.failure is None and not self._stopping:
             self._settled.clear()
-        error = RequestError(self._broken or _CRASHED, status=503, code="engine_crashed", retry_after=1.0)
+        if self._stopping:
+            error = RequestError("the server is shutting down", status=503, code="shutting_down")
+        else:
+            error = RequestError(self._broken or _CRASHED, status=503, code="engine_crashed", retry_after=1.0)
         self._broken = ""
         for key in [*self._streams, *self._calls]:
             self._end(key, error)

@@ -86,9 +86,13 @@ class Drain(msgspec.Struct, tag="drain"):
     seconds: float
 
 
+class Ping(msgspec.Struct, tag="ping"):
+    """Answered with Pong at once, however long the model's step takes."""
+
+
 # Requests that the tokenizer's thread handles.
 ToTokenize = Submit | Encode | Decode | Embed
-ToEngine = ToTokenize | Cancel | Drain
+ToEngine = ToTokenize | Cancel | Drain | Ping
 
 
 class Logprob(msgspec.Struct, array_like=True):
@@ -203,7 +207,11 @@ class Stats(msgspec.Struct, tag="stats"):
     up_s: float = 0.0
 
 
-Event = Delta | Done | Refused | Encoded | Embedded | Ready | Failed | Stats
+class Pong(msgspec.Struct, tag="pong"):
+    """The engine's process is alive."""
+
+
+Event = Pong | Delta | Done | Refused | Encoded | Embedded | Ready | Failed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

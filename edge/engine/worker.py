@@ -164,6 +164,8 @@ class Router:
                         self._engine.cancel(key)
                 case msg.Drain(seconds):
                     self._drain(seconds)
+                case msg.Ping():
+                    self._link.send([msg.Pong()])
                 case _:
                     self.tokenizer.put(request, request.size)
         self._drain(0.0)
@@ -213,8 +215,9 @@ def _end_with_parent() -> None:
 
 def main() -> int:
     faulthandler.enable()
-    # Ctrl-C reaches the whole group; the HTTP process decides how to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a service's stop reach the whole group; the HTTP process decides how to end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     order = json.loads(sys.stdin.buffer.readline())
     link = Link((order["host"], order["port"]), order["secret"])
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -32,9 +32,11 @@ async def health(request: Request) -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
-    """200 when the default model is loaded, 503 before."""
+    """200 when the default model is loaded and its engine answers, else 503."""
     entry = registry_of(request).entry(None)
     entry.ready()
+    if entry.served is not None:
+        entry.served.engine.check_alive()
     return {"status": "ready", "model": entry.name}
 
 

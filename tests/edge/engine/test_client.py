@@ -19,6 +19,8 @@ from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
 
 GREEDY = Params(temperature=0.0)
+# Ends a process at once. Windows has only the one.
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 @contextlib.asynccontextmanager
@@ -130,7 +132,7 @@ def test_a_crash_answers_what_was_in_flight_and_starts_another_worker() -> None:
             reading = asyncio.create_task(read(process.submit("x", GREEDY), begun))
             await begun.wait()
             assert pid is not None
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, KILL)
             with pytest.raises(RequestError) as caught:
                 await reading
             assert (caught.value.status, caught.value.code) == (503, "engine_crashed")
@@ -193,5 +195,149 @@ def test_stopping_lets_what_runs_end_and_the_worker_with_it() -> None:
             _, done = await reading
             assert (done.reason, done.completion_tokens) == ("stop", 41)
             assert process.pid is None and process.state == "loading"
+
+    run(test)
+
+
+# -- signs of life ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("_BEAT_S", 0.1), ("_STALLED_S", 0.3), ("_KILLED_S", 1.5), ("_GRACE_S", 0.2)):
+        monkeypatch.setattr(client, name, seconds)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no process can be stopped here")
+@pytest.mark.usefixtures("_fast_beats")
+def test_a_stopped_engine_is_not_ready_and_goes_on_or_is_replaced() -> None:
+    async def test() -> None:
+        async with engine(reply="z" * 3000, context=4096, step_s=0.005) as process:
+            pid, begun = process.pid, asyncio.Event()
+            assert pid is not None
+            process.check_alive()
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: process.state == "stalled")
+            with pytest.raises(RequestError, match="has not answered") as caught:
+                process.submit("x", GREEDY)
+            assert (caught.value.status, caught.value.code) == (503, "engine_stalled")
+            os.kill(pid, signal.SIGCONT)
+            await until(lambda: process.state == "ready")
+            assert process.restarts == 0
+            reading = asyncio.create_task(read(process.submit("x", GREEDY), begun))
+            await begun.wait()
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(RequestError, match="did not answer") as caught:
+                await reading
+            assert caught.value.status == 503
+            await process.wait_ready()
+            assert process.restarts == 1 and process.pid != pid
+
+    run(test)
+
+
+@pytest.mark.usefixtures("_fast_beats")
+def test_a_long_step_is_a_sign_of_life() -> None:
+    async def test() -> None:
+        async with engine(reply="z", step_s=1.0) as process:
+            reading = asyncio.create_task(read(process.submit("x", GREEDY)))
+            while not reading.done():
+                assert process.state == "ready"
+                await asyncio.sleep(0.02)
+            assert (await reading)[0] == "z"
+
+    run(test)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no process can be stopped here")
+@pytest.mark.usefixtures("_fast_beats")
+def test_a_stopped_engine_cannot_keep_a_request_beyond_its_time() -> None:
+    async def test() -> None:
+        async with engine(reply="z" * 3000, context=4096, step_s=0.005) as process:
+            assert process.pid is not None
+            stream, loop = process.submit("x", GREEDY, timeout_s=0.3), asyncio.get_running_loop()
+            began = loop.time()
+            os.kill(process.pid, signal.SIGSTOP)
+            with pytest.raises(RequestError) as caught:
+                await read(stream)
+            assert (caught.value.status, caught.value.code) == (408, "timeout")
+            assert 0.3 < loop.time() - began < 1.4 and not process.busy
+            os.kill(process.pid, signal.SIGCONT)
+            await until(lambda: process.state == "ready")
+            # What the engine itself ends in time, it ends.
+            _, done = await read(process.submit("x", GREEDY, timeout_s=0.2))
+            assert done.reason == "timeout"
+
+    run(test)
+
+
+def test_a_model_that_dies_at_each_request_is_given_up() -> None:
+    async def test() -> None:
+        async with engine(fails_at=1) as process:
+            for _ in range(client._FRUITLESS):
+                await process.wait_ready()
+                with pytest.raises(RequestError, match="failed in a step"):
+                    await read(process.submit("x", GREEDY))
+                await until(lambda: process.state != "ready")
+            with pytest.raises(EdgeError, match="died 3 times at requests"):
+                await process.wait_ready()
+            assert (process.state, process.restarts) == ("failed", 3)
+            with pytest.raises(RequestError) as caught:
+                process.submit("x", GREEDY)
+            assert caught.value.code == "model_failed"
+
+    run(test)
+
+
+def test_a_model_that_finishes_answers_is_not_given_up() -> None:
+    async def test() -> None:
+        async with engine(reply="z", script=[["long", "z" * 3000]], context=4096, step_s=0.005) as process:
+            for _ in range(client._FRUITLESS + 1):
+                assert (await read(process.submit("x", GREEDY)))[0] == "z"
+                begun = asyncio.Event()
+                reading = asyncio.create_task(read(process.submit("long", GREEDY), begun))
+                await begun.wait()
+                assert process.pid is not None
+                os.kill(process.pid, KILL)
+                with pytest.raises(RequestError):
+                    await reading
+                await process.wait_ready()
+            assert process.state == "ready"
+
+    run(test)
+
+
+def test_a_call_that_is_left_is_cancelled() -> None:
+    async def test() -> None:
+        async with engine(context=64) as process:
+            call = asyncio.create_task(process.encode("x" * 2_000_000, special=False))
+            await until(lambda: process.busy)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert not process.busy
+            assert (await process.encode("a", special=False)).ids == [97]
+
+    run(test)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+def test_a_signal_to_the_whole_group_lets_what_runs_end() -> None:
+    """As `timeout`, systemd and containers stop a server: the worker waits to be told to drain."""
+
+    async def test() -> None:
+        async with engine(reply="z" * 100, context=256, step_s=0.005) as process:
+            begun = asyncio.Event()
+            reading = asyncio.create_task(read(process.submit("x", GREEDY), begun))
+            await begun.wait()
+            heard: list[int] = []
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, heard.append, 1)
+            assert process.pid is not None
+            for member in (os.getpid(), process.pid):
+                os.kill(member, signal.SIGTERM)
+            await until(lambda: bool(heard))
+            await process.stop(10.0)
+            text, done = await reading
+            assert (text, done.reason) == ("z" * 100, "stop")
 
     run(test)
