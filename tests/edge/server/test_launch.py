@@ -49,19 +49,44 @@ def test_a_crash_answers_503_and_http_stays_up() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_sigterm_drains_and_exits_with_zero() -> None:
+@pytest.mark.parametrize("group", [False, True], ids=["server", "group"])
+def test_sigterm_drains_and_exits_with_zero(group: bool) -> None:
+    """Also where the whole group is told, as by `timeout`, systemd or a container's stop."""
     with fake_server(reply="w" * 3000, context=4096, step_s=0.02, drain=20.0) as server:
         body = {"prompt": "x", "max_tokens": 30, "stream": True, "speculate": False}
         with httpx.stream("POST", server.url + "/generate", json=body, timeout=30) as response:
             lines = response.iter_lines()
             first = next(lines)
             worker = server.worker()
+            if group:
+                os.kill(worker, signal.SIGTERM)
             server.process.send_signal(signal.SIGTERM)
             rows = [line[6:] for line in [first, *lines] if line.startswith("data: ")]
         assert rows.pop() == "[DONE]"
         assert "".join(json.loads(row).get("text", "") for row in rows) == "w" * 30
         assert server.process.wait(10) == 0
         assert not psutil.pid_exists(worker)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_stopped_engine_is_not_ready() -> None:
+    with fake_server(reply="z") as server:
+        assert server.get("/ready").status_code == 200
+        worker = server.worker()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            until = time.monotonic() + 15.0
+            while (response := server.get("/ready")).status_code == 200:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            assert (response.status_code, error(response)["code"]) == (503, "engine_stalled")
+            assert "has not answered" in error(response)["message"]
+            assert server.get("/health").json()["status"] == "stalled"
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        server.wait()
+        assert server.worker() == worker
 
 
 STREAMS = {
