@@ -113,12 +113,15 @@ LAST = {
 def test_at_the_drains_end_every_stream_ends_with_its_familys_error(stopped: bool) -> None:
     """Also where the engine says nothing more."""
     length = {"max_tokens": 3000, "speculate": False}
+    ollama = {"options": {"num_predict": 3000}}
     with (
         fake_server(reply="w" * 5000, context=4096, slots=16, step_s=0.02, drain=1.0) as server,
         ThreadPoolExecutor(16) as pool,
     ):
         streams = {
-            path: pool.submit(server.post, path, {**length, **body, "stream": True})
+            path: pool.submit(
+                server.post, path, {**(ollama if "/api/" in path else length), **body, "stream": True}
+            )
             for path, body in STREAMS.items()
         }
         whole = pool.submit(server.post, CHAT, {**length, **STREAMS[CHAT]})
