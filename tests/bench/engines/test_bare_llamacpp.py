@@ -15,6 +15,7 @@ from edge.errors import InputError, UsageError
 from tests.support import tiny_llama
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("part", [0, 8])
 def test_one_stream_has_its_share_of_the_memory(
     part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

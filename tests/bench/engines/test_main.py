@@ -60,6 +60,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         engines.main([str(tmp_path / "missing")])
 
 
+@pytest.mark.timing
 def test_a_whole_run_of_the_bare_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
