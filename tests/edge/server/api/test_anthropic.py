@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support.fake_server import Server, fake_server, named_events, user
+from tests.support.fake_server import Server, named_events, user
+from tests.support.family_server import TOOL
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
-
-
-REPLY = "你好, world!"
-
-
-CALL = '<tool_call>\n{"name": "f", "arguments": {"k": 1}}\n</tool_call>'
-
-
-TOOL = {"type": "object", "properties": {"k": {"type": "integer"}}}
-
-
-THINKER = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    common = {"context": 512, "slots": 4, "batch": 128}
-    models = {
-        "fake": {**common, "reply": REPLY, "script": [["<tool>", "done"], ["please", "Sure. " + CALL]]},
-        "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
-    }
-    with fake_server(models=models) as started:
-        yield started
 
 
 def test_anthropic_events_come_in_order(server: Server) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,33 +10,11 @@ import pytest
 
 from edge.errors import RequestError
 from edge.server.api.ollama import seconds
-from tests.support.fake_server import Server, fake_server, user
+from tests.support.fake_server import Server, user
+from tests.support.family_server import REPLY, TOOL
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
-
-
-REPLY = "你好, world!"
-
-
-CALL = '<tool_call>\n{"name": "f", "arguments": {"k": 1}}\n</tool_call>'
-
-
-TOOL = {"type": "object", "properties": {"k": {"type": "integer"}}}
-
-
-THINKER = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    common = {"context": 512, "slots": 4, "batch": 128}
-    models = {
-        "fake": {**common, "reply": REPLY, "script": [["<tool>", "done"], ["please", "Sure. " + CALL]]},
-        "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
-    }
-    with fake_server(models=models) as started:
-        yield started
 
 
 def lines(response: httpx.Response) -> list[dict[str, Any]]:
