@@ -6,6 +6,7 @@ alpaca, sharegpt and openai rows, preference rows (ranking) of each; tools and t
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ class Row:
     """One conversation. source: "name, row N" (from 1; in .jsonl and .csv the line).
 
     messages end with an answer, or, in a preference row, with the question that `chosen` and `rejected`
-    answer. tools: what the model may call, as OpenAI's API lists it.
+    answer. tools: what the model may call, as OpenAI's API lists it. good: whether the answer is one to learn
+    or one to avoid (kto_tag). Plain text is one message of the role "text".
     """
 
     source: str
@@ -55,22 +57,24 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     chosen: str = ""
     rejected: str = ""
+    good: bool = True
 
 
-def read_info(folder: str, names: tuple[str, ...]) -> dict[str, Entry]:
+def read_info(folder: str, names: tuple[str, ...], *, plain: bool = False) -> dict[str, Entry]:
     """The entries of `names` in folder/dataset_info.json; with the folder ONLINE the names are hub ids.
 
+    plain: rows are plain text, for stage: pt.
     Raises InputError for a missing or broken file, UsageError for a name or an entry that cannot be used.
     """
     if folder == ONLINE:
-        return {name: Entry.of(name, {"hf_hub_url": name}, Path()) for name in names}
+        return {name: Entry.of(name, {"hf_hub_url": name}, Path(), plain=plain) for name in names}
     path = Path(folder) / INFO
     if not path.is_file():
         raise InputError(f"no such file: {path}", "dataset_dir names the folder that holds dataset_info.json")
     try:
         info = read_files.parse(path.read_text(encoding="utf-8-sig"), path)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from error
+        raise read_files.no_utf8(path, error) from error
     if not isinstance(info, dict):
         raise InputError(f"{path} is not an object of names and data sets")
     if isinstance(info, Twice):
@@ -80,7 +84,7 @@ def read_info(folder: str, names: tuple[str, ...]) -> dict[str, Entry]:
             near = difflib.get_close_matches(name, list(info), n=1)
             hint = f"did you mean '{near[0]}'?" if near else "it names: " + ", ".join(sorted(info)[:20])
             raise UsageError(f"{path} has no data set '{name}'", hint)
-    return {name: Entry.of(name, info[name], Path(folder)) for name in names}
+    return {name: Entry.of(name, info[name], Path(folder), plain=plain) for name in names}
 
 
 def find_folder(settings: dict[str, Any], run: Path | None) -> str:
@@ -99,7 +103,10 @@ def find_folder(settings: dict[str, Any], run: Path | None) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of dataset_info.json, with every default filled in. hub: its id, or None for `path`."""
+    """One data set of dataset_info.json, with every default filled in. hub: its id, or None for `path`.
+
+    tagged: each row says whether its answer is good (kto_tag). plain: rows are plain text.
+    """
 
     name: str
     path: Path
@@ -112,9 +119,11 @@ class Entry:
     num_samples: int | None
     columns: dict[str, str]
     tags: dict[str, str]
+    tagged: bool = False
+    plain: bool = False
 
     @classmethod
-    def of(cls, name: str, entry: Any, folder: Path) -> Entry:
+    def of(cls, name: str, entry: Any, folder: Path, *, plain: bool = False) -> Entry:
         def wrong(what: str) -> UsageError:
             return UsageError(
                 f"{INFO}: '{name}' {what}",
@@ -131,7 +140,8 @@ class Entry:
         if not isinstance(file, str) and not isinstance(hub, str):
             other = next((key for key in _KEYS[3:7] if entry.get(key)), None)
             if other:
-                raise wrong(f"has only {other}, which is not supported: code and other hubs are not read")
+                why = "its code is never run" if other == "script_url" else "other hubs are not read"
+                raise wrong(f"has only {other}, which is not supported: {why}")
             raise wrong("has neither file_name nor hf_hub_url")
         formatting = entry.get("formatting", "alpaca")
         if formatting not in ("alpaca", "sharegpt", "openai"):
@@ -151,11 +161,17 @@ class Entry:
                     raise wrong(f"has {kind} with the unknown name '{key}'; known: {', '.join(names)}")
                 if value is not None:
                     names[key] = value
+        declared = entry.get("columns") or {}
+        tagged = bool(declared.get("kto_tag"))
+        if tagged and ranking:
+            raise wrong("has both ranking and kto_tag")
+        if plain:
+            columns["prompt"] = declared.get("prompt") or "text"
         path = folder / file if isinstance(file, str) else folder
         use_hub = isinstance(hub, str) and not (isinstance(file, str) and path.exists())
         return cls(
             name, path, hub if use_hub else None, formatting, ranking, entry.get("subset"),
-            entry.get("split") or "train", entry.get("folder"), count, columns, tags,
+            entry.get("split") or "train", entry.get("folder"), count, columns, tags, tagged, plain,
         )  # fmt: skip
 
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -189,22 +205,44 @@ class Entry:
         for key in ("images", "videos", "audios"):
             if raw.get(self.columns[key]):
                 raise BadRow(f"has {key}: only text is trained on")
+        if self.plain:
+            return Row(source, [{"role": "text", "content": self._plain(raw)}])
+        good = self._good(raw)
         system = _text(raw, self.columns["system"])
         tools = self._tools(raw)
         turns = self._alpaca(raw) if self.formatting == "alpaca" else self._shared(raw)
         if system and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         if not self.ranking:
-            return Row(source, turns, tools)
+            return Row(source, turns, tools, good=good)
         chosen, rejected = (self._preferred(raw, self.columns[key]) for key in ("chosen", "rejected"))
         if chosen == rejected:
             raise BadRow("its chosen and its rejected answer are the same")
         return Row(source, turns, tools, chosen, rejected)
 
+    def _plain(self, raw: dict[str, Any]) -> str:
+        column = self.columns["prompt"]
+        text = _text(raw, column)
+        if not text.strip():
+            raise BadRow(f"`{column}` is missing or empty: stage: pt learns that column's text")
+        return text
+
+    def _good(self, raw: dict[str, Any]) -> bool:
+        """What the row says of its answer, True where it says nothing and need not."""
+        column = self.columns["kto_tag"]
+        good = raw.get(column)
+        if self.tagged and not isinstance(good, bool):
+            raise BadRow(f"`{column}` is {kind_of(good)}, neither true nor false")
+        if not self.tagged and good is False:
+            raise BadRow(f"`{column}` is false: its answer is a bad one, which stage: kto alone learns from")
+        return good is not False
+
     def _alpaca(self, raw: dict[str, Any]) -> list[Message]:
         prompt, query = (_text(raw, self.columns[key]) for key in ("prompt", "query"))
         question = "\n".join(part for part in (prompt, query) if part)
         if not question:
+            if isinstance(raw.get("text"), str):
+                raise BadRow("is plain text, which stage: pt learns from")
             raise BadRow(f"`{self.columns['prompt']}` is missing or empty")
         column = self.columns["response"]
         answer = "" if self.ranking else _text(raw, column)
@@ -230,8 +268,16 @@ class Entry:
             raise BadRow(f"`{column}` is {kind_of(given)}, not a list of messages")
         if not given:
             raise BadRow(f"`{column}` is empty")
-        messages = [self._message(number, message) for number, message in enumerate(given, 1)]
-        turns = messages[1:] if messages[0]["role"] == "system" else messages
+        messages = _joined([self._message(number, message) for number, message in enumerate(given, 1)])
+        begin = int(messages[0]["role"] == "system")
+        if any(message["role"] == "system" for message in messages[begin:]):
+            raise BadRow("it has a system message that is not its first message")
+        # Answers of several tools are one turn.
+        turns = [
+            message
+            for before, message in itertools.pairwise([{"role": ""}, *messages[begin:]])
+            if not before["role"] == message["role"] == "tool"
+        ]
         for number, message in enumerate(turns):
             if message["role"] not in (("user", "tool"), ("assistant",))[number % 2]:
                 raise BadRow("its messages are not question and answer in turn")
@@ -302,6 +348,18 @@ def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
             f"the data set {entry.hub} cannot be read from the hub: {first}",
             "check its name, subset and split; HF_ENDPOINT can name a mirror; or fetch it and name the file",
         ) from error
+
+
+def _joined(messages: list[Message]) -> list[Message]:
+    """`messages` with calls that follow one another as one turn with several calls."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and "tool_calls" in message and "tool_calls" in joined[-1] and not message["content"]:
+            calls = [*joined[-1]["tool_calls"], *message["tool_calls"]]
+            joined[-1] = {**joined[-1], "tool_calls": calls}
+        else:
+            joined.append(message)
+    return joined
 
 
 def _half_pair(value: Any) -> str:

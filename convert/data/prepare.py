@@ -150,6 +150,11 @@ def _check_stage(config: TrainConfig, entries: dict[str, Entry]) -> None:
             )
         if config.stage == "sft" and entry.ranking:
             raise UsageError(f"'{name}' holds preference rows (ranking)", "train on it with stage: dpo")
+        if config.stage == "sft" and entry.tagged:
+            raise UsageError(
+                f"'{name}' holds good and bad answers (kto_tag)",
+                "train on it with stage: kto",
+            )
 
 
 def _drawn(items: list[Item], wanted: int, shuffle: random.Random) -> list[Item]:

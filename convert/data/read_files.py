@@ -1,10 +1,12 @@
-"""Rows out of data files, one after the other: json, jsonl, csv and parquet, a file or a folder of them.
+"""Rows out of data files, one after the other: json, jsonl, csv, parquet and txt, a file or a folder of them.
 
 A file is never held whole: a list in a .json file of any size is taken apart object by object.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import json
 import re
@@ -14,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from convert.model.hf_folder import shell
 from edge.errors import InputError, UnavailableError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _CHUNK = 2**20
 _COMMA = "Illegal trailing comma"
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -33,7 +36,9 @@ class Twice(dict[str, Any]):
 
 
 def read(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of each row; in .jsonl and .csv the line. A BadRow stands for a broken one.
+    """(number from 1, value) of each row; in .jsonl, .csv and .txt the line. A BadRow stands for a bad one.
+
+    A line of .txt is a row {"text": line}, as LLaMA-Factory has it.
 
     Raises InputError where the file is missing, empty, no UTF-8 or of another kind.
     """
@@ -51,16 +56,54 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
             if suffix == ".csv":
                 yield from _csv(file, path)
                 return
+            if suffix == ".txt":
+                yield from _texts(file, path)
+                return
             buffer = _Buffer(file, path)
             if not buffer.skip():
                 raise InputError(f"{path} is empty")
+            if buffer.text.startswith("\0") or buffer.text[1:2] == "\0":
+                raise no_utf8(path)  # UTF-16 without a mark
             if buffer.text[buffer.at] == "[":
                 yield from _list(buffer)
                 return
             file.seek(0)
             yield from _lines(file, path, whole=suffix == ".json")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from error
+        raise no_utf8(path, error) from error
+
+
+def no_utf8(path: Path, error: UnicodeDecodeError | None = None) -> InputError:
+    """What a text file that is no UTF-8 is by its bytes, and the command that converts it.
+
+    It is not read as what it looks like: bytes that are no GB18030 often make some in which all is wrong.
+    """
+    encoding = ""
+    with path.open("rb") as file:
+        head = file.read(2)
+        if head in (b"\xff\xfe", b"\xfe\xff"):
+            encoding = "utf-16"
+        elif b"\0" in head:
+            encoding = "utf-16-be" if head.startswith(b"\0") else "utf-16-le"
+        else:
+            decoder, data = codecs.getincrementaldecoder("gb18030")(), head
+            with contextlib.suppress(UnicodeDecodeError):
+                while data:
+                    decoder.decode(data)
+                    data = file.read(_CHUNK)
+                decoder.decode(b"", final=True)
+                encoding = "gb18030"
+    if not encoding:
+        return InputError(f"{path} is not UTF-8: {error}", "save it as UTF-8")
+    code = (
+        "import sys, pathlib; a, b, e = sys.argv[1:]; a, b = map(pathlib.Path, (a, b)); "
+        "b.write_bytes(a.read_bytes().decode(e).encode())"
+    )
+    target = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return InputError(
+        f"{path} is not UTF-8, but by its bytes {encoding.upper()}",
+        f'convert it, and use what comes out: python -c "{code}" {shell(path)} {shell(target)} {encoding}',
+    )
 
 
 def files(path: Path) -> list[Path]:
@@ -68,6 +111,8 @@ def files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    # A README.txt beside the data is none of it.
+    files = [file for file in files if file.suffix.lower() != ".txt"] or files
     if not files:
         raise InputError(
             f"{path} holds none of {', '.join(SUFFIXES)}", "check file_name in dataset_info.json"
@@ -201,6 +246,15 @@ def _lines(file: Any, path: Path, *, whole: bool) -> Iterator[tuple[int, Any]]:
     if bad:
         # One object over several lines, not one object a line: say what is wrong with the whole.
         raise InputError(f"{path} is not a list of rows", "put the rows into [ ... ], or one object a line")
+
+
+def _texts(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r\n")}
+    if not number:
+        raise InputError(f"{path} is empty")
 
 
 def _csv(file: Any, path: Path) -> Iterator[tuple[int, Any]]:

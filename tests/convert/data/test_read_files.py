@@ -1,6 +1,7 @@
 """Files of every kind row by row, dataset_info.json in full, and what `edge data` shows."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"script_url": "x"}, "has only script_url, which is not supported"),
+        ({"script_url": "x"}, "has only script_url, which is not supported: its code is never run"),
         ({}, "has neither file_name nor hf_hub_url"),
         ({"file_name": "x", "formatting": "xml"}, "has formatting 'xml'"),
         ({"file_name": "x", "ranking": "yes"}, "has ranking 'yes'"),
@@ -281,3 +282,185 @@ def test_a_parquet_text_that_is_no_utf8_leaves_its_row_out(tmp_path):
     (_, good), (number, bad) = read_files.read(tmp_path / "d.parquet")
     assert good == {"a": "good"} and number == 2
     assert isinstance(bad, read_files.BadRow) and "not UTF-8" in str(bad)
+
+
+# Rows as in the demo files of LLaMA-Factory's data folder, and what comes of them.
+_CALL = '{"name": "weather", "arguments": {"city": "\u5317\u4eac"}}'
+
+
+@pytest.mark.parametrize(
+    ("row", "entry", "roles"),
+    [
+        # glaive_toolcall_zh_demo
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": _CALL},
+                    {"from": "observation", "value": "{}"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "tools": json.dumps([WEATHER]),
+            },
+            {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}},
+            "user assistant tool assistant",
+        ),
+        # The same with two calls at once, as their list or one after the other.
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": f"[{_CALL}, {_CALL}]"},
+                    {"from": "observation", "value": "{}"},
+                    {"from": "observation", "value": "{}"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "tools": json.dumps([WEATHER]),
+            },
+            {"formatting": "sharegpt"},
+            "user assistant tool tool assistant",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": _CALL},
+                    {"from": "function_call", "value": _CALL},
+                    {"from": "observation", "value": "{}"},
+                    {"from": "observation", "value": "{}"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "tools": json.dumps([WEATHER]),
+            },
+            {"formatting": "sharegpt"},
+            "user assistant tool tool assistant",
+        ),
+        # kto_en_demo
+        (
+            {
+                "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "label": False,
+            },
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "messages", "kto_tag": "label"},
+                "tags": {
+                    "role_tag": "role",
+                    "content_tag": "content",
+                    "user_tag": "user",
+                    "assistant_tag": "assistant",
+                },
+            },
+            "user assistant",
+        ),
+        # alpaca_zh_demo with history, and keys that nothing asks for.
+        (
+            {**ROW, "system": "s", "history": [["q1", "a1"]], "id": 7, "source": "x"},
+            {"columns": {"prompt": "instruction", "history": "history", "system": "system"}},
+            "system user assistant user assistant",
+        ),
+    ],
+)
+def test_rows_of_the_demo_files(tmp_path, row, entry, roles):
+    (tmp_path / "d.json").write_text(json.dumps([row]), encoding="utf-8")
+    [found], report = load(tmp_path, **entry)
+    assert not report.bad and [message["role"] for message in found.messages] == roles.split()
+    assert found.good is row.get("label", True)
+    calls = [message for message in found.messages if "tool_calls" in message]
+    assert [len(one["tool_calls"]) for one in calls] == ([roles.count("tool")] if calls else [])
+
+
+def test_parallel_calls_are_learnt_as_the_template_writes_them(tmp_path):
+    """Two calls and two answers in OpenAI's form: one turn each, its ids those of the whole text."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q", "name": "someone"},
+                {"role": "assistant", "content": None, "tool_calls": [call, call]},
+                {"role": "tool", "content": "x", "tool_call_id": "1"},
+                {"role": "tool", "content": "y", "tool_call_id": "2"},
+                {"role": "assistant", "content": "a"},
+            ],
+            "tools": [{"type": "function", "function": WEATHER}],
+        }
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    found, report = load(tmp_path, formatting="openai")
+    form = chat_format.load(make_model(tmp_path / "m", template=TOOLS))
+    [sample] = encode.encode(found, form, report)
+    assert not report.bad
+    whole = form.tokenizer.decode(sample.ids, skip_special_tokens=False)
+    assert whole.count("<tool_call>weather {}") == 2 and "tool\nx" in whole and "tool\ny" in whole
+    learnt = [form.tokenizer.decode(sample.ids[a:b], skip_special_tokens=False) for a, b in sample.spans]
+    assert learnt == [f"<tool_call>weather {{}}<tool_call>weather {{}}{IM_END}", f"a{IM_END}"]
+
+
+def test_rows_that_a_method_cannot_learn_from(tmp_path):
+    """Each with its reason: a system message in the middle, roles out of order, plain text, bad answers."""
+    human, gpt, system = ({"from": role, "value": "x"} for role in ("human", "gpt", "system"))
+    rows = [[human, gpt], [human, gpt, system, human, gpt], [gpt, human], [human, human, gpt], [system, gpt]]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": one} for one in rows]), encoding="utf-8")
+    found, report = load(tmp_path, formatting="sharegpt")
+    turns = "its messages are not question and answer in turn"
+    assert len(found) == 1 and [reason for _, reason in report.bad] == [
+        "it has a system message that is not its first message",
+        turns,
+        turns,
+        turns,
+    ]
+    (tmp_path / "d.json").write_text(
+        json.dumps([ROW, {"text": "t"}, {**ROW, "kto_tag": False}]), encoding="utf-8"
+    )
+    found, report = load(tmp_path)
+    assert len(found) == 1 and [reason for _, reason in report.bad] == [
+        "is plain text, which stage: pt learns from",
+        "`kto_tag` is false: its answer is a bad one, which stage: kto alone learns from",
+    ]
+    (tmp_path / "d.json").write_text(json.dumps([{**ROW, "label": "no"}, ROW]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"`label` is a text, neither .*; d, row 2: `label` is null"):
+        load(tmp_path, columns={"kto_tag": "label"})
+    with pytest.raises(UsageError, match="has both ranking and kto_tag"):
+        load(tmp_path, columns={"kto_tag": "label"}, ranking=True)
+
+
+def test_blank_lines_and_line_ends_of_windows(tmp_path):
+    lines = f"\r\n{json.dumps(ROW)}\r\n\r\n   \r\n{json.dumps(ROW)}\r\n\r\n"
+    (tmp_path / "d.jsonl").write_bytes(lines.encode())
+    found, report = load(tmp_path, "d.jsonl")
+    assert [one.source for one in found] == ["d, row 2", "d, row 5"] and not report.bad
+    (tmp_path / "d.csv").write_bytes(b'instruction,output,note\r\n\r\n"a ""b""","c\r\nd",x\r\n\r\n')
+    found, report = load(tmp_path, "d.csv")
+    assert texts(found) == [['a "b"', "c\r\nd"]] and not report.bad
+
+
+def test_plain_text_files(tmp_path):
+    (tmp_path / "d.txt").write_bytes("\ufeff第一行\r\n\r\n two \n".encode())
+    assert list(read_files.read(tmp_path / "d.txt")) == [(1, {"text": "第一行"}), (3, {"text": " two "})]
+    with pytest.raises(InputError, match=r"d, row 1: is plain text, which stage: pt learns from"):
+        load(tmp_path, "d.txt")
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.csv", "d.txt", "dataset_info.json"])
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-16-le", "utf-16-be"])
+def test_other_encodings_are_named_with_the_command_that_converts(tmp_path, name, encoding, monkeypatch):
+    if encoding in ("utf-16-le", "utf-16-be") and name != "d.json":
+        return  # without a mark only JSON shows it
+    text = '{"d": {"file_name": "神奇海螺.json"}}' if "info" in name else '[{"instruction": "神奇海螺"}]'
+    if name != "dataset_info.json":
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": name}}), encoding="utf-8")
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=f"is not UTF-8, but by its bytes {encoding.upper()}") as caught:
+        dataset.load(("d",), tmp_path)
+    # The command itself, without a new interpreter.
+    _, code, words = caught.value.hint.split('"')
+    monkeypatch.setattr("sys.argv", ["-c", *shlex.split(words)])
+    exec(code, {})
+    assert path.with_name(f"{path.stem}-utf8{path.suffix}").read_text(encoding="utf-8") == text
+
+
+def test_bytes_that_are_no_encoding_are_not_guessed(tmp_path):
+    (tmp_path / "d.json").write_bytes('[{"instruction": "café \xff"}]'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"d\.json is not UTF-8: .* position"):
+        load(tmp_path)
