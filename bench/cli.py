@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from bench.measure import workloads
 from bench.measure.workloads import Plan
+from edge.console import add_progress_option, result
 from edge.errors import UsageError
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sweep", action="store_true", help="how many requests a second each target stands")
     parser.add_argument("--budget", type=float, help="seconds that the rounds may take")
     parser.add_argument("--out", type=Path, help="where the report goes (default: the run folder)")
+    add_progress_option(parser)
     args = parser.parse_args(argv)
     base = QUICK if args.quick else Plan()
     tokens = base.tokens if args.tokens is None else args.tokens
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
 
     with stopped_by_signals():
         report = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
+    result(**build.headline(report))
     sys.stdout.write(json.dumps(build.headline(report), ensure_ascii=False) + "\n")
     return 0
 

@@ -24,6 +24,7 @@ from bench.servers.target import Target, baseline, genai, ours, ours_onnx, stati
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import GGUFHeader
 from edge.artefact.onnx_header import OnnxHeader
+from edge.console import phase
 from edge.errors import InputError
 from edge.machine import hardware
 
@@ -47,7 +48,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
         check_same_model(folder, stage)
     out = out or folder
     console = Console(stderr=True)
-    with console.status("measuring how quiet the machine is"):
+    with phase(console, "measuring how quiet the machine is"):
         before = noise()
         footprints = {target.name: footprint(target, folder, artefact.header) for target in chosen}
         probed = {name: model.probed for name, model in footprints.items() if model is not None}

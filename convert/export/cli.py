@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convert.export import gguf_split, llamacpp_tools, onnx_options
 from convert.model.hf_folder import shell
+from edge.console import add_progress_option, result
 from edge.errors import UsageError
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     replace = argparse.ArgumentParser(add_help=False)
+    add_progress_option(replace)
     replace.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     merged = argparse.ArgumentParser(add_help=False, parents=[replace])
     merged.add_argument("run", type=Path, metavar="RUN", help="the run folder, with merged/ in it")
@@ -75,17 +77,19 @@ def _gguf(options: argparse.Namespace) -> None:
             )
         from convert.export import quant_search
 
-        quant_search.run(options.run, overwrite=options.overwrite)
+        file = quant_search.run(options.run, overwrite=options.overwrite)
     else:
         from convert.export import gguf
 
-        gguf.run(options.run, quant=quant, split=split, overwrite=options.overwrite, **rounding)
+        file = gguf.run(options.run, quant=quant, split=split, overwrite=options.overwrite, **rounding)
+    result(path=str(file))
 
 
 def _lora(options: argparse.Namespace) -> None:
     from convert.export import gguf_lora
 
     file = gguf_lora.run(options.run, overwrite=options.overwrite)
+    result(path=str(file))
     sys.stdout.write(f"{file}\n  serve it: edge serve BASE.gguf --lora {shell(file)}\n")
 
 
@@ -108,4 +112,4 @@ def _onnx(options: argparse.Namespace) -> None:
     else:
         from convert.export import onnx
 
-        onnx.run(options.run, overwrite=options.overwrite, **choice)
+        result(path=str(onnx.run(options.run, overwrite=options.overwrite, **choice)))

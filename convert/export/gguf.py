@@ -39,7 +39,7 @@ from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import GGUFHeader, read_header
-from edge.console import plain_console
+from edge.console import phase, plain_console
 from edge.errors import InputError
 
 _PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
@@ -80,7 +80,7 @@ def run(
         fallbacks: list[str] = []
         settings: dict[str, Any] = {}
         if quant in WHOLE:
-            with console.status(f"converting {origin.path}"):
+            with phase(console, f"converting {origin.path}"):
                 convert(origin, file, quant)
         else:
             with converted(origin, target, console) as first:
@@ -105,9 +105,9 @@ def _quantise(
     plain, archive = file.with_name(_PLAIN), file.with_name("imatrix.safetensors")
     facts: dict[str, Any] = {}
     if rounding == "imatrix":
-        with console.status("gathering the importance matrix"):
+        with phase(console, "gathering the importance matrix"):
             facts = gather(origin, first, archive)
-    with console.status(f"quantising to {quant}"):
+    with phase(console, f"quantising to {quant}"):
         fallbacks = quantize(first, file, quant, archive if facts else None)
         if rounding == "imatrix" and quant not in NEED_MATRIX:
             quantize(first, plain, quant)
@@ -130,7 +130,7 @@ def _keep_closer(origin: Source, file: Path, rounding: str, console: Console) ->
     plain = file.with_name(_PLAIN)
     kl = {}
     with (
-        console.status(f"measuring what {name} brings"),
+        phase(console, f"measuring what {name} brings"),
         contextlib.closing(reference_by(origin, file)) as reference,
     ):
         for key, path in (("with", file), ("without", plain)):
@@ -216,7 +216,7 @@ def converted(origin: Source, target: Path, console: Console) -> Iterator[Path]:
         folder.mkdir(parents=True)
         part = path.with_suffix(".part")
         try:
-            with console.status(f"converting {origin.path}"):
+            with phase(console, f"converting {origin.path}"):
                 convert(origin, part, origin.whole)
         except BaseException:
             shutil.rmtree(folder)

@@ -26,6 +26,7 @@ from convert.export import calibration
 from convert.export.source import Source
 from convert.model.layerwise import Batch, LayeredModel
 from edge.artefact.gguf_header import GGUFTensor, read_header
+from edge.console import counted, phase
 from edge.errors import InputError
 from edge.machine import hardware
 
@@ -88,7 +89,7 @@ def choose_codes(origin: Source, whole: Path, file: Path, console: Console) -> d
     rows, source = calibration.rows(origin.path, origin.record)
     tokens = sum(map(len, rows))
     with (
-        console.status("GPTQ") as status,
+        phase(console, "GPTQ"),
         contextlib.closing(LayeredModel(origin.path)) as model,
         contextlib.closing(_Tensors(whole, file)) as tensors,
         torch.inference_mode(),
@@ -96,8 +97,7 @@ def choose_codes(origin: Source, whole: Path, file: Path, console: Console) -> d
         _check_memory(model, tokens)
         batches = model.enter(rows)
         exact = rounded = [batch.states for batch in batches]
-        for number, layer in enumerate(model.layers):
-            status.update(f"GPTQ: layer {number + 1} of {len(model.layers)}")
+        for number, layer in enumerate(counted(model.layers, "layers")):
             with model.present(layer):
                 exact, rounded = _quantise(model, number, batches, exact, rounded, tensors)
     if not tensors.changed:

@@ -26,7 +26,7 @@ from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
-from edge.console import plain_console
+from edge.console import phase, plain_console
 from edge.errors import InputError
 
 # Values that share a scale: products of longer blocks are faster, and as near where activations are smoothed.
@@ -72,7 +72,7 @@ def export(
     with manifest.publish(target, overwrite=overwrite) as partial:
         final = partial / f"{source.file_name}-{recipe.precision}.onnx"
         weights, block, activations = _smoothed(source, recipe, partial / "smoothed", console)
-        with console.status(f"building {final.name} from {source.path}"):
+        with phase(console, f"building {final.name} from {source.path}"):
             _build(weights, final, recipe, block)
             header = _finish(source, final, recipe)
         settings = {
@@ -104,7 +104,7 @@ def _smoothed(source: Source, recipe: Recipe, target: Path, console: Console) ->
     from convert.export import smoothquant
 
     try:
-        with console.status(f"smoothing the activations of {source.path}"):
+        with phase(console, f"smoothing the activations of {source.path}"):
             layers, rows = smoothquant.run(source.path, source.record, target)
     except InputError as error:
         shutil.rmtree(target, ignore_errors=True)

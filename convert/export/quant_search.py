@@ -27,7 +27,7 @@ from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
-from edge.console import plain_console
+from edge.console import phase, plain_console
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
 
@@ -112,18 +112,18 @@ def _measure_all(origin: Source, first: Path, folder: Path, console: Console) ->
     plan = [(quant, "") for quant in TYPES]
     matrix = folder / _MATRIX_FILE
     try:
-        with console.status("gathering the importance matrix"):
+        with phase(console, "gathering the importance matrix"):
             gather(origin, first, matrix)
         plan += [(quant, "matrix") for quant in WITH_MATRIX]
     except InputError as error:
         console.print(f"note: without an importance matrix: {error.message}")
     candidates = []
     with contextlib.ExitStack() as stack:
-        with console.status("computing the merged model"):
+        with phase(console, "computing the merged model"):
             reference = stack.enter_context(contextlib.closing(reference_by(origin, first)))
         path = folder / "candidate.gguf"
         for number, (quant, rounding) in enumerate(plan, 1):
-            with console.status(f"{number} of {len(plan)}: {quant}{' + matrix' if rounding else ''}"):
+            with phase(console, f"{number} of {len(plan)}: {quant}{' + matrix' if rounding else ''}"):
                 try:
                     quantize(first, path, quant, matrix if rounding else None)
                 except EdgeError as error:
@@ -142,7 +142,7 @@ def _measure_all(origin: Source, first: Path, folder: Path, console: Console) ->
             except InputError as error:
                 console.print(f"note: without GPTQ: {error.message}")
             else:
-                with console.status(f"{quant} + gptq"):
+                with phase(console, f"{quant} + gptq"):
                     candidates.append(_measure(path, quant, "gptq", reference))
     if not candidates:
         raise EdgeError("no type could be measured", "export one by --quant")

@@ -26,6 +26,7 @@ from rich.progress import (
 
 from convert.model.hf_folder import PATTERNS, check_folder, converts
 from edge.artefact import manifest
+from edge.console import report
 from edge.errors import EdgeError, InputError, UnavailableError
 from edge.machine import proxies
 
@@ -159,6 +160,7 @@ def _download(url: str, part: Path, shown: str, size: int, console: Console) -> 
                         out.write(chunk)
                         have += len(chunk)
                         progress.update(bar, completed=have)
+                        report(f"downloading {shown}", have, size, unit="bytes")
             except httpx2.TransportError:
                 if have <= before and idle + 1 >= _TRIES:
                     raise

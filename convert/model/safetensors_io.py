@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from convert.model.hf_folder import INDEX, write_json
+from edge.console import counted
 
 LARGEST = 2 * 2**30  # bytes of a shard, if no single tensor is larger
 TYPES = {
@@ -86,7 +87,7 @@ def _write(path: Path, parts: list[Part], rows: Rows) -> None:
     text += b" " * (-len(text) % 8)  # the data begins aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
+        for part in counted(parts, "tensors"):
             begin = file.tell()
             for some in rows(part):
                 assert some.dtype == part.dtype

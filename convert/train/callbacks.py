@@ -24,6 +24,7 @@ from convert.train import checkpoint, plots
 from convert.train.checkpoint import Best
 from convert.train.trainer import Loop, steps_in_epoch
 from convert.train.trainer import Progress as State
+from edge.console import report
 from edge.errors import UnavailableError
 
 # Columns of the bar: on 80 of them the loss and the speed have room beside it.
@@ -114,11 +115,14 @@ class Watch:
     def evaluate(self) -> bool:
         """Evaluate and log; True where a checkpoint was written because it is the best one so far."""
         assert self._evaluate is not None
-        state, loss = self._loop.state, self._evaluate()
+        state = self._loop.state
+        report("evaluating", step=state.step)
+        loss = self._evaluate()
         better = loss < self.best.loss
         saved = False
         self._log({"current_steps": state.step, "total_steps": state.total, "eval_loss": round(loss, 6),
                    "epoch": round(state.epoch, 4)})  # fmt: skip
+        self._report(eval_loss=loss)
         self._print(
             f"step {state.step}: validation loss {loss:.4f}"
             + ("" if better else f", best {self.best.loss:.4f}")
@@ -180,6 +184,11 @@ class Watch:
                 with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def _report(self, **figures: float) -> None:
+        state = self._loop.state
+        about = {"unit": "steps", "seconds_left": state.remaining, "step": state.step}
+        report("training", state.step, state.total, **about, **figures)
+
     def _progress(self, state: State) -> None:
         # Before the figures: words, steps, percentage, time and bar, with blanks between them.
         room = self._console.width - (2 * len(str(state.total)) + _BAR + 33)
@@ -195,6 +204,14 @@ class Watch:
             room,
         )
         self._bar.update(self._task, completed=state.step, description=figures)
+        self._report(
+            epoch=state.epoch,
+            loss=state.loss,
+            learning_rate=state.rate,
+            grad_norm=state.norm,
+            tokens_per_s=state.tokens_per_second,
+            memory=memory_used(self._loop.device),
+        )
         if state.step == self._began + 3 and state.total > state.step:
             self._print(
                 f"{state.remaining / (state.total - state.step):.2f} s a step after warming up: "

@@ -15,6 +15,7 @@ from typing import Any
 from convert.config import as_yaml, load_train_config
 from convert.config_schema import schema
 from convert.model.hf_folder import shell
+from edge.console import add_progress_option, result
 
 
 def command(argv: list[str], *more: str) -> str:
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--json-schema", action=_PrintSchema, nargs=0, help="show every key as a JSON Schema, and stop"
     )
+    add_progress_option(parser)
     options = parser.parse_intermixed_args(argv)
     config = load_train_config(options.config, options.overrides)
     if options.resume:
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> int:
     from convert.train import finetune
 
     again = command([word for word in argv if word != "--overwrite"], "--resume")
-    finetune.run(config, overwrite=options.overwrite, again=again)
+    made = finetune.run(config, overwrite=options.overwrite, again=again)
+    result(run=config.output_dir, path=str(made))
     return 0
 
 

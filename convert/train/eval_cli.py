@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from edge.console import add_progress_option, result
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
@@ -17,10 +19,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (%(default)s)")
     parser.add_argument("--no-base", action="store_true", help="the tuned model alone: half the time")
+    add_progress_option(parser)
     options = parser.parse_args(argv)
     from convert.train import evaluate
 
-    evaluate.run(
+    figures = evaluate.run(
         options.run,
         dataset=tuple(name.strip() for name in options.dataset.split(",") if name.strip()),
         dataset_dir=options.dataset_dir,
@@ -29,4 +32,5 @@ def main(argv: list[str]) -> int:
         size=max(1, options.batch_size),
         with_base=not options.no_base,
     )
+    result(**figures)
     return 0

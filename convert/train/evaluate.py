@@ -29,6 +29,7 @@ from convert.train.callbacks import dump
 from convert.train.load_model import Place, choose_place, load_model
 from convert.train.losses import LossHead, reference
 from edge.artefact import manifest
+from edge.console import phase
 from edge.errors import InputError, UsageError
 
 _SHOWN = 5
@@ -85,7 +86,7 @@ def run(
     place = choose_place(config)
     console.print(f"{len(rows)} rows, {config.model_name_or_path} and {stage} on {place.device}")
     began = time.monotonic()
-    job = _Job(chat, rows, data.held, config, place, max_new_tokens, size)
+    job = _Job(chat, rows, data.held, config, place, max_new_tokens, size, console)
     results = _both(job, stage, base, with_base=with_base)
     for result in results.values():
         pairs = zip(result.answers, job.labels, strict=True)
@@ -105,11 +106,11 @@ def _both(job: _Job, stage: Path, base: Path, *, with_base: bool) -> dict[str, R
     model = load_tuned(stage, base, job.config, job.place)
     if with_base and hasattr(model, "disable_adapter"):
         with model.disable_adapter():
-            results["base"] = job.run(model)
-    results["tuned"] = job.run(model)
+            results["base"] = job.run(model, "the base")
+    results["tuned"] = job.run(model, "the tuned model")
     if with_base and "base" not in results:
         del model
-        results["base"] = job.run(load_model(base, job.place))
+        results["base"] = job.run(load_model(base, job.place), "the base")
     return results
 
 
@@ -156,6 +157,7 @@ class _Job:
     place: Place
     max_new_tokens: int
     size: int
+    console: Console
 
     @property
     def prompts(self) -> list[str]:
@@ -165,7 +167,11 @@ class _Job:
     def labels(self) -> list[str]:
         return [sample_answers.reference(row) for row in self.rows]
 
-    def run(self, model: Any) -> Result:
+    def run(self, model: Any, name: str) -> Result:
+        with phase(self.console, f"{name} answers"):
+            return self._run(model)
+
+    def _run(self, model: Any) -> Result:
         model.eval()
         device = self.place.device
         samples: list[Sample] = [one.chosen if isinstance(one, Pair) else one for one in self.items]

@@ -54,6 +54,7 @@ from convert.train.load_model import (
 )
 from convert.train.losses import Objective, Preference, reference
 from edge.artefact import manifest
+from edge.console import report
 from edge.errors import EdgeError, ExistsError, InputError
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -139,6 +140,7 @@ class Run:
 
         Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
         """
+        report("reading the data")
         resumed = _starting_point(config, overwrite)
         base = base_folder(config.model_name_or_path, config.model_revision)
         chat = chat_format.load(base)
@@ -242,6 +244,7 @@ class Run:
     def load(self) -> None:
         """Load the base, and put the adapter over it as it begins."""
         config, place = self.config, self.place
+        report("loading the model")
         self.model = load_model(
             self.base,
             dataclasses.replace(place, dtype=torch.float32) if self.full else place,

@@ -10,6 +10,7 @@ import torch
 from convert.data.dataset_info import Row
 from convert.data.encode import Rules
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode
+from edge.console import counted
 
 
 def question(row: Row, chat: ChatFormat, rules: Rules) -> str:
@@ -57,7 +58,7 @@ def generate(
     base.generation_config = greedy
     model.eval()
     try:
-        for start in range(0, len(order), size):
+        for start in counted(range(0, len(order), size), "batches of answers"):
             batch = order[start : start + size]
             longest = max(len(ids[index]) for index in batch)
             rows = torch.zeros(len(batch), longest, dtype=torch.long)

@@ -27,6 +27,7 @@ from convert.verify.logits import Reference
 from convert.verify.open_reader import open_reader
 from convert.verify.reader import Reader
 from edge.artefact import manifest
+from edge.console import phase
 from edge.errors import InputError
 
 
@@ -125,11 +126,7 @@ def compare(a: Reader, b: Reader, *, console: Console | None = None) -> Report:
     _compare_tokenizers(report)
     _compare_stops(report)
     if not report.unequal:
-        with (
-            console.status(f"comparing logits: {a.path} and {b.path}")
-            if console
-            else contextlib.nullcontext()
-        ):
+        with phase(console, f"comparing logits: {a.path} and {b.path}"):
             _compare_logits(report)
     report.seconds = time.monotonic() - began
     return report

@@ -19,6 +19,7 @@ from convert.verify.divergence import Divergence
 from convert.verify.reader import Reader
 from edge.artefact import manifest
 from edge.backends.base import Logits
+from edge.console import counted
 
 GREEDY = 24  # tokens of a model's own answer
 LONGEST_PROMPT = 512
@@ -63,7 +64,9 @@ class Reference:
     def against(self, b: Reader) -> dict[str, Any]:
         """The divergence of `b` from the reference, as in edge.json."""
         divergence = Divergence()
-        for row, kept, logits in zip(self._rows, self._kept(), self._logits(b), strict=True):
+        for row, kept, logits in zip(
+            counted(self._rows, "texts"), self._kept(), self._logits(b), strict=True
+        ):
             divergence.add(kept, logits, row.answer, greedy=row.greedy)
         numbers = divergence.numbers()
         return {**numbers, "rows": self._data_rows} if "perplexity" in numbers else numbers
@@ -93,7 +96,7 @@ class Reference:
         manifest.check_free(self._path.parent, 4 * positions * reader.vocab)
         # Written and read, not mapped: mapped pages would count as memory of this process.
         with self._path.open("wb") as file:
-            for logits in self._logits(reader):
+            for _, logits in zip(counted(self._rows, "texts"), self._logits(reader), strict=True):
                 np.save(file, np.asarray(logits, np.float32))
 
     def _kept(self) -> Iterator[Logits]:

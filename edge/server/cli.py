@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from edge.arguments import PATH_HELP, add_loading_options
+from edge.console import add_progress_option, report
 from edge.errors import EdgeError, UsageError
 from edge.server.access import (
     ADMIN_KEY_VARIABLE,
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
         # Imported late: --help, a wrong argument and a port in use are answered at once.
         from edge.server import model_plans
 
+        report("planning")
         models = model_plans.plan_all(args)
         if args.default is not None and args.default not in models:
             raise UsageError(f"--default {args.default} is none of: {', '.join(models)}")
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv-store", type=Path, help="a folder that keeps prompt prefixes over restarts")
     parser.add_argument("--kv-store-mib", type=int, default=1024, help="the size of that folder at most")
+    add_progress_option(parser)
     parser.add_argument("--drain", type=float, default=10.0, help="seconds for running requests at the end")
     return parser
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from edge.console import report
 from edge.machine.llamacpp_source import PACKAGE, STOCK
 from edge.server.access import BACKLOG, Access
 from edge.server.app import create_app
@@ -92,13 +93,16 @@ async def _serve(listener: socket.socket, registry: Registry, config: uvicorn.Co
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     names = ", ".join(registry.entries)
-    _print(f"{names}: http://{address}:{port}  (loading; /docs describes the interface, Ctrl-C ends it)")
+    url = f"http://{address}:{port}"
+    _print(f"{names}: {url}  (loading; /docs describes the interface, Ctrl-C ends it)")
+    report("loading", url=url, models=[*registry.entries])
     loading = registry.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None:
             _print(_ready_line(loading.result()))
+            report("ready", url=url, models=[*registry.entries])
         elif loading.done():
             server.should_exit = True
         await serving

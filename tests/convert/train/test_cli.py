@@ -1,0 +1,38 @@
+"""`edge train --progress json` on a toy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.config import as_yaml
+from edge import cli
+from edge.console import guarded
+from tests.support.runs import configure
+
+
+def test_progress_as_json_lines(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = configure(tmp_path, base)(max_steps=3, val_size=2, eval_strategy="steps", eval_steps=2)
+    path = tmp_path / "配置.yaml"
+    path.write_text(as_yaml(config), encoding="utf-8")
+    assert guarded(cli.main, ["train", str(path), "--progress", "json"]) == 0
+    out, err = capfd.readouterr()
+    *lines, last = [json.loads(line) for line in out.splitlines()]
+    assert last["exit_code"] == 0 and Path(last["result"]["path"]) == tmp_path / "run" / "adapter"
+    assert [line["stage"] for line in lines][:2] == ["reading the data", "loading the model"]
+    steps = [line for line in lines if "loss" in line]
+    assert [(line["step"], line["done"], line["total"], line["unit"]) for line in steps] == [
+        (step, step, 3, "steps") for step in (1, 2, 3)
+    ]
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text("utf-8").splitlines()
+    ]
+    logged = [line for line in log if "loss" in line]
+    for name, key in (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm", "grad_norm")):
+        assert [line[name] for line in steps] == pytest.approx([line[key] for line in logged], abs=1e-4)
+    assert steps[-1]["seconds_left"] == 0 and steps[0]["memory"] > 2**20 and steps[0]["tokens_per_s"] > 0
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses == pytest.approx([line["eval_loss"] for line in log if "eval_loss" in line], abs=1e-5)
+    assert "steps to train" not in out and "rows to train on" in err
