@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from convert.config_keys import FIELDS, KINDS, NUMBER, REQUIRED, UNUSED, Key, TrainConfig, plain
+from convert.config_keys import FIELDS, KINDS, NUMBER, REQUIRED, Key, TrainConfig, plain
+from convert.config_unused import UNUSED
 from edge.errors import InputError, UsageError
 
 # (what is wrong, what to do) of values that exclude each other.
@@ -92,11 +93,11 @@ def parse(given: dict[str, Any]) -> TrainConfig:
             values[key] = _typed(key, value)
             continue
         unused = UNUSED[key]
-        if unused.values is not None and (type(value), value) not in [(type(v), v) for v in unused.values]:
+        if unused.values is not None and not unused.takes(value):
             allowed = " or ".join(yaml.safe_dump(item).split("\n")[0] for item in unused.values)
             raise UsageError(
                 f"{key}: {value!r} is known from LLaMA-Factory, but not supported yet: {unused.reason}",
-                f"leave it out, or give {allowed}",
+                f"leave it out, or give {allowed}" if allowed else "leave it out",
             )
         if unused.warn and value not in (None, False):
             warnings.append(f"{key} is ignored: {unused.reason}")
@@ -175,6 +176,12 @@ def _method_clashes(config: TrainConfig) -> Clashes:
                 f"{key} starts a new adapter, adapter_name_or_path continues from one",
                 "keep one of them",
             )
+    if config.create_new_adapter and config.adapter_name_or_path:
+        yield (
+            "create_new_adapter puts a new adapter on top of adapter_name_or_path",
+            f"merge that one first: edge merge {config.adapter_name_or_path}, and give the merged model as "
+            "model_name_or_path",
+        )
     if config.stage == "dpo":
         if config.packs or config.train_on_prompt:
             key = "packing" if config.packs else "train_on_prompt"
@@ -210,6 +217,8 @@ def _doubts(config: TrainConfig) -> list[str]:
         doubts.append(f"lora_alpha {config.alpha} is more than eight times lora_rank {config.lora_rank}")
     if config.warmup_ratio > 0.5 and not config.warmup_steps:
         doubts.append(f"warmup_ratio {config.warmup_ratio:g}: most of the steps only warm up")
+    if config.flash_attn in ("fa2", "fa3"):
+        doubts.append(f"flash_attn: {config.flash_attn} is torch's own fused attention (sdpa) here")
     if config.num_train_epochs > 30 and config.max_steps < 0:
         doubts.append(f"num_train_epochs {config.num_train_epochs:g}: rows are learnt by heart long before")
     return doubts
@@ -241,7 +250,13 @@ def _scalar(key: str, text: str) -> Any:
 def _check_known(key: str) -> None:
     if key in FIELDS or key in UNUSED:
         return
-    near = difflib.get_close_matches(key, [*FIELDS, *UNUSED], n=1, cutoff=0.6)
+    if key.startswith(("top.", "train.")):
+        raise UsageError(
+            f"'{key}' is a box of LlamaBoard's page, not a key of a training configuration",
+            "give training_args.yaml or llamaboard.yaml, which it writes when training starts",
+        )
+    # A proposal that is not meant would change the training.
+    near = difflib.get_close_matches(key, [*FIELDS, *UNUSED], n=1, cutoff=0.8)
     raise UsageError(
         f"unknown key '{key}'", f"did you mean '{near[0]}'?" if near else "keys: " + ", ".join(FIELDS)
     )

@@ -68,6 +68,14 @@ class TrainConfig:
         None, "text", "a run or adapter to continue from, with its rank",
         "从已有的运行或适配器继续训练，沿用其秩",
     )  # fmt: skip
+    create_new_adapter: bool = _key(
+        False, "bool", "put a new adapter on top of adapter_name_or_path, which is merged into the base first",
+        "在 adapter_name_or_path 之上训练新的适配器，前者先合并进基座模型",
+    )  # fmt: skip
+    cache_dir: str | None = _key(
+        None, "text", "where models from the hub are kept; none: HF_HOME says it",
+        "从模型仓库下载的模型存放处；不填：由 HF_HOME 指定",
+    )  # fmt: skip
     model_revision: str = _key(
         "main", "text", "branch, tag or commit on the hub", "模型仓库的分支、标签或提交"
     )
@@ -81,6 +89,11 @@ class TrainConfig:
     disable_gradient_checkpointing: bool = _key(
         False, "bool", "keep activations: faster by a third, needs more memory",
         "保留激活值：约快三分之一，但占用更多内存",
+    )  # fmt: skip
+    flash_attn: str = _key(
+        "auto", "text", "auto: the device decides; sdpa, fa2, fa3: torch's fused attention; disabled: plain products",
+        "auto：按设备选择；sdpa、fa2、fa3：torch 的融合注意力；disabled：普通矩阵乘法",
+        choices=("auto", "sdpa", "fa2", "fa3", "disabled"),
     )  # fmt: skip
     enable_liger_kernel: bool = _key(
         False, "bool", "fused layers of the package liger-kernel (CUDA only)",
@@ -226,6 +239,12 @@ class TrainConfig:
         MISSING, "text", "the run folder; the adapter goes to output_dir/adapter",
         "运行文件夹；适配器写入 output_dir/adapter",
     )  # fmt: skip
+    overwrite_output_dir: bool = _key(
+        False,
+        "bool",
+        "replace what an earlier run made, as --overwrite does",
+        "覆盖以前的结果，同 --overwrite",
+    )
     per_device_train_batch_size: int = _key(
         8, "int", "rows in one forward pass", "一次前向计算的数据条数", minimum=1
     )
@@ -258,6 +277,21 @@ class TrainConfig:
         "梯度范数超过此值时缩小到此值；0：不裁剪", minimum=0.0,
     )  # fmt: skip
     weight_decay: float = _key(0.0, "float", "AdamW's weight decay", "AdamW 的权重衰减", minimum=0.0)
+    adam_beta1: float = _key(
+        0.9, "float", "decay of AdamW's mean of gradients", "AdamW 梯度均值的衰减率", minimum=0.0,
+        exclusive_maximum=1.0,
+    )  # fmt: skip
+    adam_beta2: float = _key(
+        0.999, "float", "decay of AdamW's mean of squared gradients", "AdamW 梯度平方均值的衰减率", minimum=0.0,
+        exclusive_maximum=1.0,
+    )  # fmt: skip
+    adam_epsilon: float = _key(
+        1e-8,
+        "float",
+        "what AdamW adds to the root before it divides",
+        "AdamW 除法前加到平方根上的数",
+        minimum=0.0,
+    )
     fsdp: str | None = _key(
         None, "text", "shard the frozen weights over processes, for a base that does not fit on one GPU",
         "把冻结的权重分片到多个进程，用于单块 GPU 放不下的模型",
@@ -271,6 +305,9 @@ class TrainConfig:
     fp16: bool = _key(False, "bool", "compute in float16", "用 float16 计算")
     use_cpu: bool = _key(
         False, "bool", "train on the CPU even where there is a GPU", "即使有 GPU 也用 CPU 训练"
+    )
+    ddp_timeout: int = _key(
+        1800, "int", "seconds that a process waits for the others", "进程等待其他进程的秒数", minimum=1
     )
     disable_shuffling: bool = _key(False, "bool", "take the rows in their order", "不打乱数据顺序")
     seed: int = _key(
@@ -367,78 +404,3 @@ GROUPS = {
     "output_dir": ("Training", "训练"),
     "logging_steps": ("Logs, checkpoints and evaluations", "日志、检查点与评估"),
 }
-
-
-@dataclass(frozen=True)
-class Unused:
-    """A key of LLaMA-Factory that changes nothing here. values: the only ones accepted; None: any.
-
-    reason: why others are refused, or the key has no effect. warn: whether to say so.
-    """
-
-    values: tuple[Any, ...] | None
-    reason: str
-    reason_zh: str
-    warn: bool = False
-
-
-_NO_MODULES = Unused((None,), "only LoRA layers, or all weights, are trained", "只训练 LoRA 层或全部权重")
-_NO_VOCABULARY = Unused((None,), "the vocabulary stays that of the base model", "词表保持与基座模型一致")
-_NO_LOADER = Unused(None, "rows are encoded before training begins", "数据在训练开始前已全部编码")
-_NO_PICTURES = Unused(None, "only text is trained on", "只训练文本")
-_NO_DDP = Unused(None, "gradients are summed without torch's DDP", "不用 torch 的 DDP，梯度直接求和")
-_ALWAYS = Unused(None, "it is always so here", "此处总是如此")
-
-UNUSED = {
-    "add_tokens": _NO_VOCABULARY,
-    "additional_target": _NO_MODULES,
-    "cache_dir": Unused((None,), "HF_HOME names the cache", "缓存目录由 HF_HOME 指定"),
-    "compute_accuracy": Unused((False,), "`edge eval` scores answers", "用 `edge eval` 为回答打分"),
-    "create_new_adapter": Unused(
-        (False,), "adapter_name_or_path continues that adapter", "adapter_name_or_path 会继续训练该适配器"
-    ),
-    "dataloader_num_workers": _NO_LOADER,
-    "ddp_find_unused_parameters": _NO_DDP,
-    "ddp_timeout": _NO_DDP,
-    "deepspeed": Unused((None,), "weights are sharded by fsdp", "权重分片请用 fsdp"),
-    "do_eval": Unused(None, "val_size or eval_dataset decides it", "由 val_size 或 eval_dataset 决定"),
-    "do_predict": Unused((False,), "`edge eval` answers questions", "用 `edge eval` 生成回答"),
-    "do_train": Unused((True,), "`edge train` trains", "`edge train` 就是训练"),
-    "flash_attn": Unused(
-        ("auto", "sdpa"), "the attention is chosen by the device", "注意力实现按设备自动选择"
-    ),
-    "gradient_checkpointing": Unused(
-        (True,), "disable_gradient_checkpointing: true turns it off",
-        "关闭请用 disable_gradient_checkpointing: true",
-    ),
-    "image_max_pixels": _NO_PICTURES,
-    "include_num_input_tokens_seen": _ALWAYS,
-    "logging_dir": Unused(None, "logs go to output_dir", "日志写入 output_dir"),
-    "loraplus_lr_ratio": Unused((None,), "both matrices learn at one rate", "两个矩阵用同一学习率"),
-    "low_cpu_mem_usage": _ALWAYS,
-    "overwrite_cache": _NO_LOADER,
-    "overwrite_output_dir": Unused(
-        None, "--overwrite replaces what an earlier run made", "覆盖以前的结果请用 --overwrite", warn=True
-    ),
-    "preprocessing_num_workers": _NO_LOADER,
-    "pure_bf16": Unused((False,), "adapters are trained in float32", "适配器以 float32 训练"),
-    "quantization_method": Unused(
-        ("bnb", "bitsandbytes"), "4-bit weights are bitsandbytes'", "4 位权重由 bitsandbytes 量化"
-    ),
-    "quantization_type": Unused(("nf4",), "4-bit weights are NF4", "4 位权重为 NF4"),
-    "ray_num_workers": Unused(None, "several processes are started by torchrun", "多进程由 torchrun 启动"),
-    "ref_model": Unused((None,), "the reference is the model as it begins", "参考模型就是训练开始时的模型"),
-    "resize_vocab": Unused((False,), _NO_VOCABULARY.reason, _NO_VOCABULARY.reason_zh),
-    "rope_scaling": Unused((None,), "positions stay those of the base model", "位置编码保持与基座模型一致"),
-    "run_name": Unused(None, "a run is named by output_dir", "运行以 output_dir 命名"),
-    "save_safetensors": Unused((True,), "no pickle is written", "不写 pickle 文件"),
-    "streaming": Unused((False,), "rows are encoded before training begins", _NO_LOADER.reason_zh),
-    "tokenized_path": Unused((None,), "encoded rows are not kept", "不保存编码后的数据"),
-    "trust_remote_code": Unused(
-        None, "models are loaded with transformers' own classes, code from a repository is never run",
-        "只用 transformers 自带的类加载模型，从不运行仓库中的代码", warn=True,
-    ),
-    "upcast_layernorm": Unused((False,), "norms stay in the model's type", "归一化层保持模型的类型"),
-    "use_fast_tokenizer": Unused((True,), "only fast tokenizers are read", "只读取快速分词器"),
-    "video_max_pixels": _NO_PICTURES,
-}  # fmt: skip

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import MISSING
 from typing import Any
 
-from convert.config_keys import FIELDS, GROUPS, NUMBER, REQUIRED, UNUSED, Key, Unused, plain
+from convert.config_keys import FIELDS, GROUPS, NUMBER, REQUIRED, Key, plain
+from convert.config_unused import UNUSED, Unused
 
 # A whole number as text: 3, 3.0, 1e3.
 _WHOLE = r"([0-9]+(\.0*)?|([0-9]+\.?[0-9]*|\.[0-9]+)[eE]\+?[0-9]+)"
@@ -114,4 +115,4 @@ def _unused(unused: Unused) -> dict[str, Any]:
         "description": f"no other value is supported: {unused.reason}",
         "x-description-zh": f"不支持其他取值：{unused.reason_zh}",
     }
-    return {"enum": list(unused.values)} | about | {"x-status": "refused"}
+    return {"enum": [*unused.values, None]} | about | {"x-status": "refused"}

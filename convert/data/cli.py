@@ -75,7 +75,7 @@ def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     began = time.monotonic()
     folder = Path(config.model_name_or_path)
     if not folder.is_dir():
-        folder = hub.resolve(config.model_name_or_path, config.model_revision)
+        folder = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
     chat = chat_format.load(check_folder(folder, shown=config.model_name_or_path).path)
     for line in filter(
         None, (*config.warnings, chat_format.check_name(config.template, chat), *chat.warnings)

@@ -42,14 +42,15 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and name.split("/")[0] not in ("models", "runs")
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(name: str, revision: str | None = None, cache: str | None = None) -> Path:
     """The transformers folder behind `name`: an existing folder, or a hub id, downloaded or from the cache.
 
-    Raises InputError where it is no transformers folder with safetensors; as `snapshot` for the hub.
+    cache: the folder of the cache, in place of the hub's own. Raises InputError where it is no transformers
+    folder with safetensors; as `snapshot` for the hub.
     """
     path = Path(name)
     if not path.exists() and is_hub_id(name):
-        return check_folder(snapshot(name, revision), shown=name).path
+        return check_folder(snapshot(name, revision, cache=cache), shown=name).path
     if path.is_dir():
         return check_folder(path).path
     if path.is_file():
@@ -61,8 +62,10 @@ def resolve(name: str, revision: str | None = None) -> Path:
     raise InputError(f"no such model folder: {name}", f"get it: {command}")
 
 
-def snapshot(name: str, revision: str | None = None, *, console: Console | None = None) -> Path:
-    """Download what is missing of `name` into the hub's cache (HF_HOME); returns the snapshot's folder.
+def snapshot(
+    name: str, revision: str | None = None, *, cache: str | None = None, console: Console | None = None
+) -> Path:
+    """Download what is missing of `name` into the hub's cache (HF_HOME, or `cache`); returns the snapshot's folder.
 
     An interrupted download goes on where it stopped. Raises UnavailableError where the hub cannot be reached
     or refuses, InputError for an unknown name or revision, no safetensors, or a full disk.
@@ -75,13 +78,14 @@ def snapshot(name: str, revision: str | None = None, *, console: Console | None 
         "revision": revision,
         "allow_patterns": list(PATTERNS),
         "ignore_patterns": ["*/*"],
+        "cache_dir": cache,
     }
     try:
         if not constants.HF_HUB_OFFLINE:
             # Not reachable: the cache may still have it all, and the next call says why if not.
             with contextlib.suppress(errors.DryRunError):
                 plan = hub.snapshot_download(**wanted, dry_run=True)
-                _check_plan(name, plan)
+                _check_plan(name, plan, Path(cache or constants.HF_HUB_CACHE))
                 for file in plan:
                     if file.will_download and (file.file_size or 0) >= LARGE:
                         _fetch(name, file, console or Console(stderr=True))
@@ -92,16 +96,14 @@ def snapshot(name: str, revision: str | None = None, *, console: Console | None 
         _refuse(name, revision, error)
 
 
-def _check_plan(name: str, plan: list[Any]) -> None:
-    from huggingface_hub import constants
-
+def _check_plan(name: str, plan: list[Any], cache: Path) -> None:
     if not any(file.filename.endswith(".safetensors") for file in plan):
         raise InputError(
             f"{name} has no safetensors on the hub (pickles are not loaded)",
             "if you trust it, convert it: " + converts("AutoModelForCausalLM", name),
         )
     missing = sum(file.file_size or 0 for file in plan if file.will_download)
-    manifest.check_free(Path(constants.HF_HUB_CACHE), missing)
+    manifest.check_free(cache, missing)
 
 
 def _fetch(name: str, file: Any, console: Console) -> None:

@@ -252,7 +252,7 @@ def find_base(known: manifest.Manifest, adapter: Path) -> Path:
     if folder is None and name:
         from convert.model.hub import resolve
 
-        folder = resolve(name, known.settings.get("model_revision"))
+        folder = resolve(name, known.settings.get("model_revision"), known.settings.get("cache_dir"))
     if folder is None:
         raise InputError(f"{adapter / manifest.FILE} does not say which base it was trained on")
     if parent["digest"]:

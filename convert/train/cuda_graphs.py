@@ -69,10 +69,17 @@ def attention(
     return out[None], None
 
 
-def attention_name(place: Place, *, longest: int) -> str:
-    """The attention that a model is loaded with, to be trained on rows of at most `longest` tokens."""
-    if place.device != "cuda":
+def attention_name(place: Place, *, longest: int, asked: str = "auto") -> str:
+    """The attention that a model is loaded with, to be trained on rows of at most `longest` tokens.
+
+    asked: by flash_attn.
+    """
+    if asked == "disabled":
+        return "eager"
+    if place.device != "cuda" and asked == "auto":
         return "eager" if place.device == "cpu" and longest <= _EAGER_LONGEST else "sdpa"
+    if place.device != "cuda":
+        return "sdpa"
     register()
     return ATTENTION
 
@@ -92,6 +99,8 @@ def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
     """Why the settings need padded rows ("" if they do not)."""
     if dtype == torch.float32:
         return "float32 has no flash attention"
+    if config.flash_attn == "disabled":
+        return "flash_attn is disabled"
     if config.neftune_noise_alpha:
         return "neftune_noise_alpha scales its noise by the length of a row"
     return ""

@@ -6,6 +6,7 @@ same as that of one process which accumulates as many.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,9 +63,10 @@ class World:
             distributed.barrier()
 
 
-def join(*, cpu: bool) -> World:
+def join(*, cpu: bool, timeout: int = 1800) -> World:
     """The world that torchrun's variables describe; a single process without them.
 
+    timeout: seconds that a process waits for the others.
     Raises UsageError where there are more processes on this machine than GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -81,7 +83,9 @@ def join(*, cpu: bool) -> World:
         torch.cuda.set_device(local)
     if not distributed.is_initialized():
         device = torch.device("cuda", local) if cuda else None
-        distributed.init_process_group("nccl" if cuda else "gloo", device_id=device)
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo", device_id=device, timeout=datetime.timedelta(seconds=timeout)
+        )
     return World(rank, size, local)
 
 

@@ -85,6 +85,7 @@ def run(
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     try:
         with run_lock.hold(Path(config.output_dir)):
+            overwrite = overwrite or config.overwrite_output_dir
             job = Run.begin(config, overwrite=overwrite, console=console, again=again)
             with trainer.out_of_memory(job.config):
                 job.load()
@@ -142,7 +143,7 @@ class Run:
         """
         report("reading the data")
         resumed = _starting_point(config, overwrite)
-        base = base_folder(config.model_name_or_path, config.model_revision)
+        base = base_folder(config.model_name_or_path, config.model_revision, config.cache_dir)
         chat = chat_format.load(base)
         notes = [*config.warnings]
         if config.adapter_name_or_path:
@@ -151,7 +152,7 @@ class Run:
         notes += [line for line in (chat_format.check_name(config.template, chat), *chat.warnings) if line]
         data = prepare.prepare(config, chat)
         place = choose_place(config)
-        world = distributed.join(cpu=place.device == "cpu")
+        world = distributed.join(cpu=place.device == "cpu", timeout=config.ddp_timeout)
         if fsdp.asked(config, world):
             world = dataclasses.replace(world, sharded=True)
         if not world.first:
@@ -249,7 +250,7 @@ class Run:
             self.base,
             dataclasses.replace(place, dtype=torch.float32) if self.full else place,
             double_quant=config.double_quantization,
-            attention=cuda_graphs.attention_name(place, longest=self.data.longest),
+            attention=cuda_graphs.attention_name(place, longest=self.data.longest, asked=config.flash_attn),
             sharded=self.world.sharded,
         )
         self.quantized = quantized_layers(self.model) if place.four_bit else []
@@ -440,13 +441,13 @@ class Run:
         }
 
 
-def base_folder(name: str, revision: str | None) -> Path:
+def base_folder(name: str, revision: str | None, cache: str | None = None) -> Path:
     """The folder of the base model, checked: `name` itself, or what the hub has under it."""
     folder = Path(name)
     if not folder.is_dir():
         from convert.model.hub import resolve
 
-        folder = resolve(name, revision)
+        folder = resolve(name, revision, cache)
     return check_folder(folder, shown=name).path
 
 

@@ -317,6 +317,7 @@ def out_of_memory(config: TrainConfig) -> Iterator[None]:
 
 def _optimizer(parameters: list[Any], config: TrainConfig, device: str) -> Any:
     how: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    how |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optim == "paged_adamw_8bit":
         if not device.startswith("cuda"):
             raise UnavailableError(

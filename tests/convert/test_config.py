@@ -72,7 +72,7 @@ def test_example_of_llamafactory_loads_unchanged(tmp_path):
     assert config.learning_rate == 1e-4 and config.warmup_ratio == 0.1 and config.bf16
     assert config.lora_target == ("all",) and config.template == "deepseekr1"
     said = " ".join(config.warnings)
-    assert "trust_remote_code is ignored" in said and "overwrite_output_dir is ignored" in said
+    assert "trust_remote_code is ignored" in said and config.overwrite_output_dir
     assert (config.save_steps, config.plot_loss, config.report_to) == (500, True, ("none",))
     assert config.resume_from_checkpoint is None
 
@@ -143,6 +143,26 @@ def test_bad_values_name_the_field(key, value, message):
     with pytest.raises(UsageError) as caught:
         parse({**NEEDED, key: value})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "note"),
+    [
+        ("use_unsloth", True, "use_unsloth is ignored: training runs on this project's own CUDA kernels"),
+        ("freeze_vision_tower", True, "freeze_vision_tower is ignored: only text is trained on"),
+        ("flash_attn", "fa2", "flash_attn: fa2 is torch's own fused attention"),
+        ("infer_backend", "vllm", "infer_backend is ignored"),
+    ],
+)
+def test_taken_with_a_note(key, value, note):
+    assert note in " ".join(parse({**NEEDED, key: value}).warnings)
+
+
+@pytest.mark.parametrize(
+    "key", ["pissa_convert", "preprocessing_num_workers", "upcast_layernorm", "galore_rank"]
+)
+def test_taken_in_silence(key):
+    assert parse({**NEEDED, key: 4}) == parse(NEEDED)
 
 
 def test_unknown_key_names_the_nearest():

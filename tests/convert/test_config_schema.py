@@ -14,8 +14,9 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from convert.config import as_yaml, parse
-from convert.config_keys import FIELDS, UNUSED
+from convert.config_keys import FIELDS
 from convert.config_schema import schema
+from convert.config_unused import UNUSED
 from convert.train import cli
 from edge.errors import UsageError
 from tests.convert.test_config import DPO, NEEDED, QLORA
@@ -59,6 +60,7 @@ seed: 42
 stage: sft
 trust_remote_code: true
 warmup_steps: 0
+create_new_adapter: true
 """
 
 
@@ -114,8 +116,8 @@ def test_what_parse_accepts_is_valid(text: str) -> None:
 
 
 def test_a_key_that_is_refused_is_refused_by_both() -> None:
-    given = {**yaml.safe_load(BOARD), "create_new_adapter": True}
-    assert wrong_keys(given) == {"create_new_adapter"} == {refused(given)}
+    given = {**yaml.safe_load(BOARD), "use_galore": True}
+    assert wrong_keys(given) == {"use_galore"} == {refused(given)}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_what_yaml_makes_of_values_is_valid_too(line: str) -> None:
         "quantization_bit: 8", "save_strategy: true", "report_to: wandb", "report_to: [none, wandb]",
         "dataset: []", "dataset: 5", "dataset: [1]", "output_dir: ''", "output_dir: null", "max_steps: -2",
         "interleave_probs: 0.5;0.5", "interleave_probs: [0, 1]", "enable_thinking: none", "seed: '-1'",
-        "deepspeed: ds.json", "resize_vocab: true", "quantization_type: fp4", "flash_attn: fa2",
+        "deepspeed: ds.json", "resize_vocab: true", "quantization_type: fp4", "flash_attn: fa4",
         "learning_rate: 10%",
     ],
 )  # fmt: skip
