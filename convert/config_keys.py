@@ -69,7 +69,7 @@ class TrainConfig:
         "从已有的运行或适配器继续训练，沿用其秩",
     )  # fmt: skip
     create_new_adapter: bool = _key(
-        False, "bool", "put a new adapter on top of adapter_name_or_path, which is merged into the base first",
+        False, "bool", "put a new adapter on top of adapter_name_or_path, which is merged first",
         "在 adapter_name_or_path 之上训练新的适配器，前者先合并进基座模型",
     )  # fmt: skip
     cache_dir: str | None = _key(
@@ -91,7 +91,8 @@ class TrainConfig:
         "保留激活值：约快三分之一，但占用更多内存",
     )  # fmt: skip
     flash_attn: str = _key(
-        "auto", "text", "auto: the device decides; sdpa, fa2, fa3: torch's fused attention; disabled: plain products",
+        "auto", "text", "auto: the device decides; sdpa, fa2, fa3: torch's fused attention; "
+        "disabled: plain products",
         "auto：按设备选择；sdpa、fa2、fa3：torch 的融合注意力；disabled：普通矩阵乘法",
         choices=("auto", "sdpa", "fa2", "fa3", "disabled"),
     )  # fmt: skip
@@ -282,8 +283,8 @@ class TrainConfig:
         exclusive_maximum=1.0,
     )  # fmt: skip
     adam_beta2: float = _key(
-        0.999, "float", "decay of AdamW's mean of squared gradients", "AdamW 梯度平方均值的衰减率", minimum=0.0,
-        exclusive_maximum=1.0,
+        0.999, "float", "decay of AdamW's mean of squared gradients", "AdamW 梯度平方均值的衰减率",
+        minimum=0.0, exclusive_maximum=1.0,
     )  # fmt: skip
     adam_epsilon: float = _key(
         1e-8,

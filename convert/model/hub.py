@@ -65,10 +65,11 @@ def resolve(name: str, revision: str | None = None, cache: str | None = None) ->
 def snapshot(
     name: str, revision: str | None = None, *, cache: str | None = None, console: Console | None = None
 ) -> Path:
-    """Download what is missing of `name` into the hub's cache (HF_HOME, or `cache`); returns the snapshot's folder.
+    """Download what is missing of `name` into the hub's cache; returns the snapshot's folder.
 
-    An interrupted download goes on where it stopped. Raises UnavailableError where the hub cannot be reached
-    or refuses, InputError for an unknown name or revision, no safetensors, or a full disk.
+    cache: the folder of the cache; None: as HF_HOME says. An interrupted download goes on where it stopped.
+    Raises UnavailableError where the hub cannot be reached or refuses, InputError for an unknown name or
+    revision, no safetensors, or a full disk.
     """
     import huggingface_hub as hub
     from huggingface_hub import constants, errors

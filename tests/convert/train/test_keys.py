@@ -1,0 +1,89 @@
+"""Keys of LLaMA-Factory whose effect shows: in weights, losses, files, or what is asked of a library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from convert.config import TrainConfig
+from convert.model import hub
+from convert.train import distributed, finetune
+from edge.errors import ExistsError
+from tests.support.runs import configure
+
+QUIET = Console(quiet=True)
+Made = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Made:
+    return configure(tmp_path_factory.mktemp("keys"), base, max_steps=3, save_strategy="no")
+
+
+def weights(config: TrainConfig) -> torch.Tensor:
+    """All of the adapter that a run ends with, in one vector."""
+    tensors = load_file(finetune.run(config, console=QUIET) / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.fixture(scope="module")
+def plain(made: Made) -> torch.Tensor:
+    return weights(made("plain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"adam_beta1": 0.0}, {"adam_beta2": 0.5}, {"adam_epsilon": 1.0}, {"flash_attn": "sdpa"}],
+    ids=str,
+)
+def test_the_weights_change(made: Made, plain: torch.Tensor, changes: dict[str, Any]) -> None:
+    assert not torch.equal(weights(made(f"{changes}", **changes)), plain)
+
+
+@pytest.mark.slow
+def test_the_attention_is_the_one_that_is_named(made: Made) -> None:
+    for name, attention in (("disabled", "eager"), ("fa2", "sdpa")):
+        job = finetune.Run.begin(made(name, flash_attn=name), overwrite=False, console=QUIET, again="")
+        job.load()
+        assert job.model.config._attn_implementation == attention
+
+
+@pytest.mark.slow
+def test_an_earlier_run_is_replaced_where_that_is_asked_for(made: Made, plain: torch.Tensor) -> None:
+    with pytest.raises(ExistsError, match="--overwrite"):
+        finetune.run(made("plain"), console=QUIET)
+    assert torch.equal(weights(made("plain", overwrite_output_dir=True)), plain)
+
+
+def test_processes_wait_as_long_as_ddp_timeout_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(distributed.distributed, "init_process_group", lambda _, **how: asked.update(how))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    # What LLaMA-Factory's examples have.
+    assert distributed.join(cpu=True, timeout=180000000).rank == 1
+    assert asked["timeout"] == timedelta(seconds=180000000)
+
+
+def test_models_are_kept_in_cache_dir(
+    made: Made, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def download(**how: Any) -> str:
+        asked.append(how["cache_dir"])
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert finetune.base_folder("some/model", "main", str(tmp_path)) == base
+    assert asked == [str(tmp_path)]
+    assert hub.resolve("some/model") == base and asked[1] is None
