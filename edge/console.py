@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 T = TypeVar("T")
+# Ctrl-C, the end of a session, and what stands for Ctrl-C between processes on Windows.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+)
 # Seconds between two lines of one stage, but for those of training steps.
 _EVERY_S = 0.2
 
@@ -168,6 +172,8 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    if sys.platform == "win32":
+        signal.signal(signal.SIGBREAK, signal.default_int_handler)
     try:
         try:
             return run(argv)

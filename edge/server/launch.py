@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from edge.console import report
+from edge.console import STOP_SIGNALS, report
 from edge.machine.llamacpp_source import PACKAGE, STOCK
 from edge.server.access import BACKLOG, Access
 from edge.server.app import create_app
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
     # uvicorn raises the signal that ended it once more; a drained server ends with code 0.
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, self.handle_exit) for s in STOP_SIGNALS}
         try:
             yield
         finally:
