@@ -6,7 +6,7 @@
     JOBS/0007/log.txt         its words
     JOBS/0007/stop, kill      requests
 
-Times are seconds since 1970. A job whose processes are gone without an exit code is lost: it was killed, or the
+Times are seconds since 1970. A job whose processes are gone without an exit code is lost: killed, or the
 machine went down.
 """
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from edge.jobs.job import RUNNING, Job, interrupt, jobs, process, spawn, write
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, name), lambda *_: None)
     job = Job(Path(argv[0]))
     path = job.folder / "state.json"
-    state = {"supervisor": process(os.getpid())}
+    state: dict[str, Any] = {"supervisor": process(os.getpid())}
     write(path, state)
     code: int | None = None
     while code is None and waits(job):

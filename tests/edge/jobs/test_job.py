@@ -8,21 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from edge.errors import EdgeError, InputError
+from edge.jobs import job as job_module
 from edge.jobs.job import Job, jobs, read, start, write
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield
+    for supervisor in job_module._started:
+        supervisor.wait(30)
 
 
 def python(code: str) -> list[str]:
