@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,15 +27,18 @@ def levels() -> list[list[str]]:
     return [line.replace("/", ".").split() for line in block.strip().splitlines()]
 
 
+@functools.cache
+def statements(text: str) -> list[ast.Import | ast.ImportFrom]:
+    """Each import of a source."""
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports(module: str, texts: dict[str, str]) -> Iterator[tuple[int, str]]:
     """(line, imported module) of each import of ours, those inside functions and for types included."""
-    for node in ast.walk(ast.parse(texts[module])):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
+    for node in statements(texts[module]):
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
         for name in names:
             shorter = (name, name.rpartition(".")[0])
             found = next(
@@ -108,11 +112,9 @@ def test_every_room_of_the_order_is_there() -> None:
 def test_no_module_of_edge_names_a_training_library() -> None:
     for module, text in sources().items():
         if module.startswith("edge."):
-            for node in ast.walk(ast.parse(text)):
-                names = []
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
+            for node in statements(text):
+                names = [alias.name for alias in node.names]
+                if isinstance(node, ast.ImportFrom):
                     names = [node.module or ""]
                 assert not {name.split(".")[0] for name in names} & set(HEAVY), module
 

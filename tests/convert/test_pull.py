@@ -409,12 +409,19 @@ def test_a_damaged_part_is_found_out(folder: Path, tmp_path: Path) -> None:
         pytest.param(
             "org/tiny", [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids", marks=pytest.mark.slow
         ),
-        ("org/tiny", [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "set HF_ENDPOINT to a mirror"),
-        (
+        pytest.param(
+            "org/tiny",
+            [],
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "set HF_ENDPOINT to a mirror",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "org/tiny",
             [],
             {"ALL_PROXY": "socks://127.0.0.1:7891/", "NO_PROXY": ""},
             "ALL_PROXY names a socks:// proxy",
+            marks=pytest.mark.slow,
         ),
     ],
 )

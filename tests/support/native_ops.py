@@ -1,9 +1,11 @@
 """The installed llama.cpp's products and attention against float64, as a process of its own.
 
-    python native_ops.py products TYPE ROWS [ROWS ...]
-    python native_ops.py stages TYPE TYPE_OF_VALUES ROWS [ROWS ...]
-    python native_ops.py attention WIDTH HEADS CACHED_HEADS TOKENS STREAMS CELLS MASK
-    python native_ops.py pages
+It reads jobs, one a line, and ends what it writes about each with a line `end`:
+
+    products TYPE ROWS [ROWS ...]
+    stages TYPE TYPE_OF_VALUES ROWS [ROWS ...]
+    attention WIDTH HEADS CACHED_HEADS TOKENS STREAMS CELLS MASK
+    pages
 
 Products: for every number of rows `"ROWS ERROR ALIKE"`, the largest error as a share of the largest result,
 and whether each row is, to the bit, what it is alone. Values are whole numbers, and each block holds 127, so
@@ -337,11 +339,11 @@ def pages() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "pages":
-        pages()
-    elif sys.argv[1] == "products":
-        products(*sys.argv[2:])
-    elif sys.argv[1] == "stages":
-        stages(*sys.argv[2:])
-    else:
-        attention(*map(int, sys.argv[2:8]), sys.argv[8])
+    for line in sys.stdin:
+        job, *given = line.split()
+        if job == "attention":
+            attention(*map(int, given[:6]), given[6])
+        else:
+            {"products": products, "stages": stages, "pages": pages}[job](*given)
+        sys.stdout.write("end\n")
+        sys.stdout.flush()

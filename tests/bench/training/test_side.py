@@ -24,6 +24,7 @@ def test_a_course_notes_when_the_loss_has_arrived() -> None:
     assert numbers["memory_peak"] >= numbers["training_peak"] > 2**20
 
 
+@pytest.mark.slow
 def test_sides_take_turns_and_a_failure_has_its_last_words(tmp_path, monkeypatch) -> None:
     (tmp_path / "told.py").write_text("import sys; print('log'); print('[1, \"' + sys.argv[1] + '\"]')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

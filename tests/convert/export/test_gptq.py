@@ -134,6 +134,7 @@ def test_a_file_is_closer_to_its_source(
     assert sorted(one.name for one in path.parent.iterdir()) == sorted(["edge.json", path.name])
 
 
+@pytest.mark.slow
 def test_what_gptq_cannot_do_is_said(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(UsageError, match="cannot choose the codes of Q8_0"):

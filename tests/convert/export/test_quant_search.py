@@ -70,6 +70,7 @@ def test_the_table_names_the_factor() -> None:
     assert "recommended; KL 3.00 times smaller" in text and "KL 2.00 times larger" in text
 
 
+@pytest.mark.slow
 def test_whole_types_have_no_matrix(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(UsageError, match="F16 is not quantised"):

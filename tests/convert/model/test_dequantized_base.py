@@ -14,6 +14,7 @@ from convert.model.hf_folder import check_folder, check_safetensors
 from convert.model.safetensors_io import Part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("double", [True, False])
 def test_rows_are_what_bitsandbytes_gives(

@@ -33,6 +33,7 @@ def test_scores(answer, reference, want):
     assert tuple(bleu_rouge.score(answer, reference, spaces).values()) == pytest.approx(want, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_words_are_jiebas():
     split = bleu_rouge.words()
     assert split("我来到北京清华大学") == ["我", "来到", "北京", "清华大学"]

@@ -17,6 +17,7 @@ def made(tmp_path, base):
     return configure(tmp_path, base, quantization_bit=4)
 
 
+@pytest.mark.slow
 def test_liger_is_never_left_out_in_silence(base, made, monkeypatch):
     with pytest.raises(EdgeError, match="enable_liger_kernel: true needs CUDA, training runs on cpu"):
         finetune.run(made(enable_liger_kernel=True))
@@ -38,7 +39,8 @@ def test_liger_is_never_left_out_in_silence(base, made, monkeypatch):
         load_model.use_liger(one, place)
 
 
-def test_place(made, monkeypatch):
+def test_place(tmp_path, monkeypatch):
+    made = configure(tmp_path, tmp_path / "none", quantization_bit=4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     place = load_model.choose_place(made(use_cpu=False))

@@ -16,6 +16,7 @@ from edge.backends import linux_memory
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="does nothing on other systems")
 
 
+@pytest.mark.slow
 def test_cleared_memory_is_returned_until_it_is_written_to() -> None:
     size, process = 2**28, psutil.Process()
     before = process.memory_info().rss
@@ -51,6 +52,7 @@ def _in_huge_pages() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
     reason="the kernel has no transparent huge pages",

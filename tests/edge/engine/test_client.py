@@ -105,6 +105,7 @@ def test_a_refused_request_raises_what_the_engine_said() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_left_or_cancelled_frees_its_slot() -> None:
     async def test() -> None:
         async with engine(reply="z" * 3000, context=4096, step_s=0.005, slots=1) as process:
@@ -146,6 +147,7 @@ def test_a_crash_answers_what_was_in_flight_and_starts_another_worker() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_told_as_the_reason() -> None:
     async def test() -> None:
         async with engine(fails_at=4) as process:
@@ -158,6 +160,7 @@ def test_a_failed_step_is_told_as_the_reason() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_model_that_dies_while_it_loads_is_given_up() -> None:
     async def test() -> None:
         process = EngineProcess(Load("fake", settings={"no_such_setting": 1}))
@@ -208,6 +211,7 @@ def _fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(client, name, seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no process can be stopped here")
 @pytest.mark.usefixtures("_fast_beats")
 def test_a_stopped_engine_is_not_ready_and_goes_on_or_is_replaced() -> None:
@@ -236,6 +240,7 @@ def test_a_stopped_engine_is_not_ready_and_goes_on_or_is_replaced() -> None:
     run(test)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fast_beats")
 def test_a_long_step_is_a_sign_of_life() -> None:
     async def test() -> None:
@@ -249,6 +254,7 @@ def test_a_long_step_is_a_sign_of_life() -> None:
     run(test)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no process can be stopped here")
 @pytest.mark.usefixtures("_fast_beats")
 def test_a_stopped_engine_cannot_keep_a_request_beyond_its_time() -> None:
@@ -271,6 +277,7 @@ def test_a_stopped_engine_cannot_keep_a_request_beyond_its_time() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_model_that_dies_at_each_request_is_given_up() -> None:
     async def test() -> None:
         async with engine(fails_at=1) as process:
@@ -289,6 +296,7 @@ def test_a_model_that_dies_at_each_request_is_given_up() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_model_that_finishes_answers_is_not_given_up() -> None:
     async def test() -> None:
         async with engine(reply="z", script=[["long", "z" * 3000]], context=4096, step_s=0.005) as process:
@@ -307,6 +315,7 @@ def test_a_model_that_finishes_answers_is_not_given_up() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_call_that_is_left_is_cancelled() -> None:
     async def test() -> None:
         async with engine(context=64) as process:
@@ -321,6 +330,7 @@ def test_a_call_that_is_left_is_cancelled() -> None:
     run(test)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
 def test_a_signal_to_the_whole_group_lets_what_runs_end() -> None:
     """As `timeout`, systemd and containers stop a server: the worker waits to be told to drain."""

@@ -82,6 +82,7 @@ def test_any_interleaving_gives_what_each_would_get_alone(
     interleave(busy, make(slots=1, context=48), todo, speculate=speculate)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=120)
 @given(
     st.lists(plans, min_size=1, max_size=8),

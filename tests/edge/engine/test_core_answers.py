@@ -161,7 +161,7 @@ def test_speculation_saves_most_steps_where_text_repeats() -> None:
     assert fast.done(1).accepted > 150
 
 
-@pytest.mark.parametrize("row", [0.02, 0.25, 0.6])
+@pytest.mark.parametrize("row", [*(pytest.param(row, marks=pytest.mark.slow) for row in (0.02, 0.25)), 0.6])
 def test_speculation_is_never_much_slower_and_twice_as_fast_where_rows_are_cheap(row: float) -> None:
     """Seconds of a backend whose steps take 10 ms, and `row` of that for each row more."""
 

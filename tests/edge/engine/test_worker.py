@@ -129,6 +129,7 @@ def test_a_worker_ends_with_the_process_that_started_it() -> None:
         assert host.process.wait(10.0) == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_told_with_what_to_do(tmp_path: Path) -> None:
     with worker(Load("llamacpp", path=str(tmp_path / "missing.gguf"))) as host:
         failed = host.next(msg.Ready, msg.Failed)
@@ -137,6 +138,7 @@ def test_what_cannot_be_loaded_is_told_with_what_to_do(tmp_path: Path) -> None:
         assert host.process.wait(10.0) > 0
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_asks_for_another_worker() -> None:
     with worker(Load("fake", settings={"fails_at": 3})) as host:
         host.send(msg.Submit(1, "x", Params(ignore_eos=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnxruntime", "onnx", "tokenizers")),
     reason="needs the packages for ONNX",
 )
+
+
+# An interpreter that loads llama.cpp: one for all plans.
+PROBE = functools.cache(build_llamacpp.probe)
+
+
+@pytest.fixture(autouse=True)
+def _probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_llamacpp, "probe", PROBE)
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,7 @@ int main() { configure(); return 2; }
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("g++") is None,
     reason="GCC on x86-64",
@@ -290,6 +291,7 @@ def test_the_amx_header_hands_over_the_whole_configuration(tmp_path: Path, level
     assert subprocess.run([str(tmp_path / "check")], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_installed_build_decodes() -> None:
     pytest.importorskip("llama_cpp")
     assert build_llamacpp.check("extra") == "ok"

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from edge.server import api
 from edge.server.app import FAMILIES
-from tests.support.fake_server import Server, error, fake_server
-
-
-@pytest.fixture(scope="module")
-def spelling() -> Iterator[Server]:
-    """Answers everything with one text, quickly."""
-    with fake_server(reply="你好, world! <end>", context=256, slots=4) as server:
-        yield server
+from tests.support.fake_server import CLIENT, Server, error
 
 
 @pytest.mark.parametrize("text", ["{", "[1,2", '{"prompt": "a", "temperature": NaN}', "null", '"x"'])
 def test_bodies_that_are_no_request(spelling: Server, text: str) -> None:
-    response = httpx.post(
+    response = CLIENT.post(
         spelling.url + "/generate", content=text, headers={"content-type": "application/json"}
     )
     assert response.status_code == 400
@@ -68,11 +59,11 @@ def test_a_part_of_a_message_that_has_the_wrong_type_is_the_clients_error(spelli
 def test_head_is_answered_wherever_get_is(spelling: Server) -> None:
     paths = ["/health", "/ready", "/v1/models", "/v1/models/fake", "/api/tags", "/api/ps", "/api/version"]
     for path in [*paths, "/info", "/metrics", "/", "/docs", "/openapi.json", "/models"]:
-        head = httpx.head(spelling.url + path)
+        head = CLIENT.head(spelling.url + path)
         assert (head.status_code, head.content) == (200, b""), path
         assert head.headers["content-type"] == spelling.get(path).headers["content-type"]
-    assert httpx.head(spelling.url + "/nowhere").status_code == 404
-    assert httpx.head(spelling.url + "/v1/completions").status_code == 405
+    assert CLIENT.head(spelling.url + "/nowhere").status_code == 404
+    assert CLIENT.head(spelling.url + "/v1/completions").status_code == 405
     assert 'method="HEAD"' in spelling.get("/metrics").text
 
 

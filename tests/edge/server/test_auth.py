@@ -6,19 +6,10 @@ import base64
 import json
 import sys
 import time
-from collections.abc import Iterator
 
-import httpx
 import pytest
 
-from tests.support.fake_server import Server, error, fake_server, launch
-
-
-@pytest.fixture(scope="module")
-def spelling() -> Iterator[Server]:
-    """Answers everything with one text, quickly."""
-    with fake_server(reply="你好, world! <end>", context=256, slots=4) as server:
-        yield server
+from tests.support.fake_server import CLIENT, Server, error, launch
 
 
 def test_a_foreign_host_or_origin_is_refused(spelling: Server) -> None:
@@ -50,61 +41,56 @@ def test_a_body_over_the_limit_is_refused(spelling: Server) -> None:
     # Said at once, or counted as it comes: the same words.
     chunks = (big[i : i + 65536] for i in range(0, len(big), 65536))
     for content in (big, chunks):
-        response = httpx.post(spelling.url + "/generate", content=content, headers=headers)
+        response = CLIENT.post(spelling.url + "/generate", content=content, headers=headers)
         assert response.status_code == 413
         assert error(response)["code"] == "body_too_large"
         assert error(response)["message"] == "the body is over 4194304 bytes"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    origins = ["https://app.example", "app://obsidian.md", "http://localhost:*"]
-    with fake_server(reply="你好", context=256, origins=origins) as started:
-        yield started
-
-
-def test_a_configured_origin_may_call_and_no_other(server: Server) -> None:
-    allowed = server.get("/info", headers={"origin": "https://app.example"})
+def test_a_configured_origin_may_call_and_no_other(spelling: Server) -> None:
+    allowed = spelling.get("/info", headers={"origin": "https://app.example"})
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
     ask = {"origin": "https://app.example", "access-control-request-method": "POST"}
-    preflight = httpx.options(server.url + "/generate", headers=ask)
+    preflight = CLIENT.options(spelling.url + "/generate", headers=ask)
     assert preflight.status_code == 204
     assert "authorization" in preflight.headers["access-control-allow-headers"]
     # The headers that are asked for are those that are allowed.
     names = "anthropic-version,content-type,x-stainless-lang, x-stainless-os"
-    asked = httpx.options(
-        server.url + "/v1/messages", headers={**ask, "access-control-request-headers": names}
+    asked = CLIENT.options(
+        spelling.url + "/v1/messages", headers={**ask, "access-control-request-headers": names}
     )
     assert asked.headers["access-control-allow-headers"] == names
     assert "access-control-request-headers" in asked.headers["vary"]
     odd = {**ask, "access-control-request-headers": "x: y".encode("latin-1") + b"\xe9"}
-    assert "authorization" in httpx.options(server.url, headers=odd).headers["access-control-allow-headers"]
+    assert (
+        "authorization" in CLIENT.options(spelling.url, headers=odd).headers["access-control-allow-headers"]
+    )
     for origin in ("app://obsidian.md", "http://localhost:5173"):
-        given = server.get("/info", headers={"origin": origin})
+        given = spelling.get("/info", headers={"origin": origin})
         assert given.headers["access-control-allow-origin"] == origin
     other = {**ask, "origin": "https://app.example.evil"}
-    refused = httpx.options(server.url + "/generate", headers=other)
+    refused = CLIENT.options(spelling.url + "/generate", headers=other)
     assert refused.status_code == 403
     assert "access-control-allow-origin" not in refused.headers
 
 
-def test_images_and_forms_of_foreign_pages_are_refused(server: Server) -> None:
+def test_images_and_forms_of_foreign_pages_are_refused(spelling: Server) -> None:
     for site in ("cross-site", "same-site"):
-        response = server.get("/generate", params={"prompt": "x"}, headers={"sec-fetch-site": site})
+        response = spelling.get("/generate", params={"prompt": "x"}, headers={"sec-fetch-site": site})
         assert response.status_code == 403
-    own = server.get("/generate", params={"prompt": "x"}, headers={"sec-fetch-site": "same-origin"})
+    own = spelling.get("/generate", params={"prompt": "x"}, headers={"sec-fetch-site": "same-origin"})
     assert own.status_code == 200
     # A link to the page is harmless.
-    assert server.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200
-    assert server.get("/info", headers={"host": "[::1"}).status_code in (400, 403)
+    assert spelling.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200
+    assert spelling.get("/info", headers={"host": "[::1"}).status_code in (400, 403)
 
 
-def test_any_content_type_is_read_as_json(server: Server) -> None:
+def test_any_content_type_is_read_as_json(spelling: Server) -> None:
     body = json.dumps({"model": "fake", "prompt": "x", "stream": False})
-    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-8"):
-        response = httpx.post(server.url + "/api/generate", content=body, headers={"content-type": kind})
-        assert response.json()["response"] == "你好", kind
-    assert httpx.post(server.url + "/api/generate", content=body).json()["response"] == "你好"
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-8", None):
+        headers = {"content-type": kind} if kind else {}
+        response = CLIENT.post(spelling.url + "/api/generate", content=body, headers=headers)
+        assert response.json()["response"] == "你好, world! <end>", kind
 
 
 @pytest.mark.slow

@@ -10,12 +10,11 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.fake_server import Server, fake_server
+from tests.support.fake_server import CLIENT, Server, fake_server
 
 pytestmark = pytest.mark.slow
 
@@ -86,8 +85,7 @@ def test_any_body_gets_an_answer_that_is_known(server: Server, route: str, data:
         inner = {**USER[0], data.draw(st.sampled_from(KEYS)): data.draw(values)}
         body["messages"] = [*body["messages"], inner]
     text = json.dumps(body)
-    with httpx.Client(timeout=30) as client:
-        response = client.post(server.url + route, content=text.encode("utf-8"))
+    response = CLIENT.post(server.url + route, content=text.encode("utf-8"))
     assert response.status_code in ALLOWED, (response.status_code, response.text[:300], text[:2000])
     if response.headers["content-type"] == "application/json":
         assert isinstance(response.json(), dict)
@@ -98,7 +96,7 @@ def test_any_body_gets_an_answer_that_is_known(server: Server, route: str, data:
 @pytest.mark.parametrize("depth", [50, 5000, 200_000])
 def test_nesting_is_no_way_in(server: Server, depth: int) -> None:
     for text in ("[" * depth, '{"prompt":' + "[" * depth + "]" * depth + "}"):
-        response = httpx.post(server.url + "/generate", content=text, timeout=30)
+        response = CLIENT.post(server.url + "/generate", content=text)
         assert response.status_code == 400
     deep: Any = {}
     for _ in range(200):

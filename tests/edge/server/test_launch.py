@@ -15,12 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from edge.server import launch
-from tests.support.fake_server import CHAT, error, fake_server, user
+from tests.support.fake_server import CHAT, CLIENT, error, fake_server, user
 
 
 @pytest.mark.slow
@@ -54,7 +53,7 @@ def test_sigterm_drains_and_exits_with_zero(group: bool) -> None:
     """Also where the whole group is told, as by `timeout`, systemd or a container's stop."""
     with fake_server(reply="w" * 3000, context=4096, step_s=0.02, drain=20.0) as server:
         body = {"prompt": "x", "max_tokens": 30, "stream": True, "speculate": False}
-        with httpx.stream("POST", server.url + "/generate", json=body, timeout=30) as response:
+        with CLIENT.stream("POST", server.url + "/generate", json=body) as response:
             lines = response.iter_lines()
             first = next(lines)
             worker = server.worker()

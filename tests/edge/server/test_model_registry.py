@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.fake_server import Server, fake_server, user
+from tests.support.fake_server import CLIENT, Server, fake_server, user
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_model_at_work_is_not_pushed_out() -> None:
     endless = {"reply": "x" * 3000, "context": 4096, "step_s": 0.01, "bytes": 60}
     with fake_server(models={"a": endless, "b": {"reply": "b", "bytes": 60}}, budget=100) as server:
         body = {"prompt": "x", "stream": True, "speculate": False}
-        with httpx.stream("POST", server.url + "/generate", json=body, timeout=30) as response:
+        with CLIENT.stream("POST", server.url + "/generate", json=body) as response:
             lines = response.iter_lines()
             next(lines)
             refused = ask(server, "b")
@@ -90,7 +90,7 @@ def test_m6_a_reload_swaps_a_new_export_in_and_drops_no_stream(tmp_path: Path) -
         file.write_text(json.dumps({**old, "reply": "new", "digest": "sha256:new"}), encoding="utf-8")
         assert ask(server).json()["digest"] == "sha256:old"
         body = {"prompt": "x", "stream": True, "speculate": False}
-        with httpx.stream("POST", server.url + "/generate", json=body, timeout=30) as response:
+        with CLIENT.stream("POST", server.url + "/generate", json=body) as response:
             lines = response.iter_lines()
             first = next(lines)
             swapped = server.post("/admin/reload", {"model": "m"}, headers=key).json()

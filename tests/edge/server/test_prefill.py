@@ -89,8 +89,8 @@ def test_a_new_turn_is_opened_on_request(server: Server) -> None:
             {"add_generation_prompt": True, "continue_final_message": True},
             "add_generation_prompt",
         ),
-        ("drops", TURNS, {}, "messages"),
-        ("raises", TURNS, {}, "messages"),
+        pytest.param("drops", TURNS, {}, "messages", marks=pytest.mark.slow),
+        pytest.param("raises", TURNS, {}, "messages", marks=pytest.mark.slow),
         ("fake", [*user("\ufdd0"), TURNS[1]], {}, "messages"),
     ],
 )

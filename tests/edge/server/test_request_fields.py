@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.support.fake_server import Server, error, fake_server, user
-
-
-@pytest.fixture(scope="module")
-def spelling() -> Iterator[Server]:
-    """Answers everything with one text, quickly."""
-    with fake_server(reply="你好, world! <end>", context=256, slots=4) as server:
-        yield server
+from tests.support.fake_server import CLIENT, Server, error, user
 
 
 @pytest.mark.parametrize(
@@ -112,7 +103,7 @@ def test_an_id_that_no_vocabulary_has_is_refused(
 ) -> None:
     text = json.dumps(body)
     key = text.replace('{"ID"', f'{{"{number}"').replace('"ID"', str(number))
-    response = httpx.post(spelling.url + path, content=key, timeout=30)
+    response = CLIENT.post(spelling.url + path, content=key)
     assert response.status_code == 400, response.text
     assert "param" in error(response)
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from edge.server.streaming import start_streams
-from tests.support.fake_server import CHAT, Server, error, events, fake_server, user
+from tests.support.fake_server import CHAT, CLIENT, Server, error, events, fake_server, user
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,7 @@ def running(server: Server, count: int) -> Iterator[None]:
         streams = []
         for _ in range(count):
             body = {"prompt": "x", "stream": True, "speculate": False}
-            response = held.enter_context(
-                httpx.stream("POST", server.url + "/generate", json=body, timeout=30)
-            )
+            response = held.enter_context(CLIENT.stream("POST", server.url + "/generate", json=body))
             assert response.status_code == 200
             lines = response.iter_lines()
             next(lines)

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from tests.support.fake_server import Server, events, fake_server, user
-
-
-@pytest.fixture(scope="module")
-def spelling() -> Iterator[Server]:
-    """Answers everything with one text, quickly."""
-    with fake_server(reply="你好, world! <end>", context=256, slots=4) as server:
-        yield server
+from tests.support.fake_server import Server, events, user
 
 
 def test_get_generate_answers_as_the_tutorial_does(spelling: Server) -> None:

@@ -15,13 +15,6 @@ EMOJI = "你好👩\u200d🚀🇨🇳"
 
 
 @pytest.fixture(scope="module")
-def spelling() -> Iterator[Server]:
-    """Answers everything with one text, quickly."""
-    with fake_server(reply="你好, world! <end>", context=256, slots=4) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def emoji() -> Iterator[Server]:
     with fake_server(reply=EMOJI, context=256) as server:
         yield server
@@ -194,27 +187,6 @@ def test_s9_a_thought_that_the_template_opened_is_split_off() -> None:
         assert "".join(delta.get("content", "") for delta in deltas) == "b"
 
 
-REPLY = "你好, world!"
-
-
-THINKER = (
-    "{% for m in messages %}{{ m.content }}{% endfor %}"
-    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    common = {"context": 256, "slots": 4}
-    models = {
-        "fake": {**common, "reply": REPLY},
-        "chance": common,
-        "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
-    }
-    with fake_server(models=models) as started:
-        yield started
-
-
 def test_several_choices_differ_by_seed_and_count_the_prompt_once(server: Server) -> None:
     body = {"model": "chance", "messages": user(), "n": 3, "seed": 5, "max_tokens": 20, "ignore_eos": True}
     whole = server.post(CHAT, body).json()
@@ -288,13 +260,7 @@ def test_the_models(server: Server) -> None:
     assert server.get("/v1/models/nobody").status_code == 404
 
 
-@pytest.fixture
-def roomy() -> Iterator[Server]:
-    with fake_server(reply="x", context=1024, batch=256) as started:
-        yield started
-
-
-def test_u23_a_choice_among_some_of_the_tools(roomy: Server) -> None:
+def test_u23_a_choice_among_some_of_the_tools(server: Server) -> None:
     schema = {"type": "object", "properties": {}, "additionalProperties": False}
     tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("f", "g")]
 
@@ -302,7 +268,7 @@ def test_u23_a_choice_among_some_of_the_tools(roomy: Server) -> None:
         chosen = [{"type": "function", "function": {"name": name}} for name in names]
         choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": chosen}}
         body = {"messages": user(), "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
-        return roomy.post(CHAT, body)
+        return server.post(CHAT, body)
 
     [call] = ask("required", "g").json()["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "g"

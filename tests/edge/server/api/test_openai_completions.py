@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.support.fake_server import Server, events, fake_server
-
-REPLY = "你好, world!"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with fake_server(reply=REPLY, context=256, slots=4) as started:
-        yield started
+from tests.support.family_server import REPLY
 
 
 def test_lists_of_prompts_in_the_older_interface(server: Server) -> None:
@@ -36,6 +28,7 @@ def test_lists_of_prompts_in_the_older_interface(server: Server) -> None:
     assert server.post(url, {"prompt": [[1, 999]]}).status_code == 400
 
 
+@pytest.mark.slow
 def test_when_one_of_many_cannot_start_none_goes_on() -> None:
     """What the engine refuses, and what cannot even be sent to it."""
     with fake_server(reply="x" * 5000, context=4096, slots=4, step_s=0.02, max_queue=64) as slow:

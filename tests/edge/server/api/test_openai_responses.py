@@ -2,27 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from tests.support.fake_server import Server, fake_server, named_events
-
-THINKER = (
-    "{% for m in messages %}{{ m.content }}{% endfor %}"
-    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    common = {"context": 1024, "slots": 4, "batch": 128}
-    models = {
-        "fake": {**common, "reply": "你好, world!"},
-        "thinker": {**common, "reply": "well</think>\n\nseven", "chat_template": THINKER},
-    }
-    with fake_server(models=models) as started:
-        yield started
+from tests.support.fake_server import Server, named_events
 
 
 def test_responses_are_stateless_and_in_order(server: Server) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
-from tests.support.fake_server import Server, fake_server
+from tests.support.fake_server import CLIENT, Server, fake_server
 
 # Seconds of servers and training: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -40,7 +39,7 @@ def test_the_page_runs_nothing_but_its_own_script(server: Server) -> None:
     assert "http:" not in response.text.replace("http://www.w3.org/2000/svg", "")
     assert "https:" not in response.text
     assert " style=" not in response.text
-    assert httpx.head(server.url + "/").status_code == 200
+    assert CLIENT.head(server.url + "/").status_code == 200
     words = re.search(
         r"const WORDS = \{\n  en: \{(.*?)\n  \},\n  zh: \{(.*?)\n  \},\n\};", response.text, re.DOTALL
     )
