@@ -6,9 +6,12 @@ one token more than the tokenizer knows of.
 
 from __future__ import annotations
 
+import json
 import warnings
 from functools import cache
 from pathlib import Path
+
+from tests.support.tiny_safetensors import safetensors
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHATML = (
@@ -52,6 +55,22 @@ def _tokenizer_json(vocab: int) -> str:
     unused = vocab - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([AddedToken(f"<|unused_{n}|>", special=True) for n in range(unused)])
     return tokenizer.to_str()
+
+
+def make_stub(folder: Path, *, template: str = CHATML) -> Path:
+    """Write to `folder` the toy with a stub for its weights: importing what makes real ones takes seconds."""
+    folder.mkdir(parents=True)
+    words = {"bos_token": IM_START, "eos_token": IM_END, "pad_token": IM_END}
+    for name, content in (
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **words}),
+        ("generation_config.json", {"eos_token_id": [2, 0], "pad_token_id": 2}),
+        ("config.json", {"model_type": "llama", "max_position_embeddings": 512, "vocab_size": 384}),
+    ):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    safetensors(folder / "model.safetensors", bytes(1000))
+    (folder / "tokenizer.json").write_text(_tokenizer_json(384), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
 
 
 def make_model(

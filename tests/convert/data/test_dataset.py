@@ -9,7 +9,7 @@ from convert.data import dataset, dataset_info, encode
 from convert.model import chat_format
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, UsageError
-from tests.support.toy import CHATML, IM_END, IM_START, THINKING, make_model
+from tests.support.toy import CHATML, IM_END, IM_START, THINKING, make_stub
 
 ROW = {"instruction": "Who are you?", "output": "The conch."}
 
@@ -28,12 +28,12 @@ def load(tmp_path, rows=None, *, max_samples=None, strict=False, **how):
 
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory):
-    return chat_format.load(make_model(tmp_path_factory.mktemp("m") / "chatml", template=CHATML))
+    return chat_format.load(make_stub(tmp_path_factory.mktemp("m") / "chatml", template=CHATML))
 
 
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory):
-    return chat_format.load(make_model(tmp_path_factory.mktemp("m") / "think", template=THINKING))
+    return chat_format.load(make_stub(tmp_path_factory.mktemp("m") / "think", template=THINKING))
 
 
 def text_of(form, ids):
@@ -284,7 +284,7 @@ def test_a_template_without_an_end_token_gets_the_tokenizers(tmp_path):
     source = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '\\n' }}{% endfor %}assistant:"
     )
-    form = chat_format.load(make_model(tmp_path / "m", template=source))
+    form = chat_format.load(make_stub(tmp_path / "m", template=source))
     (sample,) = encode.encode([row("q", " No. ")], form, dataset.Report())
     assert learnt(form, sample) == f"No.{IM_END}" and "ends an answer with no token" in form.warnings[0]
 
@@ -297,7 +297,7 @@ def test_names_of_templates(chatml):
 
 
 def test_missing_parts_of_a_model(tmp_path):
-    folder = make_model(tmp_path / "m")
+    folder = make_stub(tmp_path / "m")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="has no chat template"):
         chat_format.load(folder)

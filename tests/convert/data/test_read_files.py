@@ -12,7 +12,7 @@ from convert.data import cli, dataset, dataset_info, encode, read_files
 from convert.data.dataset_info import read_info
 from convert.model import chat_format
 from edge.errors import InputError, UsageError
-from tests.support.toy import IM_END, make_model
+from tests.support.toy import IM_END, make_stub
 
 ROW = {"instruction": "Who are you?", "output": "The conch."}
 # As Qwen's: the tools in front, a call as JSON between tags.
@@ -120,7 +120,7 @@ def test_preference_rows_of_each_format(tmp_path):
 
 
 def test_pairs_have_loss_on_both_answers_alone(tmp_path):
-    form = chat_format.load(make_model(tmp_path / "m"))
+    form = chat_format.load(make_stub(tmp_path / "m"))
     row = dataset_info.Row("r", [{"role": "user", "content": "q"}], None, "good", "bad")
     (pair,) = encode.pairs([row], form, dataset.Report(), encode.Rules())
     for sample, answer in ((pair.chosen, "good"), (pair.rejected, "bad")):
@@ -150,14 +150,14 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path):
     found, report = load(tmp_path, formatting="sharegpt")
     assert [one["role"] for one in found[0].messages] == ["user", "assistant", "tool", "assistant"]
     assert report.bad == [("d, row 2", "message 2 is no tool call with a name and an object of arguments")]
-    form = chat_format.load(make_model(tmp_path / "m", template=TOOLS))
+    form = chat_format.load(make_stub(tmp_path / "m", template=TOOLS))
     (sample,) = encode.encode(found, form, dataset.Report())
     learnt = [label for label in sample.labels if label != encode.IGNORED]
     said = form.tokenizer.decode(learnt, skip_special_tokens=False)
     assert said == f'<tool_call>weather {{"city": "上海"}}{IM_END}No.{IM_END}'
     whole = form.tokenizer.decode(list(sample.ids), skip_special_tokens=False)
     assert '"description": "d"' in whole and "tool\nsun" in whole
-    plain = chat_format.load(make_model(tmp_path / "plain"))
+    plain = chat_format.load(make_stub(tmp_path / "plain"))
     report = dataset.Report()
     assert encode.encode(found, plain, report) == []
     assert "does not show tool calls" in report.bad[0][1]
@@ -214,7 +214,7 @@ def test_edge_data_shows_it_all(tmp_path):
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
     config = parse(
         {
-            "model_name_or_path": str(make_model(tmp_path / "m")),
+            "model_name_or_path": str(make_stub(tmp_path / "m")),
             "dataset": "d",
             "dataset_dir": str(tmp_path),
             "output_dir": "o",
@@ -257,7 +257,7 @@ def test_rows_beyond_cutoff_len_are_not_counted_as_trained(tmp_path, val_size, s
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
     config = parse(
         {
-            "model_name_or_path": str(make_model(tmp_path / "m")),
+            "model_name_or_path": str(make_stub(tmp_path / "m")),
             "dataset": "d",
             "dataset_dir": str(tmp_path),
             "output_dir": "o",
@@ -387,7 +387,7 @@ def test_parallel_calls_are_learnt_as_the_template_writes_them(tmp_path):
     ]
     (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
     found, report = load(tmp_path, formatting="openai")
-    form = chat_format.load(make_model(tmp_path / "m", template=TOOLS))
+    form = chat_format.load(make_stub(tmp_path / "m", template=TOOLS))
     [sample] = encode.encode(found, form, report)
     assert not report.bad
     whole = form.tokenizer.decode(sample.ids, skip_special_tokens=False)

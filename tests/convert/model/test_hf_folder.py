@@ -110,7 +110,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
 
 @pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.make_model(tmp_path_factory.mktemp("模型") / "toy")
+    return toy.make_stub(tmp_path_factory.mktemp("模型") / "toy")
 
 
 @pytest.mark.parametrize(
