@@ -38,6 +38,7 @@ def texts(found):
     return [[message["content"] for message in one.messages] for one in found]
 
 
+@pytest.mark.slow
 def test_csv_and_parquet_are_the_same_rows(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -163,6 +164,7 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path):
     assert "does not show tool calls" in report.bad[0][1]
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []

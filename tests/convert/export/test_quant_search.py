@@ -116,6 +116,7 @@ def test_a_real_search(
     assert manifest.read(path.parent).settings["ladder"]["chosen"] == record["chosen"]
 
 
+@pytest.mark.slow
 def test_a_matrix_needs_a_data_set(tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(InputError, match="measuring needs rows of the data set: no adapter with a data set"):

@@ -19,6 +19,9 @@ from edge.errors import InputError
 from tests.support.families import make_family, make_run
 from tests.support.matrix import few
 
+# Each makes a model of its own.
+pytestmark = pytest.mark.slow
+
 IDS = list(range(5, 60))
 
 
@@ -40,7 +43,6 @@ def uneven(folder: Path, reader: str) -> float:
     return float(seen[0].max() / seen[0].median())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", few(["llama", "qwen2", "qwen3", "phi3"], ["llama", "phi3"]))
 def test_a_model_stays_the_same_and_its_activations_are_evener(tmp_path: Path, family: str) -> None:
     merged = make_run(tmp_path, family) / "merged"
@@ -64,7 +66,6 @@ def test_a_model_stays_the_same_and_its_activations_are_evener(tmp_path: Path, f
     assert torch.equal(file[table], weights[table]) and file[table].dtype == torch.float16
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", few(["gemma2", "phi"], ["gemma2"]))
 def test_layers_that_are_built_otherwise_are_left_as_they_are(tmp_path: Path, family: str) -> None:
     merged = make_run(tmp_path, family) / "merged"
@@ -72,7 +73,6 @@ def test_layers_that_are_built_otherwise_are_left_as_they_are(tmp_path: Path, fa
         smoothquant.run(merged, manifest.read(merged), tmp_path / "even")
 
 
-@pytest.mark.slow
 def test_an_export_in_8_bits_is_smoothed_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     run = make_run(tmp_path, "llama")

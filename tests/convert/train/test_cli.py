@@ -13,6 +13,7 @@ from edge.console import guarded
 from tests.support.runs import configure
 
 
+@pytest.mark.slow
 def test_progress_as_json_lines(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = configure(tmp_path, base)(max_steps=3, val_size=2, eval_strategy="steps", eval_steps=2)
     path = tmp_path / "配置.yaml"
