@@ -20,7 +20,6 @@ READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 NESTED = {
     "export": ("gguf", "lora", "ollama", "onnx"),
     "bench": ("train", "compare"),
-    "bench.training.gpu": ("make", "run", "side", "show"),
 }
 
 

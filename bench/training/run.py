@@ -2,20 +2,24 @@
 
     edge bench train examples/smollm2_qlora.yaml max_steps=30 --rounds 3
     edge bench train examples/smollm2_qlora.yaml --parts speed,packing,memory,heldout --run RUN
+    edge bench train examples/qlora_random_rows.yaml --shape 1.5B --parts batches --batches 1x1024,4x1024
 
 Both sides get the same model, adapter, rows, batch size, optimizer and number of steps, in turn, each in a
-process of its own; tokens are real ones, without padding. Further parts: packed rows, the estimate of memory
-against the measured peak, and held-out questions. The last line is JSON.
+process of its own; tokens are real ones, without padding. Further parts: packed rows, random rows in batches
+of several sizes, the estimate of memory against the measured peak, and held-out questions. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,8 +37,9 @@ from edge.console import guarded
 from edge.errors import UsageError
 from edge.machine import hardware
 
-SCHEMA = 2
-PARTS = ("speed", "packing", "memory", "heldout")
+SCHEMA = 3
+PARTS = ("speed", "packing", "batches", "memory", "heldout")
+SIZES = ("memory_peak", "gpu_peak", "gpu_reserved", "estimate")
 HEADINGS = ("", "plain loop", "edge", "better by")
 _PACKAGES = ("edge", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
 # Six ways to take memory: batch size, checkpointing, 16-bit weights, packed rows, one row at a time.
@@ -46,26 +51,57 @@ SETTINGS: tuple[tuple[str, ...], ...] = (
     ("per_device_train_batch_size=8", "quantization_bit=null"),
     ("per_device_train_batch_size=4", "neat_packing=true"),
 )
+# Of Qwen2: hidden size, intermediate size, layers, attention heads, key/value heads.
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2),
+    "1.5B": (1536, 8960, 28, 12, 2),
+    "7B": (3584, 18944, 28, 28, 4),
+}
+VOCABULARY = 151936
+# Steps of a batch of random rows, and the first of them, which set up and capture CUDA graphs.
+BATCH_STEPS, WARM = 16, 4
 DEFINITIONS = {
     "tokens/s": "real tokens trained on, without padding, over the time from before the first step to the "
-    "end; loading the model is not in it; median of the rounds",
+    "end, of batches of random rows without the first steps; loading the model is not in it; median of the "
+    "rounds",
     "seconds to loss": "until the training loss, smoothed over steps (each counts a tenth), is as low as was "
     "asked for",
     "peak memory": "the most that the process ever held (resident), loading included; on a GPU what "
-    "PyTorch allocated",
+    "PyTorch allocated; reserved: what it took from the driver; estimate: what `edge train` says of ours "
+    "before it loads anything",
     "better by": "the geometric mean of the rounds' ratios, each between neighbours in time, with the "
     "smallest and the largest",
 }
 
 
-def speed(part: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Ours against the plain loop, in turn. In the part "packing" ours packs rows into cutoff_len tokens."""
+def random_weights(folder: Path, shape: str) -> None:
+    """Write a model of Qwen2's shape, its head and embeddings apart as in DeepSeek's distills."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    config = Qwen2Config(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def speed(part: str, options: argparse.Namespace, console: Console, *more: str) -> dict[str, Any]:
+    """Ours against the plain loop, in turn. In the part "packing" ours packs rows into cutoff_len tokens.
+
+    more: further words for both sides.
+    """
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
 
     def words(side: str) -> list[str]:
         console.print(f"{part}: {side}")
-        more = ["neat_packing=true"] if part == "packing" and side == "edge" else []
-        given = [str(options.config), *options.overrides, *more, "--loss", str(options.loss)]
+        packing = ["neat_packing=true"] if part == "packing" and side == "edge" else []
+        given = [str(options.config), *options.overrides, *packing, "--loss", str(options.loss), *more]
         return ["bench.training.side", side, *given]
 
     for number, side, numbers in in_turn(SIDES, options.rounds, words):
@@ -78,20 +114,31 @@ def speed(part: str, options: argparse.Namespace, console: Console) -> dict[str,
     return {"goal": options.loss, "rounds": results} | compared(results)
 
 
+def batches(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """`speed` over random rows, by the size of a batch, such as 4x1024."""
+    results = {}
+    for size in options.batches.split(","):
+        rows, length = size.split("x")
+        settings = [f"per_device_train_batch_size={rows}", f"max_steps={BATCH_STEPS}"]
+        random_rows = ["--length", length, "--warm", str(WARM), "--cap", str(options.cap)]
+        results[size] = speed(size, options, console, *settings, *random_rows)
+    return results
+
+
 def compared(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The medians of each side, and how many times better edge is, round by round."""
     medians: dict[str, Any] = {}
     for side, rounds in results.items():
         arrived = [numbers["seconds_to_loss"] for numbers in rounds]
-        peaks = [numbers["gpu_peak"] for numbers in rounds if numbers["gpu_peak"] is not None]
         medians[side] = {
             "tokens_per_s": statistics.median(numbers["tokens_per_s"] for numbers in rounds),
             "tokens_per_s_interval": metrics.interval([numbers["tokens_per_s"] for numbers in rounds]),
+            "least": min(numbers["tokens_per_s"] for numbers in rounds),
+            "most": max(numbers["tokens_per_s"] for numbers in rounds),
             # Where a round never arrived there is no median of all.
             "seconds_to_loss": None if None in arrived else statistics.median(arrived),
             "loss": statistics.median(numbers["loss"] for numbers in rounds),
-            "memory_peak": max(numbers["memory_peak"] for numbers in rounds),
-            "gpu_peak": max(peaks, default=None),
+            **{size: max(numbers.get(size) or 0 for numbers in rounds) or None for size in SIZES},
         }
     better = {}
     for figure in ("tokens_per_s", "seconds_to_loss", "memory_peak", "gpu_peak"):
@@ -144,33 +191,40 @@ def heldout(run: Path, questions: Path, console: Console) -> dict[str, Any]:
 
 
 def rows_of(part: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what, plain, edge, better by) of a part that `speed` measured."""
-    plain, mine = (part["sides"][side] for side in SIDES)
+    """(what, plain, edge, better by) of a part that `speed` measured; sizes that neither has are left out."""
+    sides = [
+        figures | {size: f"{figures[size] / 2**20:,.0f} MiB" for size in SIZES if figures[size]}
+        for figures in (part["sides"][side] for side in SIDES)
+    ]
     rows = []
-    for title, figure, form, divisor in (
-        ("tokens/s", "tokens_per_s", "{:.0f}", 1),
-        (f"seconds to loss {part['goal']:g}", "seconds_to_loss", "{:.1f}", 1),
-        ("peak memory", "memory_peak", "{:,.0f} MiB", 2**20),
-        ("peak memory of the GPU", "gpu_peak", "{:,.0f} MiB", 2**20),
-        ("loss at the end", "loss", "{:.3f}", 1),
+    for title, figure, form in (
+        ("tokens/s", "tokens_per_s", "{tokens_per_s:,.0f} ({least:,.0f} to {most:,.0f})"),
+        (f"seconds to loss {part['goal']:g}", "seconds_to_loss", "{seconds_to_loss:.1f}"),
+        ("peak memory", "memory_peak", "{memory_peak}"),
+        ("peak memory of the GPU", "gpu_peak", "{gpu_peak}"),
+        ("reserved of the GPU", "gpu_reserved", "{gpu_reserved}"),
+        ("estimate", "estimate", "{estimate}"),
+        ("loss at the end", "loss", "{loss:.3f}"),
     ):
-        if figure == "gpu_peak" and plain[figure] is None:
+        if figure in SIZES and all(side[figure] is None for side in sides):
             continue
-        before, after = (
-            "not reached" if side[figure] is None else form.format(side[figure] / divisor)
-            for side in (plain, mine)
-        )
+        missing = "-" if figure in SIZES else "not reached"
+        before, after = (missing if side[figure] is None else form.format(**side) for side in sides)
         ratio = part["better_by"].get(figure)
         spread = f", {ratio['low']:.2f} to {ratio['high']:.2f}" if ratio and ratio["pairs"] > 1 else ""
         rows.append((title, before, after, f"{ratio['value']:.2f} x{spread}" if ratio else ""))
     return rows
 
 
+def compared_parts(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(title, results) of all that `speed` measured."""
+    yield from ((name, report[name]) for name in ("speed", "packing") if name in report)
+    yield from ((f"random rows, {size}", part) for size, part in report.get("batches", {}).items())
+
+
 def show(report: dict[str, Any], console: Console) -> None:
-    for name in ("speed", "packing"):
-        if name in report:
-            title = f"{name}: {report['config']}"
-            console.print(grid.terminal(HEADINGS, rows_of(report[name]), title=title))
+    for title, part in compared_parts(report):
+        console.print(grid.terminal(HEADINGS, rows_of(part), title=f"{title}: {report['config']}"))
     for text in report["warnings"]:
         console.print(f"warning: {text}", style="yellow")
 
@@ -178,9 +232,8 @@ def show(report: dict[str, Any], console: Console) -> None:
 def markdown(report: dict[str, Any]) -> str:
     """training.md."""
     lines = [f"# Training: {report['config']}", ""]
-    for name in ("speed", "packing"):
-        if name in report:
-            lines += [f"## {name}", "", grid.markdown(HEADINGS, rows_of(report[name]))]
+    for title, part in compared_parts(report):
+        lines += [f"## {title}", "", grid.markdown(HEADINGS, rows_of(part))]
     if "memory" in report:
         cells = [
             [
@@ -198,10 +251,11 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["## Held-out questions", "", hits, ""]
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    processors = [f"{machine['cpu']}, {machine['threads']} cores", *(gpu["name"] for gpu in machine["gpus"])]
     lines += ["## What the figures mean", "", *(f"- {name}: {text}" for name, text in DEFINITIONS.items())]
     lines += [
         *("", "## Machine", ""),
-        f"- {machine['cpu']}, {machine['threads']} cores, {machine['os']}",
+        f"- {'; '.join(processors)}; {machine['os']}",
         f"- {versions}",
         f"- {report['created']}, {report['seconds']:.0f} s in all: `{report['command']}`",
         *(f"- beware: {text}" for text in report["warnings"]),
@@ -212,9 +266,8 @@ def markdown(report: dict[str, Any]) -> str:
 def headline(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the last line on standard output says."""
     line: dict[str, Any] = {name: report[name] for name in ("memory", "heldout") if name in report}
-    for name in ("speed", "packing"):
-        if name in report:
-            line[name] = {key: report[name][key] for key in ("goal", "sides", "better_by")}
+    for title, part in compared_parts(report):
+        line[title] = {key: part[key] for key in ("goal", "sides", "better_by")}
     return {"config": report["config"], **line, "warnings": len(report["warnings"]), "report": str(folder)}
 
 
@@ -223,8 +276,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_steps=30")
     parser.add_argument("--parts", default="speed", help=f"some of {','.join(PARTS)} (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of speed and packing (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each comparison (%(default)s)")
     parser.add_argument("--loss", type=float, default=1.0, help="the loss to arrive at (%(default)s)")
+    parser.add_argument("--batches", default="1x1024,4x1024", help="ROWSxTOKENS of batches (%(default)s)")
+    parser.add_argument("--cap", type=float, default=0.0, help="GB of the GPU that batches may use; 0: all")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="make model_name_or_path, of random weights")
     parser.add_argument("--steps", type=int, default=8, help="of each memory setting (%(default)s)")
     parser.add_argument("--run", type=Path, help="the run for heldout (default: the configuration's)")
     parser.add_argument("--out", type=Path, help="where training.json and .md go (default: the run folder)")
@@ -234,7 +290,11 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--parts: there is no '{unknown[0]}'", f"there are {', '.join(PARTS)}")
     if options.rounds < 1 or options.steps < 1:
         raise UsageError("--rounds and --steps are whole numbers from 1 on")
+    if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) for size in options.batches.split(",")):
+        raise UsageError(f"--batches {options.batches}: not ROWSxTOKENS", "such as 1x1024,4x1024")
     config = load_train_config(options.config, options.overrides)
+    if options.shape and not Path(config.model_name_or_path).exists():
+        random_weights(Path(config.model_name_or_path), options.shape)
     console = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
     began, before = time.perf_counter(), noise()
     report: dict[str, Any] = {
@@ -269,6 +329,8 @@ def measure(
     for part in ("speed", "packing"):
         if part in parts:
             results[part] = speed(part, options, console)
+    if "batches" in parts:
+        results["batches"] = batches(options, console)
     if "memory" in parts:
         results["memory"] = memory(options.config, options.overrides, options.steps, console)
     if "heldout" in parts:

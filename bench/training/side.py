@@ -1,10 +1,13 @@
 """One side of a comparison of training, in a process of its own, so that its peak of memory is its own.
 
     python -m bench.training.side edge|plain CONFIG.yaml [key=value ...] --loss 1.0
+    torchrun --nproc-per-node 2 -m bench.training.side edge CONFIG.yaml max_steps=16 --length 1024 --warm 4
 
 "edge" trains as `edge train` does. "plain" is the loop that a tutorial writes with transformers, peft and
-bitsandbytes: shuffled batches padded to their longest row, an attention mask, the model's own loss. The last
-line is JSON: `Course.numbers`.
+bitsandbytes: shuffled batches padded to their longest row, an attention mask, the model's own loss. --length
+trains random rows of that many tokens in place of the configuration's data. One clock times both sides: the
+wall time around each step, its data included, with the device synchronised. The last line is JSON:
+`Course.numbers`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +32,7 @@ from edge.console import guarded
 from edge.errors import EdgeError
 
 if TYPE_CHECKING:
+    from convert.config import TrainConfig
     from convert.train.finetune import Run
 
 SIDES = ("plain", "edge")
@@ -39,11 +44,13 @@ class Course:
     """Follows a run: tokens without padding, losses, times, and when the smoothed loss is `goal` or less.
 
     Seconds count from `begin`, right before the first step. The loss is smoothed over steps, each of which
-    counts a tenth; the first counts whole.
+    counts a tenth; the first counts whole. warm: first steps that the rate leaves out, for they set up and
+    capture CUDA graphs.
     """
 
-    def __init__(self, goal: float = 0.0) -> None:
-        self.goal, self.tokens, self.smooth = goal, 0, 0.0
+    def __init__(self, goal: float = 0.0, warm: int = 0) -> None:
+        self.goal, self.warm, self.smooth = goal, warm, 0.0
+        self.tokens = self.warm_tokens = 0
         self.losses: list[float] = []
         self.times: list[float] = []
         self.arrived: float | None = None
@@ -53,18 +60,19 @@ class Course:
 
         self.loading_peak = memory_peak()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if _CLEAR.exists():
             _CLEAR.write_text("5", encoding="utf-8")
-        self._began = time.monotonic()
+        self._began = synchronised_time()
 
     def step(self, loss: float, tokens: int) -> None:
+        self.times.append(synchronised_time() - self._began)
         self.smooth = 0.9 * self.smooth + 0.1 * loss if self.losses else loss
         self.tokens += tokens
         self.losses.append(loss)
-        self.times.append(time.monotonic() - self._began)
+        if len(self.losses) == self.warm:
+            self.warm_tokens = self.tokens
         if self.arrived is None and self.smooth <= self.goal:
             self.arrived = self.times[-1]
 
@@ -73,22 +81,37 @@ class Course:
 
     def numbers(self) -> dict[str, Any]:
         """memory_peak: bytes of the process, loading included; training_peak: from the first step on, of the
-        GPU where there is one; gpu_peak: what PyTorch allocated there, None without one.
+        GPU where there is one; gpu_peak, gpu_reserved: what PyTorch allocated there and took from the driver,
+        None without one. loss: smoothed.
         """
         import torch
 
-        gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+        on_gpu = torch.cuda.is_available()
+        gpu = int(torch.cuda.max_memory_allocated()) if on_gpu else None
         peak = memory_peak()
         return {
-            "tokens_per_s": self.tokens / self.times[-1],
+            "tokens_per_s": (self.tokens - self.warm_tokens) / sum(self.step_seconds()[self.warm :]),
             "seconds": self.times[-1],
+            "setting_up_s": sum(self.step_seconds()[: self.warm]),
             "seconds_to_loss": self.arrived,
             "loss": self.smooth,
+            "first_loss": self.losses[0],
+            "last_loss": self.losses[-1],
             "steps": len(self.losses),
             "memory_peak": max(self.loading_peak, peak),
             "training_peak": gpu or peak,
             "gpu_peak": gpu,
+            "gpu_reserved": int(torch.cuda.max_memory_reserved()) if on_gpu else None,
         }
+
+
+def synchronised_time() -> float:
+    """Seconds on a monotonic clock, once the GPU has done all that it was asked for."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def memory_peak() -> int:
@@ -104,20 +127,48 @@ def memory_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def load(side: str, run: Run) -> None:
-    """Load the base of a run, and put its adapter over it, as the side does."""
-    from convert.train import load_model
+def begin(config: TrainConfig, length: int) -> Run:
+    """The run of a configuration; length: over random rows of so many tokens, 0: over its own data.
 
-    if side == "edge":
-        run.load()
-    else:
-        run.model = load_model.add_adapter(load_model.load_model(run.base, run.place), run.config)
+    Random rows are as many as all steps take. The model then needs no tokenizer.
+    """
+    from rich.console import Console
+
+    from convert.data.prepare import Prepared
+    from convert.model.hf_folder import read_config
+    from convert.train import distributed, finetune
+    from convert.train.load_model import choose_place
+
+    console = Console(stderr=True)
+    if not length:
+        return finetune.Run.begin(config, overwrite=True, console=console, again="")
+    base, place = Path(config.model_name_or_path), choose_place(config)
+    world = distributed.join(cpu=place.device == "cpu")
+    in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+    # Neither a chat format nor a report: the rows are random.
+    nothing: Any = None
+    rows = random_rows(in_step * config.max_steps, length, read_config(base)["vocab_size"])
+    return finetune.Run(
+        config, base, nothing, Prepared(rows, [], nothing), place, world, None, console, again=""
+    )
+
+
+def random_rows(count: int, length: int, vocabulary: int) -> list[Any]:
+    """`count` rows of `length` random tokens, all of which are learnt."""
+    from convert.data.encode import Sample
+
+    draw = random.Random(0)
+    return [
+        Sample(f"row {n}", array("l", draw.choices(range(vocabulary), k=length)), ((1, length),), row=n)
+        for n in range(count)
+    ]
 
 
 def train(side: str, run: Run, course: Course) -> None:
-    """Train what `load` loaded."""
+    """Load the base of a run, put its adapter over it and train, as the side does."""
     if side == "plain":
         return _plain(run, course)
+    run.load()
     run.build_objective()
     run.resume()
     before = 0
@@ -137,9 +188,10 @@ def _plain(run: Run, course: Course) -> None:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from convert.train import trainer
+    from convert.train import load_model, trainer
 
-    config, device, model = run.config, run.place.device, run.model.train()
+    config, device = run.config, run.place.device
+    model = load_model.add_adapter(load_model.load_model(run.base, run.place), config).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     paged = config.optim == "paged_adamw_8bit"
     optimizer = (bitsandbytes.optim.PagedAdamW8bit if paged else torch.optim.AdamW)(
@@ -192,11 +244,11 @@ def in_turn(
     """
     for number in range(rounds):
         for side in sides[:: -1 if number % 2 else 1]:
-            done = subprocess.run([sys.executable, "-m", *words(side)], capture_output=True, check=False)
-            if done.returncode:
-                tail = done.stderr.decode("utf-8", "replace").strip().splitlines()[-6:]
+            process = subprocess.run([sys.executable, "-m", *words(side)], capture_output=True, check=False)
+            if process.returncode:
+                tail = process.stderr.decode("utf-8", "replace").strip().splitlines()[-6:]
                 raise EdgeError(f"training with the {side} loop failed", "\n  ".join(tail))
-            yield number, side, json.loads(done.stdout.splitlines()[-1])
+            yield number, side, json.loads(process.stdout.splitlines()[-1])
 
 
 def main(argv: list[str]) -> int:
@@ -206,23 +258,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--loss", type=float, default=0.0)
+    parser.add_argument("--loss", type=float, default=0.0, help="the loss to arrive at")
+    parser.add_argument("--warm", type=int, default=0, help="first steps that the rate leaves out")
+    parser.add_argument("--length", type=int, default=0, help="tokens of random rows; 0: the data")
+    parser.add_argument("--cap", type=float, default=0.0, help="GB of the GPU that it may use; 0: all")
     args = parser.parse_intermixed_args(argv)
-    from rich.console import Console
-
     from convert.config import load_train_config
-    from convert.train import finetune
+    from convert.train import distributed
 
     config = load_train_config(args.config, args.overrides)
-    course = Course(args.loss)
+    course = Course(args.loss, args.warm)
     # What is in the configuration's own folder stays as it is.
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as folder:
-        config = dataclasses.replace(config, output_dir=folder)
-        run = finetune.Run.begin(config, overwrite=True, console=Console(stderr=True), again="")
-        load(args.side, run)
+        run = begin(dataclasses.replace(config, output_dir=folder), args.length)
+        if args.cap:
+            import torch
+
+            torch.cuda.set_per_process_memory_fraction(args.cap * 1e9 / torch.cuda.mem_get_info()[1])
         train(args.side, run, course)
         numbers = course.numbers() | ({"estimate": estimate(run)} if args.side == "edge" else {})
-    sys.stdout.write(json.dumps(numbers) + "\n")
+    if run.world.first:
+        sys.stdout.write(json.dumps(numbers) + "\n")
+    distributed.leave()
     return 0
 
 

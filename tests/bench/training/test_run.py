@@ -44,7 +44,8 @@ def test_every_part(tmp_path, capsys, monkeypatch):
     path = tmp_path / "c.yaml"
     path.write_text(as_yaml(config), encoding="utf-8")
     monkeypatch.setattr(train, "SETTINGS", (("per_device_train_batch_size=1",),))
-    words = ["--rounds", "1", "--steps", "2", "--parts", "speed,memory,heldout", "--loss", "4"]
+    words = ["--rounds", "1", "--steps", "2", "--parts", "speed,batches,memory,heldout", "--loss", "4"]
+    words += ["--batches", "2x16"]
     assert cli.main(["train", str(path), *words]) == 0
     shown = capsys.readouterr().out
     found = json.loads(shown.splitlines()[-1])
@@ -60,6 +61,11 @@ def test_every_part(tmp_path, capsys, monkeypatch):
     assert kept["speed"]["rounds"]["edge"][0]["steps"] == 36
     text = (tmp_path / "run" / "training.md").read_text(encoding="utf-8")
     assert "| tokens/s |" in text and f"edge bench train {path}" in text
+    for (numbers,) in kept["batches"]["2x16"]["rounds"].values():
+        # Twelve of the sixteen steps count, of two rows of 16 tokens each.
+        seconds = numbers["seconds"] - numbers["setting_up_s"]
+        assert numbers["steps"] == 16 and numbers["tokens_per_s"] == pytest.approx(12 * 32 / seconds)
+    assert "## random rows, 2x16" in text
     (line,) = found["memory"]
     assert line["setting"] == "per_device_train_batch_size=1" and line["measured"] > 0.2
     # What the run folder held before is still there.
@@ -92,6 +98,6 @@ def test_a_loss_that_was_not_reached_in_every_round_has_no_median():
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
-    for words in (["--parts", "x"], ["--rounds", "0"]):
+    for words in (["--parts", "x"], ["--rounds", "0"], ["--batches", "4"]):
         with pytest.raises(UsageError, match=words[0]):
             train.main([str(tmp_path / "c.yaml"), *words])
