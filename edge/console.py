@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from edge.errors import EdgeError
@@ -27,6 +27,7 @@ from edge.errors import EdgeError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+    from rich.table import Table
 
 T = TypeVar("T")
 # Ctrl-C, the end of a session, and what stands for Ctrl-C between processes on Windows.
@@ -50,6 +51,28 @@ def plain_console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
+
+
+def plain_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: int = 1
+) -> Table:
+    """A table of plain text. The first `left` columns are text, the others numbers.
+
+    A row of one cell is the title of a section.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title) or None, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        cells = [escape(cell.replace("`", "")) for cell in row]
+        if len(cells) == 1:
+            table.add_section()
+            cells = [f"[bold]{cells[0]}[/bold]"]
+        table.add_row(*cells)
+    return table
 
 
 # Progress
@@ -147,8 +170,6 @@ def _json_lines() -> Iterator[_Lines]:
 
 
 # Errors
-
-
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a command; every error that a user can meet becomes a message and an exit code."""
     utf8_console()

@@ -33,13 +33,12 @@ from bench.engines.race import Case, Rates, Row, Side
 from bench.measure.load import get_json
 from bench.measure.process_probe import noise
 from bench.measure.workloads import counts
-from bench.report import grid
 from bench.servers.reference_servers import llama_cpp_server, llama_server, xllamacpp
 from bench.servers.target import Running, ours, started
 from edge.artefact import find, manifest
 from edge.backends import onnx
 from edge.backends.base import Backend
-from edge.console import guarded
+from edge.console import guarded, plain_table
 from edge.engine.worker import Load, open_backend
 from edge.errors import UnavailableError, UsageError
 from edge.loading import load_plan
@@ -379,7 +378,7 @@ def show(
         options.report.with_suffix(".json").write_text(text, encoding="utf-8")
         options.report.with_suffix(".md").write_text(race.markdown(table, about), encoding="utf-8")
     console = Console()
-    console.print(grid.terminal(race.HEADINGS, [row.cells() for row in table], title=about, left=5))
+    console.print(plain_table(race.HEADINGS, [row.cells() for row in table], title=about, left=5))
     for warning in warnings:
         console.print(f"warning: {warning}: the machine is noisy, ratios are what counts")
     sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")

@@ -20,6 +20,7 @@ from bench.engines.race import Rates
 from bench.measure import roofline
 from edge.artefact.gguf_shards import read_whole
 from edge.backends.llamacpp import library, native_errors
+from edge.backends.llamacpp_embedding import filled
 from edge.errors import InputError, UsageError
 
 BATCH = 512
@@ -34,8 +35,7 @@ class Model:
     def __init__(self, path: Path, *, gpu: bool = False) -> None:
         self.footprint = roofline.of_gguf(read_whole(path))
         self.lib = lib = library()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = -1 if gpu else 0
+        params = filled(lib.llama_model_default_params(), n_gpu_layers=-1 if gpu else 0)
         with native_errors() as log:
             self.model: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
@@ -76,15 +76,19 @@ class BareLoop:
 
     def _measure(self, prompts: Sequence[Sequence[int]], steps: int) -> Rates:
         lib, streams, length = self.model.lib, len(prompts), len(prompts[0])
-        params = lib.llama_context_default_params()
-        # Separate KV buffers have a multiple of 256 cells each.
-        params.n_ctx = self.cells or streams * -(-(length + steps + 1) // 256) * 256
-        params.n_batch = params.n_ubatch = BATCH
-        params.n_seq_max = streams
-        params.n_threads = params.n_threads_batch = self.threads
-        params.flash_attn_type = int(self.flash_attention)
-        params.kv_unified = self.kv_unified
-        params.no_perf = True
+        params = filled(
+            lib.llama_context_default_params(),
+            # Separate KV buffers have a multiple of 256 cells each.
+            n_ctx=self.cells or streams * -(-(length + steps + 1) // 256) * 256,
+            n_batch=BATCH,
+            n_ubatch=BATCH,
+            n_seq_max=streams,
+            n_threads=self.threads,
+            n_threads_batch=self.threads,
+            flash_attn_type=int(self.flash_attention),
+            kv_unified=self.kv_unified,
+            no_perf=True,
+        )
         if params.n_ctx < streams * (length + steps) or length > BATCH:
             raise UsageError(
                 f"{params.n_ctx} KV cells do not hold {streams} x {length + steps} tokens, or a prompt has "

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edge.console import report
+from edge.console import plain_table, report
 
 REFRESH_HZ = 2
 Case = tuple[str, int]
@@ -104,17 +103,13 @@ class View:
         return f"{name}: {_case_title(case)}, round {number} of {self._rounds[case]}"
 
     def _table(self) -> Table:
-        table = Table(title="output tokens/s, median of the rounds so far", title_justify="left")
-        table.add_column("")
-        for name in self._names:
-            table.add_column(escape(name), justify="right")
+        rows = []
         for case in self._rounds:
-            cells = [[rate for _, rate in self._done.get((name, case), [])] for name in self._names]
-            table.add_row(
-                escape(_case_title(case)),
-                *(f"{statistics.median(c):.1f} ({len(c)})" if c else "" for c in cells),
-            )
-        return table
+            rates = [[rate for _, rate in self._done.get((name, case), [])] for name in self._names]
+            cells = (f"{statistics.median(rounds):.1f} ({len(rounds)})" if rounds else "" for rounds in rates)
+            rows.append([_case_title(case), *cells])
+        title = "output tokens/s, median of the rounds so far"
+        return plain_table(["", *self._names], rows, title=title)
 
 
 def _case_title(case: Case) -> str:

@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from bench.report import build, grid
+from bench.report import build
+from edge.console import plain_table
 from edge.errors import InputError
 
 DRAWS = 2000
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         for row in rows
     ]
     columns = ("case", "target", "figure", "before", "after", "ratio (95 %)", "")
-    console.print(grid.terminal(columns, cells, title=f"{args.after} against {args.before}", left=3))
+    console.print(plain_table(columns, cells, title=f"{args.after} against {args.before}", left=3))
     for text in differences(before, after):
         console.print(f"warning: {escape(text)}", style="yellow")
     sys.stdout.write(json.dumps({"rows": rows}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A table in three forms: for the terminal, in Markdown and in HTML.
+"""A table in Markdown and in HTML; `edge.console.table` is its form for the terminal.
 
 Rows are lists of cells; a row of one cell is the title of a section.
 """
@@ -8,24 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from rich.markup import escape as escape_markup
-from rich.table import Table
-
 Row = Sequence[str]
-
-
-def terminal(headings: Sequence[str], rows: Iterable[Row], *, title: str = "", left: int = 1) -> Table:
-    """The first `left` columns are text, the others numbers."""
-    table = Table(title=escape_markup(title) or None, title_justify="left")
-    for index, heading in enumerate(headings):
-        table.add_column(escape_markup(heading), justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        cells = [escape_markup(cell.replace("`", "")) for cell in row]
-        if len(cells) == 1:
-            table.add_section()
-            cells = [f"[bold]{cells[0]}[/bold]"]
-        table.add_row(*cells)
-    return table
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Row], *, left: int = 1) -> str:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from bench.measure import metrics
 from bench.report import grid
 from bench.report.definitions import DEFINITIONS
+from edge.console import plain_table
 
 # Characters that the terminal's table needs, for what and for each target.
 FIRST_COLUMN, COLUMN = 28, 26
@@ -165,7 +166,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     """The tables and the warnings on the terminal; a row a target where their columns would not fit."""
     title = f"{report['model']['run']}: {report['settings']['tokens']} output tokens an answer"
     if FIRST_COLUMN + COLUMN * len(report["targets"]) <= max(console.width, 80):
-        console.print(grid.terminal(headings(report), rows(report), title=title))
+        console.print(plain_table(headings(report), rows(report), title=title))
     else:
         _show_by_target(report, console, title)
     for warning in report["warnings"]:
@@ -192,7 +193,7 @@ def _show_by_target(report: dict[str, Any], console: Console, title: str) -> Non
                 ]
             )
     columns = ["", "tokens/s", "better by", "first", "answer", "p95", "/health"]
-    console.print(grid.terminal(columns, table, title=title))
+    console.print(plain_table(columns, table, title=title))
     table = [
         [
             name,
@@ -203,7 +204,7 @@ def _show_by_target(report: dict[str, Any], console: Console, title: str) -> Non
         ]
         for name, side in report["targets"].items()
     ]
-    console.print(grid.terminal(["", "memory", "ready after", "KL", "same top token"], table))
+    console.print(plain_table(["", "memory", "ready after", "KL", "same top token"], table))
 
 
 def block(report: dict[str, Any], *, brief: bool = False) -> str:

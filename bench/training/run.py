@@ -33,7 +33,7 @@ from bench.report.table import write_files
 from bench.training.side import SIDES, in_turn
 from convert.config import TrainConfig, load_train_config
 from edge.artefact import manifest
-from edge.console import guarded
+from edge.console import guarded, plain_table
 from edge.errors import UsageError
 from edge.machine import hardware
 
@@ -224,7 +224,7 @@ def compared_parts(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 def show(report: dict[str, Any], console: Console) -> None:
     for title, part in compared_parts(report):
-        console.print(grid.terminal(HEADINGS, rows_of(part), title=f"{title}: {report['config']}"))
+        console.print(plain_table(HEADINGS, rows_of(part), title=f"{title}: {report['config']}"))
     for text in report["warnings"]:
         console.print(f"warning: {text}", style="yellow")
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.text import Text
 
 from convert.config import TrainConfig, load_train_config
-from convert.model.hf_folder import check_folder
 
 _BARS = 12
 _WIDTH = 40
@@ -73,10 +72,8 @@ def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     from convert.model import chat_format, hub
 
     began = time.monotonic()
-    folder = Path(config.model_name_or_path)
-    if not folder.is_dir():
-        folder = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
-    chat = chat_format.load(check_folder(folder, shown=config.model_name_or_path).path)
+    base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
+    chat = chat_format.load(base)
     for line in filter(
         None, (*config.warnings, chat_format.check_name(config.template, chat), *chat.warnings)
     ):

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from convert.export import onnx
 from convert.export.llamacpp_tools import tail
@@ -31,6 +30,7 @@ from convert.export.source import open_source
 from convert.model.hf_folder import read_json
 from convert.verify import probes
 from convert.verify.onnx_reader import OnnxReader
+from edge.console import plain_table
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
 
@@ -73,14 +73,13 @@ def run(run_folder: Path, *, console: Console | None = None) -> Agreement:
     """
     console = console or Console(highlight=False)
     result = check(run_folder, console)
-    table = Table(
-        title=f"float32 against torch, {PROMPTS} prompts, {TOKENS} tokens each", title_justify="left"
-    )
-    for heading in ("exporter", "the same greedy tokens", "largest difference of two logits"):
-        table.add_column(heading)
-    table.add_row("onnxruntime-genai (ours)", f"{result.ours} of {PROMPTS}", f"{result.difference:.1e}")
-    table.add_row(f"optimum ({result.versions})", f"{result.optimum} of {PROMPTS}", "")
-    console.print(table)
+    headings = ("exporter", "the same greedy tokens", "largest difference of two logits")
+    rows = [
+        ["onnxruntime-genai (ours)", f"{result.ours} of {PROMPTS}", f"{result.difference:.1e}"],
+        [f"optimum ({result.versions})", f"{result.optimum} of {PROMPTS}", ""],
+    ]
+    title = f"float32 against torch, {PROMPTS} prompts, {TOKENS} tokens each"
+    console.print(plain_table(headings, rows, title=title))
     if min(result.ours, result.optimum) < PROMPTS or not result.difference <= MOST_DIFFERENCE:
         raise EdgeError("the exports do not give what torch gives", "do not serve them; report it")
     return result

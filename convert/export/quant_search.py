@@ -27,7 +27,7 @@ from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
-from edge.console import phase, plain_console
+from edge.console import phase, plain_console, plain_table
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
 
@@ -194,9 +194,8 @@ def recommend(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 def table(candidates: list[Candidate], chosen: Candidate) -> Table:
     """The candidates, largest first, and how much nearer or further a rounding brought each type."""
-    rows = Table(title=f"on {hardware.cpu_model()}", title_justify="left")
-    for heading in ("type", "MiB", "decode tok/s", "prompt tok/s", "KL mean", "KL p99", "same top", ""):
-        rows.add_column(heading, justify="left" if heading in ("type", "") else "right")
+    headings = ("type", "MiB", "decode tok/s", "prompt tok/s", "KL mean", "KL p99", "same top", "")
+    rows = []
     nearest = {candidate.quant: candidate.kl for candidate in candidates if not candidate.rounding}
     for candidate in sorted(candidates, key=lambda candidate: (-candidate.size, candidate.rounding)):
         remarks = ["recommended"] if candidate == chosen else []
@@ -204,17 +203,19 @@ def table(candidates: list[Candidate], chosen: Candidate) -> Table:
             factor = nearest[candidate.quant] / candidate.kl
             change = "smaller" if factor >= 1 else "larger"
             remarks.append(f"KL {max(factor, 1 / factor):.2f} times {change}")
-        rows.add_row(
-            candidate.name,
-            f"{candidate.size / 2**20:,.0f}",
-            f"{candidate.decode:.1f}",
-            f"{candidate.prompt:.0f}",
-            f"{candidate.kl:.2e}",
-            f"{candidate.kl_p99:.2e}",
-            f"{candidate.top1:.3f}",
-            "; ".join(remarks),
+        rows.append(
+            [
+                candidate.name,
+                f"{candidate.size / 2**20:,.0f}",
+                f"{candidate.decode:.1f}",
+                f"{candidate.prompt:.0f}",
+                f"{candidate.kl:.2e}",
+                f"{candidate.kl_p99:.2e}",
+                f"{candidate.top1:.3f}",
+                "; ".join(remarks),
+            ]
         )
-    return rows
+    return plain_table(headings, rows, title=f"on {hardware.cpu_model()}")
 
 
 def picture(candidates: list[Candidate], chosen: Candidate, name: str) -> str:

@@ -6,11 +6,13 @@ special tokens; answers end with the token that the template ends an assistant's
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.model.hf_folder import read_json
+from convert.model.hf_folder import read_json, write_json
+from edge.artefact.find import TEMPLATE
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.reasoning import THINK, THINK_END, opens_reasoning
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
+    TEMPLATE, "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 
 # What the chat template of a model has in it, by the name LLaMA-Factory gives to its own copy.
@@ -149,6 +151,20 @@ def load(folder: Path) -> ChatFormat:
     return form
 
 
+def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
+    """The tokenizer's files byte for byte, and the chat template as a file of its own."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    (target / TEMPLATE).write_bytes(chat_template.encode("utf-8"))
+
+
+def write_generation_config(source: Path, target: Path, stop_ids: list[int]) -> None:
+    """The generation config of the folder `source`, if it has one, with these end tokens."""
+    generation = read_json(source / "generation_config.json")
+    write_json(target / "generation_config.json", {**generation, "eos_token_id": stop_ids})
+
+
 def check_name(name: str | None, form: ChatFormat) -> str | None:
     """A warning to show where LLaMA-Factory's template `name` cannot be checked against the model's own.
 
@@ -211,7 +227,7 @@ def _find_turn_end(form: ChatFormat) -> None:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     if path.is_file():
         try:
             # As transformers reads it: line ends of Windows count as plain ones.

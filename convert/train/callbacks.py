@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from convert.model.hf_folder import write_json
 from convert.train import checkpoint, plots
 from convert.train.checkpoint import Best
 from convert.train.trainer import Loop, steps_in_epoch
@@ -170,8 +171,8 @@ class Watch:
         }
         if "eval_loss" in results:
             results["perplexity"] = math.exp(min(results["eval_loss"], 700.0))
-        dump(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
-        dump(self._folder / "all_results.json", results)
+        write_json(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
+        write_json(self._folder / "all_results.json", results)
         if self._config.plot_loss:
             for path in plots.draw(self._folder, state.history):
                 self._print(f"{path}")
@@ -293,7 +294,3 @@ def _board(folder: Path) -> Any:
             "report_to: tensorboard needs the package 'tensorboard'", "pip install tensorboard"
         ) from error
     return SummaryWriter(str(folder / "runs"))
-
-
-def dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

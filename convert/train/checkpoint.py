@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from convert.config import FIELDS, PATHS, TrainConfig, absolute, recorded
+from convert.model.hf_folder import write_json
 from convert.train.fsdp import plain
 from convert.train.load_model import dtype_name
 from convert.train.trainer import Loop, Progress
@@ -96,10 +97,7 @@ def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) 
             tensors, scalars = _flat(loop.optimizer.state_dict()["state"])
             save_file(tensors, partial / OPTIMIZER, metadata={"scalars": json.dumps(scalars)})
             save_file(loop.random, partial / RANDOM)
-        (partial / STATE).write_text(
-            json.dumps({**summary(loop.state, best), "scaler": loop.scaler.state_dict()}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+        write_json(partial / STATE, {**summary(loop.state, best), "scaler": loop.scaler.state_dict()})
         manifest.write(
             partial,
             manifest.Manifest(
@@ -207,9 +205,8 @@ def restore(loop: Loop, resumed: Checkpoint) -> Best:
     load_weights(loop.model, resumed.folder)
     try:
         tensors = load_file(resumed.folder / OPTIMIZER)
-        with (resumed.folder / OPTIMIZER).open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        scalars = json.loads(header["__metadata__"]["scalars"])
+        with safe_open(resumed.folder / OPTIMIZER, framework="pt") as file:
+            scalars = json.loads(file.metadata()["scalars"])
         state = loop.optimizer.state_dict()
         state["state"] = _deep(tensors, scalars)
         loop.optimizer.load_state_dict(state)

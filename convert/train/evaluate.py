@@ -23,9 +23,9 @@ from convert.data import prepare
 from convert.data.dataset_info import Row, find_folder
 from convert.data.encode import Pair, Sample
 from convert.model import chat_format
+from convert.model.hf_folder import write_json
 from convert.model.lora_adapter import find_base
 from convert.train import bleu_rouge, sample_answers, trainer
-from convert.train.callbacks import dump
 from convert.train.load_model import Place, choose_place, load_model
 from convert.train.losses import LossHead, reference
 from edge.artefact import manifest
@@ -94,7 +94,7 @@ def run(
         result.scores = {name: sum(one[name] for one in scores) / len(scores) for name in bleu_rouge.NAMES}
     figures = _figures(results, len(rows), time.monotonic() - began)
     _write(folder, job, results)
-    dump(folder / "predict_results.json", figures)
+    write_json(folder / "predict_results.json", figures)
     _show(console, job, results, figures)
     console.print(f"{folder / 'generated_predictions.jsonl'}, {folder / 'predict_results.json'}")
     return figures

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import json
 import math
 import shutil
 import tempfile
@@ -26,8 +25,8 @@ from rich.console import Console
 from convert.config import TrainConfig, recorded
 from convert.data import prepare
 from convert.data.encode import Pair
-from convert.model import chat_format
-from convert.model.hf_folder import check_folder
+from convert.model import chat_format, hub
+from convert.model.hf_folder import read_json, write_json
 from convert.train import (
     checkpoint,
     cuda_graphs,
@@ -143,7 +142,7 @@ class Run:
         """
         report("reading the data")
         resumed = _starting_point(config, overwrite)
-        base = base_folder(config.model_name_or_path, config.model_revision, config.cache_dir)
+        base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
         chat = chat_format.load(base)
         notes = [*config.warnings]
         if config.adapter_name_or_path:
@@ -360,7 +359,7 @@ class Run:
                     _write_weights(self.model, partial, self.base, self.chat)
                 else:
                     _write_adapter(self.model, partial, self.pissa)
-                copy_tokenizer(self.chat.folder, partial, self.chat.source)
+                chat_format.copy_tokenizer(self.chat.folder, partial, self.chat.source)
                 manifest.write(
                     partial,
                     manifest.Manifest(
@@ -441,16 +440,6 @@ class Run:
         }
 
 
-def base_folder(name: str, revision: str | None, cache: str | None = None) -> Path:
-    """The folder of the base model, checked: `name` itself, or what the hub has under it."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from convert.model.hub import resolve
-
-        folder = resolve(name, revision, cache)
-    return check_folder(folder, shown=name).path
-
-
 def _target(config: TrainConfig) -> Path:
     return Path(config.output_dir) / ("merged" if config.finetuning_type == "full" else "adapter")
 
@@ -505,19 +494,7 @@ def _write_weights(model: Any, folder: Path, base: Path, chat: chat_format.ChatF
         if not torch.isfinite(parameter.to(torch.float16)).all():
             raise InputError(f"{name} holds NaN, or values beyond float16", "lower learning_rate")
     model.to(torch.float16).save_pretrained(folder)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8-sig"))
-    config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = "float16"
-    path = base / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    generation["eos_token_id"] = chat.stop_ids
-    for name, value in (("config", config), ("generation_config", generation)):
-        text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
-    """The tokenizer's files byte for byte, and the chat template as a file of its own."""
-    for name in chat_format.FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    (target / "chat_template.jinja").write_bytes(chat_template.encode("utf-8"))
+    config = read_json(base / "config.json", required=True)
+    key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+    write_json(folder / "config.json", {**config, key: "float16"})
+    chat_format.write_generation_config(base, folder, chat.stop_ids)

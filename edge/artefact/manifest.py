@@ -26,7 +26,6 @@ from edge.errors import ExistsError, InputError
 
 FILE = "edge.json"
 SCHEMA = 1
-STAGES = ("model", "checkpoint", "adapter", "merged", "gguf", "lora", "onnx")
 
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -43,7 +42,8 @@ class FileEntry(TypedDict, total=False):
 class Manifest:
     """What a folder holds and where it came from.
 
-    stage: one of STAGES. name: what people call it. parents: `{"stage", "path", "digest"}` of each input.
+    stage: model, checkpoint, adapter, merged, gguf, lora or onnx. name: what people call it.
+    parents: `{"stage", "path", "digest"}` of each input.
     digest: over the names and contents of `files`. base_model: where the weights began.
     settings: of this stage. chat_template: sha256 of the template's UTF-8 text, None without one.
     stop_ids: the union of what tokenizer, generation config and template end a turn with.

@@ -1,9 +1,9 @@
-"""The Backend protocol. Backends run one step at a time, so that batching, prefix reuse, speculation,
+"""What a backend is. Backends run one step at a time, so that batching, prefix reuse, speculation,
 sampling and cancellation are written once and serve llama.cpp, ONNX Runtime and the tests' fake.
 
 One thread owns a backend. A step runs rows of several sequences at once: chunks of prompts, single tokens to
 decode, drafts to verify. Sizes, slots, positions and token ids that native code would crash on are refused in
-Python first: by `check_rows`, and by `SlotBackend` for what changes a slot outside a step.
+Python first: by `check_rows`, and by `Backend` for what changes a slot outside a step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,62 +120,12 @@ class Row:
     few: bool = False
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """A model with a KV cache. Not thread-safe, except for `encode`, `marks`, `decode` and `interrupt`.
 
     meanwhile: work for the time in which a step is computed, set by whoever calls `step`; see `overlaps`.
-    """
-
-    info: BackendInfo
-    meanwhile: Callable[[], None]
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
-
-    def marks(self, *, special: bool) -> tuple[str, ...]:
-        """Texts of the tokens that `encode` finds before all others: a text may be cut before each.
-
-        Always the same object, as what is made of it is kept.
-        """
-
-    def decode(self, token: int) -> bytes:
-        """The bytes that `token` stands for, maybe a part of a character; none for a control token."""
-
-    def step(self, rows: Sequence[Row]) -> StepOutputs:
-        """Run the rows; float32 logits [vocab] of each output in row order, valid until the next step.
-
-        The caller may write into them. Raises StepInterrupted, ValueError from `check_rows`, EdgeError where
-        the device fails.
-        """
-
-    def copy(self, src: int, dst: int, n: int) -> None:
-        """Make `dst` hold the first `n` tokens of `src` and nothing else."""
-
-    def truncate(self, slot: int, n: int) -> None:
-        """Keep the first `n` tokens of `slot`; 0 empties it."""
-
-    def save(self, slot: int) -> bytes:
-        """The KV cells of a slot in the backend's own format."""
-
-    def restore(self, slot: int, cells: bytes, length: int) -> bool:
-        """Fill an empty slot with cells that `save` gave for `length` tokens. False where they do not fit."""
-
-    def interrupt(self) -> None:
-        """Ask the running step to end early. From any thread; no effect where no long step runs."""
-
-    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """The mean of the last hidden states of `tokens` (1 to context), of length 1. [embedding]
-
-        Only where `BackendInfo.embedding` is not 0. Raises EdgeError where the memory does not suffice.
-        """
-
-    def close(self) -> None: ...
-
-
-class SlotBackend(ABC):
-    """The checks that backends over native code share. `_lengths`: tokens that each slot holds.
-
-    Subclasses set `info` and `_embedder`. What they implement may rely on its arguments.
+    Subclasses set `info` and, where they embed, `_embedder`; `_lengths` has the tokens that each slot holds.
+    What changes a slot outside a step is checked here: what a subclass implements may rely on its arguments.
     """
 
     info: BackendInfo
@@ -186,11 +136,31 @@ class SlotBackend(ABC):
         self._lengths = [0] * slots
         self._interrupted = False
 
+    @abstractmethod
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`, without a begin-of-text token. special: control tokens are parsed."""
+
     def marks(self, *, special: bool) -> tuple[str, ...]:
-        """See Backend.marks."""
+        """Texts of the tokens that `encode` finds before all others: a text may be cut before each.
+
+        Always the same object, as what is made of it is kept.
+        """
         return ()
 
+    @abstractmethod
+    def decode(self, token: int) -> bytes:
+        """The bytes that `token` stands for, maybe a part of a character; none for a control token."""
+
+    @abstractmethod
+    def step(self, rows: Sequence[Row]) -> StepOutputs:
+        """Run the rows; float32 logits [vocab] of each output in row order, valid until the next step.
+
+        The caller may write into them. Raises StepInterrupted, ValueError from `check_rows`, EdgeError where
+        the device fails.
+        """
+
     def copy(self, src: int, dst: int, n: int) -> None:
+        """Make `dst` hold the first `n` tokens of `src` and nothing else."""
         slots = range(self.info.slots)
         if src == dst or src not in slots or dst not in slots or not 0 <= n <= self._lengths[src]:
             raise ValueError(f"copy of {n} tokens from slot {src} to {dst}")
@@ -198,12 +168,18 @@ class SlotBackend(ABC):
         self._lengths[dst] = n
 
     def truncate(self, slot: int, n: int) -> None:
+        """Keep the first `n` tokens of `slot`; 0 empties it."""
         if slot not in range(self.info.slots) or not 0 <= n <= self._lengths[slot]:
             raise ValueError(f"truncate slot {slot} to {n}")
         self._truncate(slot, n)
         self._lengths[slot] = n
 
+    @abstractmethod
+    def save(self, slot: int) -> bytes:
+        """The KV cells of a slot in the backend's own format."""
+
     def restore(self, slot: int, cells: bytes, length: int) -> bool:
+        """Fill an empty slot with cells that `save` gave for `length` tokens. False where they do not fit."""
         if self._lengths[slot] != 0 or not 0 < length <= self.info.context:
             raise ValueError(f"restore of {length} tokens into slot {slot} of {self._lengths[slot]}")
         if not self._restore(slot, cells, length):
@@ -211,27 +187,35 @@ class SlotBackend(ABC):
         self._lengths[slot] = length
         return True
 
+    def interrupt(self) -> None:
+        """Ask the running step to end early. From any thread; no effect where no long step runs."""
+        self._interrupted = True
+
     def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """See Backend.embed."""
+        """The mean of the last hidden states of `tokens` (1 to context), of length 1. [embedding]
+
+        Only where `BackendInfo.embedding` is not 0. Raises EdgeError where the memory does not suffice.
+        """
         if not 0 < len(tokens) <= self.info.context or not all(0 <= t < self.info.vocab for t in tokens):
             raise ValueError(f"cannot embed {len(tokens)} tokens")
         vector: NDArray[np.float32] = self._embedder.embed(tokens)
         return vector
 
-    def interrupt(self) -> None:
-        self._interrupted = True
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the model takes."""
 
     @abstractmethod
     def _copy(self, src: int, dst: int, n: int) -> None:
-        """See Backend.copy."""
+        """See copy."""
 
     @abstractmethod
     def _truncate(self, slot: int, n: int) -> None:
-        """See Backend.truncate."""
+        """See truncate."""
 
     @abstractmethod
     def _restore(self, slot: int, cells: bytes, length: int) -> bool:
-        """See Backend.restore."""
+        """See restore."""
 
 
 def check_rows(rows: Sequence[Row], info: BackendInfo, lengths: Sequence[int]) -> int:

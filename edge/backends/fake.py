@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.base import BackendInfo, Logits, Row, SlotBackend, StepInterrupted, check_rows
+from edge.backends.base import Backend, BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.errors import EdgeError
 
 EOS = 256
@@ -21,7 +21,7 @@ VOCAB = 260
 _MASK = (1 << 64) - 1
 
 
-class FakeBackend(SlotBackend):
+class FakeBackend(Backend):
     """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i].
 
     reply: the answer before the end token: a text, or a function of the ids so far; None: a hash decides.

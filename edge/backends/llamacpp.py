@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edge.artefact.gguf_shards import part_files
 from edge.backends import base, linux_memory
-from edge.backends.base import FULL, BackendInfo, Logits, Row, SlotBackend, StepInterrupted, check_rows
+from edge.backends.base import FULL, Backend, BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.backends.llamacpp_embedding import Embedder, filled
 from edge.backends.llamacpp_threads import ThreadController
 from edge.backends.llamacpp_vocabulary import Vocabulary
@@ -127,7 +127,7 @@ def _no_memory(path: Path, log: str) -> EdgeError | None:
     )
 
 
-class LlamaCpp(SlotBackend):
+class LlamaCpp(Backend):
     """A context over a model, as a Backend. Raises InputError where it cannot be created.
 
     lora: an adapter that goes on top of the model, for all of the context's sequences alike.

