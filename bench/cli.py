@@ -8,20 +8,18 @@ not hold all, they are started in turn. Nothing is compared that did different w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.measure import workloads
 from bench.measure.workloads import Plan
-from edge.console import add_progress_option, result
+from edge.console import add_progress_option, handling, result
 from edge.errors import UsageError
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
@@ -84,7 +82,8 @@ def main(argv: list[str]) -> int:
     from bench.report import build
     from bench.side_by_side import run
 
-    with stopped_by_signals():
+    # As at Ctrl-C, every server that was started is stopped.
+    with handling((signal.SIGTERM,), signal.default_int_handler):
         report = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
     result(**build.headline(report))
     sys.stdout.write(json.dumps(build.headline(report), ensure_ascii=False) + "\n")
@@ -136,14 +135,3 @@ def name_and_url(given: str) -> tuple[str, str]:
             "such as vllm=http://127.0.0.1:8000 or ollama=http://127.0.0.1:11434/api#MODEL",
         )
     return name, url
-
-
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """A termination signal is treated like Ctrl-C, so that every server that was started is stopped."""
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

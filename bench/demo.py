@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from urllib.parse import urlencode
 
 from rich.console import Console
 
-from bench.cli import stopped_by_signals
 from bench.measure.http1 import ProtocolError
 from bench.measure.load import get
 from bench.measure.workloads import Plan
@@ -27,7 +27,7 @@ from bench.servers.target import ours, started
 from bench.side_by_side import run
 from convert.data.dataset_info import find_folder
 from edge.artefact import find, manifest
-from edge.console import guarded, plain_table
+from edge.console import guarded, handling, plain_table
 from edge.errors import EdgeError, InputError
 
 MAX_TOKENS = 64
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
     console = Console()
     base = args.base or base_of(args.run)
     questions = questions_of(args.run)
-    with stopped_by_signals():
+    # As at Ctrl-C, every server that was started is stopped.
+    with handling((signal.SIGTERM,), signal.default_int_handler):
         tuned_says = answers(args.run, questions, args.run / "bench" / "demo-tuned.log")
         base_says = answers(base, questions, args.run / "bench" / "demo-base.log")
         show_answers(console, questions, tuned_says, base_says)

@@ -8,8 +8,6 @@ model, also where one is only to be had quantised. Export compares token ids, te
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -37,38 +35,19 @@ def make(file: Path, run: Path, *, overwrite: bool = False) -> Path:
     """Write RUN/merged; its path. Raises InputError for a file that is no GGUF or that transformers cannot
     read, ExistsError without `overwrite`.
     """
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    from convert.model import chat_format
+    from convert.model import chat_format, from_gguf
 
     header = read_header(file)
     target = run / "merged"
     manifest.check_target(target, overwrite)
     # Of four bits and more, sixteen: what is written. transformers holds it in 32 bits meanwhile.
     manifest.check_free(run, 4 * header.weights_bytes)
-    transformers.utils.logging.set_verbosity_error()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float16, local_files_only=True
-            )
+        tokenizer, model = from_gguf.load(file, "float16")
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(f"transformers cannot read {file}: {error}", "give a model that it knows") from error
-    model.hf_quantizer = None
-    for name in ("quantization_config", "_model_name_or_path"):
-        vars(model.config).pop(name, None)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     with manifest.publish(target, overwrite=overwrite) as partial:
-        with contextlib.redirect_stderr(io.StringIO()):
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        from_gguf.save(tokenizer, model, partial, tokenizer.eos_token_id)
         form = chat_format.load(partial)
         (partial / "chat_template.jinja").write_bytes(form.source.encode("utf-8"))
         manifest.write(

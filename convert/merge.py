@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.model.hf_folder import check_folder, stage_folder, write_json
-from edge.artefact import manifest
+from convert.model.hf_folder import check_folder, stage_folder
+from edge.artefact import json_file, manifest
 from edge.console import add_progress_option, phase, plain_console, result
 from edge.errors import InputError, UsageError
 
@@ -86,7 +86,7 @@ def run(
         _write_others(partial, folder, base.path, record)
         with phase(console, f"merging into {target}"):
             weights.write(partial)
-        write_json(partial / "config.json", weights.config)
+        json_file.write(partial / "config.json", weights.config)
         drift = weights.drift()
         settings = {"dtype": dtype, "into": into, "drift": drift}
         manifest.write(partial, record.child("merged", folder, settings=settings, packages=_PACKAGES))

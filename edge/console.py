@@ -75,6 +75,17 @@ def plain_table(
     return table
 
 
+@contextlib.contextmanager
+def handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """These signals go to `handler` for the time of the block."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 # Progress
 
 
@@ -170,6 +181,8 @@ def _json_lines() -> Iterator[_Lines]:
 
 
 # Errors
+
+
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a command; every error that a user can meet becomes a message and an exit code."""
     utf8_console()

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.report import build
+from edge.artefact import json_file
 from edge.console import plain_table
 from edge.errors import InputError
 
@@ -63,11 +64,8 @@ def main(argv: list[str]) -> int:
 
 def read(path: Path) -> dict[str, Any]:
     """A report. Raises InputError for a file that is none, or one of another schema."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}", "give RUN/report.json") from error
-    if not isinstance(report, dict) or report.get("kind") != "bench":
+    report = json_file.read(path, required=True, hint="give RUN/report.json")
+    if report.get("kind") != "bench":
         raise InputError(f"{path} is not a report of `edge bench`", "give RUN/report.json")
     # Schema 3 had energy too, which is not compared.
     if report.get("schema") not in (3, build.SCHEMA):

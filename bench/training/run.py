@@ -33,7 +33,7 @@ from bench.report.table import write_files
 from bench.training.side import SIDES, in_turn
 from convert.config import TrainConfig, load_train_config
 from edge.artefact import manifest
-from edge.console import guarded, plain_table
+from edge.console import plain_table
 from edge.errors import UsageError
 from edge.machine import hardware
 
@@ -337,7 +337,3 @@ def measure(
         questions = Path(config.dataset_dir) / f"{config.dataset[0]}_heldout.json"
         results["heldout"] = heldout(options.run or Path(config.output_dir), questions, console)
     return results
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))

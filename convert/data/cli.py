@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,3 @@ def main(argv: list[str]) -> int:
     config = load_train_config(options.config, options.overrides)
     show(config, Console(highlight=False, markup=False, soft_wrap=True), rows=max(0, options.rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

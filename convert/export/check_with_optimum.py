@@ -27,9 +27,9 @@ from convert.export import onnx
 from convert.export.llamacpp_tools import tail
 from convert.export.onnx_options import Recipe
 from convert.export.source import open_source
-from convert.model.hf_folder import read_json
 from convert.verify import probes
 from convert.verify.onnx_reader import OnnxReader
+from edge.artefact import json_file
 from edge.console import plain_table
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
@@ -150,7 +150,7 @@ def older_folder(source: Path, target: Path) -> None:
     """
     ignore = shutil.ignore_patterns("config.json")
     shutil.copytree(source.resolve(), target, ignore=ignore, copy_function=os.symlink)
-    config = read_json(source / "config.json")
+    config = json_file.read(source / "config.json")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and rope.get("rope_type", "default") == "default":
         config["rope_theta"] = rope["rope_theta"]

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from convert.export.llamacpp_tools import run_converter
 from convert.export.source import safe_name
-from convert.model.hf_folder import check_folder, stage_folder, write_json
+from convert.model.hf_folder import check_folder, stage_folder
 from convert.model.lora_adapter import Adapter, find_base, known_adapter, load_format, read_adapter
-from edge.artefact import find, manifest
+from edge.artefact import find, json_file, manifest
 from edge.errors import InputError
 
 
@@ -65,4 +65,4 @@ def _write_scaled(adapter: Adapter, folder: Path) -> None:
         tensors[f"{stem}.lora_A.weight"] = lora.a.float().contiguous()
         tensors[f"{stem}.lora_B.weight"] = (lora.scaling * lora.b.float()).contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", {**adapter.config, "lora_alpha": 0})
+    json_file.write(folder / "adapter_config.json", {**adapter.config, "lora_alpha": 0})

@@ -19,11 +19,11 @@ from rich.console import Console
 from convert.export.llamacpp_tools import run_exporter
 from convert.export.onnx_options import SCHEMES, Recipe
 from convert.export.source import Source, open_source
-from convert.model.hf_folder import SMALL, parameters, read_json, stage_folder
+from convert.model.hf_folder import SMALL, parameters, stage_folder
 from convert.verify import compare
 from convert.verify.onnx_reader import OnnxReader
 from convert.verify.torch_reader import TorchReader
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
 from edge.console import phase, plain_console
@@ -145,7 +145,7 @@ def _finish(source: Source, final: Path, recipe: Recipe) -> OnnxHeader:
     from convert.export.onnx_graph import complete
 
     folder = final.parent
-    decoder = read_json(folder / _CONFIG, required=True)["model"]["decoder"]
+    decoder = json_file.read(folder / _CONFIG, required=True)["model"]["decoder"]
     # A processor reads the whole logits where they lie; a GPU would have to copy them.
     candidates = CANDIDATES if recipe.ep == "cuda" else 0
     complete(

@@ -21,11 +21,11 @@ from convert.export.gptq import choose_codes
 from convert.export.imatrix import gather
 from convert.export.llamacpp_tools import quantize
 from convert.export.source import Source, open_source
-from convert.model.hf_folder import stage_folder, write_json
+from convert.model.hf_folder import stage_folder
 from convert.verify import compare
 from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.artefact.gguf_header import read_header
 from edge.console import phase, plain_console, plain_table
 from edge.errors import EdgeError, InputError
@@ -92,7 +92,7 @@ def run(run_folder: Path, *, overwrite: bool = False, console: Console | None = 
             (partial / name).unlink(missing_ok=True)
         record: dict[str, Any] = {"machine": hardware.cpu_model(), "chosen": chosen.name, "reason": reason}
         record["rungs"] = [asdict(candidate) for candidate in candidates]
-        write_json(partial / "ladder.json", record)
+        json_file.write(partial / "ladder.json", record)
         (partial / "ladder.svg").write_text(picture(candidates, chosen, origin.record.name), encoding="utf-8")
         settings = {"rounding": chosen.rounding, "ladder": record}
         _, report = prove(origin, read_header(file), chosen.quant, settings, console)

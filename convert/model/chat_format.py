@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.model.hf_folder import read_json, write_json
+from edge.artefact import json_file
 from edge.artefact.find import TEMPLATE
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
@@ -133,9 +133,9 @@ def load(folder: Path) -> ChatFormat:
         raise InputError(f"{path} cannot be read: {error}", "get the model again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = read_json(folder / "tokenizer_config.json")
+    config = json_file.read(folder / "tokenizer_config.json")
     source = _template_source(folder, config)
-    bos, eos = _token(config.get("bos_token")), _token(config.get("eos_token"))
+    bos, eos = (json_file.token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     special = {
         token.content: number
         for number, token in tokenizer.get_added_tokens_decoder().items()
@@ -161,8 +161,8 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
 
 def write_generation_config(source: Path, target: Path, stop_ids: list[int]) -> None:
     """The generation config of the folder `source`, if it has one, with these end tokens."""
-    generation = read_json(source / "generation_config.json")
-    write_json(target / "generation_config.json", {**generation, "eos_token_id": stop_ids})
+    generation = json_file.read(source / "generation_config.json")
+    json_file.write(target / "generation_config.json", {**generation, "eos_token_id": stop_ids})
 
 
 def check_name(name: str | None, form: ChatFormat) -> str | None:
@@ -247,13 +247,8 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
 
 def _generation_ends(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
-    ends = read_json(path).get("eos_token_id")
+    ends = json_file.read(path).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     if any(type(end) is not int for end in ends if end is not None):
         raise InputError(f"{path}: eos_token_id is {str(ends)[:60]}, not token ids", "get the model again")
     return [end for end in ends if end is not None]
-
-
-def _token(value: Any) -> str:
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else ""

@@ -26,8 +26,7 @@ class DequantizedBase:
     """settings: an adapter's (compute_dtype, device, quantized, quant_block, double_quantization)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        # It would advise to install a kernel that only serves inference.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        no_advice()
         self.layers = frozenset(settings.get("quantized") or ())
         # An adapter made elsewhere does not say: its base is taken as it is.
         self._dtype = DTYPES.get(str(settings.get("compute_dtype")))
@@ -67,6 +66,11 @@ class DequantizedBase:
         )
         whole = dequantize_4bit(packed, state).cpu()
         return lambda start, stop: whole[start:stop]
+
+
+def no_advice() -> None:
+    """Silence bitsandbytes' advice to install a kernel that only serves inference."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -5,17 +5,20 @@ Weights are safetensors only: no pickle is read, no code from a repository is ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shlex
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
+from edge.artefact import json_file
 from edge.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -128,6 +131,16 @@ def converts(what: str, where: str | Path) -> str:
     return f'python -c "{code}" {shell(where)} {shell(Path(where).name + "-converted")}'
 
 
+@contextlib.contextmanager
+def loadable(folder: Path) -> Iterator[None]:
+    """What transformers cannot load within the block becomes an InputError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
+
+
 def check_folder(folder: Path, *, shown: str = "") -> Folder:
     """Check that `folder` is a causal language model of transformers: config, whole safetensors, tokenizer.
 
@@ -166,7 +179,7 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of `folder`. Raises InputError that names the key of a value of the wrong type or size."""
-    config = read_json(folder / "config.json", required=True, types=_Config)
+    config = json_file.read(folder / "config.json", required=True, types=_Config)
     if not config.get("model_type"):
         raise InputError(f"{folder / 'config.json'} names no model_type", "get the model again")
     return config
@@ -177,7 +190,7 @@ def _weights(folder: Path, shown: str) -> tuple[Path, ...]:
     if single.is_file():
         return (single,)
     if index.is_file():
-        names = read_json(index).get("weight_map")
+        names = json_file.read(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError(f"{index} has no weight_map", "get the model again")
         paths = tuple(folder / str(name) for name in sorted(set(names.values())))
@@ -251,33 +264,3 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     if len(offsets) != 2 or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise ValueError(f"{name!r} of {kind} {str(shape)[:60]} has the bytes {str(offsets)[:60]}")
     return offsets[0], offsets[1], name
-
-
-def read_json(
-    path: Path,
-    *,
-    required: bool = False,
-    hint: str = "get the model again",
-    types: type[msgspec.Struct] | None = None,
-) -> dict[str, Any]:
-    """The JSON object in the file; {} where there is none, unless it is required. types: those of its values.
-
-    Raises InputError, with `hint`, for anything else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig")) if required or path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}", hint) from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object", hint)
-    try:
-        if types is not None:
-            msgspec.convert(data, types)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{path}: {error}", hint) from error
-    return data
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` as people read it: indented, and with its characters as they are."""
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -19,9 +19,9 @@ from safetensors import safe_open
 
 from convert.model import reference
 from convert.model.dequantized_base import DequantizedBase, spans
-from convert.model.hf_folder import check_folder
+from convert.model.hf_folder import check_folder, loadable
 from convert.model.lora_adapter import EMBEDDINGS, HEAD, read_adapter
-from convert.model.reference import TorchModel, float32_bytes, instead, named, padded
+from convert.model.reference import TorchModel, float32_bytes, instead, padded
 from edge.errors import InputError
 
 # Tokens that go through a layer at once, and positions whose logits are made at once.
@@ -161,7 +161,7 @@ class LayeredModel(TorchModel):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._held = read_adapter(self._adapter) if self._adapter else None
-        with named(self._folder.path):
+        with loadable(self._folder.path):
             config = AutoConfig.from_pretrained(self._folder.path, local_files_only=True)
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

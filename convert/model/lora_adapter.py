@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from convert.model import chat_format
 from convert.model.dequantized_base import Rows, spans
-from convert.model.hf_folder import AdapterTypes, StoredTensor, check_safetensors, read_json
-from edge.artefact import manifest
+from convert.model.hf_folder import AdapterTypes, StoredTensor, check_safetensors
+from edge.artefact import json_file, manifest
 from edge.errors import InputError
 
 _LOW_RANK = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<part>A|B)(\.weight)?")
@@ -157,7 +157,7 @@ def read_adapter(folder: Path) -> Adapter:
                 "if you trust where it comes from, load it with peft and save_pretrained it as safetensors",
             )
         raise InputError(f"{folder} lacks {path.name} or {weights.name}", _AGAIN)
-    config = read_json(path, hint=_AGAIN, types=AdapterTypes)
+    config = json_file.read(path, hint=_AGAIN, types=AdapterTypes)
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"{path}: an adapter of the type {config.get('peft_type')!r} cannot be merged",
@@ -227,7 +227,7 @@ def known_adapter(folder: Path) -> manifest.Manifest:
             )
         return known
     path = folder / "adapter_config.json"
-    base = read_json(path, hint=_AGAIN, types=AdapterTypes).get("base_model_name_or_path")
+    base = json_file.read(path, hint=_AGAIN, types=AdapterTypes).get("base_model_name_or_path")
     if not base:
         raise InputError(f"{path} does not name its base model", _AGAIN)
     known = manifest.Manifest("adapter", folder.resolve().name, base, settings={"model_name_or_path": base})

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from convert.model.dequantized_base import DequantizedBase
-from convert.model.hf_folder import Folder, check_folder
+from convert.model.hf_folder import Folder, check_folder, loadable
 from convert.model.lora_adapter import known_adapter, read_adapter
 from edge.errors import InputError
 from edge.machine import hardware
@@ -138,7 +139,7 @@ class TorchModel:
 
         disable_progress_bar()
         path = self._folder.path
-        with named(path):
+        with loadable(path):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         if self._dequantized is not None:
             for name, parameter in model.named_parameters():
@@ -164,26 +165,13 @@ class TorchModel:
 
 def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(ids, attention mask, which positions are to be observed, flat) of rows padded at their ends."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
+    sequences = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(sequences, batch_first=True)
+    mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
     real = mask.bool()
     # Rows begin with a token that attention rests on: a thousand times as strong, and no matter.
     real[:, 0] = False
     return ids, mask, real.flatten()
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """What transformers cannot load within the block becomes an InputError that names the folder."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be loaded: {first}", "get the model again") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from convert.model.hf_folder import INDEX, write_json
+from convert.model.hf_folder import INDEX
+from edge.artefact import json_file
 from edge.console import counted
 
 LARGEST = 2 * 2**30  # bytes of a shard, if no single tensor is larger
@@ -57,7 +58,7 @@ def write(folder: Path, parts: list[Part], rows: Rows) -> None:
 
 def write_index(folder: Path, where: dict[str, str], size: int) -> None:
     """Say which of the folder's files holds each tensor. size: bytes of all tensors."""
-    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    json_file.write(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
 def _split(parts: list[Part]) -> list[list[Part]]:

@@ -20,11 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from convert.model.hf_folder import write_json
 from convert.train import checkpoint, plots
 from convert.train.checkpoint import Best
 from convert.train.trainer import Loop, steps_in_epoch
 from convert.train.trainer import Progress as State
+from edge.artefact import json_file
 from edge.console import report
 from edge.errors import UnavailableError
 
@@ -171,8 +171,8 @@ class Watch:
         }
         if "eval_loss" in results:
             results["perplexity"] = math.exp(min(results["eval_loss"], 700.0))
-        write_json(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
-        write_json(self._folder / "all_results.json", results)
+        json_file.write(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))
+        json_file.write(self._folder / "all_results.json", results)
         if self._config.plot_loss:
             for path in plots.draw(self._folder, state.history):
                 self._print(f"{path}")

@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from convert.config import FIELDS, PATHS, TrainConfig, absolute, recorded
-from convert.model.hf_folder import write_json
 from convert.train.fsdp import plain
 from convert.train.load_model import dtype_name
 from convert.train.trainer import Loop, Progress
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.errors import InputError, UsageError
 
 STATE, OPTIMIZER, RANDOM, WEIGHTS = (
@@ -97,7 +96,7 @@ def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) 
             tensors, scalars = _flat(loop.optimizer.state_dict()["state"])
             save_file(tensors, partial / OPTIMIZER, metadata={"scalars": json.dumps(scalars)})
             save_file(loop.random, partial / RANDOM)
-        write_json(partial / STATE, {**summary(loop.state, best), "scaler": loop.scaler.state_dict()})
+        json_file.write(partial / STATE, {**summary(loop.state, best), "scaler": loop.scaler.state_dict()})
         manifest.write(
             partial,
             manifest.Manifest(

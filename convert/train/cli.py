@@ -60,7 +60,3 @@ def main(argv: list[str]) -> int:
     made = finetune.run(config, overwrite=options.overwrite, again=again)
     result(run=config.output_dir, path=str(made))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

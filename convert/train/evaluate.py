@@ -23,12 +23,11 @@ from convert.data import prepare
 from convert.data.dataset_info import Row, find_folder
 from convert.data.encode import Pair, Sample
 from convert.model import chat_format
-from convert.model.hf_folder import write_json
 from convert.model.lora_adapter import find_base
 from convert.train import bleu_rouge, sample_answers, trainer
 from convert.train.load_model import Place, choose_place, load_model
 from convert.train.losses import LossHead, reference
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.console import phase
 from edge.errors import InputError, UsageError
 
@@ -94,7 +93,7 @@ def run(
         result.scores = {name: sum(one[name] for one in scores) / len(scores) for name in bleu_rouge.NAMES}
     figures = _figures(results, len(rows), time.monotonic() - began)
     _write(folder, job, results)
-    write_json(folder / "predict_results.json", figures)
+    json_file.write(folder / "predict_results.json", figures)
     _show(console, job, results, figures)
     console.print(f"{folder / 'generated_predictions.jsonl'}, {folder / 'predict_results.json'}")
     return figures

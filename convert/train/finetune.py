@@ -26,7 +26,6 @@ from convert.config import TrainConfig, recorded
 from convert.data import prepare
 from convert.data.encode import Pair
 from convert.model import chat_format, hub
-from convert.model.hf_folder import read_json, write_json
 from convert.train import (
     checkpoint,
     cuda_graphs,
@@ -52,7 +51,7 @@ from convert.train.load_model import (
     unfreeze,
 )
 from convert.train.losses import Objective, Preference, reference
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.console import report
 from edge.errors import EdgeError, ExistsError, InputError
 
@@ -494,7 +493,7 @@ def _write_weights(model: Any, folder: Path, base: Path, chat: chat_format.ChatF
         if not torch.isfinite(parameter.to(torch.float16)).all():
             raise InputError(f"{name} holds NaN, or values beyond float16", "lower learning_rate")
     model.to(torch.float16).save_pretrained(folder)
-    config = read_json(base / "config.json", required=True)
+    config = json_file.read(base / "config.json", required=True)
     key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
-    write_json(folder / "config.json", {**config, key: "float16"})
+    json_file.write(folder / "config.json", {**config, key: "float16"})
     chat_format.write_generation_config(base, folder, chat.stop_ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 
 from convert.config import TrainConfig, absolute
+from convert.model.dequantized_base import no_advice
+from convert.model.hf_folder import loadable
 from convert.train import malloc_trim
-from edge.errors import InputError, UnavailableError, UsageError
+from edge.errors import UnavailableError, UsageError
 
 # Weights that share a scale in bitsandbytes' NF4.
 NF4_BLOCK = 64
@@ -101,11 +102,8 @@ def load_model(
     if place.device != "cpu" or torch.cuda.is_available():
         # Without it 4-bit weights go to the GPU although the CPU is wanted.
         how["device_map"] = {"": "cpu" if sharded else place.device}
-    try:
+    with loadable(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} cannot be loaded: {first}", "get the model again: edge pull") from error
     keep_unpacked(model)
     malloc_trim.trim()
     return model
@@ -157,11 +155,6 @@ def keep_embeddings_off(model: Any) -> None:
     object.__setattr__(embeddings, "weight", weight)
 
     embeddings.forward = lambda ids: real(ids.cpu()).pin_memory().to(device, non_blocking=True)
-
-
-def no_advice() -> None:
-    """Silence bitsandbytes' advice to install a kernel that only serves inference."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def keep_unpacked(model: Any) -> None:

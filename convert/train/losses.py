@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from convert.config import TrainConfig
 from convert.data.encode import IGNORED, Pair, Sample
@@ -122,16 +123,14 @@ class LossHead:
         """(losses, rows): one float32 loss per learnt token of `batch`, and the index of the row it is in."""
         if self._body is not None:
             return self._padding_free(self._body, batch)
-        longest = max(len(sample.ids) for sample in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        ids = pad_sequence([torch.tensor(sample.ids, dtype=torch.long) for sample in batch], batch_first=True)
+        longest = ids.shape[1]
         positions = torch.arange(longest).repeat(len(batch), 1)
-        targets = torch.full((len(batch), longest), IGNORED)
+        targets = torch.full_like(ids, IGNORED)
         for index, sample in enumerate(batch):
-            row = torch.tensor(sample.ids)
-            ids[index, : len(row)] = row
             for start, end in sample.spans:
                 # What comes before position t predicts the token at t.
-                targets[index, start - 1 : end - 1] = row[start:end]
+                targets[index, start - 1 : end - 1] = ids[index, start:end]
             for start in sample.starts[1:]:
                 positions[index, start:] = torch.arange(longest - start)
         keep = targets != IGNORED

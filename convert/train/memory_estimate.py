@@ -24,6 +24,7 @@ from torch import nn
 from convert.config import TrainConfig
 from convert.data.encode import Pair, Sample
 from convert.data.prepare import Prepared
+from convert.model.dequantized_base import no_advice
 from convert.train import cuda_graphs, fsdp, malloc_trim
 from convert.train.load_model import (
     NF4_BLOCK,
@@ -31,7 +32,6 @@ from convert.train.load_model import (
     add_adapter,
     autocast,
     keeps_embeddings_off,
-    no_advice,
     unfreeze,
 )
 from convert.train.losses import by_length, loss_rows

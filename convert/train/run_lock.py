@@ -73,11 +73,12 @@ def _remove_stale(path: Path) -> None:
     owner = _owner(text)
     if owner is None and age < _WRITTEN_WITHIN_S:
         raise ExistsError(f"another training begins in {path.parent}", "choose another output_dir, or wait")
-    if owner is not None and not _gone(owner):
+    here = owner is not None and owner["host"] == platform.node()
+    if owner is not None and (not here or manifest.alive(owner["pid"], owner["started"])):
         raise ExistsError(
             f"process {owner['pid']} on {owner['host']} trains in {path.parent}",
             "choose another output_dir, or wait for its end"
-            + ("" if owner["host"] == platform.node() else f"; if it is gone, delete {path}"),
+            + ("" if here else f"; if it is gone, delete {path}"),
         )
     aside = path.with_name(f"{FILE}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -96,15 +97,3 @@ def _owner(text: str) -> dict[str, Any] | None:
         return {"pid": int(owner["pid"]), "host": str(owner["host"]), "started": float(owner["started"])}
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _gone(owner: dict[str, Any]) -> bool:
-    if owner["host"] != platform.node():
-        return False
-    try:
-        # A process that began at another time has the number of one that ended.
-        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 2)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
-        return False

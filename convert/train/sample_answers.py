@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from convert.data.dataset_info import Row
 from convert.data.encode import Rules
@@ -60,12 +61,11 @@ def generate(
     try:
         for start in counted(range(0, len(order), size), "batches of answers"):
             batch = order[start : start + size]
-            longest = max(len(ids[index]) for index in batch)
-            rows = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(rows)
-            for line, index in enumerate(batch):
-                rows[line, longest - len(ids[index]) :] = torch.tensor(ids[index])
-                mask[line, longest - len(ids[index]) :] = 1
+            sequences = [torch.tensor(ids[index], dtype=torch.long) for index in batch]
+            rows, mask = (
+                pad_sequence(parts, batch_first=True, padding_side="left")
+                for parts in (sequences, [torch.ones_like(sequence) for sequence in sequences])
+            )
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 outputs = model.generate(
@@ -74,7 +74,7 @@ def generate(
                     generation_config=greedy,
                     synced_gpus=together,
                 )
-            for index, tokens in zip(batch, outputs[:, longest:].tolist(), strict=True):
+            for index, tokens in zip(batch, outputs[:, rows.shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(tokens) if token in chat.stop_ids), len(tokens))
                 answers[index] = chat.tokenizer.decode(tokens[:end], skip_special_tokens=True)
     finally:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from edge.console import STOP_SIGNALS
+from edge.console import STOP_SIGNALS, handling
 
 
 @contextlib.contextmanager
@@ -25,9 +24,5 @@ def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
+    with handling(STOP_SIGNALS, handle):
         yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,6 @@ export run the same comparison before they publish.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from convert.verify import probes
 from convert.verify.logits import Reference
 from convert.verify.open_reader import open_reader
 from convert.verify.reader import Reader
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.console import phase
 from edge.errors import InputError
 
@@ -322,10 +321,10 @@ def keep(report: Report) -> bool:
         return False
     folder = report.b.path if report.b.path.is_dir() else report.b.path.parent
     path = folder / manifest.FILE
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json_file.read(path, required=True)
     data["verify"] = {**data.get("verify", {}), **report.numbers()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    json_file.write(partial, data)
     partial.replace(path)
     return True
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.verify.reader import Reader, file_manifest
+from convert.verify.reader import Reader
 from edge.artefact import find
 from edge.artefact.gguf_header import GGUFArray
 from edge.artefact.gguf_shards import read_whole
@@ -56,7 +56,7 @@ class GgufReader(Reader):
         declared = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
         super().__init__(
             path,
-            file_manifest(path),
+            find.published(path),
             stage="gguf",
             kind=(header.file_type or "GGUF") + (" + LoRA" if lora else ""),
             template=header.chat_template,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from convert.model.hf_folder import read_json
 from convert.verify import stepping
-from convert.verify.reader import Reader, file_manifest
+from convert.verify.reader import Reader
+from edge.artefact import find, json_file
 from edge.backends.base import Logits
 from edge.backends.onnx import Model, Onnx, Settings
 from edge.errors import InputError
@@ -31,7 +31,7 @@ class OnnxReader(Reader):
         mixed = " mixed" if bits[:2] == [4, 8] else ""
         super().__init__(
             path,
-            file_manifest(path),
+            find.published(path),
             stage="onnx",
             kind=_KINDS.get(bits[0], f"int{bits[0]}") + mixed,
             template=self._model.template,
@@ -49,7 +49,7 @@ class OnnxReader(Reader):
         return [b"".join(map(self._vocabulary.decode, ids)).decode("utf-8", "replace") for ids in rows]
 
     def special_tokens(self) -> list[str]:
-        tokens = read_json(self.path.parent / "tokenizer.json").get("added_tokens", [])
+        tokens = json_file.read(self.path.parent / "tokenizer.json").get("added_tokens", [])
         return [str(token["content"]) for token in sorted(tokens, key=lambda token: token["id"])]
 
     def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:

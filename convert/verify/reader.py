@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from edge.artefact import manifest
 from edge.artefact.manifest import Manifest
 from edge.backends.base import Logits
 from edge.chat_template import ChatTemplate
@@ -81,9 +80,3 @@ class Reader(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the weights."""
-
-
-def file_manifest(path: Path) -> Manifest | None:
-    """The edge.json beside the model file `path`; None where there is none, or it does not name the file."""
-    record = manifest.read(path.parent) if (path.parent / manifest.FILE).is_file() else None
-    return record if record is not None and path.name in record.files else None

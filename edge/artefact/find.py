@@ -140,21 +140,21 @@ def with_lora(artefact: Artefact, lora: Path) -> Artefact:
     if not isinstance(artefact.header, GGUFHeader):
         raise InputError(f"{artefact.path} is no GGUF: an adapter is applied to one", "edge export gguf RUN")
     check_lora(lora, artefact.header)
-    published = _manifest(lora)
-    if published is None:
+    record = published(lora)
+    if record is None:
         return replace(artefact, name=lora.stem, lora=lora.absolute())
-    if published.chat_template not in (None, manifest.text_digest(artefact.chat_template)):
+    if record.chat_template not in (None, manifest.text_digest(artefact.chat_template)):
         raise InputError(
             f"{lora} was trained with another chat template than {artefact.path} has",
             "serve it on the model that it was trained on",
         )
     return replace(
         artefact,
-        name=published.name,
+        name=record.name,
         lora=lora.absolute(),
-        digest=f"{artefact.digest}+{published.digest}",
-        stop_ids=artefact.stop_ids | frozenset(published.stop_ids),
-        thinking=published.thinking,
+        digest=f"{artefact.digest}+{record.digest}",
+        stop_ids=artefact.stop_ids | frozenset(record.stop_ids),
+        thinking=record.thinking,
     )
 
 
@@ -167,28 +167,28 @@ def read_template(folder: Path) -> str | None:
         raise InputError(f"{path} is not UTF-8: {error}", "export it again") from error
 
 
-def _manifest(file: Path) -> manifest.Manifest | None:
+def published(file: Path) -> manifest.Manifest | None:
     """The manifest of the file's folder; None without one, or where it does not name the file."""
     if not (file.parent / manifest.FILE).is_file():
         return None
-    published = manifest.read(file.parent)
-    return published if file.name in published.files else None
+    record = manifest.read(file.parent)
+    return record if file.name in record.files else None
 
 
 def _artefact(path: Path, kind: str) -> Artefact:
     header = read_onnx(path) if kind == "onnx" else read_whole(path)
     template = header.chat_template if isinstance(header, GGUFHeader) else read_template(path.parent)
-    published = _manifest(path)
-    if published is None:
+    record = published(path)
+    if record is None:
         return Artefact(path.absolute(), path.stem, header, chat_template=template, kind=kind)
-    if published.chat_template not in (None, manifest.text_digest(template)):
+    if record.chat_template not in (None, manifest.text_digest(template)):
         raise InputError(
             f"{path}: its chat template is not the one that {manifest.FILE} names",
             "the file was changed after its export; export it again",
         )
     for name in header.files if isinstance(header, OnnxHeader) else ():
         size = (path.parent / name).stat().st_size
-        exported = published.files.get(name, {}).get("size", size)
+        exported = record.files.get(name, {}).get("size", size)
         if size != exported:
             raise InputError(
                 f"{path.parent / name} has {size:,} bytes, {manifest.FILE} says {exported:,}",
@@ -196,11 +196,11 @@ def _artefact(path: Path, kind: str) -> Artefact:
             )
     return Artefact(
         path=path.absolute(),
-        name=published.name,
+        name=record.name,
         header=header,
-        digest=published.digest,
-        stop_ids=frozenset(published.stop_ids),
-        thinking=published.thinking,
+        digest=record.digest,
+        stop_ids=frozenset(record.stop_ids),
+        thinking=record.thinking,
         chat_template=template,
         kind=kind,
     )

@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from edge.artefact import json_file
 from edge.errors import ExistsError, InputError
 
 FILE = "edge.json"
@@ -117,8 +118,7 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
     rows = "".join(f"{name}\0{entry['sha256']}\n" for name, entry in manifest.files.items())
     manifest.digest = "sha256:" + hashlib.sha256(rows.encode("utf-8")).hexdigest()
     manifest.created = manifest.created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    text = json.dumps(asdict(manifest), ensure_ascii=False, indent=2) + "\n"
-    (folder / FILE).write_text(text, encoding="utf-8")
+    json_file.write(folder / FILE, asdict(manifest))
     return manifest
 
 
@@ -246,12 +246,17 @@ def _host() -> str:
 
 
 def _writes(pid: int, path: Path) -> bool:
-    """Whether process `pid` lives and may be what writes `path`, rather than a later one of its number."""
+    """Whether process `pid` lives and may be what writes `path`."""
+    touched = max(path.stat().st_mtime, path.stat().st_ctime)  # a rename changes the second alone
+    return alive(pid, touched)
+
+
+def alive(pid: int, since: float) -> bool:
+    """Whether process `pid` of this host lives, and began before `since`, so no later one of its number."""
     import psutil  # late: reading a manifest needs none
 
     try:
-        touched = max(path.stat().st_mtime, path.stat().st_ctime)  # a rename changes the second alone
-        return bool(psutil.Process(pid).create_time() <= touched + 2)
+        return bool(psutil.Process(pid).create_time() <= since + 2)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

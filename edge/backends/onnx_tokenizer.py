@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from edge.artefact import json_file
 from edge.errors import InputError, UnavailableError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -70,8 +71,10 @@ class Vocabulary:
             raise InputError(f"{path} has more tokens than the model's {size}", "it belongs to another model")
         self._pieces = _pieces(path, self._special, described, size)
         self._describe_added(described)
-        config = _read_config(folder / "tokenizer_config.json")
-        self.bos_text, self.eos_text = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
+        config = json_file.read(folder / "tokenizer_config.json", hint="export again: edge export onnx RUN")
+        self.bos_text, self.eos_text = (
+            json_file.token_text(config.get(key)) for key in ("bos_token", "eos_token")
+        )
         self.bos_id: int | None = self._special.token_to_id(self.bos_text) if self.bos_text else None
         eos = self._special.token_to_id(self.eos_text) if self.eos_text else None
         self.ends = frozenset(() if eos is None else (eos,))
@@ -164,20 +167,3 @@ def _parts(described: Any, name: str) -> list[dict[str, Any]]:
     if described.get("type") == "Sequence":
         return [part for part in described.get(name, []) if isinstance(part, dict)]
     return [described]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "export again: edge export onnx RUN") from error
-    return data if isinstance(data, dict) else {}
-
-
-def _token_text(value: Any) -> str:
-    """A token in tokenizer_config.json: its text, or an object that holds it."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""

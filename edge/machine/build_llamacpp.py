@@ -28,7 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
+from edge.console import guarded, plain_console
 from edge.errors import EdgeError, UnavailableError
 from edge.machine import hardware
 from edge.machine.llamacpp_source import (
@@ -322,10 +323,7 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
     ordinary buffers; `notes` says so. Raises UnavailableError where no build decodes, or where `cuda` was
     asked for and the GPU does not decode.
     """
-    if console is None:
-        from rich.console import Console
-
-        console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = console or plain_console()
     wanted = plan(cuda=cuda)
     info = build_info()
     if not force and info.get("wanted") == wanted.key:
@@ -355,7 +353,7 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
     info = _describe(chosen, outcome) | {"wanted": wanted.key, "cuda": cuda, "notes": notes}
     folder = _package_folder()
     assert folder is not None
-    (folder / RECORD).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    json_file.write(folder / RECORD, info)
     for note in notes:
         console.print(f"llama.cpp: {note}", style="yellow")
     checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
@@ -402,6 +400,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from edge.console import guarded
-
     sys.exit(guarded(main, sys.argv[1:]))

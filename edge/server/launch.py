@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from edge.console import STOP_SIGNALS, report
+from edge.console import STOP_SIGNALS, handling, report
 from edge.machine.llamacpp_source import PACKAGE, STOCK
 from edge.server.access import BACKLOG, Access
 from edge.server.app import create_app
@@ -79,12 +78,8 @@ class Server(uvicorn.Server):
     # uvicorn raises the signal that ended it once more; a drained server ends with code 0.
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self.handle_exit) for s in STOP_SIGNALS}
-        try:
+        with handling(STOP_SIGNALS, self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 async def _serve(listener: socket.socket, registry: Registry, config: uvicorn.Config) -> int:

@@ -34,7 +34,7 @@ from edge.server.request_fields import (
     sampling,
     text_of,
 )
-from edge.server.served_model import ServedModel, finish_reason
+from edge.server.served_model import finish_reason
 from edge.server.streaming import SSE, named_event, respond
 from edge.server.tool_dialects import MAX_TOOLS, Call, Tool
 
@@ -233,10 +233,6 @@ async def count_tokens(request: Request, body: Counted) -> dict[str, int]:
     return {"input_tokens": len((await model.encode(prompt, special=True, whole=True)).ids)}
 
 
-async def _count(model: ServedModel, prompt: str) -> int:
-    return len((await model.engine.encode(prompt, special=True, whole=True)).ids)
-
-
 def _usage(done: msg.Done) -> dict[str, int]:
     return {
         "input_tokens": done.prompt_tokens - done.cached_tokens,
@@ -287,7 +283,8 @@ async def _events(head: dict[str, Any], chat: PreparedChat, stream: Stream) -> A
         if not begun:
             begun = True
             # Only the engine knows the prompt's length, and it has read the prompt by now.
-            usage = {"input_tokens": await _count(chat.model, chat.prompt), "output_tokens": 0}
+            prompt = await chat.model.engine.encode(chat.prompt, special=True, whole=True)
+            usage = {"input_tokens": len(prompt.ids), "output_tokens": 0}
             start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
             chunk = _event("message_start", message=start)
         reasoning, text, calls = reader.take(item)

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert.model import chat_format
-from convert.model.hf_folder import AdapterTypes, check_folder, check_safetensors, read_json
+from convert.model.hf_folder import AdapterTypes, check_folder, check_safetensors
+from edge.artefact import json_file
 from edge.errors import InputError
 from tests.support import toy
 
@@ -169,10 +170,10 @@ def test_a_wrong_value_of_adapter_config_json_is_named(tmp_path: Path, key: str,
     path = tmp_path / "adapter_config.json"
     right = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}, "base_model_name_or_path": None}
     path.write_text(json.dumps(right), encoding="utf-8")
-    assert read_json(path, types=AdapterTypes) == right
+    assert json_file.read(path, types=AdapterTypes) == right
     path.write_text(json.dumps(right | {key: value}), encoding="utf-8")
     with pytest.raises(InputError, match=rf"adapter_config\.json.*\$\.{key}"):
-        read_json(path, types=AdapterTypes)
+        json_file.read(path, types=AdapterTypes)
 
 
 def test_a_chat_template_of_another_encoding_is_named(toy_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""JSON objects in files, and what transformers' ones of them hold in two forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.errors import InputError
+
+
+def read(
+    path: Path,
+    *,
+    required: bool = False,
+    hint: str = "get the model again",
+    types: type[msgspec.Struct] | None = None,
+) -> dict[str, Any]:
+    """The JSON object in the file; {} where there is none, unless it is required. types: those of its values.
+
+    Raises InputError, with `hint`, for anything else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig")) if required or path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}", hint) from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a JSON object", hint)
+    try:
+        if types is not None:
+            msgspec.convert(data, types)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: {error}", hint) from error
+    return data
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Write `data` as people read it: indented, and with its characters as they are."""
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def token_text(token: Any) -> str:
+    """A token in tokenizer_config.json: its text, or an object that holds it; "" for neither."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
