@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +201,7 @@ def schedule(plan: Plan, rates: Sequence[float]) -> tuple[Plan, dict[Case, int]]
         return len(plan.workloads) * sum(map(seconds, plan.clients))
 
     while plan.tokens > plan.least and whole() > plan.budget_s:
-        plan = dataclasses.replace(plan, tokens=max(plan.least, plan.tokens // 2))
+        plan = replace(plan, tokens=max(plan.least, plan.tokens // 2))
     share = plan.budget_s / (len(plan.clients) * len(plan.workloads))
     return plan, {
         (name, n): max(1, min(plan.rounds, int(share / seconds(n))))

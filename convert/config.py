@@ -7,13 +7,12 @@ could expect it to do something.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING
+from dataclasses import MISSING, asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def load_train_config(path: Path, overrides: list[str] | None = None) -> TrainCo
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """The keys of `config` as a run records them: paths absolute, for stages run in other working folders."""
-    keys = {name: value for name, value in dataclasses.asdict(config).items() if name in FIELDS}
+    keys = {name: value for name, value in asdict(config).items() if name in FIELDS}
     # ONLINE names the hub, whatever lies in the working folder.
     paths = {name: absolute(keys[name]) for name in PATHS if keys[name] != "ONLINE"}
     return keys | paths
@@ -106,7 +105,7 @@ def parse(given: dict[str, Any]) -> TrainConfig:
             raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].help}")
     config = TrainConfig(**values)
     _check_together(config)
-    return dataclasses.replace(config, warnings=(*warnings, *_doubts(config)))
+    return replace(config, warnings=(*warnings, *_doubts(config)))
 
 
 def as_yaml(config: TrainConfig) -> str:

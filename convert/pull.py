@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from convert.model import hub
 from convert.model.hf_folder import PATTERNS, Folder, check_folder, shell
-from convert.model.hub import DEFAULT, is_hub_id
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import read_header
@@ -42,7 +41,7 @@ MODELS = Path("models")
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge pull", description="Get a model.")
     parser.add_argument(
-        "name", nargs="?", default=DEFAULT, help="%(default)s, a folder, a GGUF file or a hub id ORG/NAME"
+        "name", nargs="?", default=hub.DEFAULT, help="%(default)s, a folder, a GGUF file or a hub id ORG/NAME"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--out", type=Path, help="the folder to write (default: models/<name>)")
@@ -78,17 +77,18 @@ def pull(
     """
     console = console or plain_console(quiet=True)
     path = Path(name)
-    on_hub = name != DEFAULT and not path.exists() and is_hub_id(name)
+    on_hub = name != hub.DEFAULT and not path.exists() and hub.is_hub_id(name)
     if revision is not None and not on_hub:
         raise UsageError(f"--revision {revision}: {name} is not on the hub", "leave it out")
-    if not (name == DEFAULT or on_hub or path.exists()):
+    if not (name == hub.DEFAULT or on_hub or path.exists()):
         raise InputError(
-            f"{name}: no such file or folder, and not a hub id (ORG/NAME)", f"the embedded model is {DEFAULT}"
+            f"{name}: no such file or folder, and not a hub id (ORG/NAME)",
+            f"the embedded model is {hub.DEFAULT}",
         )
-    is_file = name != DEFAULT and path.is_file()
+    is_file = name != hub.DEFAULT and path.is_file()
     target = out or MODELS / (path.stem if is_file else path.resolve().name)
     manifest.check_target(target, overwrite)
-    if name == DEFAULT:
+    if name == hub.DEFAULT:
         _pull_embedded(target, overwrite, console)
     elif is_file:
         _pull_gguf(path, target, overwrite)
@@ -198,7 +198,7 @@ def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
             partial,
             manifest.Manifest(
                 stage="model",
-                name=DEFAULT,
+                name=hub.DEFAULT,
                 base_model=BASE,
                 settings={"source": f"{PACKAGE}=={VERSION}", "gguf": source.name, "dtype": "float32"},
                 chat_template=manifest.text_digest(template),

@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import metrics, process_probe, roofline, workloads
-from bench.measure.metrics import Sample
-from bench.measure.process_probe import Noise
-from bench.measure.roofline import Bandwidth, Footprint
-from bench.measure.workloads import Plan
 from bench.rounds import Case, Measured, Round
 from edge.artefact import manifest
 from edge.machine import hardware
@@ -30,7 +26,7 @@ _PACKAGES = (
     "fastapi", "uvicorn",
 )  # fmt: skip
 # Of one round: the figure, and whether more is better.
-_RATIOS: dict[str, tuple[Callable[[Sequence[Sample]], float | None], bool]] = {
+_RATIOS: dict[str, tuple[Callable[[Sequence[metrics.Sample]], float | None], bool]] = {
     "tokens_per_s": (metrics.token_rate, True),
     "ttft_s": (lambda s: metrics.median([t for x in s if (t := metrics.ttft(x)) is not None]), False),
     "e2e_s": (lambda s: metrics.median([metrics.e2e(x) for x in s]), False),
@@ -40,13 +36,13 @@ _RATIOS: dict[str, tuple[Callable[[Sequence[Sample]], float | None], bool]] = {
 def build(
     measured: Sequence[Measured],
     *,
-    plan: Plan,
+    plan: workloads.Plan,
     asked_tokens: int,
     command: str,
     model: dict[str, Any],
-    noise: tuple[Noise, Noise],
-    gpu: Bandwidth | None,
-    footprints: Mapping[str, Footprint | None],
+    noise: tuple[process_probe.Noise, process_probe.Noise],
+    gpu: roofline.Bandwidth | None,
+    footprints: Mapping[str, roofline.Footprint | None],
     quality: Mapping[str, dict[str, Any]],
     sweeps: dict[str, list[dict[str, Any]]],
     together: bool,
@@ -120,8 +116,8 @@ def shown(value: Any) -> Any:
 def _case(
     case: Case,
     measured: Sequence[Measured],
-    gpu: Bandwidth | None,
-    footprints: Mapping[str, Footprint | None],
+    gpu: roofline.Bandwidth | None,
+    footprints: Mapping[str, roofline.Footprint | None],
 ) -> dict[str, Any]:
     reference = measured[0]
     targets = {}
@@ -153,7 +149,7 @@ def _against(case: Case, reference: Measured, part: Measured) -> dict[str, Any]:
     return {"comparable": not why, "why": why, "ratios": ratios}
 
 
-def _memory(part: Measured, gpu: Bandwidth | None) -> dict[str, Any] | None:
+def _memory(part: Measured, gpu: roofline.Bandwidth | None) -> dict[str, Any] | None:
     """The best reading of the memory that the target's model lies in; None where there was none."""
     readings = [result.memory for rounds in part.rounds.values() for result in rounds if result.memory]
     best = gpu if part.on_gpu else max(readings, default=None)
@@ -161,7 +157,7 @@ def _memory(part: Measured, gpu: Bandwidth | None) -> dict[str, Any] | None:
 
 
 def _ceiling(
-    rounds: Sequence[Round], gpu: Bandwidth | None, footprint: Footprint | None
+    rounds: Sequence[Round], gpu: roofline.Bandwidth | None, footprint: roofline.Footprint | None
 ) -> dict[str, Any] | None:
     """The tokens/s that the memory allows one stream, and the share of it that one client's decoding reached.
 
@@ -224,7 +220,11 @@ def different_work(slow: Measured, a: Round, fast: Measured, b: Round) -> str:
     return ""
 
 
-def _warnings(report: dict[str, Any], measured: Sequence[Measured], noise: tuple[Noise, Noise]) -> list[str]:
+def _warnings(
+    report: dict[str, Any],
+    measured: Sequence[Measured],
+    noise: tuple[process_probe.Noise, process_probe.Noise],
+) -> list[str]:
     warnings = process_probe.warnings(*noise)
     tokens, asked = report["settings"]["tokens"], report["settings"]["asked_tokens"]
     if tokens != asked:

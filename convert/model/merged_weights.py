@@ -19,7 +19,6 @@ from convert.model import safetensors_io
 from convert.model.dequantized_base import DTYPES, DequantizedBase, Rows, spans
 from convert.model.hf_folder import Folder
 from convert.model.lora_adapter import EMBEDDINGS, HEAD, Adapter
-from convert.model.safetensors_io import Part
 from edge.errors import EdgeError, InputError
 
 
@@ -37,7 +36,7 @@ class MergedWeights:
         key = "dtype" if "dtype" in base.config or "torch_dtype" not in base.config else "torch_dtype"
         self.config: dict[str, Any] = {**base.config, key: dtype}
         self._base, self._adapter, self._dequantised = base, adapter, dequantised
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, safetensors_io.Part] = {}
         self._sources: dict[str, tuple[Path, str]] = {}  # the base's file of a tensor, and its name there
         self._list(DTYPES[dtype])
         if self.config.get("tie_word_embeddings"):
@@ -69,7 +68,7 @@ class MergedWeights:
                     "give the 16-bit model",
                 )
             kind = dtype if kind.is_floating_point else kind
-            self._parts[name] = Part(name, stored.shape, kind)
+            self._parts[name] = safetensors_io.Part(name, stored.shape, kind)
             self._sources[name] = (stored.file, name)
 
     def _tie(self) -> None:
@@ -107,7 +106,7 @@ class MergedWeights:
                 part = self._parts[name]
                 self._parts[name] = dataclasses.replace(part, shape=(tokens, *part.shape[1:]))
 
-    def _rows(self, part: Part) -> Iterator[torch.Tensor]:
+    def _rows(self, part: safetensors_io.Part) -> Iterator[torch.Tensor]:
         """The rows of a merged tensor, some at a time."""
         name, adapter = part.name, self._adapter
         weight, rows = self._stored(name)

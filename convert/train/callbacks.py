@@ -21,7 +21,6 @@ from rich.progress import (
 )
 
 from convert.train import checkpoint, plots
-from convert.train.checkpoint import Best
 from convert.train.trainer import Loop, steps_in_epoch
 from convert.train.trainer import Progress as State
 from edge.artefact import json_file
@@ -45,10 +44,10 @@ class Watch:
         loop: Loop,
         folder: Path,
         console: Console,
-        best: Best,
+        best: checkpoint.Best,
         *,
         evaluate: Callable[[], float] | None,
-        save: Callable[[Best], Path],
+        save: Callable[[checkpoint.Best], Path],
         ask: Callable[[], list[tuple[str, str]]],
     ) -> None:
         self.best, self._console, self._first = best, console, loop.world.first
@@ -129,7 +128,7 @@ class Watch:
             + ("" if better else f", best {self.best.loss:.4f}")
         )
         if better:
-            self.best = Best(loss, state.step)
+            self.best = checkpoint.Best(loss, state.step)
             if self._config.keeps_best:
                 self.best.folder = str(checkpoint.folder_of(self._folder, state.step))
                 self.save()

@@ -8,14 +8,13 @@ trained weights go to OUTPUT_DIR/merged. Logs, checkpoints and pictures lie in O
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import math
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ class Run:
         place = choose_place(config)
         world = distributed.join(cpu=place.device == "cpu", timeout=config.ddp_timeout)
         if fsdp.asked(config, world):
-            world = dataclasses.replace(world, sharded=True)
+            world = replace(world, sharded=True)
         if not world.first:
             console = Console(quiet=True)
         job = cls(config, base, chat, data, place, world, resumed, console, again)
@@ -246,7 +245,7 @@ class Run:
         report("loading the model")
         self.model = load_model(
             self.base,
-            dataclasses.replace(place, dtype=torch.float32) if self.full else place,
+            replace(place, dtype=torch.float32) if self.full else place,
             double_quant=config.double_quantization,
             attention=cuda_graphs.attention_name(place, longest=self.data.longest, asked=config.flash_attn),
             sharded=self.world.sharded,

@@ -8,12 +8,11 @@ of Korthikanti et al. 2022, arXiv:2205.05198, section 4, here for gated layers w
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +109,7 @@ def skeleton(base: Path, config: TrainConfig, place: Place) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32 if full else place.dtype)
-        return (
-            unfreeze(model, config)
-            if full
-            else add_adapter(model, dataclasses.replace(config, pissa_init=False))
-        )
+        return unfreeze(model, config) if full else add_adapter(model, replace(config, pissa_init=False))
 
 
 def _weights(model: Any, config: TrainConfig, place: Place, shards: int) -> tuple[int, int]:
@@ -277,9 +272,9 @@ def check(
 
 def _proposal(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> str:
     """The mildest change of settings that fits, in words."""
-    trial = dataclasses.replace(config, disable_gradient_checkpointing=False)
+    trial = replace(config, disable_gradient_checkpointing=False)
     while not fits(trial) and trial.per_device_train_batch_size > 1:
-        trial = dataclasses.replace(
+        trial = replace(
             trial,
             per_device_train_batch_size=trial.per_device_train_batch_size // 2,
             gradient_accumulation_steps=trial.gradient_accumulation_steps * 2,
@@ -296,7 +291,7 @@ def _proposal(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> str:
     if fits(trial):
         return "this fits: " + ", ".join(changes)
     while trial.cutoff_len > 64:
-        trial = dataclasses.replace(trial, cutoff_len=trial.cutoff_len // 2)
+        trial = replace(trial, cutoff_len=trial.cutoff_len // 2)
         if fits(trial):
             return "this fits: " + ", ".join([*changes, f"cutoff_len: {trial.cutoff_len}"])
     if config.quantization_bit is None and config.finetuning_type == "lora":

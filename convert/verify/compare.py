@@ -22,10 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.verify import probes
+from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
-from convert.verify.open_reader import open_reader
+from convert.verify.onnx_reader import OnnxReader
 from convert.verify.reader import Reader
-from edge.artefact import json_file, manifest
+from convert.verify.torch_reader import TorchReader
+from edge.artefact import find, json_file, manifest
 from edge.console import phase
 from edge.errors import InputError
 
@@ -327,6 +329,24 @@ def keep(report: Report) -> bool:
     json_file.write(partial, data)
     partial.replace(path)
     return True
+
+
+def open_reader(given: Path, *, lora: Path | None = None) -> Reader:
+    """The reader for an adapter's or a transformers folder, a folder with a GGUF or an ONNX file, a run, or
+    such a file.
+
+    Raises InputError where there is nothing of the kind.
+    """
+    if not given.exists():
+        raise InputError(f"no such file or folder: {given}", "give a stage's folder, a run or a file")
+    if (given / "adapter_config.json").is_file() or (given / "config.json").is_file():
+        return TorchReader(given)
+    path = find.resolve(given).path
+    if path.suffix == ".onnx":
+        if lora is not None:
+            raise InputError(f"{path} is no GGUF: an adapter goes on top of one", "edge export gguf RUN")
+        return OnnxReader(path)
+    return GgufReader(path, lora=lora)
 
 
 def run(a: Path, b: Path, *, lora: Path | None = None, console: Console | None = None) -> Report:

@@ -1,6 +1,6 @@
 """One stage of a model, as a comparison asks it: the interface that each format implements.
 
-A further format needs a subclass of Reader and a line in `convert.verify.open_reader`.
+A further format needs a subclass of Reader and a line in `convert.verify.compare.open_reader`.
 """
 
 from __future__ import annotations

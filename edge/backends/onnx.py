@@ -8,9 +8,8 @@ row of a run needs more, only these are copied.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +256,7 @@ class Onnx(Backend):
                 raise _failed(len(ids), error) from error
             self._graphs = None
             note = f"none: {' '.join(str(error).split())[:200]}"
-            self.info = dataclasses.replace(self.info, settings={**self.info.settings, "cuda_graphs": note})
+            self.info = replace(self.info, settings={**self.info.settings, "cuda_graphs": note})
             return False
         return True
 

@@ -7,7 +7,6 @@ process is gone and this one ends too. One thread (the main one) owns the model.
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -19,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,7 @@ class Load:
         return cls(
             kind=artefact.kind,
             path=str(artefact.path),
-            settings=dataclasses.asdict(settings),
+            settings=asdict(settings),
             stop_ids=sorted(artefact.stop_ids),
             digest=artefact.digest,
             lora=str(artefact.lora or ""),
@@ -231,7 +230,7 @@ def main() -> int:
     store = open_store(load, backend.info)
     engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate, store=store)
     chosen = {"chosen": load.why} if load.why else {}
-    info = dataclasses.replace(backend.info, settings={**backend.info.settings, **chosen})
+    info = replace(backend.info, settings={**backend.info.settings, **chosen})
     link.send([msg.Ready(info, time.monotonic() - began)])
     router = Router(link, engine, backend)
     threading.Thread(target=router.run, name="router", daemon=True).start()

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
-from edge.loading import tune_results
-from edge.loading import tune_trials as trials
-from edge.loading.tune_trials import Choice, Trial, Trials
+from edge.loading import tune_results, tune_trials
 
 # Where two layouts are this near, per-slot KV buffers are taken: steps over a unified KV cache get slower
 # with all that lies in it, and during the measurement other requests have little in it.
@@ -31,13 +29,13 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
     Raises TimeoutError where the machine is too busy, and what creating a context raises.
     """
 
-    def open_context(choice: Choice, slots: int, context: int) -> LlamaCpp:
+    def open_context(choice: tune_trials.Choice, slots: int, context: int) -> LlamaCpp:
         return LlamaCpp(
             model,
             dataclasses.replace(asked, slots=slots, context=context, capacity=slots * context, **choice),
         )
 
-    timing = Trials(open_context, slots=asked.slots, context=asked.context)
+    timing = tune_trials.Trials(open_context, slots=asked.slots, context=asked.context)
     # A quantised V cache exists only with flash attention.
     flash = [False, True] if asked.kv_type == "f16" else [True]
     rows = timing.run(
@@ -46,20 +44,20 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
             for on in flash
             for unified in asked.layouts
         ],
-        trials.BUDGET_S,
+        tune_trials.BUDGET_S,
     )
     winner = best(rows)
     if asked.threads > 2:
         fewer = {**winner.choice, "threads": asked.threads - 1}
-        again = timing.run([winner.choice, fewer], 2 * trials.BUDGET_S)
+        again = timing.run([winner.choice, fewer], 2 * tune_trials.BUDGET_S)
         rows += again[1:]
         winner = best(again)
     return timing.result(rows, winner)
 
 
-def best(rows: Sequence[Trial]) -> Trial:
+def best(rows: Sequence[tune_trials.Trial]) -> tune_trials.Trial:
     """The best score; of layouts that are near it, per-slot KV buffers."""
-    scored = list(zip(rows, trials.scores([trial.speed for trial in rows]), strict=True))
+    scored = list(zip(rows, tune_trials.scores([trial.speed for trial in rows]), strict=True))
     limit = _TIE * min(score for _, score in scored)
     near = [pair for pair in scored if pair[1] <= limit]
     return min(near, key=lambda pair: (pair[0].choice["unified"], pair[1]))[0]

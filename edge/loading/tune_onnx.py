@@ -10,9 +10,7 @@ import dataclasses
 from typing import Any
 
 from edge.backends.onnx import Model, Onnx, Settings
-from edge.loading import tune_results
-from edge.loading import tune_trials as trials
-from edge.loading.tune_trials import Choice, Trials
+from edge.loading import tune_results, tune_trials
 from edge.machine import hardware
 
 
@@ -29,16 +27,16 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
 
     Raises TimeoutError where the machine is too busy, or where the memory does not hold them all at once.
     """
-    choices: list[Choice] = [{"threads": asked.threads, "spin": spin} for spin in (True, False)]
+    choices: list[tune_trials.Choice] = [{"threads": asked.threads, "spin": spin} for spin in (True, False)]
     if asked.threads > 2:
         choices.append({"threads": asked.threads - 1, "spin": True})
     if model.header.weights_bytes * 2 * len(choices) > hardware.memory().available:
         raise TimeoutError("the memory does not hold several sessions")
 
-    def open_session(choice: Choice, slots: int, context: int) -> Onnx:
+    def open_session(choice: tune_trials.Choice, slots: int, context: int) -> Onnx:
         return Onnx(model, dataclasses.replace(asked, slots=slots, context=context, **choice))
 
-    timing = Trials(open_session, slots=asked.slots, context=asked.context)
-    rows = timing.run(choices, trials.BUDGET_S)
-    scores = trials.scores([trial.speed for trial in rows])
+    timing = tune_trials.Trials(open_session, slots=asked.slots, context=asked.context)
+    rows = timing.run(choices, tune_trials.BUDGET_S)
+    scores = tune_trials.scores([trial.speed for trial in rows])
     return timing.result(rows, rows[scores.index(min(scores))])

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from convert.verify import cli, compare, probes
+from convert.verify.compare import open_reader
 from convert.verify.divergence import Divergence, log_softmax
 from convert.verify.gguf_reader import GgufReader
-from convert.verify.open_reader import open_reader
 from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.errors import InputError

@@ -15,9 +15,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("tokenizers")
 
-from convert.verify.compare import BOUNDS, compare
+from convert.verify.compare import BOUNDS, compare, open_reader
 from convert.verify.onnx_reader import OnnxReader
-from convert.verify.open_reader import open_reader
 from edge.artefact import manifest
 from edge.backends.base import Row
 from edge.backends.onnx import Model, Onnx, Settings
