@@ -84,6 +84,6 @@ def test_models_are_kept_in_cache_dir(
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert finetune.base_folder("some/model", "main", str(tmp_path)) == base
+    assert hub.resolve("some/model", "main", str(tmp_path)) == base
     assert asked == [str(tmp_path)]
     assert hub.resolve("some/model") == base and asked[1] is None
