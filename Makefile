@@ -21,6 +21,9 @@ WITH_CUDA := $(filter-out 0,$(CUDA))
 STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
 REPLACE := $(if $(OVERWRITE),--overwrite)
 
+# A hundred interpreters are started by the tests alone: none should compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check conformance pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: data eval verify serve bench bench-train chat tune doctor clean
