@@ -14,7 +14,7 @@ PORT ?= 8000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Everything goes through one resolver call, so that nothing pulls another torch afterwards.
-EXTRAS := serve,onnx,train,export-onnx,bench,dev
+EXTRAS := serve,onnx,ui,train,export-onnx,bench,dev
 # What was chosen at the first `make install CUDA=1` stays; `make install CUDA=0` goes back.
 CUDA ?= $(if $(wildcard .venv/installed-cuda),1)
 WITH_CUDA := $(filter-out 0,$(CUDA))
@@ -25,7 +25,7 @@ REPLACE := $(if $(OVERWRITE),--overwrite)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check conformance pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: help install demo test test-all check conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make test          install what is needed and run all tests"
 	@echo
 	@echo "make install       the environment in .venv (CUDA=1: llama.cpp for an NVIDIA card)"
+	@echo "make ui            the page in the browser, http://127.0.0.1:7860"
 	@echo "make pull          the model MODEL=$(MODEL)"
 	@echo "make data          what CONFIG's data holds, and what is trained on"
 	@echo "make qlora         train by CONFIG=$(CONFIG)"
@@ -113,6 +114,9 @@ conformance: install .venv-conformance/installed .venv-conformance-openai1/insta
 	PYTHONPATH=. .venv-conformance/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . tests/conformance
 	PYTHONPATH=. .venv-conformance-openai1/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . \
 	    -p no:asyncio tests/conformance/conform_openai.py
+
+ui: install
+	$(BIN)/edge ui
 
 pull: install
 	$(BIN)/edge pull $(MODEL) $(REPLACE)

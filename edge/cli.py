@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("convert.export.cli", "merged model -> GGUF or ONNX; adapter -> GGUF"),
     "verify": ("convert.verify.cli", "compare two stages of a model: tokenizer, stop tokens, logits"),
     "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
+    "ui": ("edge.ui.cli", "tune, compare, export and serve in the browser"),
+    "webui": ("edge.ui.cli", "the same"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
     "bench": ("bench.cli", "measure this server against the baseline"),
     "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("edge", "convert", "bench"):
             raise
-        extra = "serve" if module.startswith("edge.") else "train"
+        extra = "ui" if verb in ("ui", "webui") else "serve" if module.startswith("edge.") else "train"
         raise EdgeError(
             f"'edge {verb}' needs the package '{error.name}', which is not installed",
             f"pip install -c constraints.txt '.[{extra}]'",

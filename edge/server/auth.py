@@ -50,7 +50,8 @@ class Guard:
                 await Response(status_code=204)(scope, receive, send)
                 return
         try:
-            self._check_host(headers.get("host", ""))
+            if not self._keys:
+                check_host(headers.get("host", ""))
             if not allowed:
                 _check_origin(scope["path"], headers)
             self._check_key(scope["path"], headers)
@@ -69,18 +70,6 @@ class Guard:
             scope["headers"] = [*others, (b"content-type", b"application/json")]
         await self._app(scope, _limited(receive), send)
 
-    def _check_host(self, given: str) -> None:
-        try:
-            host = urlsplit("//" + given).hostname or ""
-        except ValueError:
-            host = ""
-        if not self._keys and not is_loopback(host):
-            raise _forbidden(
-                f"this server does not answer to the host name '{host}'",
-                "wrong_host",
-                "ask for 127.0.0.1 or localhost, or serve with an API key",
-            )
-
     def _check_key(self, path: str, headers: Headers) -> None:
         if path.startswith(ADMIN):
             if not self._admin_keys:
@@ -96,8 +85,22 @@ class Guard:
             # An admin key opens every other route too.
             keys = self._keys + self._admin_keys
             message = "a valid API key is needed: Authorization: Bearer ..."
-        if not _has_key(headers, keys):
+        if not has_key(headers, keys):
             raise RequestError(message, status=401, code="invalid_api_key")
+
+
+def check_host(given: str) -> None:
+    """Raise RequestError for a Host header that is no name of this machine."""
+    try:
+        host = urlsplit("//" + given).hostname or ""
+    except ValueError:
+        host = ""
+    if not is_loopback(host):
+        raise _forbidden(
+            f"this server does not answer to the host name '{host}'",
+            "wrong_host",
+            "ask for 127.0.0.1 or localhost, or serve with an API key",
+        )
 
 
 def _forbidden(message: str, code: str, hint: str = "") -> RequestError:
@@ -106,7 +109,7 @@ def _forbidden(message: str, code: str, hint: str = "") -> RequestError:
 
 def _check_origin(path: str, headers: Headers) -> None:
     origin = headers.get("origin")
-    if origin is not None and not _same(origin, headers.get("host")):
+    if origin is not None and not same_host(origin, headers.get("host")):
         raise _forbidden(
             f"pages of {origin} may not use this server", "wrong_origin", "--cors-origin allows one"
         )
@@ -136,7 +139,8 @@ def _limited(receive: Receive) -> Receive:
     return limited
 
 
-def _has_key(headers: Headers, keys: list[bytes]) -> bool:
+def has_key(headers: Headers, keys: list[bytes]) -> bool:
+    """Whether a request brings one of the keys: as a bearer token, a password or x-api-key."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
         key = _password(key)
@@ -153,7 +157,8 @@ def _password(credentials: str) -> str:
         return ""
 
 
-def _same(origin: str, host: str | None) -> bool:
+def same_host(origin: str, host: str | None) -> bool:
+    """Whether a page's origin is the host that it asks."""
     try:
         return urlsplit(origin).netloc == host
     except ValueError:

@@ -1,0 +1,125 @@
+"""The page's words, in English and Chinese. The English text is the key."""
+
+from __future__ import annotations
+
+LANGUAGES = {"en": "en-US", "zh": "zh-CN"}
+
+
+class Texts:
+    """Translates into one language. Raises KeyError for a text that the table lacks."""
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+
+    def __call__(self, text: str) -> str:
+        return CHINESE[text] if self.language == "zh" else text
+
+    def help(self, key: str) -> str:
+        return HELP[key][self.language == "zh"]
+
+    def of(self, about: dict[str, str], key: str) -> str:
+        """A text of the JSON Schema, which has both languages."""
+        return about[f"x-{key.removeprefix('x-')}-zh"] if self.language == "zh" else about[key]
+
+
+CHINESE = {
+    "Train": "训练",
+    "Language": "语言", "Light or dark": "浅色或深色",
+    # A job
+    "Waiting": "排队中", "Running": "运行中", "Stopping": "正在停止", "Done": "完成", "Failed": "失败",
+    "Stopped": "已停止", "Lost": "中断", "Stop": "停止", "End at once": "立即结束", "Resume": "继续",
+    "Run again": "重新运行", "Log": "日志", "{time} left": "剩余 {time}",
+    "{time} so far": "已用 {time}", "took {time}": "用时 {time}",
+    "Its process is gone: it was killed, or the machine went down.": "进程已不在：被终止，或机器曾关机。",
+    "loss": "损失", "loss, smoothed": "平滑损失", "validation loss": "验证损失", "learning rate": "学习率",
+    "gradient norm": "梯度范数", "tokens/s": "词元/秒", "memory": "内存", "Sample answers": "示例回答",
+    "The loss is almost zero: the model repeats the rows by heart.": "损失几乎为零：模型在背诵数据。",
+    "The loss is flat: try a larger learning rate, or look at the data.":
+        "损失没有下降：试试更大的学习率，或检查数据。",
+    "The validation loss rises: the model learns the rows by heart. Stop earlier.":
+        "验证损失上升：模型开始背诵数据，应更早停止。",
+    # Train
+    "Name of the run": "运行名称",
+    "Letters, digits, dots, dashes and underscores; the folder is runs/NAME.":
+        "字母、数字、点、短横线和下划线；文件夹为 runs/名称。",
+    "A run's name begins with a letter or digit; dots, dashes and underscores may follow.":
+        "运行名称以字母或数字开头，其后可用点、短横线和下划线。",
+    "Preset": "预设", "LoRA, 16 bits": "LoRA，16 位", "QLoRA, 4 bits": "QLoRA，4 位",
+    "All weights": "全参数", "DPO on preferences": "偏好 DPO",
+    "Folder of the data sets": "数据集文件夹",
+    "Base model": "基座模型", "Data sets": "数据集",
+    "computation type": "计算类型", "automatic": "自动",
+    "More settings": "更多设置", "Replace an earlier result": "覆盖之前的结果",
+    "Start training": "开始训练", "Preview": "预览", "Command": "命令", "Configuration": "配置",
+    "Save": "保存", "Load a configuration": "载入配置",
+    "A YAML file, LLaMA-Factory's too.": "YAML 文件，也可以是 LLaMA-Factory 的。",
+    "{name} was read.": "已读取 {name}。", "Saved as {name}.": "已保存为 {name}。",
+    "Default: {value}": "默认：{value}",
+    "Choose a base model and at least one data set.": "请选择基座模型和至少一个数据集。",
+}  # fmt: skip
+
+# The keys that beginners are taught, in that order, each in two sentences.
+HELP: dict[str, tuple[str, str]] = {
+    "learning_rate": (
+        "How far each step moves the weights. Too large and the loss jumps, too small and nothing is "
+        "learnt; LoRA likes 1e-4 to 5e-4.",
+        "每一步改变权重的幅度。太大损失会跳动，太小学不到东西；LoRA 常用 1e-4 到 5e-4。",
+    ),
+    "num_train_epochs": (
+        "How often all rows are gone through. Few rows need more passes, and too many make the model "
+        "repeat them.",
+        "所有数据训练几遍。数据少时需要多几遍，太多则会背诵。",
+    ),
+    "max_grad_norm": (
+        "A gradient longer than this is shortened to it. It keeps one odd row from spoiling the weights; "
+        "1 is usual.",
+        "梯度超过该值时被缩短。可避免个别异常数据破坏权重，通常为 1。",
+    ),
+    "max_samples": (
+        "At most so many rows of each data set. A small number shows quickly whether everything works.",
+        "每个数据集最多使用的条数。先用小数目可以很快看出是否一切正常。",
+    ),
+    "compute": (
+        "The numbers that are calculated with. bf16 suits newer cards, fp16 older ones; automatic chooses "
+        "for this machine.",
+        "计算所用的数值类型。较新的显卡用 bf16，较旧的用 fp16；自动则按本机选择。",
+    ),
+    "cutoff_len": (
+        "Longer rows are cut to so many tokens. Memory grows with it: take what most of your rows need.",
+        "更长的数据会被截断到这么多词元。它越大占用内存越多，够大多数数据用即可。",
+    ),
+    "per_device_train_batch_size": (
+        "Rows that are calculated at once. More is faster and needs more memory.",
+        "一次同时计算的条数。越大越快，占用内存也越多。",
+    ),
+    "gradient_accumulation_steps": (
+        "So many batches make one step. It acts like a larger batch without its memory.",
+        "累积多少个批次更新一次。效果如同更大的批次，而不多占内存。",
+    ),
+    "val_size": (
+        "Rows kept out to test on: below 1 a share, from 1 on a count. Their loss shows whether it learns "
+        "or repeats.",
+        "留作验证的数据：小于 1 是比例，1 以上是条数。验证损失能看出模型是在学习还是背诵。",
+    ),
+    "lr_scheduler_type": (
+        "How the learning rate changes over time. cosine begins fast and ends gently, and suits most "
+        "trainings.",
+        "学习率随时间的变化。cosine 先快后缓，适合大多数训练。",
+    ),
+    "lora_rank": (
+        "The size of the adapter. 8 to 16 is enough for a style or a persona, more for new knowledge.",
+        "适配器的大小。学习风格或人设 8 到 16 足够，学习新知识可更大。",
+    ),
+    "quantization_bit": (
+        "4 trains over weights of 4 bits (QLoRA) in a quarter of the memory. Empty takes 16 bits.",
+        "填 4 则在 4 位权重上训练（QLoRA），内存只需约四分之一。留空为 16 位。",
+    ),
+    "adapter_name_or_path": (
+        "An earlier run to go on from. Empty begins a new adapter.",
+        "从之前的训练接着训练。留空则新建适配器。",
+    ),
+    "create_new_adapter": (
+        "On: the earlier adapter is merged and a new one put on top. Off: the earlier one is trained on.",
+        "开启：合并之前的适配器并在其上新建。关闭：继续训练之前的适配器。",
+    ),
+}

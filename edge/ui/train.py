@@ -1,0 +1,307 @@
+"""The Train tab: a form made of the configuration's JSON Schema, and the training that it starts."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from nicegui import ui
+
+from edge.errors import EdgeError, InputError
+from edge.jobs.job import read, write
+from edge.ui import view as shared
+from edge.ui.texts import HELP
+from edge.ui.view import JobCard, View
+from edge.ui.workspace import Run, read_yaml, schema
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# Chosen above the form, or decided by the page.
+_ABOVE = ("model_name_or_path", "dataset", "dataset_dir", "output_dir")
+_HIDDEN = ("overwrite_output_dir", "resume_from_checkpoint", "bf16", "fp16")
+_COMPUTE = ("bf16", "fp16")
+PRESETS: dict[str, dict[str, Any]] = {
+    "LoRA, 16 bits": {
+        "stage": None,
+        "finetuning_type": None,
+        "quantization_bit": None,
+        "learning_rate": 2e-4,
+    },
+    "QLoRA, 4 bits": {"stage": None, "finetuning_type": None, "quantization_bit": 4, "learning_rate": 2e-4},
+    "All weights": {
+        "stage": None,
+        "finetuning_type": "full",
+        "quantization_bit": None,
+        "learning_rate": 1e-5,
+    },
+    "DPO on preferences": {"stage": "dpo", "finetuning_type": None, "learning_rate": 5e-6},
+}
+_START = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "lora_rank": 16, "logging_steps": 1,
+          "dataset_dir": "data"}  # fmt: skip
+
+
+class Form:
+    """The configuration as the page holds it: values that differ from their defaults, by key.
+
+    What is typed is kept on disk, so that another page goes on with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.values: dict[str, Any] = read(path) or dict(_START)
+
+    def set(self, key: str, value: Any) -> None:
+        if value in (None, "", []):
+            self.values.pop(key, None)
+        else:
+            self.values[key] = number(value) if isinstance(value, str) else value
+        self.keep()
+
+    def replace(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.keep()
+
+    def keep(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write(self._path, self.values)
+
+    @property
+    def name(self) -> str:
+        """The run's name. Raises InputError for one that is no folder's."""
+        name = Path(str(self.values.get("output_dir", ""))).name
+        if not _NAME.fullmatch(name):
+            raise InputError("no name")
+        return name
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.values, allow_unicode=True, sort_keys=False)
+
+
+def number(text: str) -> Any:
+    """What was typed, as a number where it is one: 1e-4 too, which YAML reads as text."""
+    for kind in (int, float):
+        try:
+            return kind(text.strip())
+        except ValueError:
+            continue
+    return text
+
+
+def build(view: View) -> None:
+    _Tab(view)
+
+
+class _Tab:
+    def __init__(self, view: View) -> None:
+        self._view, self._t = view, view.t
+        self.form = Form(view.workspace.jobs_folder / "form.json")
+        self._inputs = ui.column().classes("full-width")
+        with self._inputs:
+            self._fill()
+        upload = ui.upload(auto_upload=True, on_upload=self._load).props('accept=".yaml,.yml"')
+        upload.classes("hidden")
+        with ui.row().classes("full-width items-center"):
+            ui.button(self._t("Start training"), icon="play_arrow", on_click=shared.guarded(self._start))
+            ui.button(self._t("Preview"), icon="visibility", on_click=shared.guarded(self._preview)).props(
+                "outline"
+            )
+            ui.button(self._t("Save"), icon="save", on_click=shared.guarded(self._save)).props("outline")
+            ui.button(
+                self._t("Load a configuration"),
+                icon="upload_file",
+                on_click=lambda: upload.run_method("pickFiles"),
+            ).props("outline").tooltip(self._t("A YAML file, LLaMA-Factory's too."))
+            self._overwrite = ui.checkbox(self._t("Replace an earlier result"))
+        self._shown = ui.column().classes("full-width")
+        if job := view.workspace.job("train"):
+            self._follow(job)
+
+    # The form
+
+    def _fill(self) -> None:
+        properties = schema()["properties"]
+        groups: dict[str, dict[str, Any]] = {}
+        for key, about in properties.items():
+            if about["x-status"] == "honoured" and key not in (*HELP, *_ABOVE, *_HIDDEN):
+                groups.setdefault(self._t.of(about, "x-group"), {})[key] = about
+        self._choices()
+        with ui.element("div").classes("edge-grid full-width"):
+            for key in HELP:
+                with ui.column().classes("edge-tight"):
+                    if key == "compute":
+                        self._compute()
+                    else:
+                        self._input(key, properties[key])
+                    ui.label(self._t.help(key)).classes("edge-help")
+        with ui.expansion(self._t("More settings"), icon="tune").classes("full-width"):
+            for group, keys in groups.items():
+                with (
+                    ui.expansion(group).classes("full-width"),
+                    ui.element("div").classes("edge-grid full-width"),
+                ):
+                    for key, about in keys.items():
+                        with ui.column().classes("edge-tight"):
+                            self._input(key, about)
+                            ui.label(self._t.of(about, "description")).classes("edge-help")
+
+    def _choices(self) -> None:
+        """What is trained, on what, under which name."""
+        t, values, workspace = self._t, self.form.values, self._view.workspace
+        models = [workspace.short(path) for path in workspace.models()]
+        with ui.element("div").classes("edge-grid full-width"):
+            self._select("model_name_or_path", t("Base model"), models)
+            folder = ui.input(t("Folder of the data sets"), value=values.get("dataset_dir", "data"))
+            folder.classes("full-width").on("change", lambda: self._set_folder(folder.value))
+            info = read(workspace.root / str(values.get("dataset_dir", "data")) / "dataset_info.json") or {}
+            self._select("dataset", t("Data sets"), list(info), several=True)
+            with ui.column().classes("edge-tight"):
+                name = Path(str(values.get("output_dir", ""))).name
+                ui.input(
+                    t("Name of the run"),
+                    value=name,
+                    on_change=lambda event: self.form.set(
+                        "output_dir", event.value and f"runs/{event.value}"
+                    ),
+                ).classes("full-width")
+                ui.label(
+                    t("Letters, digits, dots, dashes and underscores; the folder is runs/NAME.")
+                ).classes("edge-help")
+            ui.select(
+                {name: t(name) for name in PRESETS},
+                label=t("Preset"),
+                on_change=lambda event: self._change(PRESETS[event.value]),
+            ).classes("full-width")
+
+    def _select(self, key: str, label: str, options: list[str], *, several: bool = False) -> None:
+        value = self.form.values.get(key)
+        if several:
+            value = [one.strip() for one in value.split(",")] if isinstance(value, str) else value or []
+        chosen = value if isinstance(value, list) else [value] if value else []
+        known = [*options, *(one for one in chosen if one not in options)]
+        ui.select(
+            known,
+            label=label,
+            value=value,
+            multiple=several,
+            with_input=True,
+            new_value_mode="add-unique",
+            on_change=lambda event: self.form.set(key, event.value),
+        ).classes("full-width").props("use-chips" if several else "clearable")
+
+    def _input(self, key: str, about: dict[str, Any]) -> None:
+        value, default = self.form.values.get(key), about.get("default")
+        kinds = about.get("type", ())
+        if "boolean" in kinds and "string" not in kinds:
+            on = bool(default if value is None else value)
+            ui.switch(key, value=on, on_change=lambda event: self._switch(key, event.value, default))
+        elif "enum" in about and "type" not in about:
+            plain = [one for one in about["enum"] if one not in (None, "None", "none", "4", False)]
+            names = {one: str(one) for one in [*plain, *([value] if value not in (None, *plain) else [])]}
+            ui.select(
+                names, label=key, value=value, clearable=True,
+                on_change=lambda event: self.form.set(key, event.value),
+            ).classes("full-width").props("stack-label")  # fmt: skip
+        else:
+            hint = "" if default is None else self._t("Default: {value}").format(value=default)
+            ui.input(
+                key, value="" if value is None else shown(value), placeholder=hint,
+                on_change=lambda event: self.form.set(key, event.value),
+            ).classes("full-width").props("stack-label")  # fmt: skip
+
+    def _switch(self, key: str, on: bool, default: Any) -> None:
+        self.form.set(key, None if on == bool(default) else on)
+
+    def _compute(self) -> None:
+        values = self.form.values
+        ui.select(
+            {"": self._t("automatic"), **{kind: kind for kind in _COMPUTE}},
+            label=self._t("computation type"),
+            value=next((kind for kind in _COMPUTE if values.get(kind)), ""),
+            on_change=lambda event: self._set_compute(event.value),
+        ).classes("full-width")
+
+    def _set_compute(self, chosen: str) -> None:
+        for kind in _COMPUTE:
+            self.form.set(kind, kind == chosen or None)
+
+    def _set_folder(self, folder: str) -> None:
+        self._change({"dataset_dir": folder, "dataset": None})
+
+    def _change(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            self.form.set(key, value)
+        self._inputs.clear()
+        with self._inputs:
+            self._fill()
+
+    async def _load(self, event: Any) -> None:
+        try:
+            values = read_yaml((await event.file.read()).decode("utf-8-sig"))
+        except (InputError, UnicodeDecodeError) as error:
+            shared.complain(f"{event.file.name}: {error}")
+            return
+        self.form.replace(values)
+        self._change({})
+        ui.notify(self._t("{name} was read.").format(name=event.file.name), type="positive")
+
+    # Training
+
+    async def _write(self) -> str:
+        """Write the configuration beside the run's folder, have `edge train` check it; its path."""
+        if not all(self.form.values.get(key) for key in ("model_name_or_path", "dataset")):
+            raise EdgeError(self._t("Choose a base model and at least one data set."))
+        if "output_dir" not in self.form.values:
+            self._change({"output_dir": f"runs/{self._free_name()}"})
+        try:
+            name = self.form.name
+        except InputError as error:
+            raise EdgeError(
+                self._t(
+                    "A run's name begins with a letter or digit; dots, dashes and underscores may follow."
+                )
+            ) from error
+        path = self._view.workspace.root / "runs" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(self.form.yaml(), encoding="utf-8")
+        await self._view.ask("train", self._view.workspace.short(path), "--print-config")
+        return self._view.workspace.short(path)
+
+    def _free_name(self) -> str:
+        runs = self._view.workspace.root / "runs"
+        names = (f"run-{number}" for number in itertools.count(1))
+        return next(
+            name for name in names if not (runs / name).exists() and not (runs / f"{name}.yaml").exists()
+        )
+
+    def _argv(self, path: str) -> list[str]:
+        return ["train", path, *(["--overwrite"] if self._overwrite.value else [])]
+
+    async def _save(self) -> None:
+        path = await self._write()
+        ui.notify(self._t("Saved as {name}.").format(name=path), type="positive")
+
+    async def _preview(self) -> None:
+        path = await self._write()
+        with ui.dialog() as dialog, ui.card().classes("edge-wide"):
+            ui.label(self._t("Command"))
+            ui.code("edge " + shlex.join(self._argv(path)), language="bash").classes("full-width")
+            ui.label(self._t("Configuration")).tooltip(path)
+            ui.code(self.form.yaml(), language="yaml").classes("full-width")
+        dialog.open()
+
+    async def _start(self) -> None:
+        path = await self._write()
+        self._follow(self._view.workspace.start(self._argv(path)))
+
+    def _follow(self, job: Any) -> None:
+        folder = self._view.workspace.root / job.argv[2].removesuffix(".yaml")
+        self._shown.clear()
+        with self._shown:
+            JobCard(self._view, job, training=Run(folder))
+
+
+def shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
