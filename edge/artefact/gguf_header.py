@@ -92,6 +92,8 @@ _ARRAYS = {
     "tokenizer.ggml.suppress_tokens": (5,),
 }
 _EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")
+# Types that llama.cpp has no matrix product for.
+_NO_PRODUCT = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 _MAX_NAME = 64  # GGML_MAX_NAME, the terminating zero included
 _MAX_DIMS = 4
@@ -274,6 +276,9 @@ def check_model(header: GGUFHeader) -> None:
         value = header.metadata.get(f"{prefix}.attention.{name}", 1.0)
         if not isinstance(value, float) or not 0 < value < math.inf:
             _fail(path, f"{prefix}.attention.{name}", f"must be a number above 0, it is {value!r}")
+    for tensor in header.tensors.values():
+        if len(tensor.shape) > 1 and tensor.type in _NO_PRODUCT:
+            _fail(path, tensor.name, f"is a matrix of type {tensor.type}, which nothing is multiplied by")
     _check_vocabulary(header)
 
 

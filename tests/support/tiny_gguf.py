@@ -22,6 +22,8 @@ def value(item: Any) -> bytes:
         return struct.pack("<I", 8) + text(item)
     if item and isinstance(item[0], str):
         return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(text, item))
+    if item and isinstance(item[0], float):
+        return struct.pack(f"<IIQ{len(item)}f", 9, 6, len(item), *item)
     return struct.pack(f"<IIQ{len(item)}i", 9, 5, len(item), *item)
 
 

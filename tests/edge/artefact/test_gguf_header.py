@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge.artefact.find import Artefact
-from edge.artefact.gguf_header import GGUFArray, read_header
+from edge.artefact.gguf_header import GGML_TYPES, GGUFArray, read_header
 from edge.artefact.gguf_shards import read_whole
 from edge.errors import InputError
 from edge.loading.load_plan import estimate
@@ -116,6 +116,14 @@ def test_fields_of_a_wrong_kind_are_named(tmp_path: Path) -> None:
 def test_head_counts_per_layer_give_the_largest(tmp_path: Path) -> None:
     header = read_header(put(tmp_path, gguf(METADATA | {"llama.attention.head_count_kv": [2, 8, 4]}, [])))
     assert header.head_count_kv == 8
+
+
+@pytest.mark.parametrize("kind", [24, 28, 15])  # I8, F64, Q8_K
+def test_a_matrix_that_nothing_is_multiplied_by_is_refused(tmp_path: Path, kind: int) -> None:
+    _, size, block = GGML_TYPES[kind]
+    tensors = [("blk.0.ffn_up.weight", (256, 4), kind, 0)]
+    with pytest.raises(InputError, match=r"blk\.0\.ffn_up\.weight is a matrix of type"):
+        read_whole(put(tmp_path, gguf(METADATA | {"llama.block_count": 1}, tensors, 1024 * block // size)))
 
 
 BYTES = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [f"<0x{i:02X}>" for i in range(256)]}
