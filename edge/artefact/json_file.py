@@ -24,6 +24,8 @@ def read(
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig")) if required or path.is_file() else {}
+        # An escape may be half a surrogate pair, which no library takes as a text.
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}", hint) from error
     if not isinstance(data, dict):

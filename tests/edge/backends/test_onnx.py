@@ -221,6 +221,10 @@ def test_a_vocabulary_whose_bytes_are_not_known_is_refused(tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read"):
         Vocabulary(tmp_path, 300)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_onnx.tokenizer()), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json cannot be read.*surrogates"):
+        Vocabulary(tmp_path, 300)
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
