@@ -21,6 +21,7 @@ OPEN_PATHS = frozenset({"/health"})
 PAGES = frozenset({"/", "/docs"})
 ADMIN = "/admin/"
 _PREFLIGHT_S = 600
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d*)?")
 _FIELD_NAMES = re.compile(r"[A-Za-z0-9_-]+(?:[ \t]*,[ \t]*[A-Za-z0-9_-]+)*")
 
 
@@ -50,8 +51,12 @@ class Guard:
                 await Response(status_code=204)(scope, receive, send)
                 return
         try:
+            hosts = headers.getlist("host")
+            if len(hosts) > 1:
+                # A reader before this one may have taken the other (RFC 9112, 3.2).
+                raise RequestError("the request has several Host headers", code="invalid_http")
             if not self._keys:
-                check_host(headers.get("host", ""))
+                check_host("".join(hosts))
             if not allowed:
                 _check_origin(scope["path"], headers)
             self._check_key(scope["path"], headers)
@@ -91,13 +96,10 @@ class Guard:
 
 def check_host(given: str) -> None:
     """Raise RequestError for a Host header that is no name of this machine."""
-    try:
-        host = urlsplit("//" + given).hostname or ""
-    except ValueError:
-        host = ""
-    if not is_loopback(host):
+    match = _HOST.fullmatch(given)
+    if match is None or not is_loopback(match[1].lower()):
         raise _forbidden(
-            f"this server does not answer to the host name '{host}'",
+            f"this server does not answer to the host name '{given[:100]}'",
             "wrong_host",
             "ask for 127.0.0.1 or localhost, or serve with an API key",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import sys
 import time
 
@@ -16,6 +17,16 @@ def test_a_foreign_host_or_origin_is_refused(spelling: Server) -> None:
     assert spelling.get("/info", headers={"host": "evil.example"}).status_code == 403
     assert spelling.get("/info", headers={"origin": "https://evil.example"}).status_code == 403
     assert spelling.get("/info", headers={"origin": spelling.url}).status_code == 200
+    # What no client sends, and another reader may take for another host.
+    for host in ("localhost#.evil.example", "localhost/", "[::1", "a@localhost", "localhost:80:80", ""):
+        assert spelling.get("/info", headers={"host": host}).status_code == 403, host
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:", "[::1]:8000"):
+        assert spelling.get("/info", headers={"host": host}).status_code == 200, host
+    request = b"GET /info HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(spelling.url.rsplit(":", 1)[1])), 5.0) as client:
+        client.sendall(request)
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"several Host headers" in answer
 
 
 @pytest.mark.slow
