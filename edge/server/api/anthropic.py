@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
 from edge.engine import protocol as msg
@@ -46,7 +46,18 @@ _ERROR_TYPES = {
     408: "timeout_error",
 }  # fmt: skip
 
-Blocks = Annotated[list[dict[str, Any]], Field(max_length=MAX_CALLS)]
+_BLOCK_TEXTS = ("type", "text", "thinking", "id", "name", "tool_use_id")
+
+
+def _checked(block: dict[str, Any]) -> dict[str, Any]:
+    for key in _BLOCK_TEXTS:
+        if not isinstance(block.get(key, ""), str):
+            raise ValueError(f"{key} must be a text")
+    return block
+
+
+Block = Annotated[dict[str, Any], AfterValidator(_checked)]
+Blocks = Annotated[list[Block], Field(max_length=MAX_CALLS)]
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -180,9 +191,9 @@ def _rows(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
         kind = block.get("type")
         try:
             if kind == "text":
-                texts.append(str(block["text"]))
+                texts.append(block["text"])
             elif kind == "thinking":
-                thoughts.append(str(block["thinking"]))
+                thoughts.append(block["thinking"])
             elif kind == "tool_use":
                 function = {"name": block["name"], "arguments": block["input"]}
                 calls.append({"id": block["id"], "type": "function", "function": function})

@@ -69,6 +69,9 @@ def test_anthropic_stops_and_errors(server: Server) -> None:
         {"mcp_servers": [{"url": "http://x"}]},
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         {"messages": user([{"type": "tool_result"}])},
+        {"messages": user([{"type": ["text"], "text": "x"}])},
+        {"messages": user([{"type": "text", "text": 5}])},
+        {"system": [{"type": {}, "text": "x"}]},
     ):
         response = ask(**bad)
         assert response.status_code == 400, bad
