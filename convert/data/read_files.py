@@ -260,9 +260,9 @@ def _texts(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
 def _csv(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.DictReader(file, strict=True)
-    if not reader.fieldnames:
-        raise InputError(f"{path} is empty")
     try:
+        if not reader.fieldnames:
+            raise InputError(f"{path} is empty")
         for row in reader:
             if None in row or None in row.values():
                 width = len(reader.fieldnames)
@@ -273,7 +273,7 @@ def _csv(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
             else:
                 yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+        raise InputError(f"{path}, line {reader.reader.line_num}: not valid CSV: {error}") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:

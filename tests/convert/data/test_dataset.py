@@ -82,6 +82,22 @@ def test_t4_unnamed_columns_keep_their_defaults(tmp_path):
         load(tmp_path, [ROW], columns={"promt": "q"})
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"columns": ["q"]}, "has columns that are a list, not an object"),
+        ({"tags": "x"}, "has tags that are a text"),
+        ({"columns": {"prompt": ["q"]}}, "has a prompt that is a list, not a text"),
+        ({"tags": {"user_tag": {}}}, "has a user_tag that is an object"),
+        ({"split": 3}, "has a split that is a number"),
+        ({"folder": ["a"]}, "has a folder that is a list"),
+    ],
+)
+def test_an_entry_of_the_wrong_form_is_named(tmp_path, entry, words):
+    with pytest.raises(UsageError, match=f"'d' {words}"):
+        load(tmp_path, [ROW], **entry)
+
+
 def test_t5_every_bad_row_has_a_reason(tmp_path):
     outputs = [{"a": 1}, ["x"], 3, None, "", "  ", True]
     rows, report = load(tmp_path, [ROW, *({"instruction": "i", "output": o} for o in outputs), "text", ROW])

@@ -48,6 +48,9 @@ def test_csv_and_parquet_are_the_same_rows(tmp_path):
     found, report = load(tmp_path, "d.csv")
     assert texts(found) == [["多行\n问题", 'a, "b"'], ["q\nx", "y"]]
     assert report.bad == [("d, row 5", "has another number of fields than the 3 of the first line")]
+    (tmp_path / "d.csv").write_text('"instruction"x,output\nq,a\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"d\.csv, line 1: not valid CSV"):
+        load(tmp_path, "d.csv")
     table = {"instruction": ["多行\n问题", "q"], "input": [None, "x"], "output": ['a, "b"', "y"]}
     parquet.write_table(arrow.table(table), tmp_path / "d.parquet")
     again, _ = load(tmp_path, "d.parquet")
