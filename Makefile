@@ -10,6 +10,9 @@ MODEL ?= smollm2-135m-instruct
 QUANT ?=
 PRECISION ?=
 PORT ?= 8000
+# Of `make fuzz`.
+SECONDS ?= 15
+SEED ?= 0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
-.PHONY: data eval verify serve bench bench-train chat tune doctor clean
+.PHONY: fuzz data eval verify serve bench bench-train chat tune doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -52,6 +55,7 @@ help:
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
 	@echo "make test-all      all tests, with every family, type and size"
+	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
 	@echo "make conformance   other projects' clients and suites against a running server"
 	@echo "make clean         remove caches (models, runs and .venv stay)"
 	@echo
@@ -101,6 +105,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BESIDE) -m "not slow and not gpu and not timing and not matrix"
+
+fuzz: install
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Each client's own environment, made anew when its pins change; the server runs in .venv.
 .venv-conformance/installed .venv-conformance-openai1/installed: .venv-conformance%/installed: \

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 import pytest
 
 from edge.server import api
 from edge.server.app import FAMILIES
-from tests.support.fake_server import CLIENT, Server, error
+from tests.support.fake_server import CLIENT, Server, error, user
 
 
 @pytest.mark.parametrize("text", ["{", "[1,2", '{"prompt": "a", "temperature": NaN}', "null", '"x"'])
@@ -81,3 +82,16 @@ def test_openais_routes_answer_without_v1_too(spelling: Server) -> None:
     assert not set(bodies) & set(spelling.get("/openapi.json").json()["paths"])
     assert "/v1" in error(spelling.post("/chat", messages))["message"]
     assert "/v1" in error(spelling.post("/v1/v1/chat/completions", messages))["message"]
+
+
+def test_nesting_is_no_way_in(spelling: Server) -> None:
+    for depth in (50, 5000, 200_000):
+        for text in ("[" * depth, '{"prompt":' + "[" * depth + "]" * depth + "}"):
+            response = CLIENT.post(spelling.url + "/generate", content=text)
+            assert response.status_code == 400
+    deep: Any = {}
+    for _ in range(200):
+        deep = {"properties": {"a": deep}}
+    tool = {"type": "function", "function": {"name": "f"}, "x": deep}
+    response = spelling.post("/v1/chat/completions", {"messages": user(), "tools": [tool]})
+    assert response.status_code in (200, 400)
