@@ -130,13 +130,14 @@ class Entry:
                 "it needs file_name or hf_hub_url; formatting, columns and tags may follow",
             )
 
-        def text(key: str, value: Any) -> str:
-            if not isinstance(value, str):
+        def check_text(key: str, value: Any) -> None:
+            if not isinstance(value, str | None):
                 raise wrong(f"has a {key} that is {kind_of(value)}, not a text")
-            return value
 
         if not isinstance(entry, dict):
             raise wrong("is not an object")
+        for key in ("subset", "split", "folder"):
+            check_text(key, entry.get(key))
         for key in entry:
             if key not in _KEYS:
                 near = difflib.get_close_matches(key, _KEYS, n=1)
@@ -167,23 +168,19 @@ class Entry:
             for key, value in given.items():
                 if key not in names:
                     raise wrong(f"has {kind} with the unknown name '{key}'; known: {', '.join(names)}")
-                if value is not None:
-                    names[key] = text(key, value)
+                check_text(key, value)
+                names[key] = names[key] if value is None else value
         declared = entry.get("columns") or {}
         tagged = bool(declared.get("kto_tag"))
         if tagged and ranking:
             raise wrong("has both ranking and kto_tag")
         if plain:
             columns["prompt"] = declared.get("prompt") or "text"
-        # Where in a folder or on a hub its rows are.
-        subset, split, part = (
-            text(key, entry[key]) if entry.get(key) else None for key in ("subset", "split", "folder")
-        )
         path = folder / file if isinstance(file, str) else folder
         use_hub = isinstance(hub, str) and not (isinstance(file, str) and path.exists())
         return cls(
-            name, path, hub if use_hub else None, formatting, ranking, subset, split or "train", part, count,
-            columns, tags, tagged, plain,
+            name, path, hub if use_hub else None, formatting, ranking, entry.get("subset"),
+            entry.get("split") or "train", entry.get("folder"), count, columns, tags, tagged, plain,
         )  # fmt: skip
 
     def rows(self) -> Iterator[tuple[int, Any]]:

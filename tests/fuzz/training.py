@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from convert import config as configuration
-from convert.config_keys import FIELDS, UNUSED
+from convert.config_keys import FIELDS
+from convert.config_unused import UNUSED
 from convert.data import dataset
 from tests.fuzz import mutate
 from tests.fuzz.runner import sentences
