@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bench.measure import workloads
-from bench.measure.workloads import Plan
+from bench.measure.workloads import WORKLOADS, Plan, counts
 from edge.console import add_progress_option, handling, result
 from edge.errors import UsageError
 
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds: under a minute or two")
     parser.add_argument("--tokens", type=int, help="output tokens of every answer")
     parser.add_argument("--clients", help="numbers of clients, such as 1,8")
-    parser.add_argument("--workloads", help=f"some of {','.join(workloads.WORKLOADS)} (default: mixed)")
+    parser.add_argument("--workloads", help=f"some of {','.join(WORKLOADS)} (default: mixed)")
     parser.add_argument(
         "--targets",
         help=f"some of {','.join(TARGETS)} (default: baseline,edge), or NAME=URL[#MODEL] for a server that "
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> int:
     tokens = base.tokens if args.tokens is None else args.tokens
     if not 2 <= tokens <= 4096:
         raise UsageError(f"--tokens {tokens} is not within 2..4096")
-    clients = workloads.counts(args.clients) if args.clients is not None else base.clients
+    clients = counts(args.clients) if args.clients is not None else base.clients
     if max(clients) > 256:
         raise UsageError(f"--clients {max(clients)} is more than 256")
     plan = dataclasses.replace(
@@ -93,8 +92,8 @@ def main(argv: list[str]) -> int:
 def workload_names(words: str) -> tuple[str, ...]:
     """The comma-separated workloads, each once. Raises UsageError for one that there is not."""
     names = tuple(dict.fromkeys(name.strip() for name in words.split(",")))
-    if unknown := [name for name in names if name not in workloads.WORKLOADS]:
-        choices = f"there are {', '.join(workloads.WORKLOADS)}"
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        choices = f"there are {', '.join(WORKLOADS)}"
         raise UsageError(f"--workloads: there is no '{unknown[0]}'", choices)
     return names
 

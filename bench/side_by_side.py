@@ -15,7 +15,6 @@ from bench import rate_sweep
 from bench.measure import roofline
 from bench.measure.process_probe import noise
 from bench.measure.progress import View
-from bench.measure.roofline import MOST_PROBED, Footprint
 from bench.measure.workloads import Plan
 from bench.report import build, html, quality, table
 from bench.rounds import measure
@@ -52,7 +51,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
         before = noise()
         footprints = {target.name: footprint(target, folder, artefact.header) for target in chosen}
         probed = {name: model.probed for name, model in footprints.items() if model is not None}
-        gpu = roofline.gpu_bandwidth(max(probed.values(), default=MOST_PROBED))
+        gpu = roofline.gpu_bandwidth(max(probed.values(), default=roofline.MOST_PROBED))
     need = sum(need_bytes(folder, artefact, target) for target in chosen) + 2**30
     together = need < hardware.memory().available
     with View(console) as view:
@@ -84,7 +83,7 @@ def run(folder: Path, plan: Plan, *, out: Path | None = None, command: str = "")
     return report
 
 
-def footprint(target: Target, folder: Path, header: GGUFHeader) -> Footprint | None:
+def footprint(target: Target, folder: Path, header: GGUFHeader) -> roofline.Footprint | None:
     """What the target reads for a token; None where that is not known."""
     if target.stage == "gguf":
         return roofline.of_gguf(header)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.model import hub
-from convert.model.hf_folder import PATTERNS, Folder, check_folder, shell
+from convert.model.hf_folder import PATTERNS, Folder, check_folder, place, shell
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import read_header
@@ -127,18 +125,6 @@ def _pull_folder(source: Folder, target: Path, overwrite: bool, settings: dict[s
                 versions=manifest.versions("edge", "huggingface-hub", "tokenizers"),
             ),
         )
-
-
-def place(source: Path, target: Path, *, link: bool) -> None:
-    """A hard link (large files that nobody edits) or, where that is not possible, a copy."""
-    source = source.resolve()  # the hub's cache holds symbolic links
-    if link:
-        try:
-            os.link(source, target)
-            return
-        except OSError:  # another disk, or a file system without links
-            manifest.check_free(target.parent, source.stat().st_size)
-    shutil.copyfile(source, target)
 
 
 # The GGUF file

@@ -28,7 +28,6 @@ from typing import Any
 from rich.console import Console
 
 from bench.engines import bare_llamacpp, features, race, sides
-from bench.engines.bare_llamacpp import BareLoop
 from bench.engines.race import Case, Rates, Row, Side
 from bench.measure.load import get_json
 from bench.measure.process_probe import noise
@@ -92,7 +91,7 @@ def streams(bench: Bench) -> Rows:
         bench.settings[path.name] = settings
         flash = settings["flash_attention"] == "on"
         model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(path)))
-        bare = BareLoop(model, options.threads, flash, settings["kv"] == "unified")
+        bare = bare_llamacpp.BareLoop(model, options.threads, flash, settings["kv"] == "unified")
         measured: list[Side] = [sides.Server(server), bare]
         if options.reference_servers:
             target = llama_server(
@@ -145,7 +144,7 @@ def bare(bench: Bench) -> Rows:
     with contextlib.closing(bare_llamacpp.Model(bench.artefact.path, gpu=options.gpu)) as model:
         words = {True: "on", False: "off"}
         loops = [
-            BareLoop(
+            bare_llamacpp.BareLoop(
                 model, options.threads, flash, unified, options.ctx, memory=not options.gpu,
                 name=f"unified KV cache {words[unified]}, flash attention {words[flash]}",
             )
@@ -239,7 +238,7 @@ def libraries(bench: Bench) -> Rows:
                 contextlib.closing(bare_llamacpp.Model(artefact.path, gpu=options.gpu))
             )
             unified, flash = info.settings["kv"] == "unified", info.settings["flash_attention"] == "on"
-            other = BareLoop(model, int(info.settings["threads"]), flash, unified)
+            other = bare_llamacpp.BareLoop(model, int(info.settings["threads"]), flash, unified)
         for case in cases(
             artefact.path.name, (mine, other), size, slow=bench.transformers, plain=plain, vocab=info.vocab
         ):

@@ -13,7 +13,6 @@ from bench.engines.race import Rates, Side, stream_rates
 from bench.measure import workloads
 from bench.measure.load import closed_loop
 from bench.measure.metrics import token_rate
-from bench.measure.workloads import Job
 from bench.servers import genai_loop
 from bench.servers.target import Running
 from edge.backends.base import Backend
@@ -25,7 +24,7 @@ from edge.errors import EdgeError
 _INDEX = itertools.count()
 
 
-def new_jobs(count: int, tokens: int) -> list[Job]:
+def new_jobs(count: int, tokens: int) -> list[workloads.Job]:
     """Requests for `tokens` output tokens. Their prompts, of some 85 tokens, are new to this process."""
     return [workloads.make(1, tokens, seed=7, first=next(_INDEX))[0] for _ in range(count)]
 

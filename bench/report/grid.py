@@ -1,4 +1,4 @@
-"""A table in Markdown and in HTML; `edge.console.table` is its form for the terminal.
+"""A table in Markdown and in HTML; `edge.console.plain_table` is its form for the terminal.
 
 Rows are lists of cells; a row of one cell is the title of a section.
 """

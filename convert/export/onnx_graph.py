@@ -8,8 +8,6 @@ binds cost nothing but the candidates' TopK.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from convert.model.hf_folder import place
 from edge.artefact.onnx_header import CANDIDATES, HIDDEN
 
 _GROUPS = 64
@@ -133,10 +132,7 @@ def for_generator(folder: Path, target: Path) -> None:
     for path in folder.iterdir():
         if path.suffix != ".onnx":
             # onnxruntime follows no symbolic link out of the folder.
-            try:
-                os.link(path, target / path.name)
-            except OSError:
-                shutil.copyfile(path, target / path.name)
+            place(path, target / path.name, link=True)
             continue
         model = onnx.load(path, load_external_data=False)
         _set_dimension(model.graph, "logits", 1, dim_value=1)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from edge.artefact import json_file
+from edge.artefact import json_file, manifest
 from edge.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -264,3 +265,15 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     if len(offsets) != 2 or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise ValueError(f"{name!r} of {kind} {str(shape)[:60]} has the bytes {str(offsets)[:60]}")
     return offsets[0], offsets[1], name
+
+
+def place(source: Path, target: Path, *, link: bool) -> None:
+    """A hard link (large files that nobody edits) or, where that is not possible, a copy."""
+    source = source.resolve()  # the hub's cache holds symbolic links
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another disk, or a file system without links
+            manifest.check_free(target.parent, source.stat().st_size)
+    shutil.copyfile(source, target)

@@ -12,7 +12,6 @@ export run the same comparison before they publish.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,9 +324,7 @@ def keep(report: Report) -> bool:
     path = folder / manifest.FILE
     data = json_file.read(path, required=True)
     data["verify"] = {**data.get("verify", {}), **report.numbers()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    json_file.write(partial, data)
-    partial.replace(path)
+    json_file.write(path, data)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,28 @@ def read(
     return data
 
 
+def lines(text: str) -> list[dict[str, Any]]:
+    """The JSON objects of a text, one a line; others are passed over, for the last may be in part."""
+    objects = []
+    # splitlines would also split at U+2028, which a text in JSON may hold.
+    for line in text.split("\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+    return objects
+
+
 def write(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` as people read it: indented, and with its characters as they are."""
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    """Write `data` as people read it: indented, and with its characters as they are.
+
+    Readers see the old file or the new one.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def token_text(token: Any) -> str:

@@ -252,11 +252,12 @@ def _writes(pid: int, path: Path) -> bool:
 
 
 def alive(pid: int, since: float) -> bool:
-    """Whether process `pid` of this host lives, and began before `since`, so no later one of its number."""
+    """Whether process `pid` of this host runs, and began before `since`, so no later one of its number."""
     import psutil  # late: reading a manifest needs none
 
     try:
-        return bool(psutil.Process(pid).create_time() <= since + 2)
+        process = psutil.Process(pid)
+        return bool(process.create_time() <= since + 2 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

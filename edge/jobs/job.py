@@ -13,7 +13,6 @@ machine went down.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from edge.artefact import json_file, manifest
 from edge.errors import EdgeError, InputError
 
 RUNNING = ("waiting", "running", "stopping")
@@ -90,13 +90,7 @@ class Job:
         except FileNotFoundError:
             return [], start
         whole = text[: text.rfind(b"\n") + 1]
-        found = []
-        for line in whole.splitlines():
-            with contextlib.suppress(
-                ValueError
-            ):  # a read may begin within a line; a verb may be killed in one
-                found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict)], start + len(whole)
+        return json_file.lines(whole.decode("utf-8", "replace")), start + len(whole)
 
     def log(self) -> str:
         """The end of what the verb said."""
@@ -144,7 +138,7 @@ def start(root: Path, argv: list[str], *, device: str = "", cwd: Path | None = N
     draft = root / f".{os.getpid()}-{time.time_ns()}"
     draft.mkdir()
     about = {"argv": argv, "cwd": str(Path(cwd or ".").absolute()), "device": device, "created": time.time()}
-    write(draft / "job.json", about)
+    json_file.write(draft / "job.json", about)
     number = max(map(int, _names(root)), default=0) + 1
     # A number is there only once those before it are: they are the queue.
     while True:
@@ -191,30 +185,15 @@ def process(pid: int) -> dict[str, Any]:
 
 def alive(known: dict[str, Any] | None) -> bool:
     """Whether the process that `process` described still runs."""
-    if known is None:
-        return False
-    try:
-        found = psutil.Process(known["pid"])
-        same = abs(found.create_time() - known["began"]) < 2
-        return same and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return known is not None and manifest.alive(known["pid"], known["began"])
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return json_file.read(path, required=True)
+    except InputError:
         return None
-    return value if isinstance(value, dict) else None
-
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object; readers see the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _names(root: Path) -> list[str]:

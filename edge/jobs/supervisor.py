@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge.jobs.job import RUNNING, Job, interrupt, jobs, process, spawn, write
+from edge.artefact import json_file
+from edge.jobs.job import RUNNING, Job, interrupt, jobs, process, spawn
 
 _POLL_S = 0.2
 _INTERRUPTED = 130
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     job = Job(Path(argv[0]))
     path = job.folder / "state.json"
     state: dict[str, Any] = {"supervisor": process(os.getpid())}
-    write(path, state)
+    json_file.write(path, state)
     code: int | None = None
     while code is None and waits(job):
         time.sleep(_POLL_S)
@@ -37,9 +38,9 @@ def main(argv: list[str]) -> int:
         with (job.folder / "progress.jsonl").open("wb") as out, (job.folder / "log.txt").open("wb") as log:
             environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
             verb = spawn(command(job.argv), out, log, cwd=job.cwd, env=environment)
-        write(path, state := {**state, "verb": process(verb.pid), "started": time.time()})
+        json_file.write(path, state := {**state, "verb": process(verb.pid), "started": time.time()})
         code = watch(job, verb)
-    write(path, {**state, "ended": time.time(), "exit_code": code})
+    json_file.write(path, {**state, "ended": time.time(), "exit_code": code})
     return 0
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from nicegui import ui
 
+from edge.artefact import json_file
 from edge.errors import EdgeError, InputError
-from edge.jobs.job import read, write
+from edge.jobs.job import read
 from edge.ui import view as shared
 from edge.ui.texts import HELP
 from edge.ui.view import JobCard, View
@@ -66,7 +67,7 @@ class Form:
 
     def keep(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write(self._path, self.values)
+        json_file.write(self._path, self.values)
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from edge.artefact import manifest
+from edge.artefact import json_file, manifest
 from edge.errors import EdgeError, InputError
 from edge.jobs import job as jobs
 from edge.jobs.job import Job
@@ -120,7 +120,7 @@ class Workspace:
         done = subprocess.run(
             command, cwd=self.root, capture_output=True, encoding="utf-8", timeout=timeout, check=False
         )
-        last = (read_json_lines(done.stdout) or [{}])[-1]
+        last = (json_file.lines(done.stdout) or [{}])[-1]
         if done.returncode:
             raise EdgeError(last.get("error") or done.stderr.strip(), last.get("hint", ""))
         return dict(last.get("result", {}))
@@ -149,17 +149,4 @@ def read_yaml(text: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return read_json_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def read_json_lines(text: str) -> list[dict[str, Any]]:
-    """The JSON objects of a text, one a line; others are passed over, for a last one may be half-written."""
-    found = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    return json_file.lines(path.read_text(encoding="utf-8")) if path.is_file() else []

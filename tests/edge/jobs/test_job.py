@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edge.artefact import json_file
 from edge.errors import EdgeError, InputError
 from edge.jobs import job as job_module
-from edge.jobs.job import Job, jobs, read, start, write
+from edge.jobs.job import Job, jobs, read, start
 
 ROOT = Path(__file__).parents[3]
 
@@ -150,9 +151,11 @@ def test_what_is_left_without_a_supervisor(tmp_path: Path) -> None:
 
 def job_with(folder: Path, argv: list[str], **state: object) -> Job:
     folder.mkdir()
-    write(folder / "job.json", {"argv": argv, "cwd": str(folder), "device": "", "created": time.time()})
+    json_file.write(
+        folder / "job.json", {"argv": argv, "cwd": str(folder), "device": "", "created": time.time()}
+    )
     if state:
-        write(folder / "state.json", dict(state))
+        json_file.write(folder / "state.json", dict(state))
     return Job(folder)
 
 
