@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from convert.export import gguf, gptq
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
-from tests.convert.model.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
+from tests.convert.model.test_families import quiet
 from tests.support.families import make_family, make_run
 from tests.support.matrix import few
 
@@ -114,11 +115,15 @@ def test_activations_with_nan_are_refused() -> None:
 )
 def test_a_file_is_closer_to_its_source(
     tmp_path: Path,
-    toy_converter: None,  # noqa: F811
+    toy_converter: None,
+    converted_toy: Path,
     family: str,
     quant: str,
 ) -> None:
-    run = make_run(tmp_path, family)
+    if family == "llama":
+        run = shutil.copytree(converted_toy, tmp_path / "run")
+    else:
+        run = make_run(tmp_path, family)
     console = quiet()
     path = gguf.run(run, quant=quant, gptq=True, console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -145,7 +150,7 @@ def test_what_gptq_cannot_do_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_data_set_nothing_is_exported(tmp_path: Path, toy_converter: None) -> None:  # noqa: F811
+def test_without_a_data_set_nothing_is_exported(tmp_path: Path, toy_converter: None) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(InputError, match="measuring needs rows of the data set"):
         gguf.run(base, quant="Q4_0", gptq=True, console=quiet())

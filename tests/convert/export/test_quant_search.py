@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,8 +18,8 @@ from convert.export.source import open_source
 from edge.artefact import manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError, UsageError
-from tests.convert.model.test_families import quiet, toy_converter  # noqa: F401 (a fixture)
-from tests.support.families import make_family, make_run
+from tests.convert.model.test_families import quiet
+from tests.support.families import make_family
 
 
 def candidate(quant: str, decode: float, kl: float, *, rounding: str = "", top1: float = 0.95) -> Candidate:
@@ -80,13 +81,12 @@ def test_whole_types_have_no_matrix(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_search(
     tmp_path: Path,
-    toy_converter: None,  # noqa: F811
+    converted_toy: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = make_run(tmp_path, "llama")
+    run = shutil.copytree(converted_toy, tmp_path / "run")
     origin = open_source(run / "merged")
-    first = tmp_path / "first.gguf"
-    gguf.convert(origin, first, "F16")
+    [first] = run.glob(".gguf-first/F16-*.gguf")
     facts = imatrix.gather(origin, first, tmp_path / "m.safetensors")
     matrix = load_file(tmp_path / "m.safetensors")
     header = read_header(first)

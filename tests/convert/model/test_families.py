@@ -13,46 +13,14 @@ from safetensors.torch import load_file
 
 from convert import merge
 from convert.export import gguf, gguf_lora, llamacpp_tools
-from convert.export.source import open_source
 from convert.verify import compare
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import read_header
 from edge.errors import InputError
-from edge.machine import llamacpp_source
 from tests.support import tiny_llama
 from tests.support.families import FAMILIES, as_transformers_4, make_adapter, make_family
 from tests.support.matrix import few
 from tests.support.toy import CHATML
-
-# The toy's vocabulary has no pre-tokenizer that the converter would know by its hash: it is GPT-2's.
-CONVERTER = """
-import runpy, sys
-from pathlib import Path
-folder = Path({folder!r})
-sys.path.insert(0, str(folder))
-sys.path.insert(1, str(folder / "gguf-py"))
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-for name in ("GemmaModel", "Gemma2Model", "Phi3MiniModel"):
-    for module in ("gemma", "phi"):
-        found = getattr(__import__("conversion." + module, fromlist=["x"]), name, None)
-        if found is not None:
-            found.set_vocab = lambda self: self._set_vocab_gpt2()
-sys.argv[0] = str(folder / {script!r})
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.fixture
-def toy_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llama_cpp")
-    real = llamacpp_source.sdist() / "vendor" / "llama.cpp"
-    fake = tmp_path / "sdist" / "vendor" / "llama.cpp"
-    fake.mkdir(parents=True)
-    for script in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
-        text = CONVERTER.format(folder=str(real), script=script)
-        (fake / script).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(llamacpp_tools, "sdist", lambda: tmp_path / "sdist")
 
 
 def quiet() -> Console:
@@ -135,11 +103,8 @@ TYPES = [one for one in llamacpp_tools.QUANTS if one not in llamacpp_tools.WHOLE
         pytest.param(TYPES, id="all", marks=pytest.mark.matrix),
     ],
 )
-def test_every_type_of_the_quantiser(tmp_path: Path, toy_converter: None, quants: list[str]) -> None:
-    folder = make_family(tmp_path / "base", "llama")
-    first = tmp_path / "first.gguf"
-    origin = open_source(folder)
-    gguf.convert(origin, first, "F32")
+def test_every_type_of_the_quantiser(tmp_path: Path, converted_toy: Path, quants: list[str]) -> None:
+    [first] = converted_toy.glob(".gguf-first/*.gguf")
     header = read_header(first)
     import numpy as np
     from safetensors.numpy import save_file

@@ -17,6 +17,7 @@ from convert.model import hub
 from convert.train import distributed, finetune
 from edge.errors import ExistsError
 from tests.support.runs import configure
+from tests.support.toy import make_stub
 
 QUIET = Console(quiet=True)
 Made = Callable[..., TrainConfig]
@@ -73,17 +74,15 @@ def test_processes_wait_as_long_as_ddp_timeout_says(monkeypatch: pytest.MonkeyPa
     assert asked["timeout"] == timedelta(seconds=180000000)
 
 
-def test_models_are_kept_in_cache_dir(
-    made: Made, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
+def test_models_are_kept_in_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = make_stub(tmp_path / "m"), []
 
     def download(**how: Any) -> str:
         asked.append(how["cache_dir"])
-        return str(base)
+        return str(folder)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert hub.resolve("some/model", "main", str(tmp_path)) == base
+    assert hub.resolve("some/model", "main", str(tmp_path)) == folder
     assert asked == [str(tmp_path)]
-    assert hub.resolve("some/model") == base and asked[1] is None
+    assert hub.resolve("some/model") == folder and asked[1] is None
