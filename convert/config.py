@@ -27,7 +27,7 @@ Clashes = Iterator[tuple[str, str]]
 
 __all__ = ["FIELDS", "PATHS", "TrainConfig", "absolute", "as_yaml", "load_train_config", "parse", "recorded"]
 
-PATHS = ("model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir")
+PATHS = ("model_name_or_path", "dataset_dir", "output_dir")
 
 # Rates beyond these teach nothing, or break the model; for each kind of training (lowest, highest).
 _RATES = {"lora": (1e-6, 5e-3), "full": (1e-7, 5e-4), "dpo": (1e-8, 1e-4)}
@@ -48,8 +48,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_train_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read `path` and apply `overrides` ("key=value", later ones win).
+def load_train_config(
+    path: Path, overrides: list[str] | None = None, needs: tuple[str, ...] = REQUIRED
+) -> TrainConfig:
+    """Read `path` and apply `overrides` ("key=value", later ones win). needs: the keys that must be given.
 
     Raises InputError where the file is missing or no YAML mapping; UsageError, which names the key, for an
     unknown key (with the nearest known name), a value of the wrong type or range, a missing key, and a
@@ -66,14 +68,16 @@ def load_train_config(path: Path, overrides: list[str] | None = None) -> TrainCo
         values = ("null", "none", "~", *(("true", "false") if kind == "resume" else ()))
         as_text = kind in ("text", "names", "resume") and text not in values
         given[key] = text if as_text else _scalar(key, text)
-    return parse(given)
+    return parse(given, needs)
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """The keys of `config` as a run records them: paths absolute, for stages run in other working folders."""
     keys = {name: value for name, value in asdict(config).items() if name in FIELDS}
     # ONLINE names the hub, whatever lies in the working folder.
-    paths = {name: absolute(keys[name]) for name in PATHS if keys[name] != "ONLINE"}
+    paths: dict[str, Any] = {name: absolute(keys[name]) for name in PATHS if keys[name] != "ONLINE"}
+    if keys["adapter_name_or_path"]:
+        paths["adapter_name_or_path"] = tuple(absolute(path) for path in keys["adapter_name_or_path"])
     return keys | paths
 
 
@@ -82,7 +86,7 @@ def absolute(path: str | None) -> str | None:
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
-def parse(given: dict[str, Any]) -> TrainConfig:
+def parse(given: dict[str, Any], needs: tuple[str, ...] = REQUIRED) -> TrainConfig:
     """A mapping of keys to values as a TrainConfig. Raises UsageError as `load_train_config`."""
     values: dict[str, Any] = {}
     warnings = []
@@ -101,8 +105,9 @@ def parse(given: dict[str, Any]) -> TrainConfig:
         if unused.warn and value not in (None, False):
             warnings.append(f"{key} is ignored: {unused.reason}")
     for key in REQUIRED:
-        if not values.get(key):
+        if key in needs and not values.get(key):
             raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].help}")
+        values.setdefault(key, () if FIELDS[key].kind == "names" else "")
     config = TrainConfig(**values)
     _check_together(config)
     return replace(config, warnings=(*warnings, *_doubts(config)))
@@ -170,17 +175,11 @@ def _method_clashes(config: TrainConfig) -> Clashes:
     if config.loftq_init and config.use_dora:
         yield "loftq_init and use_dora cannot go together", "keep one of them"
     for key in ("pissa_init", "loftq_init"):
-        if getattr(config, key) and config.adapter_name_or_path:
+        if getattr(config, key) and config.adapter_name_or_path and not config.create_new_adapter:
             yield (
                 f"{key} starts a new adapter, adapter_name_or_path continues from one",
                 "keep one of them",
             )
-    if config.create_new_adapter and config.adapter_name_or_path:
-        yield (
-            "create_new_adapter puts a new adapter on top of adapter_name_or_path",
-            f"merge that one first: edge merge {config.adapter_name_or_path}, and give the merged model as "
-            "model_name_or_path",
-        )
     if config.stage == "dpo":
         if config.packs or config.train_on_prompt:
             key = "packing" if config.packs else "train_on_prompt"
@@ -270,9 +269,11 @@ def _typed(name: str, value: Any) -> Any:
         return "no"  # what YAML 1.1 makes of a bare `no`
     if name == "report_to" and value == []:
         return key.default
-    if value is None or (isinstance(value, str) and value.lower() == "none" and key.default is None):
-        # null stands for the default, but for enable_thinking it is a mode of its own.
-        return None if key.kind == "bool?" or key.default is MISSING else key.default
+    if key.kind == "bool?" and value is None:
+        return None  # a value of its own, not the default
+    optional = key.default is None and key.kind != "bool?"
+    if value is None or (isinstance(value, str) and value.lower() == "none" and optional):
+        return None if key.default is MISSING else key.default
     typed = _convert(key.kind, value)
     if typed is None:
         raise UsageError(f"{name}: {value!r} is not {KINDS[key.kind]}", f"{name}: {key.help}")

@@ -64,9 +64,10 @@ class TrainConfig:
         MISSING, "text", "a folder in transformers' format, or a hub id",
         "transformers 格式的模型文件夹，或模型仓库的名称",
     )  # fmt: skip
-    adapter_name_or_path: str | None = _key(
-        None, "text", "a run or adapter to continue from, with its rank",
-        "从已有的运行或适配器继续训练，沿用其秩",
+    adapter_name_or_path: tuple[str, ...] | None = _key(
+        None, "names", "a run or adapter to continue from, with its rank; of several, separated by commas, "
+        "the others are merged into the base first",
+        "从已有的运行或适配器继续训练，沿用其秩；多个用逗号分隔，除最后一个外先合并进基座模型",
     )  # fmt: skip
     create_new_adapter: bool = _key(
         False, "bool", "put a new adapter on top of adapter_name_or_path, which is merged first",
@@ -372,6 +373,44 @@ class TrainConfig:
         False, "bool", "train although the estimate does not fit into memory",
         "即使估计内存不足也继续训练", ours=True,
     )  # fmt: skip
+    # Answers
+    do_train: bool | None = _key(
+        None, "bool?", "false: only what do_predict asks for", "false：只执行 do_predict"
+    )
+    do_predict: bool = _key(
+        False, "bool", "answer the held-out rows (eval_dataset, val_size) and score the answers",
+        "对留出的数据（eval_dataset、val_size）生成回答并打分",
+    )  # fmt: skip
+    max_new_tokens: int = _key(
+        1024,
+        "int",
+        "longest answer of do_predict and edge chat",
+        "do_predict 与 edge chat 的最长回答",
+        minimum=1,
+    )
+    do_sample: bool = _key(True, "bool", "sample answers; false: greedy", "采样生成回答；false：贪心")
+    temperature: float = _key(0.95, "float", "of sampled answers", "采样温度", minimum=0.0, maximum=2.0)
+    top_p: float = _key(
+        0.7, "float", "sample from the likeliest tokens that add up to this",
+        "从累计概率达到此值的 token 中采样", exclusive_minimum=0.0, maximum=1.0,
+    )  # fmt: skip
+    top_k: int = _key(
+        50, "int", "sample from so many tokens; 0: all", "从前多少个 token 中采样；0：全部", minimum=0
+    )
+    repetition_penalty: float = _key(
+        1.0, "float", "above 1: tokens that were used count less", "大于 1 时降低已出现 token 的概率",
+        exclusive_minimum=0.0,
+    )  # fmt: skip
+    # Export
+    export_dir: str | None = _key(
+        None, "text", "the folder of the merged model, for edge export CONFIG.yaml",
+        "合并后模型的文件夹，用于 edge export CONFIG.yaml",
+    )  # fmt: skip
+    export_size: int = _key(5, "int", "GB of a file of weights at most", "每个权重文件最多多少 GB", minimum=1)
+    infer_dtype: str = _key(
+        "auto", "text", "type of the merged weights; auto: float16", "合并后权重的类型；auto：float16",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )  # fmt: skip
     # Not a key.
     warnings: tuple[str, ...] = ()
 
@@ -404,4 +443,6 @@ GROUPS = {
     "dataset": ("Data", "数据"),
     "output_dir": ("Training", "训练"),
     "logging_steps": ("Logs, checkpoints and evaluations", "日志、检查点与评估"),
+    "do_train": ("Answers", "回答"),
+    "export_dir": ("Export", "导出"),
 }

@@ -421,29 +421,9 @@ UNUSED: dict[str, Unused] = {
     ),
     # Training
     **_refused(
-        (True,), "`edge train` trains",
-        "`edge train` 就是训练",
-        "do_train"
-    ),
-    **_refused(
-        (False,), "`edge eval` answers questions",
-        "用 `edge eval` 生成回答",
-        "do_predict"
-    ),
-    **_refused(
         (), "weights are sharded by fsdp",
         "权重分片请用 fsdp",
         "deepspeed"
-    ),
-    **_taken(
-        "belongs to do_predict, which is refused",
-        "属于 do_predict，而后者不受支持",
-        "max_new_tokens do_sample temperature top_p top_k repetition_penalty"
-    ),
-    **_taken(
-        "`edge export` and `edge merge` take it as options",
-        "请用 `edge export` 与 `edge merge` 的选项",
-        "export_dir export_size infer_dtype"
     ),
     **_refused(
         (False,), "figures go to trainer_log.jsonl, and to tensorboard with report_to",

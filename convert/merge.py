@@ -14,17 +14,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.model.hf_folder import check_folder, stage_folder
-from edge.artefact import json_file, manifest
+from convert.model.hf_folder import SHARD, stage_folder
+from edge.artefact import manifest
 from edge.console import add_progress_option, phase, plain_console, result
-from edge.errors import InputError, UsageError
+from edge.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DTYPES = ("bfloat16", "float16", "float32")
 INTO = ("nf4", "original")
-_PACKAGES = ("torch", "bitsandbytes", "safetensors")
 
 
 def main(argv: list[str]) -> int:
@@ -36,27 +35,34 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--into", choices=INTO, default="nf4", help="the weights that training saw, or the base's"
     )
+    parser.add_argument("--base", type=Path, help="the model under the adapter (default: what it names)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     add_progress_option(parser)
     options = parser.parse_args(argv)
-    merged = run(options.run, dtype=options.dtype, into=options.into, overwrite=options.overwrite)
+    merged = run(
+        options.run, dtype=options.dtype, into=options.into, base=options.base, overwrite=options.overwrite
+    )
     result(path=str(merged))
     return 0
 
 
 def run(
-    run_folder: Path,
+    run_folder: Path | None,
     *,
     dtype: str = "float16",
     into: str = "nf4",
+    target: Path | None = None,
+    base: Path | None = None,
+    shard: int = SHARD,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Merge run_folder/adapter with its base into run_folder/merged, whose path is returned.
+    """Merge run_folder/adapter with its base into `target` (run_folder/merged), whose path is returned.
 
-    An adapter's own folder, as other trainers leave it, is taken as well; `merged` then lies inside it.
-    into: "nf4" adds to the dequantised weights that training saw, "original" to the base as it is. An adapter
-    that was trained over 16-bit weights is added to these either way.
+    An adapter's own folder, as other trainers leave it, is taken as well; `merged` then lies inside it. None:
+    `base` alone is written. base: in place of the model that the adapter names. shard: bytes of a file at
+    most. into: "nf4" adds to the dequantised weights that training saw, "original" to the base as it is. An
+    adapter that was trained over 16-bit weights is added to these either way.
     Raises UsageError for an unknown dtype or into, InputError for an adapter or base that cannot be used,
     ExistsError without `overwrite`.
     """
@@ -65,56 +71,28 @@ def run(
         raise UsageError(
             f"--dtype {dtype} --into {into}: no such choice", f"{', '.join(DTYPES)}; {', '.join(INTO)}"
         )
-    folder, target = stage_folder(run_folder, "adapter"), run_folder / "merged"
+    folder = stage_folder(run_folder, "adapter") if run_folder else None
+    if target is None:
+        assert run_folder is not None
+        target = run_folder / "merged"
+    manifest.check_target(target, overwrite)
     # Imported late: with torch they take seconds, and a wrong option or path is refused before.
-    from convert.model.dequantized_base import DequantizedBase
-    from convert.model.lora_adapter import find_base, known_adapter, read_adapter
-    from convert.model.merged_weights import MergedWeights
+    from convert.model.merged_folder import MergedFolder
     from convert.verify import compare
     from convert.verify.torch_reader import TorchReader
 
-    record = known_adapter(folder)
-    manifest.check_target(target, overwrite)
-    adapter = read_adapter(folder)
-    base = check_folder(find_base(record, folder))
-    # Without settings: as it is.
-    dequantised = DequantizedBase(record.settings if into == "nf4" else {})
-    into = into if record.settings.get("quantized") else "original"
-    weights = MergedWeights(base, adapter, dtype, dequantised)
-    manifest.check_free(target, weights.bytes)
+    merged = MergedFolder(folder, base=base, dtype=dtype, into=into)
+    manifest.check_free(target, merged.weights.bytes)
     with manifest.publish(target, overwrite=overwrite) as partial:
-        _write_others(partial, folder, base.path, record)
         with phase(console, f"merging into {target}"):
-            weights.write(partial)
-        json_file.write(partial / "config.json", weights.config)
-        drift = weights.drift()
-        settings = {"dtype": dtype, "into": into, "drift": drift}
-        manifest.write(partial, record.child("merged", folder, settings=settings, packages=_PACKAGES))
-        report = compare.prove(TorchReader(folder), TorchReader(partial), console)
-    kind = "dequantised NF4" if into == "nf4" else "original"
+            drift = merged.write(partial, shard=shard)
+        report = compare.prove(TorchReader(merged.folder, base), TorchReader(partial), console)
+    kind = "dequantised NF4" if merged.into == "nf4" else "original"
     console.print(
-        f"{target}: {len(adapter.updates)} layers changed by {drift['update']:.2%} of their weights, "
+        f"{target}: {len(merged.adapter.updates)} layers changed by {drift['update']:.2%} of their weights, "
         f"added to the {kind} base; {dtype} rounds off {drift['rounding']:.1%} of that"
     )
-    if adapter.whole:
-        console.print(f"  taken whole from the adapter: {', '.join(sorted(adapter.whole)[:4])}")
+    if merged.adapter.whole:
+        console.print(f"  taken whole from the adapter: {', '.join(sorted(merged.adapter.whole)[:4])}")
     compare.summary(report, console)
     return target
-
-
-def _write_others(target: Path, adapter: Path, base: Path, record: manifest.Manifest) -> None:
-    """Write generation config, tokenizer and chat template of the merged model.
-
-    Raises InputError where neither adapter nor base has the template that the adapter was trained with.
-    """
-    from convert.model import chat_format
-    from convert.model.lora_adapter import load_format
-
-    chat_format.write_generation_config(base, target, record.stop_ids)
-    template = load_format(adapter, base).source
-    if manifest.text_digest(template) != record.chat_template:
-        raise InputError(
-            f"{adapter}: the chat template is not the one it was trained with", "train again, or put it back"
-        )
-    source = adapter if (adapter / "tokenizer.json").is_file() else base
-    chat_format.copy_tokenizer(source, target, template)

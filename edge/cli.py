@@ -7,6 +7,7 @@ code, without a traceback.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 
@@ -34,6 +35,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("edge.machine.doctor", "what this machine has, and what to install for more"),
 }
 
+# A configuration as LLaMA-Factory has it for these verbs, in place of a run.
+_YAML = re.compile(r"^(?!-)[^=]*\.ya?ml$")
+
 
 def usage() -> str:
     rows = "\n".join(f"  {verb:<8} {text}" for verb, (_, text) in VERBS.items())
@@ -49,9 +53,15 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"edge {__version__}\n")
         return 0
     verb, rest = argv[0], argv[1:]
+    if verb in ("api", "webchat", "webui"):
+        raise UsageError(
+            f"edge has no verb '{verb}'", "edge serve RUN serves the model and a page to chat on"
+        )
     if verb not in VERBS:
         raise UsageError(f"edge has no verb '{verb}'", "verbs: " + " ".join(VERBS))
     module = VERBS[verb][0]
+    if verb in ("merge", "export", "chat", "serve") and any(_YAML.search(word) for word in rest):
+        module, rest = "convert.yaml_verbs", [verb, *rest]
     try:
         run: Callable[[list[str]], int] = importlib.import_module(module).main
         return run(rest)

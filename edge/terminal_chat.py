@@ -32,7 +32,13 @@ def run(args: argparse.Namespace) -> int:
             f"{artefact.path} has no chat template", "chat needs one; export a model that has it"
         )
     load = Load.of(artefact, load_plan.plan(artefact, options).settings, tune=True)
-    params = Params(temperature=args.temperature, max_tokens=args.max_tokens)
+    params = Params(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        max_tokens=args.max_tokens,
+    )
     model = ServedModel(artefact, EngineProcess(load), artefact.name)
     return asyncio.run(_talk(_Chat(model, params, args.system)))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.model import chat_format
 from edge.artefact import find
 from edge.artefact.gguf_header import GGUFArray, GGUFHeader
 from edge.chat_template import ChatTemplate
@@ -178,13 +179,29 @@ def run(given: Path, *, context: int = 4096) -> Path:
     shape = take_apart(template, bos_text if added else "")
     ends = sorted(artefact.stop_ids) or [token for token in (eos,) if isinstance(token, int)]
     context = min(context, header.context_length)
+    return _write(artefact.path.parent, f"./{artefact.path.name}", shape, context, [words[id] for id in ends])
+
+
+def of_folder(folder: Path, *, context: int = 4096) -> Path:
+    """Write a Modelfile into a transformers folder, which Ollama converts itself; its path.
+
+    Raises InputError where its template cannot be said in Ollama's language.
+    """
+    form = chat_format.load(folder)
+    begins = form.tokenizer.encode("x").ids[:1] == [form.special.get(form.bos)]
+    shape = take_apart(form.chat, form.bos if begins else "")
+    stops = [str(form.tokenizer.id_to_token(token)) for token in form.stop_ids]
+    return _write(folder, ".", shape, context, stops)
+
+
+def _write(folder: Path, source: str, shape: Shape, context: int, stops: list[str]) -> Path:
     lines = [
-        f"FROM ./{artefact.path.name}",
+        f"FROM {source}",
         f'TEMPLATE """{shape.go()}"""',
         f"PARAMETER num_ctx {context}",
         # A stop text is quoted as in Go; the tokens themselves end an answer by the file's own metadata.
-        *(f'PARAMETER stop "{_escaped(words[token])}"' for token in ends),
+        *(f'PARAMETER stop "{_escaped(stop)}"' for stop in stops),
     ]
-    path = artefact.path.parent / FILE
+    path = folder / FILE
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

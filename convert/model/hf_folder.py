@@ -23,6 +23,7 @@ from edge.artefact import json_file, manifest
 from edge.errors import InputError
 
 INDEX = "model.safetensors.index.json"
+SHARD = 2 * 2**30  # bytes of a file of weights that is written, if no single tensor is larger
 # What a model needs; subfolders (other formats, original checkpoints) and pickles stay where they are.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
 # Below so many parameters four bits cost more than they gain; see docs/decisions.md.
@@ -118,7 +119,8 @@ def stage_folder(given: Path, stage: str) -> Path:
         "adapter": ("adapter_config.json", "adapter", "edge train CONFIG.yaml"),
         "merged": ("config.json", "merged model", f"edge merge {shell(given)}"),
     }[stage]
-    if (given / marker).is_file():
+    # The files of a run's own folder are links to those of its stage.
+    if (given / marker).is_file() and not (given / stage / manifest.FILE).is_file():
         return given
     if given.is_dir() and not (given / stage).is_dir():
         raise InputError(f"{given} has no {name}", f"make it: {command}")

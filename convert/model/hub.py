@@ -52,7 +52,9 @@ def resolve(name: str, revision: str | None = None, cache: str | None = None) ->
     if not path.exists() and is_hub_id(name):
         return check_folder(snapshot(name, revision, cache=cache), shown=name).path
     if path.is_dir():
-        return check_folder(path).path
+        # The files of a run's own folder are links to those of its model.
+        merged = path / "merged"
+        return check_folder(merged if (merged / manifest.FILE).is_file() else path, shown=name).path
     if path.is_file():
         raise InputError(
             f"{name} is a file; training needs a transformers folder with safetensors",

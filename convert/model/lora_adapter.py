@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from convert.model import chat_format
 from convert.model.dequantized_base import Rows, spans
-from convert.model.hf_folder import AdapterTypes, StoredTensor, check_safetensors
+from convert.model.hf_folder import AdapterTypes, StoredTensor, check_safetensors, shell
 from edge.artefact import json_file, manifest
 from edge.errors import InputError
 
@@ -214,10 +214,11 @@ def _tokens(
     return given, values
 
 
-def known_adapter(folder: Path) -> manifest.Manifest:
+def known_adapter(folder: Path, base: Path | None = None) -> manifest.Manifest:
     """What is known of an adapter: its edge.json, or what one that was trained elsewhere says of its base.
 
-    Raises InputError for a folder of another stage, or an adapter that names no base.
+    base: the model under it, in place of the one that it names. Raises InputError for a folder of another
+    stage, or an adapter that names no base.
     """
     if (folder / manifest.FILE).is_file() or not (folder / "adapter_config.json").is_file():
         known = manifest.read(folder)
@@ -225,12 +226,14 @@ def known_adapter(folder: Path) -> manifest.Manifest:
             raise InputError(
                 f"{folder} is a {known.stage}, not an adapter", "give the run folder of edge train"
             )
+        if base is not None:
+            known.settings["model_name_or_path"] = str(base)
+            known.parents = [{**parent, "path": str(base)} for parent in known.parents]
         return known
     path = folder / "adapter_config.json"
-    base = json_file.read(path, hint=_AGAIN, types=AdapterTypes).get("base_model_name_or_path")
-    if not base:
-        raise InputError(f"{path} does not name its base model", _AGAIN)
-    known = manifest.Manifest("adapter", folder.resolve().name, base, settings={"model_name_or_path": base})
+    given = json_file.read(path, hint=_AGAIN, types=AdapterTypes).get("base_model_name_or_path")
+    name = str(base or given or "")
+    known = manifest.Manifest("adapter", folder.resolve().name, name, settings={"model_name_or_path": name})
     form = load_format(folder, find_base(known, folder))
     known.chat_template, known.stop_ids = manifest.text_digest(form.source), form.stop_ids
     return known
@@ -249,12 +252,21 @@ def find_base(known: manifest.Manifest, adapter: Path) -> Path:
     parent = known.parents[0] if known.parents else {"path": "", "digest": ""}
     name = str(known.settings.get("model_name_or_path", ""))
     folder = next((Path(path) for path in (parent["path"], name) if path and Path(path).is_dir()), None)
-    if folder is None and name:
-        from convert.model.hub import resolve
-
-        folder = resolve(name, known.settings.get("model_revision"), known.settings.get("cache_dir"))
     if folder is None:
-        raise InputError(f"{adapter / manifest.FILE} does not say which base it was trained on")
+        from convert.model import hub
+
+        if not hub.is_hub_id(name):
+            ours = (adapter / manifest.FILE).is_file()
+            key = (
+                f"{manifest.FILE}: model_name_or_path"
+                if ours
+                else "adapter_config.json: base_model_name_or_path"
+            )
+            raise InputError(
+                f"{adapter / key} is {name!r}, and there is no such model",
+                f"give the model that it was trained on: edge merge {shell(adapter)} --base PATH",
+            )
+        folder = hub.resolve(name, known.settings.get("model_revision"), known.settings.get("cache_dir"))
     if parent["digest"]:
         now = manifest.read(folder).digest
         if now != parent["digest"]:

@@ -47,9 +47,9 @@ class MergedWeights:
     def bytes(self) -> int:
         return sum(part.bytes for part in self._parts.values())
 
-    def write(self, folder: Path) -> None:
-        """Write the shards. Raises EdgeError for values that do not fit into the output type."""
-        safetensors_io.write(folder, list(self._parts.values()), self._rows)
+    def write(self, folder: Path, shard: int) -> None:
+        """Write files of at most `shard` bytes. Raises EdgeError for values that do not fit into the type."""
+        safetensors_io.write(folder, list(self._parts.values()), self._rows, shard)
 
     def drift(self) -> dict[str, float]:
         """Of what was written: "update" relative to the weights, "rounding" relative to the update."""

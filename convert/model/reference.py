@@ -40,7 +40,7 @@ class TorchModel:
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         self._folder = check_folder(base)
         self._adapter = adapter
-        self._dequantized = DequantizedBase(known_adapter(adapter).settings) if adapter else None
+        self._dequantized = DequantizedBase(known_adapter(adapter, base).settings) if adapter else None
         need, free = self._bytes(), hardware.memory().available
         if need * 1.1 > free:
             raise InputError(

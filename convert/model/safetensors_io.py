@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from convert.model.hf_folder import INDEX
+from convert.model.hf_folder import INDEX, SHARD
 from edge.artefact import json_file
 from edge.console import counted
 
-LARGEST = 2 * 2**30  # bytes of a shard, if no single tensor is larger
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -44,9 +43,12 @@ class Part:
 Rows = Callable[[Part], Iterable[torch.Tensor]]
 
 
-def write(folder: Path, parts: list[Part], rows: Rows) -> None:
-    """Write the parts, in their order, as the shards of a model, with their index where there are several."""
-    shards = _split(parts)
+def write(folder: Path, parts: list[Part], rows: Rows, largest: int = SHARD) -> None:
+    """Write the parts, in their order, as the shards of a model, with their index where there are several.
+
+    largest: bytes of a file at most, if no single tensor is larger.
+    """
+    shards = _split(parts, largest)
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else "model.safetensors"
@@ -61,11 +63,11 @@ def write_index(folder: Path, where: dict[str, str], size: int) -> None:
     json_file.write(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _split(parts: list[Part]) -> list[list[Part]]:
+def _split(parts: list[Part], largest: int) -> list[list[Part]]:
     shards: list[list[Part]] = [[]]
     filled = 0
     for part in parts:
-        if shards[-1] and filled + part.bytes > LARGEST:
+        if shards[-1] and filled + part.bytes > largest:
             shards.append([])
             filled = 0
         shards[-1].append(part)

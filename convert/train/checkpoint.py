@@ -37,7 +37,9 @@ _FREE = {
     "logging_steps", "plot_loss", "report_to", "save_strategy", "save_steps", "save_total_limit",
     "save_only_model", "resume_from_checkpoint", "eval_strategy", "eval_steps", "eval_answers",
     "early_stopping_steps", "load_best_model_at_end", "ignore_memory", "strict", "template", "dataset",
-    "eval_dataset", "use_cpu", "fsdp",
+    "eval_dataset", "use_cpu", "fsdp", "cache_dir", "overwrite_output_dir", "ddp_timeout", "do_train",
+    "do_predict", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
+    "export_dir", "export_size", "infer_dtype",
 }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class Run:
         base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
         chat = chat_format.load(base)
         notes = [*config.warnings]
-        if config.adapter_name_or_path:
+        if config.adapter_name_or_path and not config.create_new_adapter:
             config, about = init_adapter.shaped(config)
             notes += about
         notes += [line for line in (chat_format.check_name(config.template, chat), *chat.warnings) if line]
@@ -154,6 +154,19 @@ class Run:
             world = replace(world, sharded=True)
         if not world.first:
             console = Console(quiet=True)
+        if first := init_adapter.merged_first(config):
+            start = init_adapter.start_folder(config)
+            notes.append(f"{', '.join(first)} go into {start}, which is the base of what is trained")
+            if world.first and (resumed is None or not (start / manifest.FILE).is_file()):
+                init_adapter.merge_into(base, config)
+            world.wait()
+            rest = (config.adapter_name_or_path or ())[len(first) :] or None
+            base, config = (
+                start,
+                dataclasses.replace(
+                    config, model_name_or_path=str(start), adapter_name_or_path=rest, create_new_adapter=False
+                ),
+            )
         job = cls(config, base, chat, data, place, world, resumed, console, again)
         for line in [*notes, *job.notes(), *data.report.lines(), *place.notes]:
             console.print(f"note: {line}", style="yellow")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from convert.config import TrainConfig
+from convert.model.hf_folder import read_config
+from convert.model.merged_folder import MergedFolder
+from edge.artefact import manifest
 from edge.errors import InputError, UsageError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,7 +30,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 def folder_of(name: str) -> Path:
     """The adapter in the folder `name`, or in the run `name`. Raises InputError where there is none."""
-    for folder in (Path(name), Path(name) / "adapter"):
+    # The files of a run's own folder are links to those of its adapter.
+    for folder in (Path(name) / "adapter", Path(name)):
         if (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file():
             return folder
     raise InputError(
@@ -34,13 +40,42 @@ def folder_of(name: str) -> Path:
     )
 
 
+def merged_first(config: TrainConfig) -> tuple[str, ...]:
+    """The adapters that go into the base before training: all but the last, or all under a new one."""
+    names = config.adapter_name_or_path or ()
+    return names if config.create_new_adapter else names[:-1]
+
+
+def merge_into(base: Path, config: TrainConfig) -> None:
+    """Write output_dir/start, `base` with the adapters of `merged_first`, one after the other.
+
+    Raises InputError for an adapter that does not fit, EdgeError for values that do not fit into 16 bits.
+    """
+    full = read_config(base).get("dtype", "float32") == "float32"
+    with tempfile.TemporaryDirectory(dir=config.output_dir, prefix=".start-") as between:
+        for number, name in enumerate(merged_first(config)):
+            merged = MergedFolder(
+                folder_of(name), base=base, dtype="float32" if full else "float16", into="nf4"
+            )
+            base = Path(between) / str(number)
+            base.mkdir()
+            merged.write(base)
+        with manifest.publish(start_folder(config), overwrite=True) as partial:
+            shutil.copytree(base, partial, dirs_exist_ok=True, copy_function=shutil.move)
+
+
+def start_folder(config: TrainConfig) -> Path:
+    """Where `merge_into` writes."""
+    return Path(config.output_dir) / "start"
+
+
 def shaped(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """`config` with rank, scale and layers of the adapter that it continues from, and notes on what changed.
 
     Raises InputError for an adapter that cannot be read, UsageError where training would lose a part of it.
     """
     assert config.adapter_name_or_path is not None
-    folder = folder_of(config.adapter_name_or_path)
+    folder = folder_of(config.adapter_name_or_path[-1])
     try:
         adapter = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
         targets = adapter["target_modules"]
@@ -72,7 +107,8 @@ def load(model: Any, config: TrainConfig) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = folder_of(str(config.adapter_name_or_path))
+    assert config.adapter_name_or_path is not None
+    folder = folder_of(config.adapter_name_or_path[-1])
     try:
         keys = set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
         wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if "lora_" in key)]

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 
 class TorchReader(Reader):
-    """A transformers folder; or an adapter, computed over the dequantised base that it was trained on."""
+    """A transformers folder; or an adapter, computed over the dequantised base that it was trained on.
 
-    def __init__(self, path: Path) -> None:
+    base: the model under an adapter; None: the one that it names.
+    """
+
+    def __init__(self, path: Path, base: Path | None = None) -> None:
         record = manifest.read(path) if (path / manifest.FILE).is_file() else None
         self._base, self._adapter = path, None
         if (path / "adapter_config.json").is_file():
             from convert.model.lora_adapter import find_base, known_adapter, load_format
 
-            record = known_adapter(path)
+            record = known_adapter(path, base)
             self._base, self._adapter = find_base(record, path), path
             self._format = load_format(path, self._base)
             kind = "NF4 + LoRA" if record.settings.get("quantized") else "base + LoRA"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import merge
 from convert.config import parse
-from convert.model import lora_adapter, safetensors_io
+from convert.model import lora_adapter
 from convert.train import finetune
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
@@ -207,13 +207,12 @@ def test_m2_chat_template(trained):
     assert (run / "merged" / "chat_template.jinja").read_bytes() == source
 
 
-def test_shards(trained, monkeypatch):
+def test_shards(trained):
     from transformers import AutoModelForCausalLM
 
     run, _ = trained(max_steps=1, toy={"tied": False})
     whole = load_file(merge.run(run) / "model.safetensors")
-    monkeypatch.setattr(safetensors_io, "LARGEST", 100_000)
-    target = merge.run(run, overwrite=True)
+    target = merge.run(run, overwrite=True, shard=100_000)
     assert len(list(target.glob("*.safetensors"))) > 1 and not (target / "model.safetensors").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
     assert loaded.keys() == whole.keys()
@@ -273,6 +272,24 @@ def test_float16_that_overflows_is_refused(trained):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EdgeError, match=r"model\.norm\.weight does not fit into torch\.float16"):
         merge.run(run, dtype="float16")
+
+
+@pytest.mark.parametrize("named", ["D:\\models\\Qwen2.5-0.5B", "", None])
+def test_a_base_that_is_not_where_the_adapter_says(trained, tmp_path, named):
+    """An adapter of LLaMA-Factory's from another machine: without edge.json, its base at another path."""
+    run, base = trained(quantization_bit=None, max_steps=1)
+    theirs = tmp_path / "theirs"
+    (run / "adapter").rename(theirs)
+    (theirs / "edge.json").unlink()
+    path = theirs / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "base_model_name_or_path": named}), encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"(?s)adapter_config\.json: base_model_name_or_path is .*--base PATH"
+    ):
+        merge.run(theirs)
+    target = merge.run(theirs, base=base)
+    assert target == theirs / "merged" and manifest.read(target).verify["logits"]["kl_mean"] < 1e-4
 
 
 def test_verb(trained, capsys):

@@ -45,7 +45,7 @@ def test_rows_are_what_bitsandbytes_gives(
     assert torch.equal(model("l.7.k.weight", weight), weight)
 
 
-def test_shards_are_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_what_safetensors_reads(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(5, 3).to(torch.bfloat16),
         "长": torch.randn(7).half(),
@@ -55,9 +55,9 @@ def test_shards_are_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.M
     }
     parts = [Part(name, tuple(one.shape), one.dtype) for name, one in tensors.items()]
 
-    def write(folder: Path) -> dict[str, torch.Tensor]:
+    def write(folder: Path, **how: int) -> dict[str, torch.Tensor]:
         folder.mkdir()
-        safetensors_io.write(folder, parts, lambda part: (row[None] for row in tensors[part.name]))
+        safetensors_io.write(folder, parts, lambda part: (row[None] for row in tensors[part.name]), **how)
         found = {}
         for path in folder.glob("*.safetensors"):
             check_safetensors(path)
@@ -66,8 +66,7 @@ def test_shards_are_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.M
 
     whole = write(tmp_path / "one")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
-    monkeypatch.setattr(safetensors_io, "LARGEST", 50)
-    split = write(tmp_path / "several")
+    split = write(tmp_path / "several", largest=50)
     for found in (whole, split):
         assert found.keys() == tensors.keys()
         assert all(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from convert import merge
 from convert.config import TrainConfig
-from convert.model import hub
+from convert.model import hub, lora_adapter
 from convert.train import distributed, finetune
+from edge.artefact import manifest
 from edge.errors import ExistsError
 from tests.support.runs import configure
 from tests.support.toy import make_stub
@@ -24,8 +26,11 @@ Made = Callable[..., TrainConfig]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Made:
-    return configure(tmp_path_factory.mktemp("keys"), base, max_steps=3, save_strategy="no")
+def made(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Made]:
+    """Configurations of runs in float32, on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+        yield configure(tmp_path_factory.mktemp("keys"), base, max_steps=3, save_strategy="no")
 
 
 def weights(config: TrainConfig) -> torch.Tensor:
@@ -62,6 +67,38 @@ def test_an_earlier_run_is_replaced_where_that_is_asked_for(made: Made, plain: t
     with pytest.raises(ExistsError, match="--overwrite"):
         finetune.run(made("plain"), console=QUIET)
     assert torch.equal(weights(made("plain", overwrite_output_dir=True)), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_new_adapter_goes_on_top_of_an_earlier_one(
+    made: Made, plain: torch.Tensor, base: Path, bits: int | None
+) -> None:
+    """The earlier one goes into the base, so that both are in what is merged."""
+    earlier = Path(made("plain").output_dir)
+    changes = {"create_new_adapter": True, "lora_rank": 2, "quantization_bit": bits, "max_steps": 1}
+    config = made(f"second {bits}", adapter_name_or_path=str(earlier), **changes)
+    run = finetune.run(config, console=QUIET).parent
+    start = run / "start"
+    assert manifest.read(run / "adapter").parents[0]["path"] == str(start)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before, after = (load_file(folder / "model.safetensors")[name] for folder in (base, start))
+    first = lora_adapter.read_adapter(earlier / "adapter").updates[name].delta()
+    assert torch.allclose(after, before + first, atol=1e-6) and first.abs().max() > 1e-3
+    assert lora_adapter.read_adapter(run / "adapter").updates[name].a.shape[0] == 2
+    assert manifest.read(merge.run(run, console=QUIET)).verify["logits"]["kl_mean"] < 1e-4
+
+
+@pytest.mark.slow
+def test_of_several_adapters_the_last_one_is_trained_on(made: Made, plain: torch.Tensor) -> None:
+    earlier = made("plain").output_dir
+    other = finetune.run(made("other", seed=7, lora_rank=4), console=QUIET)
+    # A rate that changes nothing: what comes out is what went in.
+    config = made("both", adapter_name_or_path=f"{earlier},{other}", learning_rate=1e-12, max_steps=1)
+    target = finetune.run(config, console=QUIET)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (other, target))
+    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+    assert manifest.read(target).parents[0]["path"] == str(target.parent / "start")
 
 
 def test_processes_wait_as_long_as_ddp_timeout_says(monkeypatch: pytest.MonkeyPatch) -> None:
