@@ -49,15 +49,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_train_config(
-    path: Path, overrides: list[str] | None = None, needs: tuple[str, ...] = REQUIRED
+    path: Path | None, overrides: list[str] | None = None, needs: tuple[str, ...] = REQUIRED
 ) -> TrainConfig:
-    """Read `path` and apply `overrides` ("key=value", later ones win). needs: the keys that must be given.
+    """Read `path` and apply `overrides` ("key=value", later ones win); None: these alone.
 
+    needs: the keys that must be given.
     Raises InputError where the file is missing or no YAML mapping; UsageError, which names the key, for an
     unknown key (with the nearest known name), a value of the wrong type or range, a missing key, and a
     LLaMA-Factory feature that is not supported.
     """
-    given = _read(path)
+    given = _read(path) if path else {}
     for override in overrides or []:
         key, separator, text = override.partition("=")
         key = key.strip().removeprefix("--")
@@ -105,7 +106,8 @@ def parse(given: dict[str, Any], needs: tuple[str, ...] = REQUIRED) -> TrainConf
         if unused.warn and value not in (None, False):
             warnings.append(f"{key} is ignored: {unused.reason}")
     for key in REQUIRED:
-        if key in needs and not values.get(key):
+        only_answers = key == "dataset" and values.get("do_predict") and not values.get("do_train")
+        if key in needs and not values.get(key) and not only_answers:
             raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].help}")
         values.setdefault(key, () if FIELDS[key].kind == "names" else "")
     config = TrainConfig(**values)
@@ -150,6 +152,11 @@ def _evaluation_clashes(config: TrainConfig) -> Clashes:
         if getattr(config, key) and (not evaluates or config.eval_strategy == "no"):
             hint = "give val_size or eval_dataset, and eval_strategy: steps (or epoch)"
             yield f"{key} needs evaluations during training", hint
+    if config.do_predict and (not evaluates or config.stage != "sft"):
+        what = "answers rows of stage: sft" if evaluates else "has nothing to answer"
+        yield f"do_predict {what}", "give eval_dataset or val_size, and stage: sft"
+    if not config.trains and not config.do_predict:
+        yield "do_train: false leaves nothing to do", "leave it out, or add do_predict: true"
     if config.eval_strategy != "no" and not evaluates:
         yield (
             f"eval_strategy: {config.eval_strategy} has nothing to evaluate on",

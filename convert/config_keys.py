@@ -419,6 +419,11 @@ class TrainConfig:
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains, and not only answers (do_predict)."""
+        return not self.do_predict if self.do_train is None else self.do_train
+
+    @property
     def packs(self) -> bool:
         return self.packing or self.neat_packing
 

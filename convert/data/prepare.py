@@ -62,7 +62,7 @@ def rules(config: TrainConfig) -> Rules:
 
 
 def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
-    """Read and encode what `config` names.
+    """Read and encode what `config` names; without `dataset` only what is held out.
 
     Raises InputError for files that cannot be read and where no row is left, UsageError for an entry of
     dataset_info.json or a val_size that cannot be used.
@@ -75,7 +75,8 @@ def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
         items, usable = _encoded(entries[name], config, chat, report, count)
         sets.append(items)
         count += usable
-    dataset.check(config.dataset, count, report, strict=config.strict)
+    if config.dataset:
+        dataset.check(config.dataset, count, report, strict=config.strict)
     held: list[Item] = []
     if config.eval_dataset:
         for name in config.eval_dataset:
@@ -105,7 +106,7 @@ def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
         )
         if config.packing and not config.neat_packing:
             prepared.notes.append("packing isolates its rows here, as neat_packing does in LLaMA-Factory")
-    if not prepared.train:
+    if config.dataset and not prepared.train:
         raise InputError("no row is left to train on: " + "; ".join(report.lines()), "raise cutoff_len")
     return prepared
 

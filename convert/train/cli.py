@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from convert.config import as_yaml, load_train_config
+from convert.config_keys import FIELDS
 from convert.config_schema import schema
+from convert.config_unused import UNUSED
 from convert.model.hf_folder import shell
+from convert.train import torchrun
 from edge.console import add_progress_option, result
 
 
@@ -34,8 +38,12 @@ class _PrintSchema(argparse.Action):
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="keys as in LLaMA-Factory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml key=value",
+        help="keys as in LLaMA-Factory; key=value (or --key value) wins over the file",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run made")
     parser.add_argument("--resume", action="store_true", help="resume from the last whole checkpoint")
     parser.add_argument("--print-config", action="store_true", help="show every key with its value, and stop")
@@ -44,8 +52,11 @@ def main(argv: list[str]) -> int:
         "--json-schema", action=_PrintSchema, nargs=0, help="show every key as a JSON Schema, and stop"
     )
     add_progress_option(parser)
-    options = parser.parse_intermixed_args(argv)
-    config = load_train_config(options.config, options.overrides)
+    options = parser.parse_intermixed_args(_overrides(argv))
+    words = options.words
+    if not words:
+        parser.error("the following arguments are required: CONFIG.yaml")
+    config = load_train_config(*((None, words) if "=" in words[0] else (Path(words[0]), words[1:])))
     if options.resume:
         config = dataclasses.replace(config, resume_from_checkpoint=config.resume_from_checkpoint or "auto")
     if options.print_config:
@@ -54,9 +65,33 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(command([word for word in argv if not word.startswith("--print-")]) + "\n")
     if options.print_config or options.print_command:
         return 0
-    from convert.train import finetune
+    if torchrun.is_asked():
+        return torchrun.launch(argv)
+    from convert.train import evaluate, finetune
 
-    again = command([word for word in argv if word != "--overwrite"], "--resume")
-    made = finetune.run(config, overwrite=options.overwrite, again=again)
+    made = Path(config.output_dir)
+    if config.trains:
+        again = command([word for word in argv if word != "--overwrite"], "--resume")
+        made = finetune.run(config, overwrite=options.overwrite, again=again)
+    if config.do_predict and os.environ.get("RANK", "0") == "0":
+        evaluate.predict(config, trained=config.trains)
     result(run=config.output_dir, path=str(made))
     return 0
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    """`argv` with `--key value`, `--key=value` and `--flag` of LLaMA-Factory's keys as key=value."""
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        key, separator, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or key not in FIELDS | UNUSED:
+            words.append(word)
+        elif separator:
+            words.append(f"{key}={value}")
+        else:
+            flag = not rest or rest[0].startswith("--") or rest[0].partition("=")[0] in FIELDS
+            words.append(f"{key}={'true' if flag else rest.pop(0)}")
+    return sorted(words, key=lambda word: "=" in word)
+

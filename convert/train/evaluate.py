@@ -10,10 +10,12 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -22,9 +24,9 @@ from convert.config import FIELDS, TrainConfig, parse
 from convert.data import prepare
 from convert.data.dataset_info import Row, find_folder
 from convert.data.encode import Pair, Sample
-from convert.model import chat_format
+from convert.model import chat_format, hub
 from convert.model.lora_adapter import find_base
-from convert.train import bleu_rouge, sample_answers, trainer
+from convert.train import bleu_rouge, init_adapter, sample_answers, trainer
 from convert.train.load_model import Place, choose_place, load_model
 from convert.train.losses import LossHead, reference
 from edge.artefact import json_file, manifest
@@ -32,6 +34,8 @@ from edge.console import phase
 from edge.errors import InputError, UsageError
 
 _SHOWN = 5
+# Where a run has what it trained.
+STAGES = ("adapter", "merged")
 
 
 @dataclass
@@ -65,13 +69,12 @@ def run(
     Raises InputError for a folder without a trained model, UsageError where no rows are held out.
     """
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
-    stages = [name for name in ("adapter", "merged") if (folder / name / manifest.FILE).is_file()]
+    stages = [name for name in STAGES if (folder / name / manifest.FILE).is_file()]
     if not stages:
         raise InputError(f"{folder} has no adapter/ and no merged/", "train first: edge train CONFIG.yaml")
     stage = folder / stages[0]
     about = manifest.read(stage)
     config = _config(about, dataset, dataset_dir or find_folder(about.settings, stage), max_samples)
-    split = bleu_rouge.words()
     base = find_base(about, stage)
     chat = chat_format.load(base)
     data = prepare.prepare(config, chat)
@@ -84,14 +87,72 @@ def run(
         console.print(f"note: {len(trained)} of these rows were trained on: they say little", style="yellow")
     place = choose_place(config)
     console.print(f"{len(rows)} rows, {config.model_name_or_path} and {stage} on {place.device}")
-    began = time.monotonic()
     job = _Job(chat, rows, data.held, config, place, max_new_tokens, size, console)
-    results = _both(job, stage, base, with_base=with_base)
+    return _scored(job, lambda: _both(job, stage, base, with_base=with_base), folder, console)
+
+
+def predict(config: TrainConfig, *, trained: bool, console: Console | None = None) -> dict[str, Any]:
+    """What do_predict asks for: answers to the held-out rows, sampled as `config` says, and their scores.
+
+    trained: by this run, whose model answers; else the base with the adapter that `config` names. Writes to
+    output_dir, all_results.json too. Raises UsageError for several adapters, InputError for rows or a model
+    that cannot be used.
+    """
+    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+    out, adapters = Path(config.output_dir), config.adapter_name_or_path or ()
+    base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
+    if trained:
+        stage = next(out / name for name in STAGES if (out / name / manifest.FILE).is_file())
+        base = find_base(manifest.read(stage), stage)
+    elif len(adapters) > 1:
+        raise UsageError("do_predict takes one adapter", "merge them first: edge export CONFIG.yaml")
+    else:
+        stage = init_adapter.folder_of(adapters[0]) if adapters else base
+    chat = chat_format.load(base)
+    for line in (*config.warnings, chat_format.check_name(config.template, chat)) if not trained else ():
+        if line:
+            console.print(f"note: {line}", style="yellow")
+    data = prepare.prepare(replace(config, packing=False, neat_packing=False), chat)
+    usable = {item.source for item in data.held}
+    rows = [row for row in prepare.held_rows(config) if row.source in usable]
+    place = choose_place(config)
+    console.print(f"{len(rows)} rows to answer, {stage} on {place.device}")
+    how = (config.max_new_tokens, config.per_device_eval_batch_size, console, _sampling(config))
+    job = _Job(chat, rows, data.held, config, place, *how)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    figures = _scored(job, lambda: _both(job, stage, base, with_base=False), out, console)
+    path = out / "all_results.json"
+    known = json_file.read(path) if trained else {}
+    json_file.write(path, known | figures)
+    return figures
+
+
+def _sampling(config: TrainConfig) -> dict[str, Any]:
+    """transformers' settings of sampled answers; none for greedy ones."""
+    penalty = {"repetition_penalty": config.repetition_penalty}
+    if not config.do_sample or not config.temperature:
+        return penalty
+    return penalty | {
+        "do_sample": True,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+    }
+
+
+def _scored(
+    job: _Job, answer: Callable[[], dict[str, Result]], folder: Path, console: Console
+) -> dict[str, Any]:
+    """Score what `answer` gives, write it to `folder` and show it; the figures are returned."""
+    split = bleu_rouge.words()
+    began = time.monotonic()
+    results = answer()
     for result in results.values():
         pairs = zip(result.answers, job.labels, strict=True)
         scores = [bleu_rouge.score(answer, label, split) for answer, label in pairs]
         result.scores = {name: sum(one[name] for one in scores) / len(scores) for name in bleu_rouge.NAMES}
-    figures = _figures(results, len(rows), time.monotonic() - began)
+    figures = _figures(results, len(job.rows), time.monotonic() - began)
     _write(folder, job, results)
     json_file.write(folder / "predict_results.json", figures)
     _show(console, job, results, figures)
@@ -136,7 +197,7 @@ def _config(
 
 def load_tuned(stage: Path, base: Path, config: TrainConfig, place: Place) -> Any:
     """The trained model in the folder `stage`, an adapter over `base` or whole."""
-    if stage.name == "merged":
+    if not (stage / "adapter_config.json").is_file():
         return load_model(stage, place)
     from peft import PeftModel
 
@@ -157,6 +218,7 @@ class _Job:
     max_new_tokens: int
     size: int
     console: Console
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
@@ -176,7 +238,13 @@ class _Job:
         samples: list[Sample] = [one.chosen if isinstance(one, Pair) else one for one in self.items]
         result = Result(trainer.evaluate(model, samples, size=self.size, device=device))
         result.answers = sample_answers.generate(
-            model, self.chat, self.prompts, device=device, max_new_tokens=self.max_new_tokens, size=self.size
+            model,
+            self.chat,
+            self.prompts,
+            device=device,
+            max_new_tokens=self.max_new_tokens,
+            size=self.size,
+            sampling=self.sampling,
         )
         pairs = [one for one in self.items if isinstance(one, Pair)]
         if pairs:

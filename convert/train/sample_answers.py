@@ -37,26 +37,28 @@ def generate(
     max_new_tokens: int,
     size: int,
     together: bool = False,
+    sampling: dict[str, Any] | None = None,
 ) -> list[str]:
-    """The greedy answer to each prompt, without special tokens, in the order of `prompts`.
+    """The answer to each prompt, without special tokens, in the order of `prompts`: greedy, or sampled.
 
-    size: prompts in a batch. together: all processes generate the same answers, each step at the same time.
+    sampling: transformers' settings of it. size: prompts in a batch. together: all processes generate the
+    same answers, each step at the same time.
     """
     from transformers import GenerationConfig
 
     ids = chat.encode(prompts)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     answers = [""] * len(ids)
-    greedy = GenerationConfig(
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **{"do_sample": False, **(sampling or {})},
         eos_token_id=chat.stop_ids,
         pad_token_id=chat.stop_ids[0],
     )
     base = getattr(model, "get_base_model", lambda: model)()
     configured, was_training = base.generation_config, model.training
     # transformers would mix in the sampling settings of the model's own file.
-    base.generation_config = greedy
+    base.generation_config = settings
     model.eval()
     try:
         for start in counted(range(0, len(order), size), "batches of answers"):
@@ -71,7 +73,7 @@ def generate(
                 outputs = model.generate(
                     input_ids=rows.to(device),
                     attention_mask=mask.to(device),
-                    generation_config=greedy,
+                    generation_config=settings,
                     synced_gpus=together,
                 )
             for index, tokens in zip(batch, outputs[:, rows.shape[1] :].tolist(), strict=True):

@@ -1,16 +1,52 @@
-"""`edge train --progress json` on a toy."""
+"""`edge train`: its arguments, and `--progress json` on a toy."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from convert.config import as_yaml
+from convert.config import as_yaml, parse
+from convert.train import cli as train_cli
 from edge import cli
 from edge.console import guarded
+from edge.errors import UsageError
+from tests.convert.test_config import NEEDED
 from tests.support.runs import configure
+
+FLAGS = (
+    "--model_name_or_path m --stage sft --do_train --dataset a,b --output_dir o --plot_loss --max_steps -1"
+)
+
+
+def test_keys_as_options_as_in_llamafactorys_scripts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(*words: str) -> dict[str, Any]:
+        assert train_cli.main([*words, "--print-config"]) == 0
+        given: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        return given
+
+    given = printed(*FLAGS.split(), "--learning_rate=1e-4", "--save_only_model", "false", "--bf16")
+    assert (given["dataset"], given["do_train"], given["plot_loss"], given["bf16"]) == (
+        "a,b",
+        True,
+        True,
+        True,
+    )
+    assert (given["max_steps"], given["learning_rate"], given["save_only_model"]) == (-1, 1e-4, False)
+    path = tmp_path / "x.yaml"
+    path.write_text(as_yaml(parse({**NEEDED, "max_steps": 9})), encoding="utf-8")
+    # The form of LlamaBoard's preview, before and after the file.
+    assert printed("--max_steps", "3", str(path))["max_steps"] == 3
+    assert printed(str(path), "--bf16", "max_steps=4", "--do_train")["max_steps"] == 4
+    with pytest.raises(UsageError, match="use_galore: True is known"):
+        train_cli.main([str(path), "--use_galore"])
+    with pytest.raises(SystemExit):
+        train_cli.main([str(path), "--no_such_key", "3"])
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import yaml
 from rich.console import Console
 
-from convert.config import parse
+from convert.config import as_yaml, parse
 from convert.train import bleu_rouge, eval_cli, finetune
 from convert.train import evaluate as evaluation
+from edge import cli
 from edge.errors import InputError, UsageError
 from tests.support.toy import make_model
 
@@ -93,6 +95,63 @@ def test_the_loss_is_that_of_training(ran):
     state = json.loads((folder / "run" / "all_results.json").read_text(encoding="utf-8"))
     assert results["eval_loss"] == pytest.approx(state["eval_loss"], rel=2e-2)
     assert "base_eval_loss" not in results
+
+
+@pytest.mark.slow
+def test_a_yaml_of_llamafactory_predicts(ran, tmp_path):
+    """Its nlg_eval example: no dataset, an adapter, the rows of eval_dataset; and the adapter's effect."""
+    folder, _ = ran
+    keys = {
+        "model_name_or_path": str(folder / "m"),
+        "adapter_name_or_path": str(folder / "run"),
+        "trust_remote_code": True,
+        "stage": "sft",
+        "do_predict": True,
+        "finetuning_type": "lora",
+        "eval_dataset": "d",
+        "dataset_dir": str(folder),
+        "cutoff_len": 2048,
+        "max_samples": 2,
+        "output_dir": str(tmp_path / "predict"),
+        "overwrite_output_dir": True,
+        "per_device_eval_batch_size": 1,
+        "predict_with_generate": True,
+        "ddp_timeout": 180000000,
+        "max_new_tokens": 20,
+        "use_cpu": True,
+    }
+    path = tmp_path / "predict.yaml"
+
+    def predict(**changes):
+        path.write_text(yaml.safe_dump({**keys, **changes}), encoding="utf-8")
+        assert cli.main(["train", str(path)]) == 0
+        text = (tmp_path / "predict" / "generated_predictions.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    greedy = predict(do_sample=False)
+    assert [set(line) for line in greedy] == [{"prompt", "predict", "label"}] * 2
+    assert [line["predict"] for line in greedy] == [row["output"] for row in ROWS[:2]]
+    results = json.loads((tmp_path / "predict" / "predict_results.json").read_text(encoding="utf-8"))
+    assert results["predict_bleu-4"] > 90 and results["predict_samples"] == 2
+    all_results = json.loads((tmp_path / "predict" / "all_results.json").read_text(encoding="utf-8"))
+    assert all_results["predict_rouge-1"] == results["predict_rouge-1"]
+    assert not (tmp_path / "predict" / "adapter").exists()
+    wild = {"temperature": 2.0, "top_p": 1.0, "top_k": 0}
+    assert predict(**wild) == predict(**wild) != greedy
+    assert predict(**wild, seed=1) != predict(**wild)
+    assert predict(top_k=1) == greedy
+    assert max(len(line["predict"]) for line in predict(adapter_name_or_path=None, max_new_tokens=1)) < 20
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_predicts_with_what_it_trained(ran, tmp_path):
+    _, config = ran
+    made = config(output_dir=str(tmp_path / "both"), do_train=True, do_predict=True, max_new_tokens=40)
+    path = tmp_path / "both.yaml"
+    path.write_text(as_yaml(made), encoding="utf-8")
+    assert cli.main(["train", str(path), "do_sample=false"]) == 0
+    results = json.loads((tmp_path / "both" / "all_results.json").read_text(encoding="utf-8"))
+    assert results["train_loss"] < 1 and results["predict_bleu-4"] > 90
 
 
 @pytest.mark.slow
