@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"edge {__version__}\n")
         return 0
     verb, rest = argv[0], argv[1:]
-    if verb in ("api", "webchat", "webui"):
+    if verb in ("api", "webchat"):
         raise UsageError(
             f"edge has no verb '{verb}'", "edge serve RUN serves the model and a page to chat on"
         )

@@ -94,4 +94,3 @@ def _overrides(argv: list[str]) -> list[str]:
             flag = not rest or rest[0].startswith("--") or rest[0].partition("=")[0] in FIELDS
             words.append(f"{key}={'true' if flag else rest.pop(0)}")
     return sorted(words, key=lambda word: "=" in word)
-

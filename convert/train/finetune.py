@@ -154,19 +154,13 @@ class Run:
             world = replace(world, sharded=True)
         if not world.first:
             console = Console(quiet=True)
-        if first := init_adapter.merged_first(config):
+        if init_adapter.merged_first(config):
             start = init_adapter.start_folder(config)
-            notes.append(f"{', '.join(first)} go into {start}, which is the base of what is trained")
+            notes.append(f"{start} is the base of what is trained, with the adapters under it")
             if world.first and (resumed is None or not (start / manifest.FILE).is_file()):
                 init_adapter.merge_into(base, config)
             world.wait()
-            rest = (config.adapter_name_or_path or ())[len(first) :] or None
-            base, config = (
-                start,
-                dataclasses.replace(
-                    config, model_name_or_path=str(start), adapter_name_or_path=rest, create_new_adapter=False
-                ),
-            )
+            base, config = start, init_adapter.on_start(config)
         job = cls(config, base, chat, data, place, world, resumed, console, again)
         for line in [*notes, *job.notes(), *data.report.lines(), *place.notes]:
             console.print(f"note: {line}", style="yellow")

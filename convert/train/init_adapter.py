@@ -69,6 +69,17 @@ def start_folder(config: TrainConfig) -> Path:
     return Path(config.output_dir) / "start"
 
 
+def on_start(config: TrainConfig) -> TrainConfig:
+    """`config` as it is over `start_folder`: with the last adapter, or none."""
+    rest = (config.adapter_name_or_path or ())[len(merged_first(config)) :] or None
+    return dataclasses.replace(
+        config,
+        model_name_or_path=str(start_folder(config)),
+        adapter_name_or_path=rest,
+        create_new_adapter=False,
+    )
+
+
 def shaped(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """`config` with rank, scale and layers of the adapter that it continues from, and notes on what changed.
 
