@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from edge.backends.onnx_tokenizer import byte_table
 from edge.errors import EdgeError
 
 
@@ -21,9 +22,8 @@ class Vocabulary:
         self._lib, self._pointer = lib, pointer
         self.size = int(lib.llama_vocab_n_tokens(pointer))
         kind = lib.llama_vocab_type(pointer)
-        # Other kinds of vocabulary shorten a text before they look it up.
-        bounded = kind in (lib.LLAMA_VOCAB_TYPE_BPE, lib.LLAMA_VOCAB_TYPE_SPM)
         marks, parsed_always, longest = [], [], 1
+        bytes_left = {character.encode("utf-8") for character in byte_table()}
         self.strips = False
         control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
         own = control | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -31,6 +31,7 @@ class Vocabulary:
         for token in range(self.size):
             data = lib.llama_vocab_get_text(pointer, token) or b""
             attributes = lib.llama_vocab_get_attr(pointer, token)
+            bytes_left.discard(data)
             if len(data) > longest:
                 longest = max(longest, len(data) if attributes & own else self._spelled(data, kind))
             if not attributes & own:
@@ -43,6 +44,9 @@ class Vocabulary:
                 # A token may be both.
                 if not attributes & control:
                     parsed_always.append(text)
+        # Other kinds of vocabulary shorten a text before they look it up, and BPE leaves out what it has no
+        # token for.
+        bounded = kind == lib.LLAMA_VOCAB_TYPE_SPM or (kind == lib.LLAMA_VOCAB_TYPE_BPE and not bytes_left)
         self.token_bytes = longest if bounded else 0
         self.marks, self.parsed_always = tuple(marks), tuple(parsed_always)
 

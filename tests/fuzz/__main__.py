@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tests.fuzz import PARTS
+from tests.fuzz import PARTS, sizes
 from tests.fuzz.runner import Outcome, again, run
 
 
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--input", type=Path, help="try the input in this file once more, with the part given"
     )
+    parser.add_argument("--sizes", action="store_true", help="instead: texts by size, and how long they take")
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"no part is called {', '.join(unknown)}")
@@ -43,6 +44,11 @@ def main() -> int:
     if given.input is not None:
         again(PARTS[given.parts[0]], folder, given.input)
         write("it holds")
+        return 0
+    if given.sizes:
+        write(f"{'text':<12}{'bytes':>10}{'status':>8}{'ms':>9}{'gap ms':>9}")
+        for text, size, status, taken, gap in sizes.rows(folder):
+            write(f"{text:<12}{size:>10,}{status:>8}{taken:>9.1f}{gap:>9.1f}")
         return 0
     outcomes = []
     for name in given.parts or PARTS:

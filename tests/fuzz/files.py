@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from edge.artefact.find import candidates
-from edge.artefact.gguf_header import GGML_TYPES, GGUFArray, read_header
+from edge.artefact.gguf_header import GGML_TYPES
 from edge.errors import EdgeError
 from edge.loading.load_plan import Options, plan
 from tests.fuzz import mutate
@@ -21,32 +21,20 @@ from tests.support import tiny_gguf
 
 Draw = Callable[[Random], Any]
 Check = Callable[[Any], None]
-_TYPES = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 
 
-class _Gguf:
+class _Gguf(tiny_gguf.Parts):
     """A small model that llama.cpp loads, taken apart, so that it can be put together otherwise."""
 
     def __init__(self, folder: Path) -> None:
         from tests.support import tiny_llama
 
-        path = tiny_llama.write(folder / "whole.gguf")
-        header = read_header(path)
-        self.whole = path.read_bytes()
-        self.start = min(tensor.offset for tensor in header.tensors.values())
-        self.metadata = {
-            key: item.values() if isinstance(item, GGUFArray) else item
-            for key, item in header.metadata.items()
-        }
-        self.tensors = [
-            (tensor.name, tensor.shape, _TYPES[tensor.type], tensor.offset - self.start)
-            for tensor in header.tensors.values()
-        ]
+        super().__init__(tiny_llama.write(folder / "whole.gguf"))
 
     def draw(self, rng: Random) -> bytes:
         """The header that stands before the tensors' data."""
         if rng.random() < 0.4:
-            return mutate.data(rng, self.whole[: self.start])
+            return mutate.data(rng, self.header)
         metadata, tensors = dict(self.metadata), list(self.tensors)
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             if rng.random() < 0.8:
@@ -85,7 +73,7 @@ def gguf(folder: Path) -> Iterator[tuple[Draw, Check]]:
     path = folder / "模型.gguf"
 
     def check(header: bytes) -> None:
-        path.write_bytes(header + model.whole[model.start :])
+        path.write_bytes(header + model.data)
         with sentences():
             plan(candidates(path)[0], Options(threads=1, device="cpu"))
 
@@ -144,7 +132,7 @@ def native(folder: Path) -> Iterator[tuple[Draw, Check]]:
         backend.step([Row(0, 0, tokens, 1)])
 
     def check(header: bytes) -> None:
-        path.write_bytes(header + model.whole[model.start :])
+        path.write_bytes(header + model.data)
         try:
             candidates(path)
         except EdgeError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
+
+from edge.artefact.gguf_header import GGML_TYPES, GGUFArray, read_header
 
 
 def text(value: str) -> bytes:
@@ -46,3 +49,27 @@ def gguf(
     for name, shape, kind, offset in tensors:
         out += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
     return out + b"\0" * (-len(out) % 32) + b"\x01" * data
+
+
+class Parts:
+    """A GGUF file taken apart. header: its bytes before the tensors' `data`; tensors: as `gguf` has them."""
+
+    def __init__(self, path: Path) -> None:
+        read = read_header(path)
+        start = min(tensor.offset for tensor in read.tensors.values())
+        whole = path.read_bytes()
+        self.header, self.data = whole[:start], whole[start:]
+        self.metadata: dict[str, Any] = {
+            key: item.values() if isinstance(item, GGUFArray) else item for key, item in read.metadata.items()
+        }
+        numbers = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+        self.tensors = [
+            (tensor.name, tensor.shape, numbers[tensor.type], tensor.offset - start)
+            for tensor in read.tensors.values()
+        ]
+
+    def changed(self, **metadata: Any) -> bytes:
+        """The file with other metadata; `__` in a name stands for a dot, None for nothing."""
+        changes = {name.replace("__", "."): item for name, item in metadata.items()}
+        kept = {key: item for key, item in (self.metadata | changes).items() if item is not None}
+        return gguf(kept, self.tensors) + self.data

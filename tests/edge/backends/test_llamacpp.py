@@ -10,16 +10,18 @@ import gguf
 import numpy as np
 import pytest
 
+from edge.artefact.gguf_shards import read_whole
 from edge.backends import llamacpp_embedding
 from edge.backends.base import Row, StepInterrupted
 from edge.backends.llamacpp import LlamaCpp, Model, Settings
+from edge.backends.onnx_tokenizer import byte_table
 from edge.engine import protocol as msg
 from edge.engine.core import Engine
 from edge.engine.request import prompt_tokens
 from edge.engine.sampling import Params
 from edge.errors import EdgeError, InputError
 from edge.machine import build_llamacpp, hardware
-from tests.support import tiny_llama
+from tests.support import tiny_gguf, tiny_llama
 from tests.support.tiny_llama import VOCAB, ids
 
 SMALL = Settings(slots=4, context=128, capacity=256, batch=64)
@@ -247,3 +249,29 @@ def test_vectors_need_memory_of_their_own(model: Model, monkeypatch: pytest.Monk
     with pytest.raises(EdgeError, match="MiB are free"):
         backend.embed([5, 6])
     backend.close()
+
+
+@pytest.mark.parametrize("kept", ["abc", ""])
+def test_a_bpe_vocabulary_without_byte_tokens_leaves_them_out_and_bounds_nothing(
+    tmp_path: Path, kept: str
+) -> None:
+    parts = tiny_gguf.Parts(tiny_llama.write(tmp_path / "whole.gguf"))
+    count = len(parts.metadata["tokenizer.ggml.tokens"])
+
+    def made(letters: list[str]) -> Model:
+        tokens = ["<s>", "</s>", *letters]
+        tokens += [f"<{n}>" for n in range(count - len(tokens))]
+        bpe = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": ["a b"]}
+        bpe["token_type"] = [3] * 2 + [1] * (count - 2)
+        rest = {"bos_token_id": 0, "eos_token_id": 1, "scores": None, "eot_token_id": None}
+        (tmp_path / "bpe.gguf").write_bytes(
+            parts.changed(**{f"tokenizer__ggml__{name}": item for name, item in (bpe | rest).items()})
+        )
+        read_whole(tmp_path / "bpe.gguf")
+        return Model(tmp_path / "bpe.gguf")
+
+    whole = made(list(byte_table()))
+    assert whole.vocabulary.token_bytes > 0 and len(whole.vocabulary.encode("好\n", special=True)) == 4
+    lacking = made(list(kept)).vocabulary
+    assert lacking.encode("好b\0\n c\xff" * 1000, special=True) == ([3, 4] * 1000 if kept else [])
+    assert lacking.token_bytes == 0
