@@ -19,6 +19,7 @@ PARTS: dict[str, Part] = {
     "bodies": http.bodies,
     "leaving": http.leaving,
     "grammars": grammars.grammars,
+    "base": training.base,
     "data": training.data,
     "config": training.config,
     "engine": kills.engine,

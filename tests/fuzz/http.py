@@ -18,6 +18,7 @@ from fastapi.routing import APIRoute
 
 from edge.errors import RequestError
 from edge.server.app import FAMILIES
+from edge.server.connections import MAX_HEAD
 from edge.server.error_body import ErrorBody
 from tests.fuzz import mutate
 from tests.support.fake_server import Server, launch
@@ -293,7 +294,10 @@ def smuggling(folder: Path) -> Iterator[tuple[Draw, Check]]:
                 b"x" * rng.choice((60_000, 66_000, 10**6))
             )
             many = b"x: y\r\n" * rng.choice((9_000, 12_000, 200_000))
-            whole = whole.replace(b"\r\n\r\n", b"\r\n" + rng.choice((long, many)) + b"\r\n", 1)
+            head, _, rest = whole.partition(b"\r\n\r\n")
+            whole = head + b"\r\n" + rng.choice((long, many)) + b"\r\n" + rest
+            if len(whole) > 2 * MAX_HEAD:
+                return "long", whole
         else:
             whole = mutate.data(rng, whole)
         return "damaged", whole
@@ -308,6 +312,8 @@ def smuggling(folder: Path) -> Iterator[tuple[Draw, Check]]:
             assert all(status < 500 for status in statuses), answer
             if kind == "smuggling":
                 assert len(statuses) <= 1 and b"/inner" not in answer, answer
+            if kind == "long":
+                assert statuses in ([431], []), answer
 
         yield draw, check
 

@@ -17,10 +17,10 @@ TEXTS = {"<|end|>": "<|end|>", "plain text": "a word of text "}
 
 
 class Stream:
-    """An answer that goes on and on; `longest`: seconds between two of its pieces, since it was set to 0."""
+    """An answer that goes on and on."""
 
     def __init__(self, url: str) -> None:
-        self.longest, self._ended, self.begun = 0.0, False, threading.Event()
+        self._longest, self._last, self._ended, self.begun = 0.0, 0.0, False, threading.Event()
         self._thread = threading.Thread(target=self._read, args=(url,))
         self._thread.start()
         assert self.begun.wait(20.0)
@@ -28,13 +28,17 @@ class Stream:
     def _read(self, url: str) -> None:
         body = {"prompt": "x", "raw": True, "stream": True, "ignore_eos": True, "max_tokens": 30_000}
         with CLIENT.stream("POST", url + "/generate", json=body) as answer:
-            last = time.perf_counter()
             for _ in answer.iter_raw():
                 now = time.perf_counter()
-                self.longest, last = max(self.longest, now - last), now
+                self._longest, self._last = max(self._longest, now - self._last), now
                 self.begun.set()
                 if self._ended:
                     return
+
+    def gap(self) -> float:
+        """The most seconds between two pieces, or since the last, since it was asked before."""
+        longest, self._longest = max(self._longest, time.perf_counter() - self._last), 0.0
+        return longest
 
     def close(self) -> None:
         self._ended = True
@@ -60,16 +64,17 @@ def rows(folder: Path) -> Iterator[tuple[str, int, int, float, float]]:
     ]
     with (
         (folder / "log").open("w", encoding="utf-8") as log,
-        launch([*command, "--slots", "2"], log=log) as server,
+        launch([*command, "--slots", "2", "--threads", "1"], log=log) as server,
     ):
         server.wait()
         for name, part in TEXTS.items():
             for size in SIZES:
                 text = json.dumps({"text": (part * (size // len(part) + 1))[:size]})
                 stream = Stream(server.url)
-                stream.longest, began = 0.0, time.perf_counter()
+                stream.gap()
+                began = time.perf_counter()
                 answer = CLIENT.post(server.url + "/tokenize", content=text)
                 taken = time.perf_counter() - began
-                gap = stream.longest
+                gap = stream.gap()
                 stream.close()
                 yield name, size, answer.status_code, 1000 * taken, 1000 * gap

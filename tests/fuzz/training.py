@@ -15,6 +15,7 @@ from convert import config as configuration
 from convert.config_keys import FIELDS
 from convert.config_unused import UNUSED
 from convert.data import dataset
+from convert.model import chat_format, hf_folder
 from tests.fuzz import mutate
 from tests.fuzz.runner import sentences
 
@@ -90,6 +91,37 @@ def data(folder: Path) -> Iterator[tuple[Draw, Check]]:
 def _cell(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return '"' + text.replace('"', '""') + '"'
+
+
+@contextlib.contextmanager
+def base(folder: Path) -> Iterator[tuple[Draw, Check]]:
+    """A base as transformers saves one: its configurations, its tokenizer, the header of its weights."""
+    from tests.support import toy
+
+    toy.make_model(folder)
+    texts = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+    whole = {name: (folder / name).read_bytes() for name in (*texts, "model.safetensors")}
+    wide = {"text_config": {}, "auto_map": {"AutoModel": "x"}, "num_key_value_heads": [1], "head_dim": 16}
+    header = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
+
+    def draw(rng: Random) -> tuple[str, bytes]:
+        name = rng.choice(list(whole))
+        if name == "model.safetensors":
+            return name, mutate.data(rng, whole[name][:header])
+        given = json.loads(whole[name])
+        given |= wide if name == "config.json" and rng.random() < 0.5 else {}
+        return name, mutate.text_of(rng, mutate.inside(rng, given))
+
+    def check(given: tuple[str, bytes]) -> None:
+        name, text = given
+        (folder / name).write_bytes(text + (whole[name][header:] if name == "model.safetensors" else b""))
+        with sentences():
+            hf_folder.check_folder(folder)
+            if name != "model.safetensors":
+                chat_format.load(folder)
+        (folder / name).write_bytes(whole[name])
+
+    yield draw, check
 
 
 GOOD = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}

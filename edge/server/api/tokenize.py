@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Field
+from starlette.responses import Response
 
+from edge.engine.protocol import Encoded
 from edge.errors import RequestError
 from edge.server.conversation import Conversation, PreparedChat
 from edge.server.model_registry import served_model
@@ -30,7 +34,7 @@ class Detokenize(Closed):
 
 
 @router.post("/tokenize", summary="The token ids of a text or a conversation")
-async def tokenize(request: Request, body: Tokenize) -> dict[str, Any]:
+async def tokenize(request: Request, body: Tokenize) -> Response:
     """pieces: the text of each id; a part of a character is shown as U+FFFD."""
     if (body.text is None) == (body.messages is None):
         raise RequestError("give either text or messages", param="text")
@@ -40,12 +44,14 @@ async def tokenize(request: Request, body: Tokenize) -> dict[str, Any]:
         encoded = await model.encode(prompt, special=True, whole=True)
     else:
         encoded = await model.encode(body.text or "", special=body.special)
-    return {
-        "tokens": encoded.ids,
-        "count": len(encoded.ids),
-        "pieces": [piece.decode("utf-8", "replace") for piece in encoded.pieces],
-        "model": model.name,
-    }
+    # There may be a million of them: streams go on meanwhile.
+    return Response(await asyncio.to_thread(_written, encoded, model.name), media_type="application/json")
+
+
+def _written(encoded: Encoded, model: str) -> bytes:
+    pieces = [piece.decode("utf-8", "replace") for piece in encoded.pieces]
+    answer = {"tokens": encoded.ids, "count": len(encoded.ids), "pieces": pieces, "model": model}
+    return msgspec.json.encode(answer)
 
 
 @router.post("/detokenize", summary="The text of token ids")
