@@ -15,7 +15,7 @@ from edge.engine.sampling import Params
 from edge.engine.worker import Load
 from edge.errors import InputError, RequestError
 from edge.loading import load_plan
-from edge.server.conversation import Conversation, PreparedChat
+from edge.server.conversation import Conversation, prepared
 from edge.server.served_model import ServedModel
 
 HELP = "/reset forgets the conversation, /system TEXT sets a system prompt, /exit (or Ctrl-D) ends"
@@ -90,7 +90,7 @@ class _Chat:
                 _print(f"({error})\n")
 
     async def _answer(self) -> None:
-        chat = PreparedChat(self.model, Conversation(self._messages))
+        chat = await prepared(self.model, Conversation(self._messages))
         [stream], reader = chat.start(self._params), chat.reader()
         content = ""
         async for item in stream:

@@ -15,11 +15,11 @@ import json
 import logging
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
+from edge import child_process
 from edge.backends.base import BackendInfo
 from edge.engine import protocol as msg
 from edge.engine.grammar import Constraint
@@ -408,7 +408,7 @@ class EngineProcess:
 
 def _spawn(order: bytes) -> subprocess.Popen[bytes]:
     """A worker that was given its order; its standard input stays open while this process lives."""
-    process = subprocess.Popen([sys.executable, "-m", "edge.engine.worker"], stdin=subprocess.PIPE)
+    process = child_process.start("edge.engine.worker")
     assert process.stdin is not None
     # One that is gone already is noticed by its exit code.
     with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +35,12 @@ Item = msg.Delta | msg.Done
 # OpenAI's efforts as tokens of reasoning; None: no bound.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
 _RESERVED = frozenset(
-    {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "thinking", "self", "_edge_tick"}
+    {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "thinking", "self"}
 )
 # Stands behind a text that the model is to continue, to show where the template ends the turn: no character.
 _HERE = "\ufdd0"
+# A template's process renders one prompt at a time.
+_RENDERING = ThreadPoolExecutor(1, "rendering")
 
 
 @dataclass
@@ -78,7 +81,8 @@ class Conversation:
 class PreparedChat:
     """A conversation on one model. Raises RequestError for what it cannot honour; nothing is dropped.
 
-    splits: whether reasoning is told apart from the answer.
+    Waits for the process that renders its template; `prepared` waits elsewhere. splits: whether reasoning is
+    told apart from the answer.
     """
 
     def __init__(self, model: ServedModel, asked: Conversation) -> None:
@@ -249,6 +253,14 @@ class PreparedChat:
         return self._dialect.grammar(
             tools, many=self._asked.parallel, other=json_rule(schema), param=wanted.param
         )
+
+
+async def prepared(model: ServedModel, asked: Conversation) -> PreparedChat:
+    """`asked` on `model`, as PreparedChat, while the event loop goes on."""
+    # One at a time of each model: a slow template must not fill the queue of the others.
+    async with model.rendering:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_RENDERING, PreparedChat, model, asked)
 
 
 class AnswerReader:

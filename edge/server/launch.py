@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from edge.console import STOP_SIGNALS, handling, report
 from edge.machine.llamacpp_source import PACKAGE, STOCK
+from edge.rendering.client import RENDERER
 from edge.server.access import BACKLOG, Access
 from edge.server.app import create_app
 from edge.server.connections import Connection, default_limit, loop_error
@@ -92,6 +93,8 @@ async def _serve(listener: socket.socket, registry: Registry, config: uvicorn.Co
     _print(f"{names}: {url}  (loading; /docs describes the interface, Ctrl-C ends it)")
     report("loading", url=url, models=[*registry.entries])
     loading = registry.start()
+    # It is ready before the model is, and costs the first request nothing.
+    RENDERER.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 import struct
@@ -14,7 +15,7 @@ from edge.backends.base import BackendInfo
 from edge.chat_template import ChatTemplate
 from edge.engine import protocol as msg
 from edge.engine.client import EngineProcess
-from edge.errors import RequestError
+from edge.errors import InputError, RequestError
 from edge.reasoning import THINK, THINK_END
 
 # The status of a request whose client has left; nobody receives it.
@@ -27,7 +28,7 @@ _MOST_IGNORED = 16
 
 
 class ServedModel:
-    """An artefact behind HTTP. name: its id in `model` fields."""
+    """An artefact behind HTTP. name: its id in `model` fields. rendering: held while a prompt is rendered."""
 
     def __init__(self, artefact: Artefact | None, engine: EngineProcess, name: str) -> None:
         self.engine = engine
@@ -35,6 +36,7 @@ class ServedModel:
         self.digest = artefact.digest if artefact else ""
         self.artefact = artefact
         self.thinking = artefact.thinking if artefact else None
+        self.rendering = asyncio.Lock()
 
     @property
     def ready(self) -> BackendInfo:
@@ -52,7 +54,7 @@ class ServedModel:
         return THINK in template or THINK_END in template or self.thinking in ("on", "mixed")
 
     def template(self) -> ChatTemplate:
-        """The model's chat template. Raises RequestError (400) where it has none."""
+        """The model's chat template. Raises RequestError (400) where it has none, or not a valid one."""
         ready = self.ready
         if ready.chat_template is None:
             raise RequestError(
@@ -61,7 +63,13 @@ class ServedModel:
                 param="messages",
                 hint="ask with raw: true, or serve a model that has one",
             )
-        return _compiled(ready.chat_template, ready.bos_text, ready.eos_text)
+        file = self.engine.load.path or self.name
+        try:
+            return _compiled(ready.chat_template, ready.bos_text, ready.eos_text, file)
+        except InputError as error:
+            raise RequestError(
+                error.message, code="chat_template_error", param="messages", hint=error.hint
+            ) from error
 
     def headers(self, ignored: Iterable[str] = ()) -> dict[str, str]:
         """Response headers: which model answers, on what device, and what of the request was ignored."""
@@ -100,8 +108,8 @@ class ServedModel:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(template: str, bos: str, eos: str) -> ChatTemplate:
-    return ChatTemplate(template, bos=bos, eos=eos)
+def _compiled(template: str, bos: str, eos: str, file: str) -> ChatTemplate:
+    return ChatTemplate(template, bos=bos, eos=eos, file=file)
 
 
 def floats(embedded: msg.Embedded) -> list[float]:

@@ -4,7 +4,6 @@ import datetime
 
 import pytest
 
-from edge import chat_template
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
 from edge.reasoning import opens_reasoning
@@ -78,26 +77,13 @@ def test_the_thinking_mode_is_applied() -> None:
     assert switch.render(user("x"), thinking="off", enable_thinking=True) == "True"
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-        "{{ 'x' * 10**9 }}",
-        "{{ [0] * 10**9 }}",
-        "{{ 10 ** 65 }}",
-        "{{ 10 ** 30 ** 30 }}",
-        "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-    ],
-)
-def test_a_template_is_bounded_in_time_and_size(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "RENDER_S", 0.05)
-    with pytest.raises(RequestError) as caught:
-        ChatTemplate(source).render(user("x"))
-    assert caught.value.status == 400
+def test_an_error_names_the_templates_file() -> None:
+    template = ChatTemplate("{{ 'x' * 10**9 }}", file="m.gguf")
+    with pytest.raises(RequestError, match=r"template \(m\.gguf\) makes a text of more than 8388608"):
+        template.render(user("x"))
 
 
-def test_watching_the_clock_changes_no_output() -> None:
+def test_measuring_changes_no_output() -> None:
     source = (
         "{%- for m in messages if m.role == 'user' %}{% if loop.first %}<{% endif %}{{ m.content }},"
         "{% else %}none{% endfor %}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(3 * 2 ** 2) }}{{ '-' * 3 }}"

@@ -76,9 +76,14 @@ class Server:
 
     def worker(self) -> int:
         """The engine process's id."""
+        return self.child("edge.engine.worker")
+
+    def child(self, module: str) -> int:
+        """The id of the server's process that runs `module`."""
         import psutil
 
-        [child] = psutil.Process(self.process.pid).children()
+        children = psutil.Process(self.process.pid).children()
+        [child] = [child for child in children if module in child.cmdline()]
         return child.pid
 
     def get(self, path: str, **given: Any) -> httpx.Response:

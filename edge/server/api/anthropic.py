@@ -14,7 +14,7 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.errors import RequestError
-from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
+from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect, prepared
 from edge.server.model_registry import served_model
 from edge.server.request_fields import (
     MAX_CALLS,
@@ -220,7 +220,7 @@ def _rows(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
 async def messages(request: Request, body: Messages) -> Response:
     asked, params = body.conversation(), sampling(body, stop=body.stop_sequences or [])
     model = await served_model(request, body.model)
-    chat = PreparedChat(model, asked)
+    chat = await prepared(model, asked)
     [stream] = chat.start(params)
     head = {
         "id": f"msg_{secrets.token_hex(12)}",
@@ -240,7 +240,7 @@ async def messages(request: Request, body: Messages) -> Response:
 @router.post("/count_tokens", summary="How many tokens a conversation has")
 async def count_tokens(request: Request, body: Counted) -> dict[str, int]:
     model = await served_model(request, body.model)
-    prompt = PreparedChat(model, body.conversation()).prompt
+    prompt = (await prepared(model, body.conversation())).prompt
     return {"input_tokens": len((await model.encode(prompt, special=True, whole=True)).ids)}
 
 

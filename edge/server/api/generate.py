@@ -17,7 +17,7 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.errors import RequestError
-from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
+from edge.server.conversation import AnswerReader, Conversation, collect, prepared
 from edge.server.model_registry import served_model
 from edge.server.openai_objects import usage
 from edge.server.request_fields import MAX_TOKENS, Closed, Constrained, Messages, Sampled, Thinking, flat
@@ -67,7 +67,7 @@ async def post_generate(request: Request, body: Generate) -> Response:
         # The reasoning stays in the text: this interface has no other field for it.
         asked = Conversation(messages, constraint=constraint, **{**body.thinking(), "raw": True})
         model = await served_model(request, body.model)
-        [stream] = PreparedChat(model, asked).start(params, **body.run())
+        [stream] = (await prepared(model, asked)).start(params, **body.run())
     return respond(
         [stream],
         model.headers(body.ignored),

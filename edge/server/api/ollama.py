@@ -23,7 +23,7 @@ from edge.engine.client import Stream
 from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
-from edge.server.conversation import AnswerReader, Conversation, PreparedChat, collect
+from edge.server.conversation import AnswerReader, Conversation, collect, prepared
 from edge.server.model_registry import registry_of, served_model
 from edge.server.openai_objects import chat_logprobs
 from edge.server.request_fields import (
@@ -207,9 +207,9 @@ async def chat(request: Request, body: Chat) -> Response:
         constraint=constraint,
         **body.thinking(model),
     )
-    prepared = PreparedChat(model, asked)
-    [stream] = prepared.start(params)
-    return _respond(_ChatObjects(model, prepared.reader(), began), stream, body)
+    chat = await prepared(model, asked)
+    [stream] = chat.start(params)
+    return _respond(_ChatObjects(model, chat.reader(), began), stream, body)
 
 
 @router.post("/generate", summary="Ollama's completion", responses=_STREAMED)
@@ -224,9 +224,9 @@ async def generate(request: Request, body: Generate) -> Response:
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": body.prompt}]
-        prepared = PreparedChat(model, Conversation(messages, constraint=constraint, **body.thinking(model)))
-        [stream] = prepared.start(params)
-        reader = prepared.reader()
+        asked = Conversation(messages, constraint=constraint, **body.thinking(model))
+        chat = await prepared(model, asked)
+        [stream], reader = chat.start(params), chat.reader()
     return _respond(_GenerateObjects(model, reader, began), stream, body)
 
 

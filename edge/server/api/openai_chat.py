@@ -11,7 +11,7 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.errors import RequestError
-from edge.server.conversation import AnswerReader, Conversation, Item, PreparedChat, collect_all
+from edge.server.conversation import AnswerReader, Conversation, Item, PreparedChat, collect_all, prepared
 from edge.server.model_registry import ModelEntry, registry_of, served_model
 from edge.server.openai_objects import CompletionFields, ResponseObjects, chat_logprobs, usage
 from edge.server.request_fields import Count, FunctionTools, Messages, Part, Thinking, TopLogprobs, flat
@@ -102,7 +102,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     model = await served_model(request, body.model)
-    chat = PreparedChat(model, asked)
+    chat = await prepared(model, asked)
     n = body.n or 1
     streams = chat.start(params, n, **body.run())
     objects = ResponseObjects(model, "chat.completion", "chatcmpl")

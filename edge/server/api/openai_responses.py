@@ -14,7 +14,7 @@ from starlette.responses import Response
 from edge.engine import protocol as msg
 from edge.engine.client import Stream
 from edge.errors import RequestError
-from edge.server.conversation import EFFORTS, AnswerReader, Conversation, PreparedChat, collect
+from edge.server.conversation import EFFORTS, AnswerReader, Conversation, collect, prepared
 from edge.server.model_registry import served_model
 from edge.server.request_fields import (
     MAX_MESSAGES,
@@ -143,7 +143,7 @@ async def responses(request: Request, body: Responses) -> Response:
         raise RequestError("this server keeps nothing between requests", code="unsupported", param="store")
     asked, params = body.conversation(), sampling(body, max_tokens=body.max_output_tokens)
     model = await served_model(request, body.model)
-    chat = PreparedChat(model, asked)
+    chat = await prepared(model, asked)
     [stream] = chat.start(params)
     response = _ResponseObject(model, body)
     return respond(

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from edge.engine.protocol import Encoded
 from edge.errors import RequestError
-from edge.server.conversation import Conversation, PreparedChat
+from edge.server.conversation import Conversation, prepared
 from edge.server.model_registry import served_model
 from edge.server.request_fields import MAX_TOKENS, Closed, Messages, TokenId, flat
 
@@ -40,7 +40,7 @@ async def tokenize(request: Request, body: Tokenize) -> Response:
         raise RequestError("give either text or messages", param="text")
     model = await served_model(request, body.model)
     if body.messages is not None:
-        prompt = PreparedChat(model, Conversation(flat(body.messages))).prompt
+        prompt = (await prepared(model, Conversation(flat(body.messages)))).prompt
         encoded = await model.encode(prompt, special=True, whole=True)
     else:
         encoded = await model.encode(body.text or "", special=body.special)
