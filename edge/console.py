@@ -211,6 +211,11 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         try:
             return run(argv)
+        except RuntimeError as error:
+            # Python 3.11 wraps what is raised while a class of an imported module is made.
+            if not isinstance(error.__cause__, KeyboardInterrupt):
+                raise
+            raise error.__cause__ from None
         except KeyboardInterrupt:
             # A second one ends the process at once, and without a traceback.
             with contextlib.suppress(ValueError):  # not the main thread

@@ -34,6 +34,12 @@ def raising(error: BaseException) -> Callable[[list[str]], int]:
     return run
 
 
+def wrapped(error: BaseException) -> RuntimeError:
+    wrapper = RuntimeError("Error calling __set_name__ on 'Field' instance")
+    wrapper.__cause__ = error
+    return wrapper
+
+
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.guarded(cli.main, ["--help"]) == 0
     assert "serve" in capsys.readouterr().out
@@ -53,6 +59,7 @@ def test_an_unknown_verb_is_named() -> None:
         (EdgeError("wrong", "do this"), 1, "error: wrong\n  do this\n"),
         (UsageError("bad"), 2, "error: bad\n"),
         (KeyboardInterrupt(), 130, "Ctrl-C"),
+        (wrapped(KeyboardInterrupt()), 130, "Ctrl-C"),
         (OSError(errno.ENOSPC, "No space left", "/x/y"), 1, "the disk is full: /x/y"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
     ],

@@ -67,6 +67,80 @@ def test_sigterm_drains_and_exits_with_zero(group: bool) -> None:
         assert not psutil.pid_exists(worker)
 
 
+# As a command of ours, which says when it has begun.
+COMMAND = """
+import importlib, sys
+from edge.console import guarded
+
+def run(argv):
+    print("begun", flush=True)
+    return importlib.import_module("tests.support.fake_server").main()
+
+sys.exit(guarded(run, []))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("line", "seconds"), [(1, 0.05), (1, 0.15), (1, 0.4), (2, 0.0), (2, 0.05), (2, 0.15), (2, 0.4)]
+)
+def test_ctrl_c_at_any_moment_of_the_start_shows_no_traceback(line: int, seconds: float) -> None:
+    """In the whole group, as from a terminal: after the command has begun, or its engine process has."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "{}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        for _ in range(line):
+            process.stdout.readline()
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stdout.read()
+    assert "Traceback" not in said and "Interrupt" not in said
+    # Python ends itself by the signal where it came in a text that it executes.
+    assert process.returncode == 0 or (
+        "stopped by Ctrl-C" in said and process.returncode in (130, -signal.SIGINT)
+    )
+
+
+@pytest.mark.slow
+def test_a_template_without_end_is_refused_and_other_requests_go_on() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    models = {"good": {"reply": "z"}, "evil": {"reply": "z", "chat_template": endless}}
+    with fake_server(models=models) as server, ThreadPoolExecutor(8) as pool:
+        server.post("/generate", {"model": "evil", "prompt": "x", "raw": True})
+        began = time.monotonic()
+        evil = [pool.submit(server.post, CHAT, {"model": "evil", "messages": user()}) for _ in range(3)]
+        time.sleep(0.1)
+        assert server.get("/health").status_code == 200
+        assert server.post("/generate", {"model": "evil", "prompt": "x", "raw": True}).status_code == 200
+        assert time.monotonic() - began < 1.0
+        assert server.post(CHAT, {"model": "good", "messages": user()}).status_code == 200
+        # Behind one that was at work, and not behind all of them.
+        assert time.monotonic() - began < 2.5
+        for future in evil:
+            assert (future.result().status_code, error(future.result())["code"]) == (400, "prompt_too_long")
+            assert "chat template (evil) takes more than 1 s" in error(future.result())["message"]
+        anthropic = server.post("/v1/messages", {"model": "evil", "messages": user(), "max_tokens": 1})
+        assert anthropic.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_renderer_is_replaced() -> None:
+    with fake_server(reply="z") as server:
+        renderer = server.child("edge.rendering.child")
+        os.kill(renderer, signal.SIGKILL)
+        assert server.post(CHAT, {"messages": user()}).status_code == 200
+        assert server.child("edge.rendering.child") != renderer
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_stopped_engine_is_not_ready() -> None:
@@ -161,11 +235,12 @@ def test_without_file_handles_the_log_stays_short_and_the_server_comes_back(tmp_
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_the_engine_ends_with_the_http_process() -> None:
+def test_the_engine_and_the_renderer_end_with_the_http_process() -> None:
     with fake_server() as server:
-        worker = psutil.Process(server.worker())
+        children = psutil.Process(server.process.pid).children()
+        assert len(children) == 2
         server.process.kill()
-        assert worker.wait(5) is not None or not worker.is_running()
+        assert not psutil.wait_procs(children, timeout=5)[1]
 
 
 @pytest.mark.slow
