@@ -175,7 +175,7 @@ def run(given: Path, *, context: int = 4096) -> Path:
     added = header.metadata.get("tokenizer.ggml.add_bos_token")
     if not isinstance(added, bool):
         added = header.metadata.get("tokenizer.ggml.model") == "llama"
-    template = ChatTemplate(artefact.chat_template, bos=bos_text, eos=eos_text)
+    template = ChatTemplate(artefact.chat_template, bos=bos_text, eos=eos_text, file=str(artefact.path))
     shape = take_apart(template, bos_text if added else "")
     ends = sorted(artefact.stop_ids) or [token for token in (eos,) if isinstance(token, int)]
     context = min(context, header.context_length)

@@ -141,7 +141,9 @@ def load(folder: Path) -> ChatFormat:
         for number, token in tokenizer.get_added_tokens_decoder().items()
         if token.special or token.content in (bos, eos)
     }
-    form = ChatFormat(folder, tokenizer, source, ChatTemplate(source, bos=bos, eos=eos), bos, eos, special)
+    file = TEMPLATE if (folder / TEMPLATE).is_file() else "tokenizer_config.json"
+    chat = ChatTemplate(source, bos=bos, eos=eos, file=str(folder / file))
+    form = ChatFormat(folder, tokenizer, source, chat, bos, eos, special)
     form.thinks = THINK_END in source
     _find_turn_end(form)
     ends = {form.turn_end, *_generation_ends(folder)}

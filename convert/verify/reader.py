@@ -45,7 +45,7 @@ class Reader(ABC):
         self.thinking = record.thinking if record else None
         # As a server takes them: what edge.json names, else what the model's own files name.
         self.stop_ids = frozenset(record.stop_ids if record else ()) or frozenset(ends)
-        self._chat = ChatTemplate(template, bos=bos, eos=eos)
+        self._chat = ChatTemplate(template, bos=bos, eos=eos, file=str(path))
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """The text that serving renders for `messages`; the template's error in angle brackets."""

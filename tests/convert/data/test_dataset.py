@@ -1,5 +1,6 @@
 """Data sets: every bad row has a number and a reason, and ids and masks are those that serving needs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -222,6 +223,27 @@ def test_t1_loss_on_the_answer_and_its_end(chatml):
         assert learnt(chatml, sample) == answer + IM_END
         assert sample.labels[-1] == chatml.turn_end == sample.ids[-1]
         assert len(sample.ids) == len(sample.labels)
+
+
+@pytest.mark.parametrize(
+    ("does", "limit"),
+    [
+        ("{{ 'x' * 10**9 }}", "8388608 characters"),
+        pytest.param(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "1 s",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_row_that_the_template_makes_too_much_of_is_left_out_with_the_limit(chatml, does, limit):
+    evil = "{% if messages[0].content == 'evil' %}" + does + "{% endif %}" + chatml.source
+    form = dataclasses.replace(chatml, chat=ChatTemplate(evil, file="base/chat_template.jinja"))
+    report = dataset.Report()
+    rows = [row("hi", "No."), dataclasses.replace(row("evil", "No."), source="a.json:2"), row("x", "Yes.")]
+    assert len(encode.encode(rows, form, report)) == 2
+    [(source, reason)] = report.bad
+    assert source == "a.json:2" and limit in reason and "(base/chat_template.jinja)" in reason
 
 
 @pytest.mark.parametrize("kind", ["chatml", "thinking"])
