@@ -285,9 +285,19 @@ def test_a_builder_that_refuses_is_one_message(
 # -- real exports ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    scope="module", params=[("llama", True), ("qwen2", False)], ids=lambda p: f"{p[0]}-tied={p[1]}"
-)
+TOYS = {"llama-tied": ("llama", True), "qwen2-untied": ("qwen2", False)}
+
+
+def toys(*more: str) -> pytest.MarkDecorator:
+    """Over toys of both families; of those called `more` in the whole matrix alone."""
+    params = [
+        pytest.param(toy, id=name, marks=[pytest.mark.matrix] if name in more else [])
+        for name, toy in TOYS.items()
+    ]
+    return pytest.mark.parametrize("real", params, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run with a merged toy model and its export in float32."""
     pytest.importorskip("torch")
@@ -309,6 +319,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
+@toys()
 def test_a_real_export_is_the_merged_model(real: Path) -> None:
     verify = manifest.read(real / "onnx").verify
     assert verify["kind"] == "fp32" and verify["unequal"] == verify["warnings"] == []
@@ -321,6 +332,7 @@ def test_a_real_export_is_the_merged_model(real: Path) -> None:
 
 
 @pytest.mark.slow
+@toys()
 def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None:
     report = compare.run(real / "merged", real / "onnx", console=Console(file=io.StringIO(), width=200))
     assert (report.unequal, report.warnings) == ([], [])
@@ -332,6 +344,7 @@ def test_verify_compares_a_real_export_with_the_merged_model(real: Path) -> None
 
 
 @pytest.mark.slow
+@toys("qwen2-untied")
 def test_a_large_model_is_compared_with_one_layer_in_memory(
     real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +376,7 @@ def test_a_large_model_is_compared_with_one_layer_in_memory(
 
 
 @pytest.mark.slow
+@toys("qwen2-untied")
 def test_the_check_against_optimum(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """optimum's process replaced by answers that are torch's, and by one that is not."""
     from convert.model.reference import TorchModel
@@ -391,6 +405,7 @@ def test_the_check_against_optimum(real: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@toys("qwen2-untied")
 def test_a_real_export_is_served(real: Path) -> None:
     command = [sys.executable, "-m", "edge.cli", "serve", str(real), "--port", "0", "--no-tune"]
     with launch(command) as server:
@@ -409,6 +424,7 @@ def test_a_real_export_is_served(real: Path) -> None:
 
 
 @pytest.mark.slow
+@toys("qwen2-untied")
 def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Path) -> None:
     shutil.copytree(real / "merged", tmp_path / "merged")
     text = said(tmp_path, precision="fp16", ep="cuda")
@@ -433,6 +449,7 @@ def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@toys("qwen2-untied")
 def test_four_bits_are_smaller_and_said_to_be_poor(real: Path, tmp_path: Path) -> None:
     shutil.copytree(real / "merged", tmp_path / "merged")
     text = said(tmp_path, precision="int4", scheme="block")
