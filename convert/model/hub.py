@@ -33,6 +33,7 @@ from edge.machine import proxies
 DEFAULT = "smollm2-135m-instruct"  # the embedded model
 LARGE = 16 * 2**20  # bytes from which a file is worth resuming
 _TRIES = 5  # connections in a row that bring nothing
+_PAUSES_S = (1, 1, 2, 4, 8)  # after so many of them
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -173,7 +174,7 @@ def _download(url: str, part: Path, shown: str, size: int, console: Console) -> 
             if have < size:
                 if idle >= _TRIES:
                     raise UnavailableError(f"{shown} ends after {have:,} of {size:,} bytes", "run it again")
-                time.sleep(2 ** max(idle - 1, 0))
+                time.sleep(_PAUSES_S[idle])
 
 
 def _refuse(name: str, revision: str | None, error: Exception) -> NoReturn:

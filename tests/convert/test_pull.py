@@ -331,12 +331,22 @@ def test_the_embedded_model(tmp_path: Path) -> None:
 # The hub
 
 
+# As `python -m edge.cli`, without the pauses between connections.
+IMPATIENT = """
+import sys
+from convert.model import hub
+from edge import cli
+hub._PAUSES_S = (0,) * len(hub._PAUSES_S)
+sys.exit(cli.entry())
+"""
+
+
 def edge(hub: FakeHub, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`edge pull` in a process of its own: the hub's library reads its environment when it is imported."""
     clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     clean |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     return subprocess.run(
-        [sys.executable, "-m", "edge.cli", "pull", *argv],
+        [sys.executable, "-c", IMPATIENT, "pull", *argv],
         capture_output=True,
         encoding="utf-8",
         env=clean | environment,
