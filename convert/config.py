@@ -30,7 +30,8 @@ __all__ = ["FIELDS", "PATHS", "TrainConfig", "absolute", "as_yaml", "load_train_
 PATHS = ("model_name_or_path", "dataset_dir", "output_dir")
 
 # Rates beyond these teach nothing, or break the model; for each kind of training (lowest, highest).
-_RATES = {"lora": (1e-6, 5e-3), "full": (1e-7, 5e-4), "dpo": (1e-8, 1e-4)}
+_RATES = {"lora": (1e-6, 5e-3), "full": (1e-7, 5e-4), "freeze": (1e-7, 5e-4)}
+_RATES |= dict.fromkeys(("dpo", "kto"), (1e-8, 1e-4))
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,8 +90,13 @@ def absolute(path: str | None) -> str | None:
 
 def parse(given: dict[str, Any], needs: tuple[str, ...] = REQUIRED) -> TrainConfig:
     """A mapping of keys to values as a TrainConfig. Raises UsageError as `load_train_config`."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"packing": True} if given.get("stage") == "pt" else {}
     warnings = []
+    if given.get("stage") in ("rm", "ppo"):
+        raise UsageError(
+            f"stage: {given['stage']}: reward models and PPO are not trained here",
+            "stage: dpo learns from pairs of answers, stage: kto from answers marked good or bad",
+        )
     for key, value in given.items():
         _check_known(key)
         if key in FIELDS:
@@ -125,7 +131,7 @@ def as_yaml(config: TrainConfig) -> str:
 
 def _check_together(config: TrainConfig) -> None:
     """Raise UsageError for values that exclude each other."""
-    for rules in (_clashes, _evaluation_clashes, _method_clashes, _mixing_clashes):
+    for rules in (_clashes, _evaluation_clashes, _method_clashes, _stage_clashes, _mixing_clashes):
         for message, hint in rules(config):
             raise UsageError(message, hint)
 
@@ -165,20 +171,29 @@ def _evaluation_clashes(config: TrainConfig) -> Clashes:
 
 
 def _method_clashes(config: TrainConfig) -> Clashes:
-    if config.finetuning_type == "full":
+    if config.whole:
         if config.quantization_bit:
             hint = "leave quantization_bit out, or train with lora"
-            yield "finetuning_type: full cannot train 4-bit weights", hint
-        for key in ("use_dora", "pissa_init", "loftq_init", "use_rslora", "adapter_name_or_path"):
+            bits = config.quantization_bit
+            yield f"finetuning_type: {config.finetuning_type} cannot train {bits}-bit weights", hint
+        of_lora = ("use_dora", "pissa_init", "loftq_init", "use_rslora", "loraplus_lr_ratio")
+        for key in (*of_lora, "adapter_name_or_path"):
             if getattr(config, key):
                 yield f"{key} belongs to finetuning_type: lora", "leave it out"
+    if config.grows and (config.adapter_name_or_path or config.fsdp or config.finetuning_type == "freeze"):
+        yield (
+            "resize_vocab (or add_tokens) trains the tables of tokens in a new adapter, or with all weights",
+            "leave out adapter_name_or_path, fsdp and finetuning_type: freeze",
+        )
     if config.pissa_init and config.quantization_bit:
         yield (
-            "pissa_init changes the base's weights, which 4 bits would round off again",
+            "pissa_init changes the base's weights, which fewer bits would round off again",
             "leave quantization_bit out (16-bit LoRA), or pissa_init",
         )
     if config.loftq_init and config.quantization_bit != 4:
         yield "loftq_init starts from the error of 4-bit weights", "add quantization_bit: 4"
+    if config.use_dora and config.quantization_bit == 8:
+        yield "use_dora cannot be computed over 8-bit weights", "quantization_bit: 4, or leave use_dora out"
     if config.loftq_init and config.use_dora:
         yield "loftq_init and use_dora cannot go together", "keep one of them"
     for key in ("pissa_init", "loftq_init"):
@@ -187,10 +202,19 @@ def _method_clashes(config: TrainConfig) -> Clashes:
                 f"{key} starts a new adapter, adapter_name_or_path continues from one",
                 "keep one of them",
             )
-    if config.stage == "dpo":
+
+
+def _stage_clashes(config: TrainConfig) -> Clashes:
+    if config.stage == "pt":
+        for key in ("train_on_prompt", "mask_history"):
+            if getattr(config, key):
+                yield f"{key} has no meaning in stage: pt", "leave it out: all tokens are learnt"
+    if config.stage == "kto" and config.pref_loss != "sigmoid":
+        yield f"pref_loss: {config.pref_loss} has no meaning in stage: kto", "leave it out"
+    if config.stage in ("dpo", "kto"):
         if config.packs or config.train_on_prompt:
             key = "packing" if config.packs else "train_on_prompt"
-            yield f"{key} has no meaning in stage: dpo", "leave it out"
+            yield f"{key} has no meaning in stage: {config.stage}", "leave it out"
         if config.pref_loss in ("orpo", "simpo") and config.dpo_label_smoothing:
             yield f"dpo_label_smoothing has no meaning with pref_loss: {config.pref_loss}", "leave it out"
 
@@ -210,7 +234,7 @@ def _mixing_clashes(config: TrainConfig) -> Clashes:
 
 def _doubts(config: TrainConfig) -> list[str]:
     """Warnings on values that are allowed and hardly meant."""
-    kind = "dpo" if config.stage == "dpo" else config.finetuning_type
+    kind = config.stage if config.stage in ("dpo", "kto") else config.finetuning_type
     low, high = _RATES[kind]
     doubts = []
     if not low <= config.learning_rate <= high:

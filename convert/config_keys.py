@@ -80,9 +80,22 @@ class TrainConfig:
     model_revision: str = _key(
         "main", "text", "branch, tag or commit on the hub", "模型仓库的分支、标签或提交"
     )
+    resize_vocab: bool = _key(
+        False, "bool", "train embeddings and output head whole, with rows for tokens that the model lacks: "
+        "added ones, and the end token of `template`",
+        "完整训练词嵌入和输出层，并为模型缺少的 token（新增的，以及 template 的结束符）增加行",
+    )  # fmt: skip
+    add_tokens: tuple[str, ...] | None = _key(
+        None, "names", "tokens to add, separated by commas; turns resize_vocab on",
+        "新增的 token，用逗号分隔；同时开启 resize_vocab",
+    )  # fmt: skip
+    add_special_tokens: tuple[str, ...] | None = _key(
+        None, "names", "the same for special tokens, which answers do not show",
+        "同上，但为特殊 token，不会出现在回答文本中",
+    )  # fmt: skip
     quantization_bit: int | None = _key(
-        None, "int", "4: train over NF4 weights (QLoRA); none: over 16-bit weights",
-        "4：在 NF4 权重上训练（QLoRA）；不填：16 位权重", choices=(4,),
+        None, "int", "4: train over NF4 weights (QLoRA); 8: over LLM.int8 weights; none: over 16-bit weights",
+        "4：在 NF4 权重上训练（QLoRA）；8：在 LLM.int8 权重上训练；不填：16 位权重", choices=(4, 8),
     )  # fmt: skip
     double_quantization: bool = _key(
         True, "bool", "quantise the scales of the 4-bit blocks too", "对 4 位分块的缩放系数再做一次量化"
@@ -105,13 +118,27 @@ class TrainConfig:
     stage: str = _key(
         "sft",
         "text",
-        "sft: answers; dpo: preferences",
-        "sft：学习回答；dpo：学习偏好",
-        choices=("sft", "dpo"),
+        "sft: answers; pt: plain text (continued pre-training); dpo: pairs of answers; kto: answers marked "
+        "good or bad",
+        "sft：学习回答；pt：纯文本（增量预训练）；dpo：学习成对的偏好；kto：学习标为好或坏的回答",
+        choices=("sft", "pt", "dpo", "kto"),
     )
     finetuning_type: str = _key(
-        "lora", "text", "lora: an adapter; full: every weight (small models)",
-        "lora：训练适配器；full：训练全部权重（小模型）", choices=("lora", "full"),
+        "lora", "text", "lora: an adapter; freeze: some layers; full: every weight (both for small models)",
+        "lora：训练适配器；freeze：只训练部分层；full：训练全部权重（后两者适合小模型）",
+        choices=("lora", "freeze", "full"),
+    )  # fmt: skip
+    freeze_trainable_layers: int = _key(
+        2, "int", "freeze: so many last layers are trained; below 0: so many first ones",
+        "freeze：训练最后多少层；小于 0 则为最前面的层",
+    )  # fmt: skip
+    freeze_trainable_modules: tuple[str, ...] = _key(
+        ("all",), "names", "freeze: the parts of these layers that are trained, such as mlp or self_attn",
+        "freeze：这些层中要训练的部分，例如 mlp 或 self_attn",
+    )  # fmt: skip
+    freeze_extra_modules: tuple[str, ...] | None = _key(
+        None, "names", "freeze: what is trained outside of the layers, such as norm or embed_tokens",
+        "freeze：层以外要训练的部分，例如 norm 或 embed_tokens",
     )  # fmt: skip
     lora_rank: int = _key(8, "int", "rank of the adapter", "适配器的秩", minimum=1)
     lora_alpha: int | None = _key(
@@ -127,6 +154,10 @@ class TrainConfig:
     lora_target: tuple[str, ...] = _key(
         ("all",), "names", "names of the layers to adapt; all: every linear layer except the output head",
         "要加适配器的层名；all：除输出层外的所有线性层",
+    )  # fmt: skip
+    loraplus_lr_ratio: float | None = _key(
+        None, "float", "learning rate of the adapter's B matrices, as a multiple of that of A (LoRA+): 16",
+        "适配器 B 矩阵与 A 矩阵学习率之比（LoRA+），例如 16", exclusive_minimum=0.0,
     )  # fmt: skip
     use_rslora: bool = _key(
         False, "bool", "scale by alpha/sqrt(rank) in place of alpha/rank",
@@ -177,6 +208,12 @@ class TrainConfig:
     dpo_label_smoothing: float = _key(
         0.0, "float", "share of wrong labels assumed", "假定标错的偏好所占比例", minimum=0.0, maximum=0.5
     )
+    kto_chosen_weight: float = _key(
+        1.0, "float", "weight of the good answers in stage kto", "kto 阶段好回答的权重", minimum=0.0
+    )
+    kto_rejected_weight: float = _key(
+        1.0, "float", "weight of the bad answers in stage kto", "kto 阶段坏回答的权重", minimum=0.0
+    )
     # Data
     dataset: tuple[str, ...] = _key(
         MISSING, "names", "names in dataset_info.json, separated by commas",
@@ -189,8 +226,9 @@ class TrainConfig:
         "data", "text", "the folder with dataset_info.json", "dataset_info.json 所在的文件夹"
     )
     template: str | None = _key(
-        None, "text", "LLaMA-Factory's template name: checked only, the model's own chat template is used",
-        "LLaMA-Factory 的模板名：只做核对，实际使用模型自带的对话模板",
+        None, "text", "LLaMA-Factory's name of a chat template, for a model without one or in place of its "
+        "own; none: the model's own",
+        "LLaMA-Factory 的模板名：为没有对话模板的模型提供模板，或替换自带的；不填：用模型自带的",
     )  # fmt: skip
     cutoff_len: int = _key(
         2048, "int", "longest row in tokens; longer ones are cut, and counted",
@@ -213,8 +251,9 @@ class TrainConfig:
         "抽取时各数据集所占比例，用逗号分隔",
     )  # fmt: skip
     packing: bool = _key(
-        False, "bool", "several rows in one sequence; they do not see each other",
-        "把多条数据放进一个序列，彼此不可见",
+        False, "bool", "several rows in one sequence; they do not see each other. On in stage: pt, where all "
+        "texts follow one another",
+        "把多条数据放进一个序列，彼此不可见；stage: pt 时默认开启，文本首尾相接",
     )  # fmt: skip
     neat_packing: bool = _key(False, "bool", "the same as packing here", "此处与 packing 相同")
     train_on_prompt: bool = _key(False, "bool", "loss on the questions too", "问题部分也计算损失")
@@ -422,6 +461,16 @@ class TrainConfig:
     def trains(self) -> bool:
         """Whether it trains, and not only answers (do_predict)."""
         return not self.do_predict if self.do_train is None else self.do_train
+
+    @property
+    def grows(self) -> bool:
+        """Whether tokens may be added, and the tables of tokens are trained."""
+        return self.resize_vocab or bool(self.add_tokens or self.add_special_tokens)
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights of the model itself are trained, not an adapter."""
+        return self.finetuning_type != "lora"
 
     @property
     def packs(self) -> bool:

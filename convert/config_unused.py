@@ -58,14 +58,8 @@ UNUSED: dict[str, Unused] = {
         "use_fast_tokenizer"
     ),
     **_refused(
-        (False,), "the vocabulary stays that of the base model",
-        "词表保持与基座模型一致",
-        "resize_vocab"
-    ),
-    **_refused(
-        (), "the vocabulary stays that of the base model",
-        "词表保持与基座模型一致",
-        "add_tokens add_special_tokens new_special_tokens_config"
+        (), "name the tokens: add_special_tokens", "请用 add_special_tokens 列出 token",
+        "new_special_tokens_config"
     ),
     **_taken(
         "belongs to new_special_tokens_config, which is refused",
@@ -247,21 +241,11 @@ UNUSED: dict[str, Unused] = {
     **_refused(
         (), "only LoRA layers, or all weights, are trained",
         "只训练 LoRA 层或全部权重",
-        "additional_target freeze_extra_modules"
+        "additional_target"
     ),
     **_taken(
-        "belongs to finetuning_type: freeze, which is refused",
-        "属于 finetuning_type: freeze，而后者不受支持",
-        "freeze_trainable_layers freeze_trainable_modules"
-    ),
-    **_refused(
-        (), "both matrices learn at one rate",
-        "两个矩阵用同一学习率",
-        "loraplus_lr_ratio"
-    ),
-    **_taken(
-        "belongs to loraplus_lr_ratio, which is refused",
-        "属于 loraplus_lr_ratio，而后者不受支持",
+        "embeddings get no adapter",
+        "词嵌入不加适配器",
         "loraplus_lr_embedding"
     ),
     **_taken(
@@ -273,11 +257,6 @@ UNUSED: dict[str, Unused] = {
         (0,), "stage: dpo has no classifier beside its loss",
         "dpo 阶段没有附加的分类器损失",
         "pref_bco_weight"
-    ),
-    **_refused(
-        (1,), "stage: kto is refused",
-        "不支持 kto 阶段",
-        "kto_chosen_weight kto_rejected_weight"
     ),
     **_refused(
         (), "answers count alike, whatever their length; pref_loss: simpo divides by it",

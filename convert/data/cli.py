@@ -67,15 +67,13 @@ def coloured(chat: Any, sample: Any) -> Text:
 def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     """Print everything about the data of `config`, and `rows` of its rows token by token."""
     from convert.data import prepare
-    from convert.data.encode import Pair
-    from convert.model import chat_format, hub
+    from convert.data.encode import Pair, Sample
+    from convert.model import hub
 
     began = time.monotonic()
     base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
-    chat = chat_format.load(base)
-    for line in filter(
-        None, (*config.warnings, chat_format.check_name(config.template, chat), *chat.warnings)
-    ):
+    chat = prepare.chat_of(config, base)
+    for line in (*config.warnings, *chat.warnings):
         console.print(f"note: {line}", style="yellow")
     data = prepare.prepare(config, chat)
     report, items = data.report, data.train
@@ -97,12 +95,14 @@ def show(config: TrainConfig, console: Console, *, rows: int) -> None:
         console.print(f"  {line}")
     console.print(f"{len(report.cut):,} rows are cut; {_POLICY}")
     for item in items[:rows]:
-        pair = (
-            (("", item),)
-            if not isinstance(item, Pair)
-            else ((", chosen", item.chosen), (", rejected", item.rejected))
-        )
-        for name, sample in pair:
+        names: tuple[str, ...] = ("",)
+        if not isinstance(item, Sample):
+            names = (
+                (", chosen", ", rejected")
+                if isinstance(item, Pair)
+                else (", good" if item.good else ", bad",)
+            )
+        for name, sample in zip(names, item.parts, strict=False):
             console.print(
                 f"\n{item.source}{name}: {len(sample.ids)} tokens, {sample.learnt} with loss", style="bold"
             )

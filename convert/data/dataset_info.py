@@ -16,6 +16,7 @@ from typing import Any
 
 from convert.data import read_files
 from convert.data.read_files import BadRow, Twice
+from convert.model import modelscope
 from edge.errors import InputError, UnavailableError, UsageError
 
 INFO = "dataset_info.json"
@@ -67,7 +68,8 @@ def read_info(folder: str, names: tuple[str, ...], *, plain: bool = False) -> di
     Raises InputError for a missing or broken file, UsageError for a name or an entry that cannot be used.
     """
     if folder == ONLINE:
-        return {name: Entry.of(name, {"hf_hub_url": name}, Path(), plain=plain) for name in names}
+        key = "ms_hub_url" if modelscope.asked() else "hf_hub_url"
+        return {name: Entry.of(name, {key: name}, Path(), plain=plain) for name in names}
     path = Path(folder) / INFO
     if not path.is_file():
         raise InputError(f"no such file: {path}", "dataset_dir names the folder that holds dataset_info.json")
@@ -105,7 +107,8 @@ def find_folder(settings: dict[str, Any], run: Path | None) -> str:
 class Entry:
     """One data set of dataset_info.json, with every default filled in. hub: its id, or None for `path`.
 
-    tagged: each row says whether its answer is good (kto_tag). plain: rows are plain text.
+    modelscope: whether the hub is ModelScope. tagged: each row says whether its answer is good (kto_tag).
+    plain: rows are plain text.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Entry:
     num_samples: int | None
     columns: dict[str, str]
     tags: dict[str, str]
+    modelscope: bool = False
     tagged: bool = False
     plain: bool = False
 
@@ -127,7 +131,7 @@ class Entry:
         def wrong(what: str) -> UsageError:
             return UsageError(
                 f"{INFO}: '{name}' {what}",
-                "it needs file_name or hf_hub_url; formatting, columns and tags may follow",
+                "it needs file_name, hf_hub_url or ms_hub_url; formatting, columns and tags may follow",
             )
 
         def check_text(key: str, value: Any) -> None:
@@ -142,13 +146,16 @@ class Entry:
             if key not in _KEYS:
                 near = difflib.get_close_matches(key, _KEYS, n=1)
                 raise wrong(f"has the unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
-        file, hub = entry.get("file_name"), entry.get("hf_hub_url")
+        file, hub, ms = (entry.get(key) for key in ("file_name", "hf_hub_url", "ms_hub_url"))
+        # As LLaMA-Factory chooses: ModelScope where it is asked for, or where there is no other.
+        on_ms = isinstance(ms, str) and (modelscope.asked() or not isinstance(hub, str))
+        hub = ms if on_ms else hub
         if not isinstance(file, str) and not isinstance(hub, str):
-            other = next((key for key in _KEYS[3:7] if entry.get(key)), None)
+            other = next((key for key in _KEYS[4:7] if entry.get(key)), None)
             if other:
                 why = "its code is never run" if other == "script_url" else "other hubs are not read"
                 raise wrong(f"has only {other}, which is not supported: {why}")
-            raise wrong("has neither file_name nor hf_hub_url")
+            raise wrong("has neither file_name nor a hub_url")
         formatting = entry.get("formatting", "alpaca")
         if formatting not in ("alpaca", "sharegpt", "openai"):
             raise wrong(f"has formatting {formatting!r}; alpaca, sharegpt and openai are known")
@@ -180,15 +187,21 @@ class Entry:
         use_hub = isinstance(hub, str) and not (isinstance(file, str) and path.exists())
         return cls(
             name, path, hub if use_hub else None, formatting, ranking, entry.get("subset"),
-            entry.get("split") or "train", entry.get("folder"), count, columns, tags, tagged, plain,
+            entry.get("split") or "train", entry.get("folder"), count, columns, tags,
+            use_hub and on_ms, tagged, plain,
         )  # fmt: skip
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """(number, value) of each row, unchecked. Raises InputError where it cannot be read."""
+        path = self.path
         if self.hub is not None:
-            yield from _hub_rows(self)
-            return
-        path = self.path / self.folder if self.folder and self.path.is_dir() else self.path
+            if not self.modelscope:
+                yield from _hub_rows(self)
+                return
+            path = modelscope.dataset(self.hub, read_files.SUFFIXES)
+            if self.subset and (path / self.subset).is_dir():
+                path = path / self.subset
+        path = path / self.folder if self.folder and path.is_dir() else path
         files = read_files.files(path)
         word = re.compile(rf"(^|[^a-z]){re.escape(self.split.lower())}([^a-z]|$)")
         files = [file for file in files if word.search(file.stem.lower())] or files

@@ -61,6 +61,11 @@ class Sample:
     def tokens(self) -> int:
         return len(self.ids)
 
+    @property
+    def parts(self) -> tuple[Sample, ...]:
+        """The sequences that it is made of."""
+        return (self,)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -82,6 +87,40 @@ class Pair:
     @property
     def learnt(self) -> int:
         return self.chosen.learnt + self.rejected.learnt
+
+    @property
+    def parts(self) -> tuple[Sample, ...]:
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A question with an answer that is good or not. other: the same question with another row's answer."""
+
+    source: str
+    answer: Sample
+    other: Sample
+    good: bool
+    row: int = 0
+
+    @property
+    def size(self) -> int:
+        return max(len(part.ids) for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(part.ids) for part in self.parts)
+
+    @property
+    def learnt(self) -> int:
+        return self.answer.learnt
+
+    @property
+    def parts(self) -> tuple[Sample, ...]:
+        return (self.answer, self.other)
+
+
+Item = Sample | Pair | Judged
 
 
 @dataclass(frozen=True)
@@ -171,6 +210,76 @@ def pairs(
             if any(len(one.ids) > rules.cutoff_len for one in two):
                 report.cut.append(source)
             yield Pair(source, cut[0], cut[1], number)
+
+
+def judged(
+    rows: Iterable[Row], chat: ChatFormat, report: Report, rules: Rules, first: int = 0
+) -> Iterator[Judged]:
+    """Rows with an answer that is good or not, each also with the answer of the row before it.
+
+    The first row has the last one's, so that each answer stands in for others once.
+    """
+    good: dict[str, bool] = {}
+
+    def noted() -> Iterator[Row]:
+        for row in rows:
+            good[row.source] = row.good
+            yield row
+
+    rules = replace(rules, mask_history=True, train_on_prompt=False)
+    answers = list(samples(noted(), chat, report, rules, first))
+    for before, sample in zip([*answers[-1:], *answers[:-1]], answers, strict=True):
+        start = sample.spans[0][0]
+        ids = (sample.ids[:start] + before.ids[before.spans[0][0] :])[: rules.cutoff_len]
+        other = Sample(f"{sample.source} with another answer", ids, ((start, len(ids)),))
+        yield Judged(sample.source, sample, other, good[sample.source], sample.row)
+
+
+def texts(
+    rows: Iterable[Row], chat: ChatFormat, report: Report, rules: Rules, first: int = 0
+) -> Iterator[Sample]:
+    """Plain texts, each with the tokenizer's end token, with loss on all but the first token; not cut."""
+    if chat.eos not in chat.special:
+        raise InputError(f"{chat.folder}: its tokenizer names no end token", "get the model again")
+    for numbered in _batches(rows, first):
+        encoded = chat.encode([str(row.messages[0]["content"]) for _, row in numbered])
+        for (number, row), ids in zip(numbered, encoded, strict=True):
+            whole = array("i", [*ids, chat.special[chat.eos]])
+            yield Sample(row.source, whole, ((1, len(whole)),), row=number)
+
+
+def pages(given: list[Sample], chat: ChatFormat, report: Report, longest: int) -> list[Sample]:
+    """Each text by itself, cut at `longest` tokens, behind the begin token where the tokenizer has one."""
+    cut = []
+    for text in given:
+        whole = array("i", [*chat.begins, *text.ids])
+        sample = _cut(replace(text, ids=whole, spans=((1, len(whole)),)), longest)
+        if sample.size < len(whole):
+            report.cut.append(text.source)
+        cut.append(sample)
+    return cut
+
+
+def blocks(given: list[Sample], chat: ChatFormat, longest: int) -> list[Sample]:
+    """All texts one after the other, in sequences of `longest` tokens; the last one may be shorter.
+
+    As in LLaMA-Factory a text sees the end of the one before, and where the tokenizer has a begin token it
+    takes the place of a sequence's first.
+    """
+    ids: array[int] = array("i")
+    sources: list[tuple[int, str]] = []
+    for text in given:
+        sources.append((len(ids), text.source))
+        ids += text.ids
+    made = []
+    for start in range(0, len(ids), longest):
+        block = ids[start : start + longest]
+        if len(block) < 2:
+            break
+        begin = max(0, bisect.bisect_right(sources, (start, "\U0010ffff")) - 1)
+        block[0] = chat.begins[0] if chat.begins else block[0]
+        made.append(Sample(f"{sources[begin][1]} and on", block, ((1, len(block)),), row=given[begin].row))
+    return made
 
 
 def pack(given: list[Sample], longest: int) -> list[Sample]:

@@ -7,16 +7,16 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from convert.config import TrainConfig
 from convert.data import dataset, encode
 from convert.data.dataset_info import Entry, Row, read_info
-from convert.data.encode import Pair, Rules, Sample
+from convert.data.encode import Item, Judged, Rules, Sample
+from convert.model import chat_format
 from convert.model.chat_format import ChatFormat
 from edge.errors import InputError, UsageError
-
-Item = Sample | Pair
 
 
 @dataclass
@@ -45,10 +45,31 @@ class Prepared:
         """SHA-256 of the token ids and loss masks that are trained on, in their order."""
         digest = hashlib.sha256()
         for item in self.train:
-            for sample in (item,) if isinstance(item, Sample) else (item.chosen, item.rejected):
+            for sample in item.parts:
                 digest.update(sample.ids.tobytes())
                 digest.update(repr((sample.spans, sample.starts)).encode())
+            digest.update(b"bad" if isinstance(item, Judged) and not item.good else b"")
         return digest.hexdigest()
+
+
+def chat_of(config: TrainConfig, base: Path) -> ChatFormat:
+    """Tokenizer and chat template that `config` trains the model in the folder `base` with.
+
+    An adapter that is trained on keeps the template that it has. Raises as `chat_format.load`.
+    """
+    # Of several the last one is the nearest.
+    adapter = Path(config.adapter_name_or_path[-1]) if config.adapter_name_or_path else None
+    if adapter is not None and (adapter / "adapter").is_dir():
+        adapter = adapter / "adapter"
+    return chat_format.load(
+        base,
+        template=config.template,
+        adapter=adapter,
+        plain=config.stage == "pt",
+        tokens=config.add_tokens or (),
+        special_tokens=config.add_special_tokens or (),
+        grow=config.grows,
+    )
 
 
 def rules(config: TrainConfig) -> Rules:
@@ -99,16 +120,31 @@ def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
             sets[number] = _drawn(sets[number], wanted, shuffle)
     prepared.train = _mixed(sets, config, shuffle)
     if config.packs:
-        samples = [item for item in prepared.train if isinstance(item, Sample)]
-        prepared.train = list(encode.pack(samples, config.cutoff_len))
-        prepared.notes.append(
-            f"packing: {len(samples)} rows in {len(prepared.train)} sequences, isolated from each other"
-        )
-        if config.packing and not config.neat_packing:
-            prepared.notes.append("packing isolates its rows here, as neat_packing does in LLaMA-Factory")
+        _pack(prepared, config, chat)
+    elif config.stage == "pt":
+        prepared.train = list(encode.pages(_samples(prepared.train), chat, report, config.cutoff_len))
+    if config.stage == "pt":
+        prepared.held = list(encode.pages(_samples(held), chat, dataset.Report(), config.cutoff_len))
     if config.dataset and not prepared.train:
         raise InputError("no row is left to train on: " + "; ".join(report.lines()), "raise cutoff_len")
     return prepared
+
+
+def _samples(items: list[Item]) -> list[Sample]:
+    return [item for item in items if isinstance(item, Sample)]
+
+
+def _pack(prepared: Prepared, config: TrainConfig, chat: ChatFormat) -> None:
+    samples = _samples(prepared.train)
+    if config.stage == "pt":
+        prepared.train = list(encode.blocks(samples, chat, config.cutoff_len))
+        note = f"packing: {len(samples)} texts one after the other in {len(prepared.train)} sequences"
+    else:
+        prepared.train = list(encode.pack(samples, config.cutoff_len))
+        note = f"packing: {len(samples)} rows in {len(prepared.train)} sequences, isolated from each other"
+    prepared.notes.append(note)
+    if config.packing and not config.neat_packing and config.stage != "pt":
+        prepared.notes.append("packing isolates its rows here, as neat_packing does in LLaMA-Factory")
 
 
 def held_rows(config: TrainConfig) -> list[Row]:
@@ -128,7 +164,8 @@ def held_rows(config: TrainConfig) -> list[Row]:
 
 
 def _entries(config: TrainConfig) -> dict[str, Entry]:
-    return read_info(config.dataset_dir, (*config.dataset, *(config.eval_dataset or ())))
+    names = (*config.dataset, *(config.eval_dataset or ()))
+    return read_info(config.dataset_dir, names, plain=config.stage == "pt")
 
 
 def _encoded(
@@ -138,8 +175,12 @@ def _encoded(
     usable = itertools.count()
     rows = dataset.stream(entry, report, max_samples=config.max_samples)
     counted = (row for row, _ in zip(rows, usable, strict=False))
-    make: Callable[..., Iterator[Any]] = encode.pairs if config.stage == "dpo" else encode.samples
+    make: Callable[..., Iterator[Any]] = _ENCODED[config.stage]
     return list(make(counted, chat, report, rules(config), first)), next(usable)
+
+
+# What the rows of each stage become.
+_ENCODED = {"sft": encode.samples, "pt": encode.texts, "dpo": encode.pairs, "kto": encode.judged}
 
 
 def _check_stage(config: TrainConfig, entries: dict[str, Entry]) -> None:
@@ -148,6 +189,11 @@ def _check_stage(config: TrainConfig, entries: dict[str, Entry]) -> None:
             raise UsageError(
                 f"stage: dpo needs preference rows, and '{name}' has none",
                 '`"ranking": true` in dataset_info.json, and the columns chosen and rejected',
+            )
+        if config.stage == "kto" and not entry.tagged:
+            raise UsageError(
+                f"stage: kto needs answers marked good or bad, and '{name}' names no such column",
+                '`"columns": {"kto_tag": ...}` in dataset_info.json, a column of true and false',
             )
         if config.stage == "sft" and entry.ranking:
             raise UsageError(f"'{name}' holds preference rows (ranking)", "train on it with stage: dpo")

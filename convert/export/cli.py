@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     lora.add_argument("run", type=Path, metavar="RUN", help="the run folder, with adapter/ in it")
 
+    lora.add_argument("--base", type=Path, help="the model under the adapter (default: what it names)")
+
     ollama = formats.add_parser("ollama", help="a Modelfile beside the GGUF, for ollama create")
     ollama.add_argument("run", type=Path, metavar="RUN", help="a run, a folder with a GGUF, or the file")
     ollama.add_argument("--ctx", type=int, default=4096, help="tokens of a conversation (%(default)s)")
@@ -88,7 +90,7 @@ def _gguf(options: argparse.Namespace) -> None:
 def _lora(options: argparse.Namespace) -> None:
     from convert.export import gguf_lora
 
-    file = gguf_lora.run(options.run, overwrite=options.overwrite)
+    file = gguf_lora.run(options.run, base=options.base, overwrite=options.overwrite)
     result(path=str(file))
     sys.stdout.write(f"{file}\n  serve it: edge serve BASE.gguf --lora {shell(file)}\n")
 

@@ -18,18 +18,26 @@ from safetensors.torch import save_file
 from convert.export.llamacpp_tools import run_converter
 from convert.export.source import safe_name
 from convert.model.hf_folder import check_folder, stage_folder
-from convert.model.lora_adapter import Adapter, find_base, known_adapter, load_format, read_adapter
+from convert.model.lora_adapter import (
+    Adapter,
+    check_fits,
+    find_base,
+    known_adapter,
+    load_format,
+    read_adapter,
+)
 from edge.artefact import find, json_file, manifest
 from edge.errors import InputError
 
 
-def run(run_folder: Path, *, overwrite: bool = False) -> Path:
+def run(run_folder: Path, *, base: Path | None = None, overwrite: bool = False) -> Path:
     """Export run_folder/adapter to run_folder/lora; the path of the GGUF file.
 
+    base: the model that it was trained on, in place of the one that it names.
     Raises InputError for an adapter that is more than low-rank updates of linear layers.
     """
     folder = stage_folder(run_folder, "adapter")
-    record = known_adapter(folder)
+    record = known_adapter(folder, base)
     adapter = read_adapter(folder)
     others = {*adapter.whole, *adapter.tokens}
     others |= {name for name, lora in adapter.updates.items() if lora.magnitude is not None or lora.embedding}
@@ -38,20 +46,21 @@ def run(run_folder: Path, *, overwrite: bool = False) -> Path:
             f"{folder} changes {min(others)} in a way that llama.cpp cannot put on at run time",
             "merge it: edge merge, then edge export gguf",
         )
-    base = check_folder(find_base(record, folder)).path
+    model = check_folder(find_base(record, folder))
+    check_fits(adapter, model)
     target = run_folder.absolute() / "lora"
     with manifest.publish(target, overwrite=overwrite) as partial:
         scaled = partial / "scaled"
         _write_scaled(adapter, scaled)
         file = partial / f"{safe_name(record.name)}-lora.gguf"
         # Llama's queries and keys are reordered in a GGUF; the converter does the same to their updates.
-        options = ["--base", str(base.resolve()), "--outtype", "f16"]
+        options = ["--base", str(model.path.resolve()), "--outtype", "f16"]
         run_converter("convert_lora_to_gguf.py", scaled, file, options)
         shutil.rmtree(scaled)
         find.check_lora(file)
         settings = {"file": file.name, "layers": len(adapter.updates)}
         child = record.child("lora", folder, settings=settings, packages=("edge", "llama-cpp-python"))
-        child.chat_template = manifest.text_digest(load_format(folder, base).source)
+        child.chat_template = load_format(folder, model.path).digest
         manifest.write(partial, child)
     return target / file.name
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge.artefact import json_file
+from convert.model.named_templates import FORMATS, jinja
+from edge.artefact import json_file, manifest
 from edge.artefact.find import TEMPLATE
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
@@ -44,6 +45,8 @@ class ChatFormat:
 
     stop_ids: tokenizer's end token, generation config's end tokens, and `turn_end`, sorted.
     turn_end: id that ends an assistant's turn. turn_tail: the text from an answer to its end, included.
+    lead: blanks that the template puts before an answer. source: "" for a model without a chat template.
+    grown: whether the tokenizer has tokens that its files do not have.
     trims: whether the template strips answers. thinks: whether it knows of thoughts. special: ids by token.
     """
 
@@ -57,9 +60,22 @@ class ChatFormat:
     stop_ids: list[int] = field(default_factory=list)
     turn_end: int = -1
     turn_tail: str = ""
+    lead: str = ""
+    grown: bool = False
     trims: bool = False
     thinks: bool = False
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str | None:
+        """Of the chat template, for manifests; None without one."""
+        return manifest.text_digest(self.source or None)
+
+    @property
+    def begins(self) -> list[int]:
+        """The token that the tokenizer puts before a text by itself; empty where it puts none."""
+        number = self.special.get(self.bos)
+        return [] if number is None or self.tokenizer.encode("").ids[:1] != [number] else [number]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; special tokens that stand in it are recognised, none are added."""
@@ -87,6 +103,9 @@ class ChatFormat:
         Raises InputError where the template does not show them.
         """
         text = self._finished(messages, "tool calls", thinking, tools)
+        if not text.startswith(prompt):
+            # An empty thought that only prompts have.
+            prompt = prompt.removesuffix(f"{THINK}\n\n{THINK_END}\n\n")
         names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
         answer, end, _ = text.removeprefix(prompt).partition(self.turn_tail)
         if not text.startswith(prompt) or not end or any(name not in answer for name in names):
@@ -112,14 +131,26 @@ class ChatFormat:
 
     def answer(self, text: str) -> str:
         """What the model is to write for the answer `text`, including what ends its turn."""
-        return (text.strip() if self.trims else text) + self.turn_tail
+        return self.lead + (text.strip() if self.trims else text) + self.turn_tail
 
 
-def load(folder: Path) -> ChatFormat:
+def load(
+    folder: Path,
+    *,
+    template: str | None = None,
+    adapter: Path | None = None,
+    plain: bool = False,
+    tokens: tuple[str, ...] = (),
+    special_tokens: tuple[str, ...] = (),
+    grow: bool = False,
+) -> ChatFormat:
     """The tokenizer and chat template of the transformers folder `folder`.
 
     tokenizer.json is read as it is: transformers' classes may put another pre-tokenizer in its place.
-    Raises InputError where either is missing or broken.
+    template: LLaMA-Factory's name of the one to use. adapter: a folder whose chat template, where it has one,
+    takes the place of the model's. plain: a model without a chat template will do. tokens, special_tokens: to
+    be added to the tokenizer; grow: likewise the end token of `template`, where it lacks that.
+    Raises InputError where either is missing or broken, UsageError for a template that does not fit.
     """
     # Imported late: a wrong argument is answered before.
     from tokenizers import Tokenizer
@@ -133,8 +164,12 @@ def load(folder: Path) -> ChatFormat:
         raise InputError(f"{path} cannot be read: {error}", "get the model again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    before = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(list(tokens))
+    missing = [FORMATS[template].end] if grow and template in FORMATS else []
+    tokenizer.add_special_tokens([*special_tokens, *filter(None, missing)])
     config = json_file.read(folder / "tokenizer_config.json")
-    source = _template_source(folder, config)
+    source = (_template_source(adapter, {}) if adapter else "") or _template_source(folder, config)
     bos, eos = (json_file.token_text(config.get(key)) for key in ("bos_token", "eos_token"))
     special = {
         token.content: number
@@ -144,7 +179,9 @@ def load(folder: Path) -> ChatFormat:
     file = TEMPLATE if (folder / TEMPLATE).is_file() else "tokenizer_config.json"
     chat = ChatTemplate(source, bos=bos, eos=eos, file=str(folder / file))
     form = ChatFormat(folder, tokenizer, source, chat, bos, eos, special)
-    form.thinks = THINK_END in source
+    form.grown = tokenizer.get_vocab_size() > before
+    _choose_template(form, template, plain)
+    form.thinks = THINK_END in form.source
     _find_turn_end(form)
     ends = {form.turn_end, *_generation_ends(folder)}
     if eos in special:
@@ -158,7 +195,14 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    (target / TEMPLATE).write_bytes(chat_template.encode("utf-8"))
+    write_template(target, chat_template)
+
+
+def save(form: ChatFormat, target: Path) -> None:
+    """Write the tokenizer, with the tokens that were added to it, and the chat template of `form`."""
+    copy_tokenizer(form.folder, target, form.source)
+    if form.grown:
+        (target / "tokenizer.json").write_text(form.tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def write_generation_config(source: Path, target: Path, stop_ids: list[int]) -> None:
@@ -167,22 +211,71 @@ def write_generation_config(source: Path, target: Path, stop_ids: list[int]) -> 
     json_file.write(target / "generation_config.json", {**generation, "eos_token_id": stop_ids})
 
 
-def check_name(name: str | None, form: ChatFormat) -> str | None:
-    """A warning to show where LLaMA-Factory's template `name` cannot be checked against the model's own.
-
-    Raises UsageError where the model's template is of another family.
-    """
+def _choose_template(form: ChatFormat, name: str | None, plain: bool) -> None:
+    """Give `form` the template `name` where that says anything else than the model's own does."""
+    if name in FORMATS:
+        if form.source and _same(form.chat, ChatTemplate(jinja(name), bos=form.bos, eos=form.eos)):
+            return
+        end = FORMATS[name].end
+        number = form.tokenizer.token_to_id(end) if end else None
+        if end and number is None:
+            raise UsageError(
+                f"template: {name} does not fit the model, which has no token {end} to end a turn with",
+                "give another one, such as default or alpaca; or resize_vocab: true, which adds it",
+            )
+        if number is not None:
+            form.special[end] = number
+        if form.source:
+            form.warnings.append(
+                f"template: {name} is not the model's own chat template: training uses {name}, and so will "
+                "what is merged, exported and served"
+            )
+        form.source = jinja(name)
+        form.chat = ChatTemplate(form.source, bos=form.bos, eos=form.eos)
+        return
+    if not form.source and not plain:
+        raise InputError(
+            f"{form.folder} has no chat template",
+            f"give it one in the training's configuration, template: NAME ({', '.join(FORMATS)}); or put its "
+            "chat_template.jinja there",
+        )
     if name is None:
-        return None
+        return
     mark = _MARKS.get(name)
-    if mark is None:
-        return f"template: {name} is ignored: the model's own chat template is used"
-    if mark not in form.source:
+    if mark is not None and mark not in form.source:
         raise UsageError(
             f"template: {name} does not fit the model: its chat template has no {mark!r}",
             "leave `template` out: the model's own chat template is used in training and in serving",
         )
-    return None
+    if mark is None:
+        form.warnings.append(f"template: {name} is ignored: the model's own chat template is used")
+
+
+def _same(own: ChatTemplate, named: ChatTemplate) -> bool:
+    """Whether two templates give the same prompts, but for a thought that one of them opens."""
+
+    def prompt(template: ChatTemplate, talk: tuple[str, ...]) -> str:
+        roles = ("system", "user", "assistant", "user")[len(talk) % 2 :]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, talk, strict=False)]
+        return template.render(messages).removesuffix("\n").removesuffix(THINK)
+
+    talks = (("q",), ("s", "q"), ("q", "a", "r"), ("s", "q", "a", "r"))
+    try:
+        return all(prompt(own, talk) == prompt(named, talk) for talk in talks)
+    except RequestError:
+        return False
+
+
+def write_template(folder: Path, source: str) -> None:
+    """Make `source` the chat template of `folder`, where the tokenizer lies already; "": it gets none."""
+    path = folder / "tokenizer_config.json"
+    config = json_file.read(path)
+    # Converters of GGUF would take the one that stands there.
+    if config.get("chat_template", source) != source:
+        del config["chat_template"]
+        json_file.write(path, config)
+    if source:
+        (folder / TEMPLATE).write_bytes(source.encode("utf-8"))
 
 
 def thinking_mode(form: ChatFormat, enable_thinking: bool | None) -> str | None:
@@ -210,13 +303,21 @@ def with_thought(prompt: str, thought: str, rest: str) -> str:
 
 def _find_turn_end(form: ChatFormat) -> None:
     """Ask the template how it ends an answer, with an answer that cannot be anything else."""
+    if not form.source:
+        if form.eos not in form.special:
+            raise InputError(f"{form.folder}: its tokenizer names no end token", "get the model again")
+        form.turn_end, form.turn_tail = form.special[form.eos], form.eos
+        return
     mark = "\u2042probe\u2042"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f" {mark} "}]
-    _, shown, tail = form._finished(messages, "a question with its answer").rpartition(mark)
+    head, shown, tail = form._finished(messages, "a question with its answer").rpartition(mark)
     if not shown:
         raise InputError(f"{form.folder}: the chat template does not show the assistant's answer")
     form.trims = not tail.startswith(" ")
     tail = tail if form.trims else tail[1:]
+    head = head if form.trims else head.removesuffix(" ")
+    lead = head.removeprefix(form.prompt(messages[:1], None))
+    form.lead = lead if lead != head and not lead.strip() else ""
     ends = [(tail.find(token), -len(token), token) for token in form.special if token and token in tail]
     if ends:
         start, _, token = min(ends)
@@ -229,6 +330,7 @@ def _find_turn_end(form: ChatFormat) -> None:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
+    """The chat template of `folder`, whose tokenizer_config.json is `config`; "" without one."""
     path = folder / TEMPLATE
     if path.is_file():
         try:
@@ -240,11 +342,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
     if isinstance(source, list):
         templates = [entry for entry in source if isinstance(entry, dict)]
         source = {entry.get("name"): entry.get("template") for entry in templates}.get("default")
-    if not isinstance(source, str) or not source:
-        raise InputError(
-            f"{folder} has no chat template", "train a chat model, or put its chat_template.jinja there"
-        )
-    return source
+    return source if isinstance(source, str) else ""
 
 
 def _generation_ends(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""The dequantised base: weights as QLoRA training used them, in its compute type, 4-bit layers through NF4.
+"""The dequantised base: weights as QLoRA training used them, in its compute type, through NF4 or 8 bits.
 
 Merging adds the update to these, comparing computes with these: both are about the model that was trained.
 Rows are dequantised as they are asked for, a few at a time: no second copy of a matrix is ever in memory.
@@ -6,13 +6,14 @@ Rows are dequantised as they are asked for, a few at a time: no second copy of a
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from convert.model import quiet_bitsandbytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Elements that are worked on at once: float32 and its intermediates then stay in a core's cache.
@@ -23,19 +24,21 @@ Rows = Callable[[int, int], torch.Tensor]
 
 
 class DequantizedBase:
-    """settings: an adapter's (compute_dtype, device, quantized, quant_block, double_quantization)."""
+    """settings: an adapter's (compute_dtype, device, quantized, quantization_bit, quant_block,
+    double_quantization)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        no_advice()
+        quiet_bitsandbytes.alone()
         self.layers = frozenset(settings.get("quantized") or ())
         # An adapter made elsewhere does not say: its base is taken as it is.
         self._dtype = DTYPES.get(str(settings.get("compute_dtype")))
         self._block = int(settings.get("quant_block", 64))
+        self._bits = int(settings.get("quantization_bit") or 4)
         self._double = bool(settings.get("double_quantization", True))
         self._device = "cuda" if settings.get("device") == "cuda" and torch.cuda.is_available() else "cpu"
 
     def holds(self, name: str) -> bool:
-        """Whether the tensor `name` was held in 4 bits."""
+        """Whether the tensor `name` was held in 4 or 8 bits."""
         return name.endswith(".weight") and re.sub(r"\.\d+\.", ".*.", name[: -len(".weight")]) in self.layers
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -56,6 +59,8 @@ class DequantizedBase:
             return lambda start, stop: weight[start:stop]
         if not self.holds(name):
             return lambda start, stop: weight[start:stop].to(dtype)
+        if self._bits == 8:
+            return lambda start, stop: _int8(weight[start:stop], dtype)
         if self._device == "cpu" and weight.dim() == 2 and weight.shape[1] % self._block == 0:
             return _nf4_rows(weight, dtype, self._block, self._double)
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -68,9 +73,12 @@ class DequantizedBase:
         return lambda start, stop: whole[start:stop]
 
 
-def no_advice() -> None:
-    """Silence bitsandbytes' advice to install a kernel that only serves inference."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def _int8(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows as bitsandbytes' LLM.int8 holds them (arXiv:2208.07339): in 8 bits, with a scale for each row."""
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    codes, scales, _ = int8_vectorwise_quant(rows.to(dtype).half().contiguous())
+    return int8_vectorwise_dequant(codes, scales).to(dtype)
 
 
 def spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -160,8 +161,11 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
     config = read_config(folder)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
+        whole = _unquantised(folder, shown)
         raise InputError(
-            f"{shown} is quantised already ({method})", "give the 16-bit model: training quantises it itself"
+            f"{shown} is quantised already ({method})",
+            "give the 16-bit model" + (f", {whole} by its files" if whole else "") + ": training quantises "
+            "it itself, and an adapter that was trained over this one takes it as --base",
         )
     weights = _weights(folder, shown)
     tensors: dict[str, StoredTensor] = {}
@@ -178,6 +182,17 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
         files = f"into it, from {converts('AutoTokenizer', folder)}"
         raise InputError(f"{shown} has no tokenizer.json", f"put tokenizer.json {files}")
     return Folder(folder, config, weights, tensors)
+
+
+def _unquantised(folder: Path, shown: str) -> str:
+    """The model that a quantised one was made from, as its README or name tells; "" where neither does."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    header = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    if match := re.search(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w./-]+)", header, re.MULTILINE):
+        return match[1]
+    name = re.sub(r"(?i)(-unsloth)?-(bnb-[48]bit|awq|gptq(-int[48])?|int[48])$", "", shown)
+    return name if name != shown and name.count("/") == 1 else ""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

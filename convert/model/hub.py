@@ -24,6 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from convert.model import modelscope
 from convert.model.hf_folder import PATTERNS, check_folder, converts
 from edge.artefact import manifest
 from edge.console import report
@@ -70,10 +71,14 @@ def snapshot(
 ) -> Path:
     """Download what is missing of `name` into the hub's cache; returns the snapshot's folder.
 
-    cache: the folder of the cache; None: as HF_HOME says. An interrupted download goes on where it stopped.
+    From ModelScope where USE_MODELSCOPE_HUB asks for it. cache: the folder of the cache; None: as HF_HOME (or
+    MODELSCOPE_CACHE) says. An interrupted download goes on where it stopped.
     Raises UnavailableError where the hub cannot be reached or refuses, InputError for an unknown name or
     revision, no safetensors, or a full disk.
     """
+    if modelscope.asked():
+        # Branches are called otherwise there.
+        return modelscope.snapshot(name, None if revision == "main" else revision, cache=cache)
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 

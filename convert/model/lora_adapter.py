@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from convert.model import chat_format
 from convert.model.dequantized_base import Rows, spans
-from convert.model.hf_folder import AdapterTypes, StoredTensor, check_safetensors, shell
+from convert.model.hf_folder import AdapterTypes, Folder, StoredTensor, check_safetensors, shell
 from edge.artefact import json_file, manifest
 from edge.errors import InputError
 
@@ -30,6 +30,7 @@ _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _VIEW = re.compile(r".+\.(modules_to_save|original_module)\.weight")
 _MAGNITUDE = re.compile(r"(?P<layer>.+)\.lora_(?P<part>magnitude_vector)(\.weight)?")
 _AGAIN = "train again: edge train"
+CONFIG = "adapter_config.json"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -149,7 +150,7 @@ def scaling(config: dict[str, Any], layer: str) -> float:
 
 def read_adapter(folder: Path) -> Adapter:
     """The adapter in `folder`. Raises InputError for what is none, or cannot be merged."""
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    path, weights = folder / CONFIG, folder / "adapter_model.safetensors"
     if not path.is_file() or not weights.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise InputError(
@@ -214,13 +215,25 @@ def _tokens(
     return given, values
 
 
+def check_fits(adapter: Adapter, base: Folder) -> None:
+    """Raise InputError where the low-rank updates of `adapter` are for another model than `base`."""
+    for name, lora in adapter.updates.items():
+        stored = base.tensors.get(name)
+        if stored is None or stored.shape != lora.shape:
+            there = f"the shape {stored.shape}" if stored else "no such tensor"
+            raise InputError(
+                f"{adapter.folder}: {name} has the shape {lora.shape} there, {base.path} has {there}",
+                "the adapter belongs to another model: --base PATH names its own",
+            )
+
+
 def known_adapter(folder: Path, base: Path | None = None) -> manifest.Manifest:
     """What is known of an adapter: its edge.json, or what one that was trained elsewhere says of its base.
 
     base: the model under it, in place of the one that it names. Raises InputError for a folder of another
     stage, or an adapter that names no base.
     """
-    if (folder / manifest.FILE).is_file() or not (folder / "adapter_config.json").is_file():
+    if (folder / manifest.FILE).is_file() or not (folder / CONFIG).is_file():
         known = manifest.read(folder)
         if known.stage != "adapter":
             raise InputError(
@@ -230,21 +243,24 @@ def known_adapter(folder: Path, base: Path | None = None) -> manifest.Manifest:
             known.settings["model_name_or_path"] = str(base)
             known.parents = [{**parent, "path": str(base)} for parent in known.parents]
         return known
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     given = json_file.read(path, hint=_AGAIN, types=AdapterTypes).get("base_model_name_or_path")
     name = str(base or given or "")
     known = manifest.Manifest("adapter", folder.resolve().name, name, settings={"model_name_or_path": name})
     form = load_format(folder, find_base(known, folder))
-    known.chat_template, known.stop_ids = manifest.text_digest(form.source), form.stop_ids
+    known.chat_template, known.stop_ids = form.digest, form.stop_ids
     return known
 
 
 def load_format(adapter: Path, base: Path) -> chat_format.ChatFormat:
-    """Tokenizer and chat template of an adapter: its own, or its base's where it has none."""
+    """Tokenizer and chat template of an adapter: its own, or its base's where it has none.
+
+    An adapter that plain text was trained into may have no template at all.
+    """
     try:
         return chat_format.load(adapter)
     except InputError:
-        return chat_format.load(base)
+        return chat_format.load(base, adapter=adapter, plain=True)
 
 
 def find_base(known: manifest.Manifest, adapter: Path) -> Path:

@@ -7,7 +7,14 @@ from pathlib import Path
 from convert.model import chat_format
 from convert.model.dequantized_base import DequantizedBase
 from convert.model.hf_folder import SHARD, check_folder
-from convert.model.lora_adapter import Adapter, find_base, known_adapter, load_format, read_adapter
+from convert.model.lora_adapter import (
+    Adapter,
+    check_fits,
+    find_base,
+    known_adapter,
+    load_format,
+    read_adapter,
+)
 from convert.model.merged_weights import MergedWeights
 from edge.artefact import json_file, manifest
 from edge.errors import InputError
@@ -19,12 +26,12 @@ def known_model(folder: Path) -> manifest.Manifest:
     """What is known of the model in `folder`: its edge.json, or what its own files say."""
     if (folder / manifest.FILE).is_file():
         return manifest.read(folder)
-    form = chat_format.load(folder)
+    form = chat_format.load(folder, plain=True)
     return manifest.Manifest(
         "model",
         folder.resolve().name,
         base_model=folder.resolve().name,
-        chat_template=manifest.text_digest(form.source),
+        chat_template=form.digest,
         stop_ids=form.stop_ids,
     )
 
@@ -42,6 +49,8 @@ class MergedFolder:
             self.record = known_adapter(adapter, base)
             self.adapter = read_adapter(adapter)
             self.base = check_folder(find_base(self.record, adapter))
+            if base is not None:
+                check_fits(self.adapter, self.base)
         else:
             assert base is not None
             self.base, self.adapter = check_folder(base), Adapter(base, base, {}, {})
@@ -66,14 +75,14 @@ class MergedFolder:
         EdgeError for values that do not fit into the type.
         """
         chat_format.write_generation_config(self.base.path, target, self.record.stop_ids)
-        template = load_format(self.folder, self.base.path).source
-        if manifest.text_digest(template) != self.record.chat_template:
+        form = load_format(self.folder, self.base.path)
+        if form.digest != self.record.chat_template:
             raise InputError(
                 f"{self.folder}: the chat template is not the one it was trained with",
                 "train again, or put it back",
             )
         source = self.folder if (self.folder / "tokenizer.json").is_file() else self.base.path
-        chat_format.copy_tokenizer(source, target, template)
+        chat_format.copy_tokenizer(source, target, form.source)
         self.weights.write(target, shard)
         json_file.write(target / "config.json", self.weights.config)
         drift = self.weights.drift()

@@ -92,7 +92,7 @@ def decoder(model: Any) -> Any:
 
 def likely(config: TrainConfig, place: Place) -> bool:
     """Whether rows will be padding-free, as far as that is known before the model is loaded."""
-    return place.device == "cuda" and config.finetuning_type == "lora" and not _refused(config, place.dtype)
+    return place.device == "cuda" and not config.whole and not _refused(config, place.dtype)
 
 
 def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
@@ -101,6 +101,8 @@ def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
         return "float32 has no flash attention"
     if config.flash_attn == "disabled":
         return "flash_attn is disabled"
+    if config.quantization_bit == 8:
+        return "8-bit layers take the large values of a batch apart"
     if config.neftune_noise_alpha:
         return "neftune_noise_alpha scales its noise by the length of a row"
     return ""
@@ -141,7 +143,7 @@ def head(
     On a GPU an adapted model's embeddings go to the system's memory if they can.
     """
     half = autocast(config, place)
-    if place.device != "cuda" or config.finetuning_type == "full":
+    if place.device != "cuda" or config.whole:
         if config.enable_liger_kernel:
             use_liger(model, place)
         return LossHead(model, autocast=half), ""

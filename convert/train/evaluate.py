@@ -25,9 +25,9 @@ from convert.data import prepare
 from convert.data.dataset_info import Row, find_folder
 from convert.data.encode import Pair, Sample
 from convert.model import chat_format, hub
-from convert.model.lora_adapter import find_base
+from convert.model.lora_adapter import find_base, load_format, read_adapter
 from convert.train import bleu_rouge, init_adapter, sample_answers, trainer
-from convert.train.load_model import Place, choose_place, load_model
+from convert.train.load_model import Place, choose_place, grow, load_model
 from convert.train.losses import LossHead, reference
 from edge.artefact import json_file, manifest
 from edge.console import phase
@@ -76,17 +76,19 @@ def run(
     about = manifest.read(stage)
     config = _config(about, dataset, dataset_dir or find_folder(about.settings, stage), max_samples)
     base = find_base(about, stage)
-    chat = chat_format.load(base)
+    chat = load_format(stage, base)
     data = prepare.prepare(config, chat)
     usable = {item.source for item in data.held}
-    rows = [row for row in prepare.held_rows(config) if row.source in usable]
+    # Plain text asks nothing.
+    asked = prepare.held_rows(config) if config.stage != "pt" else []
+    rows = [row for row in asked if row.source in usable]
     for line in data.report.lines():
         console.print(f"note: {line}", style="yellow")
     trained = {item.source for item in data.train} & usable if dataset else set()
     if trained:
         console.print(f"note: {len(trained)} of these rows were trained on: they say little", style="yellow")
     place = choose_place(config)
-    console.print(f"{len(rows)} rows, {config.model_name_or_path} and {stage} on {place.device}")
+    console.print(f"{len(usable)} rows, {config.model_name_or_path} and {stage} on {place.device}")
     job = _Job(chat, rows, data.held, config, place, max_new_tokens, size, console)
     return _scored(job, lambda: _both(job, stage, base, with_base=with_base), folder, console)
 
@@ -108,13 +110,13 @@ def predict(config: TrainConfig, *, trained: bool, console: Console | None = Non
         raise UsageError("do_predict takes one adapter", "merge them first: edge export CONFIG.yaml")
     else:
         stage = init_adapter.folder_of(adapters[0]) if adapters else base
-    chat = chat_format.load(base)
-    for line in (*config.warnings, chat_format.check_name(config.template, chat)) if not trained else ():
-        if line:
-            console.print(f"note: {line}", style="yellow")
+    chat = load_format(stage, base) if trained else prepare.chat_of(config, base)
+    for line in (*config.warnings, *chat.warnings) if not trained else ():
+        console.print(f"note: {line}", style="yellow")
     data = prepare.prepare(replace(config, packing=False, neat_packing=False), chat)
     usable = {item.source for item in data.held}
-    rows = [row for row in prepare.held_rows(config) if row.source in usable]
+    asked = prepare.held_rows(config) if config.stage != "pt" else []
+    rows = [row for row in asked if row.source in usable]
     place = choose_place(config)
     console.print(f"{len(rows)} rows to answer, {stage} on {place.device}")
     how = (config.max_new_tokens, config.per_device_eval_batch_size, console, _sampling(config))
@@ -151,8 +153,10 @@ def _scored(
     for result in results.values():
         pairs = zip(result.answers, job.labels, strict=True)
         scores = [bleu_rouge.score(answer, label, split) for answer, label in pairs]
-        result.scores = {name: sum(one[name] for one in scores) / len(scores) for name in bleu_rouge.NAMES}
-    figures = _figures(results, len(job.rows), time.monotonic() - began)
+        names = bleu_rouge.NAMES if scores else ()
+        result.scores = {name: sum(one[name] for one in scores) / len(scores) for name in names}
+    rows = len({item.source for item in job.items})
+    figures = _figures(results, rows, time.monotonic() - began)
     _write(folder, job, results)
     json_file.write(folder / "predict_results.json", figures)
     _show(console, job, results, figures)
@@ -170,7 +174,10 @@ def _both(job: _Job, stage: Path, base: Path, *, with_base: bool) -> dict[str, R
     results["tuned"] = job.run(model, "the tuned model")
     if with_base and "base" not in results:
         del model
-        results["base"] = job.run(load_model(base, job.place), "the base")
+        model = load_model(base, job.place)
+        if job.config.grows:
+            grow(model, job.chat.tokenizer.get_vocab_size(), job.config.seed)
+        results["base"] = job.run(model, "the base")
     return results
 
 
@@ -202,6 +209,8 @@ def load_tuned(stage: Path, base: Path, config: TrainConfig, place: Place) -> An
     from peft import PeftModel
 
     model = load_model(base, place, double_quant=config.double_quantization)
+    if config.grows:
+        grow(model, read_adapter(stage).rows(), config.seed)
     with warnings.catch_warnings():
         # peft calls transformers by a deprecated name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -235,7 +244,9 @@ class _Job:
     def _run(self, model: Any) -> Result:
         model.eval()
         device = self.place.device
-        samples: list[Sample] = [one.chosen if isinstance(one, Pair) else one for one in self.items]
+        # Of answers marked good or bad the good ones, where there are any.
+        good = [one for one in self.items if getattr(one, "good", True)] or self.items
+        samples: list[Sample] = [one.parts[0] for one in good]
         result = Result(trainer.evaluate(model, samples, size=self.size, device=device))
         result.answers = sample_answers.generate(
             model,
@@ -280,13 +291,16 @@ def _write(folder: Path, job: _Job, results: dict[str, Result]) -> None:
 def _show(console: Console, job: _Job, results: dict[str, Result], figures: dict[str, Any]) -> None:
     names = sorted(results)  # the base first
     table = Table("", *(Column(name, justify="right") for name in names))
-    for key in ("eval_loss", "perplexity", *(f"predict_{name}" for name in bleu_rouge.NAMES)):
+    keys = ("eval_loss", "perplexity", *(f"predict_{name}" for name in bleu_rouge.NAMES))
+    for key in filter(figures.__contains__, keys):
         values = [figures[("" if name == "tuned" else "base_") + key] for name in names]
         table.add_row(key, *(f"{value:.4f}" if value < 1e4 else f"{value:.3g}" for value in values))
     console.print(table)
     if "rewards_accuracy" in figures:
         share = figures["rewards_accuracy"]
         console.print(f"pairs whose chosen answer gained on the rejected one: {share:.0%}")
+    if not job.rows:
+        return
     table = Table(
         *(Column(name, overflow="fold") for name in ("question", "reference", *names)), show_lines=True
     )

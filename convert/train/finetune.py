@@ -23,7 +23,7 @@ from rich.console import Console
 
 from convert.config import TrainConfig, recorded
 from convert.data import prepare
-from convert.data.encode import Pair
+from convert.data.encode import Sample
 from convert.model import chat_format, hub
 from convert.train import (
     checkpoint,
@@ -43,13 +43,15 @@ from convert.train.load_model import (
     NF4_BLOCK,
     Place,
     add_adapter,
+    autocast,
     choose_place,
     dtype_name,
+    grow,
     load_model,
     quantized_layers,
     unfreeze,
 )
-from convert.train.losses import Objective, Preference, reference
+from convert.train.losses import Feedback, Objective, Preference, reference
 from edge.artefact import json_file, manifest
 from edge.console import report
 from edge.errors import EdgeError, ExistsError, InputError
@@ -111,7 +113,7 @@ class Run:
 
     `begin` reads and checks everything but the weights. Then, in this order: load, build_objective, resume,
     fit, publish. resumed: the checkpoint to resume from. passes: estimated bytes of a forward and backward
-    pass. quantized: names of the 4-bit layers. pissa: the adapter as PiSSA initialised it.
+    pass. quantized: names of the layers in 4 or 8 bits. pissa: the adapter as PiSSA initialised it.
     """
 
     config: TrainConfig
@@ -141,12 +143,11 @@ class Run:
         report("reading the data")
         resumed = _starting_point(config, overwrite)
         base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
-        chat = chat_format.load(base)
-        notes = [*config.warnings]
+        chat = prepare.chat_of(config, base)
+        about: list[str] = []
         if config.adapter_name_or_path and not config.create_new_adapter:
             config, about = init_adapter.shaped(config)
-            notes += about
-        notes += [line for line in (chat_format.check_name(config.template, chat), *chat.warnings) if line]
+        notes = [*config.warnings, *about, *chat.warnings]
         data = prepare.prepare(config, chat)
         place = choose_place(config)
         world = distributed.join(cpu=place.device == "cpu", timeout=config.ddp_timeout)
@@ -166,7 +167,9 @@ class Run:
             console.print(f"note: {line}", style="yellow")
         console.print(job.plan())
         shards = world.size if world.sharded else 1
-        job.passes = memory_estimate.check(base, config, data, place, console=console, shards=shards).passes
+        tokens = chat.tokenizer.get_vocab_size()
+        need = memory_estimate.check(base, config, data, place, console=console, shards=shards, tokens=tokens)
+        job.passes = need.passes
         return job
 
     @property
@@ -179,16 +182,23 @@ class Run:
 
     @property
     def full(self) -> bool:
-        return self.config.finetuning_type == "full"
+        return self.config.whole
 
     @functools.cached_property
     def digest(self) -> str:
         return self.data.digest()
 
+    @property
+    def thinking(self) -> str | None:
+        """The artefact's thinking mode; plain text teaches none."""
+        if self.config.stage == "pt":
+            return None
+        return chat_format.thinking_mode(self.chat, self.config.enable_thinking)
+
     @functools.cached_property
     def questions(self) -> list[tuple[str, str]]:
         """(question, prompt) of the held-out rows to answer at each evaluation."""
-        if not self.data.held or not self.config.eval_answers:
+        if not self.data.held or not self.config.eval_answers or self.config.stage == "pt":
             return []
         rules = prepare.rules(self.config)
         return [
@@ -233,9 +243,11 @@ class Run:
         """What will be trained, on what, for how long, in one line."""
         config, data, place, world = self.config, self.data, self.place, self.world
         if self.full:
-            weights = "32-bit, every weight trained"
+            every = "some layers" if config.finetuning_type == "freeze" else "every weight"
+            weights = f"32-bit, {every} trained"
         else:
-            weights = "NF4" if place.four_bit else "16-bit" if place.dtype != torch.float32 else "32-bit"
+            whole = "16-bit" if place.dtype != torch.float32 else "32-bit"
+            weights = "NF4" if place.four_bit else "8-bit" if place.eight_bit else whole
         rows = "pairs" if config.stage == "dpo" else "rows"
         processes = f" on each of {world.size} processes" if world.size > 1 else ""
         processes = f", sharded over {world.size} processes" if world.sharded else processes
@@ -257,7 +269,9 @@ class Run:
             attention=cuda_graphs.attention_name(place, longest=self.data.longest, asked=config.flash_attn),
             sharded=self.world.sharded,
         )
-        self.quantized = quantized_layers(self.model) if place.four_bit else []
+        self.quantized = quantized_layers(self.model) if place.four_bit or place.eight_bit else []
+        if config.grows:
+            grow(self.model, self.chat.tokenizer.get_vocab_size(), config.seed)
         self.model = (unfreeze if self.full else add_adapter)(self.model, config)
         if config.adapter_name_or_path:
             init_adapter.load(self.model, config)
@@ -270,7 +284,7 @@ class Run:
             fsdp.shard(self.model, place.device)
 
     def build_objective(self) -> None:
-        """What is minimised: the loss of the learnt tokens, or of pairs against the reference model."""
+        """What is minimised: the loss of the learnt tokens, or of answers against the reference model."""
         config = self.config
         head, how = cuda_graphs.head(
             self.model, config, self.place, passes=self.passes, sharded=self.world.sharded
@@ -278,13 +292,13 @@ class Run:
         if how:
             self.console.print(how)
         self.objective = head
-        if config.stage == "dpo":
+        if config.stage in ("dpo", "kto"):
             self.model.eval()
             logs = {}
-            if config.pref_loss not in ("orpo", "simpo"):
-                pairs = [item for item in (*self.data.train, *self.data.held) if isinstance(item, Pair)]
-                logs = reference(head, pairs, self.place.device, config.per_device_eval_batch_size)
-            self.objective = Preference(head, config, logs)
+            if config.stage == "kto" or config.pref_loss not in ("orpo", "simpo"):
+                items = [item for item in (*self.data.train, *self.data.held) if not isinstance(item, Sample)]
+                logs = reference(head, items, self.place.device, config.per_device_eval_batch_size)
+            self.objective = (Feedback if config.stage == "kto" else Preference)(head, config, logs)
 
     def resume(self) -> None:
         """Make the training loop, and bring it to where the checkpoint was; else remove older checkpoints.
@@ -364,7 +378,7 @@ class Run:
                     _write_weights(self.model, partial, self.base, self.chat)
                 else:
                     _write_adapter(self.model, partial, self.pissa)
-                chat_format.copy_tokenizer(self.chat.folder, partial, self.chat.source)
+                chat_format.save(self.chat, partial)
                 manifest.write(
                     partial,
                     manifest.Manifest(
@@ -372,9 +386,9 @@ class Run:
                         name=self.folder.absolute().name,
                         **self.parent(),
                         settings=self.settings(),
-                        chat_template=manifest.text_digest(self.chat.source),
+                        chat_template=self.chat.digest,
                         stop_ids=self.chat.stop_ids,
-                        thinking=chat_format.thinking_mode(self.chat, self.config.enable_thinking),
+                        thinking=self.thinking,
                         versions=manifest.versions(*_PACKAGES),
                     ),
                 )
@@ -405,15 +419,19 @@ class Run:
         if not self.questions:
             return []
         questions, prompts = zip(*self.questions, strict=True)
-        answers = sample_answers.generate(
-            self.model,
-            self.chat,
-            list(prompts),
-            device=self.place.device,
-            max_new_tokens=_ANSWER_TOKENS,
-            size=len(prompts),
-            together=self.world.sharded,
-        )
+        # Tables of tokens that are trained are float32, over layers that are not.
+        half = autocast(self.config, self.place) if self.config.grows else None
+        device = self.place.device
+        with torch.autocast(device, half, enabled=half is not None):
+            answers = sample_answers.generate(
+                self.model,
+                self.chat,
+                list(prompts),
+                device=device,
+                max_new_tokens=_ANSWER_TOKENS,
+                size=len(prompts),
+                together=self.world.sharded,
+            )
         return list(zip(questions, answers, strict=True))
 
     def parent(self) -> dict[str, Any]:
@@ -446,7 +464,7 @@ class Run:
 
 
 def _target(config: TrainConfig) -> Path:
-    return Path(config.output_dir) / ("merged" if config.finetuning_type == "full" else "adapter")
+    return Path(config.output_dir) / ("merged" if config.whole else "adapter")
 
 
 def _starting_point(config: TrainConfig, overwrite: bool) -> checkpoint.Checkpoint | None:
@@ -501,5 +519,6 @@ def _write_weights(model: Any, folder: Path, base: Path, chat: chat_format.ChatF
     model.to(torch.float16).save_pretrained(folder)
     config = json_file.read(base / "config.json", required=True)
     key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
-    json_file.write(folder / "config.json", {**config, key: "float16"})
+    rows = {"vocab_size": model.config.vocab_size} if "vocab_size" in config else {}
+    json_file.write(folder / "config.json", {**config, **rows, key: "float16"})
     chat_format.write_generation_config(base, folder, chat.stop_ids)

@@ -35,10 +35,10 @@ def asked(config: TrainConfig, world: World) -> bool:
             "fsdp shards weights over several processes, and this is one",
             "torchrun --nproc-per-node 2 -m edge.cli train CONFIG.yaml",
         )
-    if config.finetuning_type == "full" or config.use_dora or config.pissa_init:
+    if config.whole or config.use_dora or config.pissa_init or config.quantization_bit == 8:
         raise UsageError(
             "fsdp shards the frozen weights under a LoRA adapter",
-            "leave out finetuning_type: full, use_dora and pissa_init",
+            "leave out finetuning_type: full (or freeze), use_dora, pissa_init and quantization_bit: 8",
         )
     return True
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,44 +15,95 @@ from typing import Any
 import torch
 
 from convert.config import TrainConfig, absolute
-from convert.model.dequantized_base import no_advice
+from convert.model import quiet_bitsandbytes
 from convert.model.hf_folder import loadable
 from convert.train import malloc_trim
 from edge.errors import UnavailableError, UsageError
 
+# (number, part) of a parameter in a decoder layer.
+_IN_LAYER = re.compile(r".*?\.layers\.(\d+)\.(\w+)\.")
 # Weights that share a scale in bitsandbytes' NF4.
 NF4_BLOCK = 64
 
 
 @dataclass
 class Place:
-    """Where and how to compute. notes: what differs from what was asked for, and why."""
+    """Where and how to compute. four_bit: over NF4 weights; eight_bit: over LLM.int8 ones.
+
+    notes: what differs from what was asked for, and why.
+    """
 
     device: str
     dtype: torch.dtype
     four_bit: bool
     notes: list[str] = field(default_factory=list)
+    eight_bit: bool = False
 
 
 def choose_place(config: TrainConfig) -> Place:
     """CUDA, then MPS, then the CPU; in the type that is asked for where the device has it."""
-    four_bit = config.quantization_bit == 4
+    place = _device(config)
+    bits = config.quantization_bit
+    if place.device == "mps" and bits:
+        why = tried(place.device, place.dtype, bits)
+        found = f"failed ({why}): LoRA over 16-bit weights" if why else "computed what it should"
+        place.notes.append(f"a layer of bitsandbytes in {bits} bits was tried on MPS and {found}")
+        bits = None if why else bits
+    return dataclasses.replace(place, four_bit=bits == 4, eight_bit=bits == 8)
+
+
+def _device(config: TrainConfig) -> Place:
     asked = "bf16" if config.bf16 else "fp16" if config.fp16 else None
     if torch.cuda.is_available() and not config.use_cpu:
         _grow_in_place()
         if asked == "fp16" or not torch.cuda.is_bf16_supported(including_emulation=False):
             notes = ["this GPU has no bfloat16: computing in float16"] if asked == "bf16" else []
-            return Place("cuda", torch.float16, four_bit, notes)
-        return Place("cuda", torch.bfloat16, four_bit)
+            return Place("cuda", torch.float16, False, notes)
+        return Place("cuda", torch.bfloat16, False)
     if torch.backends.mps.is_available() and not config.use_cpu:
-        notes = ["bitsandbytes has no 4 bits on MPS: LoRA over 16-bit weights"] if four_bit else []
-        return Place("mps", torch.float16 if asked == "fp16" else torch.bfloat16, False, notes)
+        return Place("mps", torch.float16 if asked == "fp16" else torch.bfloat16, False)
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     dtype = torch.bfloat16 if fast else torch.float32
-    place = Place("cpu", dtype, four_bit)
+    place = Place("cpu", dtype, False)
     if asked == "fp16" or (asked == "bf16" and not fast):
         place.notes.append(f"{asked} is slow on this CPU: computing in {dtype_name(dtype)}")
     return place
+
+
+def tried(device: str, dtype: torch.dtype, bits: int) -> str:
+    """Why a small layer of bitsandbytes in 4 or 8 bits cannot be trained over on `device`; "" where it can.
+
+    Its output and its input's gradient are compared with those of the weight itself.
+    """
+    quiet_bitsandbytes.alone()
+    weight = torch.linspace(-1, 1, 64 * 128).sin().view(64, 128)
+    x = torch.linspace(-2, 2, 4 * 128).cos().view(4, 128)
+    try:
+        from bitsandbytes import nn
+
+        layer: Any
+        if bits == 4:
+            layer = nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
+        else:
+            layer = nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.load_state_dict({"weight": weight})
+        layer = layer.to(device)
+        keep_unpacked(layer)
+        inputs = x.to(device, dtype).requires_grad_()
+        out = layer(inputs)
+        out.float().square().sum().backward()
+        want = x @ weight.T
+        for name, value, right in (
+            ("output", out.detach(), want),
+            ("gradient", inputs.grad, 2 * want @ weight),
+        ):
+            with torch.no_grad():
+                wrong = float(torch.linalg.norm(value.float().cpu() - right) / torch.linalg.norm(right))
+            if not wrong < 0.2:
+                return f"its {name} is wrong by {wrong:.0%}"
+    except Exception as error:  # whatever a backend raises that lacks an operation
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -72,7 +125,8 @@ def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
 
     On a GPU for adapters too: else their inputs would be kept for the backward pass in float32.
     """
-    if place.dtype == torch.float32 or (config.finetuning_type == "lora" and place.device != "cuda"):
+    plain = config.finetuning_type == "lora" and not config.grows
+    if place.dtype == torch.float32 or (plain and place.device != "cuda"):
         return None
     return place.dtype
 
@@ -80,18 +134,21 @@ def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
 def load_model(
     folder: Path, place: Place, *, double_quant: bool = True, attention: str = "sdpa", sharded: bool = False
 ) -> Any:
-    """The base model in `folder` on its device; with `four_bit` in NF4 but for embeddings and output head.
+    """The base model in `folder` on its device; with `four_bit` in NF4 (with `eight_bit` in 8 bits) but for
+    embeddings and output head.
 
     sharded: as `convert.train.fsdp` takes it: in the system's memory, 4 bits packed as numbers of the other
     weights' type, for FSDP flattens a layer into one tensor of one type.
     """
-    no_advice()
+    quiet_bitsandbytes.alone()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     how: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention}
-    if place.four_bit:
+    if place.eight_bit:
+        how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif place.four_bit:
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -169,11 +226,35 @@ def keep_unpacked(model: Any) -> None:
 
 
 def quantized_layers(model: Any) -> list[str]:
-    """Names of the 4-bit linear layers, with `*` for the number of a decoder layer."""
-    from bitsandbytes.nn import Linear4bit
+    """Names of the linear layers in 4 or 8 bits, with `*` for the number of a decoder layer."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    names = {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
     return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+
+
+def grow(model: Any, tokens: int, seed: int) -> None:
+    """Give the tables of tokens a row for each of `tokens`, in multiples of 64 rows where they lack any.
+
+    New rows begin, as LLaMA-Factory's, as the mean of the others with noise of 1/sqrt(width).
+    """
+    before = model.get_input_embeddings().weight.shape[0]
+    if tokens <= before:
+        return
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
+    torch.manual_seed(seed)
+    weights = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    for weight in dict.fromkeys(weights):
+        data = weight.data
+        data[before:] = data[:before].float().mean(0).to(data.dtype)
+        data[before:] += torch.empty_like(data[before:]).normal_(std=data.shape[1] ** -0.5)
+
+
+def _tables(model: Any) -> list[str]:
+    """The names of the modules that hold a row for each token; of tied ones the embeddings alone."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    wanted = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+    return [name for name, module in model.named_modules() if any(module is one for one in wanted)]
 
 
 def add_adapter(model: Any, config: TrainConfig) -> Any:
@@ -190,6 +271,8 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=pissa if config.pissa_init else True,
+        modules_to_save=_tables(model) if config.grows else None,
+        ensure_weight_tying=config.grows and model.config.tie_word_embeddings,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
@@ -200,6 +283,9 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
             adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     adapted.peft_config["default"].base_model_name_or_path = absolute(config.model_name_or_path)
     if not config.disable_gradient_checkpointing:
         # Without dropout the recomputation needs no random state, and can be captured as a CUDA graph.
@@ -222,10 +308,40 @@ def drops(model: Any) -> bool:
 
 
 def unfreeze(model: Any, config: TrainConfig) -> Any:
-    """`model` (in float32) with every weight to be trained."""
+    """`model` (in float32) with every weight to be trained, or with some layers (finetuning_type: freeze).
+
+    Raises UsageError for names of parts that it does not have.
+    """
     torch.manual_seed(config.seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    chosen = (lambda name: True) if config.finetuning_type == "full" else _chosen(model, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and chosen(name))
     if not config.disable_gradient_checkpointing:
         _checkpoint(model)
     return model
+
+
+def _chosen(model: Any, config: TrainConfig) -> Callable[[str], bool]:
+    """Whether a parameter, by its name, is one of those that freeze tuning trains."""
+    count, wanted = int(model.config.get_text_config().num_hidden_layers), config.freeze_trainable_layers
+    if not 0 < abs(wanted) <= count:
+        raise UsageError(f"freeze_trainable_layers: {wanted}: the model has {count} layers", f"1 to {count}")
+    layers = range(count - wanted, count) if wanted > 0 else range(-wanted)
+    names = [name for name, _ in model.named_parameters()]
+    inside = {match[2] for name in names if (match := _IN_LAYER.match(name))}
+    outside = {part for name in names if not _IN_LAYER.match(name) for part in name.split(".")[:-1]}
+    modules, extra = set(config.freeze_trainable_modules), set(config.freeze_extra_modules or ())
+    for key, asked, known in (
+        ("freeze_trainable_modules", modules - {"all"}, inside),
+        ("freeze_extra_modules", extra, outside),
+    ):
+        if asked - known:
+            hint = f"it has {', '.join(sorted(known))}"
+            raise UsageError(f"{key}: the model has no {', '.join(sorted(asked - known))}", hint)
+
+    def chosen(name: str) -> bool:
+        if match := _IN_LAYER.match(name):
+            return int(match[1]) in layers and ("all" in modules or match[2] in modules)
+        return bool(extra & set(name.split(".")))
+
+    return chosen

@@ -1,8 +1,8 @@
-"""What training minimises: the loss of a learnt token (sft), or of a pair of answers (dpo and its kin)."""
+"""What training minimises: the loss of a learnt token (sft, pt), of two answers (dpo) or one (kto)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from convert.config import TrainConfig
-from convert.data.encode import IGNORED, Pair, Sample
+from convert.data.encode import IGNORED, Judged, Pair, Sample
 
 
 class Body(Protocol):
@@ -246,22 +246,57 @@ def _log1mexp(value: torch.Tensor) -> torch.Tensor:
     return torch.log(-torch.expm1(value.clamp(max=-1e-7)))
 
 
-def reference(head: LossHead, pairs: list[Pair], device: str, size: int) -> dict[int, tuple[float, float]]:
-    """(chosen, rejected) log probabilities of the answers of each pair, by its id(). The model: in eval mode.
+class Feedback:
+    """KTO (arXiv:2402.01306, equation 7), from answers that are good or not, by themselves.
+
+    loss = weight * (1 - sigmoid(beta * (r - z))) of a good answer, (z - r) of a bad one, where r is how much
+    more likely the answer became. z, how far the model moved at all, is the mean of the same over a batch's
+    questions with other rows' answers, at least 0 and without a gradient. `pref_ftx` adds the plain loss of
+    the good answers.
+    """
+
+    zero_is_bad = False
+
+    def __init__(
+        self, head: LossHead, config: TrainConfig, reference: dict[int, tuple[float, float]]
+    ) -> None:
+        self._head, self._config, self._reference = head, config, reference
+
+    def weight(self, batch: list[Judged]) -> float:
+        return len(batch)
+
+    def __call__(self, batch: list[Judged], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self._config
+        with torch.no_grad():
+            moved, _ = self._head.sums([item.other for item in batch], device)
+        sums, lengths = self._head.sums([item.answer for item in batch], device)
+        before = torch.tensor([self._reference[id(item)] for item in batch], device=sums.device)
+        good = torch.tensor([item.good for item in batch], device=sums.device)
+        gain = (sums - before[:, 0]) - (moved - before[:, 1]).mean().clamp(min=0)
+        weights = torch.where(good, config.kto_chosen_weight, config.kto_rejected_weight)
+        losses = weights * (1 - torch.sigmoid(config.pref_beta * torch.where(good, gain, -gain)))
+        if config.pref_ftx:
+            losses = losses + config.pref_ftx * good * (-sums / lengths)
+        return losses, torch.arange(len(batch))
+
+
+def reference(
+    head: LossHead, items: Sequence[Pair | Judged], device: str, size: int
+) -> dict[int, tuple[float, float]]:
+    """Log probabilities of the answers in both parts of each item, by its id(). The model: in eval mode.
 
     Before training, a fresh adapter changes nothing: the model that is to be trained is its own reference.
     """
     logs: dict[int, tuple[float, float]] = {}
     with torch.no_grad():
-        for batch in by_length(pairs, size):
-            sums, _ = head.sums([pair.chosen for pair in batch] + [pair.rejected for pair in batch], device)
-            chosen, rejected = sums.float().chunk(2)
-            both = zip(chosen.tolist(), rejected.tolist(), strict=True)
-            logs |= {id(pair): two for pair, two in zip(batch, both, strict=True)}
+        for batch in by_length(items, size):
+            sums, _ = head.sums([part for item in batch for part in item.parts], device)
+            for item, (first, second) in zip(batch, sums.float().view(-1, 2).tolist(), strict=True):
+                logs[id(item)] = (first, second)
     return logs
 
 
-def by_length(items: list[Any], size: int) -> Iterator[list[Any]]:
+def by_length(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
     """Batches of at most `size` items of like length."""
     order = sorted(items, key=lambda item: item.size)
     for start in range(0, len(order), size):

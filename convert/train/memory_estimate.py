@@ -21,15 +21,16 @@ from rich.console import Console
 from torch import nn
 
 from convert.config import TrainConfig
-from convert.data.encode import Pair, Sample
+from convert.data.encode import Judged, Sample
 from convert.data.prepare import Prepared
-from convert.model.dequantized_base import no_advice
+from convert.model import quiet_bitsandbytes
 from convert.train import cuda_graphs, fsdp, malloc_trim
 from convert.train.load_model import (
     NF4_BLOCK,
     Place,
     add_adapter,
     autocast,
+    grow,
     keeps_embeddings_off,
     unfreeze,
 )
@@ -98,17 +99,19 @@ def estimate(
     return Estimate(weights, trained, passes, other)
 
 
-def skeleton(base: Path, config: TrainConfig, place: Place) -> Any:
-    """The model that is to be trained, without storage."""
-    no_advice()
+def skeleton(base: Path, config: TrainConfig, place: Place, *, tokens: int = 0) -> Any:
+    """The model that is to be trained, without storage. tokens: of its tokenizer, where they are more."""
+    quiet_bitsandbytes.alone()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(base, local_files_only=True)
-    full = config.finetuning_type == "full"
+    full = config.whole
     # The real model's start must find the random numbers as they were.
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32 if full else place.dtype)
+        if config.grows:
+            grow(model, tokens, config.seed)
         return unfreeze(model, config) if full else add_adapter(model, replace(config, pissa_init=False))
 
 
@@ -123,6 +126,7 @@ def _weights(model: Any, config: TrainConfig, place: Place, shards: int) -> tupl
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
     four_bit = {id(module.weight) for module in linear if place.four_bit}
+    eight_bit = {id(module.weight): len(module.weight) for module in linear if place.eight_bit}
     scale = 1 + 4 / _SCALES if config.double_quantization else 4
     whole, heap, sharded = 0, 0, Counter[int]()
     for parameter in model.parameters():
@@ -133,6 +137,9 @@ def _weights(model: Any, config: TrainConfig, place: Place, shards: int) -> tupl
             size = parameter.numel() // 2
             heap += 4 * parameter.numel() if 4 * parameter.numel() <= _HEAP_CHUNK else 0
             whole += int(parameter.numel() / NF4_BLOCK * scale)
+        if id(parameter) in eight_bit:
+            # A byte a weight, and a scale in float32 for each row.
+            size = parameter.numel() + 4 * eight_bit[id(parameter)]
         if id(parameter) in layer_of:
             sharded[layer_of[id(parameter)]] += size
         else:
@@ -154,7 +161,7 @@ class Passes:
     """
 
     def __init__(self, model: Any, config: TrainConfig, place: Place, *, longest: int) -> None:
-        shape, full = model.config.get_text_config(), config.finetuning_type == "full"
+        shape, full = model.config.get_text_config(), config.whole
         hidden, heads = int(shape.hidden_size), int(shape.num_attention_heads)
         size = int(getattr(shape, "head_dim", None) or hidden // heads)
         query, key = heads * size, int(getattr(shape, "num_key_value_heads", None) or heads) * size
@@ -178,7 +185,7 @@ class Passes:
         # The softmax is computed in float32, and a copy in 16 bits is used.
         self._scores = heads * (4 if item == 4 else 6) if eager else 0
         self._hidden, self._inner, self._item, self._packed = item * hidden, item * inner, item, packed
-        self._dequantised = hidden * inner * item if place.four_bit else 0
+        self._dequantised = hidden * inner * item if place.four_bit or place.eight_bit else 0
         self._layers, self._width, self._vocabulary = (
             int(shape.num_hidden_layers),
             hidden,
@@ -212,7 +219,8 @@ class Passes:
         """(tokens with padding, tokens with loss, bytes of a layer's attention scores)"""
         samples: list[Sample] = []
         for item in batch:
-            samples += (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+            # The other answers of kto get no gradient, and are gone by then.
+            samples += (item.answer,) if isinstance(item, Judged) else item.parts
         # A proposal may ask for shorter rows than those that were prepared.
         lengths = [min(len(sample.ids), self._cutoff) for sample in samples]
         learnt = sum(min(sample.learnt, self._cutoff) for sample in samples)
@@ -251,10 +259,20 @@ def free(place: Place) -> int:
 
 
 def check(
-    base: Path, config: TrainConfig, data: Prepared, place: Place, *, console: Console, shards: int = 1
+    base: Path,
+    config: TrainConfig,
+    data: Prepared,
+    place: Place,
+    *,
+    console: Console,
+    shards: int = 1,
+    tokens: int = 0,
 ) -> Estimate:
-    """Say what training will take. Raises EdgeError, with settings that fit, where less is free."""
-    model = skeleton(base, config, place)
+    """Say what training will take. Raises EdgeError, with settings that fit, where less is free.
+
+    shards: as for `estimate`; tokens: as for `skeleton`.
+    """
+    model = skeleton(base, config, place, tokens=tokens)
     need = estimate(base, config, data, place, model=model, shards=shards)
     room = free(place)
     console.print(f"memory: {need} at the peak, {room / 2**30:.2f} GiB free")

@@ -120,8 +120,9 @@ class Loop:
         self.world = world or World()
         self.objective: Objective = objective or LossHead(model)
         self.items = items
-        self.parameters = flattened([one for one in model.parameters() if one.requires_grad])
-        self.optimizer = _optimizer(self.parameters, config, device)
+        groups = _groups_of(model, config.loraplus_lr_ratio or 1.0)
+        self.parameters = [one for group in groups for one in group["params"]]
+        self.optimizer = _optimizer(groups, config, device)
         # float16 gradients underflow without a scale; too large a scale overflows, and is halved, by design.
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self.state = Progress(total=total_steps(config, len(items), self.world.size))
@@ -167,7 +168,7 @@ class Loop:
             return False  # all processes stop at the same step
         rate = learning_rate(self.config, state.step, state.total)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = rate * parameters["scale"]
         weight = sum(self.objective.weight(batch) for batch in group)
         values: list[torch.Tensor] = []
         mine = world.share(group)
@@ -315,7 +316,23 @@ def out_of_memory(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def _optimizer(parameters: list[Any], config: TrainConfig, device: str) -> Any:
+def _groups_of(model: Any, ratio: float) -> list[dict[str, Any]]:
+    """What is trained, as groups of an optimizer. scale: of the learning rate.
+
+    LoRA+ (arXiv:2402.12354): an adapter's B matrices, and what it holds of one axis, learn `ratio` times as
+    fast as its A matrices.
+    """
+    trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    fast = {name for name, one in trained if ratio != 1.0 and ("lora_B" in name or one.ndim == 1)}
+    groups = [
+        ([one for name, one in trained if (name in fast) == is_fast], is_fast) for is_fast in (False, True)
+    ]
+    return [
+        {"params": flattened(group), "scale": ratio if is_fast else 1.0} for group, is_fast in groups if group
+    ]
+
+
+def _optimizer(parameters: list[dict[str, Any]], config: TrainConfig, device: str) -> Any:
     how: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     how |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optim == "paged_adamw_8bit":

@@ -14,6 +14,9 @@ from edge.backends.base import Logits
 from edge.chat_template import ChatTemplate
 from edge.errors import RequestError
 
+# The texts of the probes one after the other, for a model without a chat template.
+_PLAIN = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+
 
 class Reader(ABC):
     """One stage of a model, asked as a server asks it. It tokenizes before any weights are loaded.
@@ -45,7 +48,7 @@ class Reader(ABC):
         self.thinking = record.thinking if record else None
         # As a server takes them: what edge.json names, else what the model's own files name.
         self.stop_ids = frozenset(record.stop_ids if record else ()) or frozenset(ends)
-        self._chat = ChatTemplate(template, bos=bos, eos=eos, file=str(path))
+        self._chat = ChatTemplate(template or _PLAIN, bos=bos, eos=eos, file=str(path))
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """The text that serving renders for `messages`; the template's error in angle brackets."""

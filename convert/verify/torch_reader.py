@@ -31,9 +31,10 @@ class TorchReader(Reader):
             record = known_adapter(path, base)
             self._base, self._adapter = find_base(record, path), path
             self._format = load_format(path, self._base)
-            kind = "NF4 + LoRA" if record.settings.get("quantized") else "base + LoRA"
+            bits = "8-bit" if record.settings.get("quantization_bit") == 8 else "NF4"
+            kind = f"{bits} + LoRA" if record.settings.get("quantized") else "base + LoRA"
         else:
-            self._format, self.slowness = chat_format.load(path), 1
+            self._format, self.slowness = chat_format.load(path, plain=True), 1
         config = read_config(self._base)
         if self._adapter is None:
             kind = str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -71,6 +71,11 @@ def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Ar
     if artefacts:
         return artefacts
     format = SUFFIXES[kinds[0]]
+    if (given / "adapter_config.json").is_file() and not (given / "merged").is_dir():
+        raise InputError(
+            f"{given} is an adapter, which needs the model that it was trained on",
+            f"edge merge {given} (--base MODEL where that one has moved), then edge export {format} {given}",
+        )
     if (given / "merged").is_dir():
         raise InputError(
             f"{given} has a merged model but no {format.upper()} yet", f"edge export {format} {given}"

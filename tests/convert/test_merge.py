@@ -2,25 +2,31 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convert import merge
 from convert.config import parse
+from convert.export import gguf_lora
 from convert.model import lora_adapter
 from convert.train import finetune
-from edge.artefact import manifest
+from edge.artefact import find, manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from tests.support.toy import make_model
+from tests.support.training import plain
 
 from tests.convert.train.test_finetune import ROWS  # isort: skip
 
 # Seconds of training or of other processes: left out of the quick part.
 pytestmark = pytest.mark.slow
+
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture
@@ -297,3 +303,87 @@ def test_verb(trained, capsys):
     assert merge.main([str(run), "--dtype", "float32", "--into", "original"]) == 0
     said = capsys.readouterr().out
     assert "14 layers changed by" in said and "original base" in said
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """(base, adapter): what peft alone writes, with a base of another machine."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("elsewhere")
+    base = make_model(folder / "base")
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft calls transformers by a deprecated name.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    model.peft_config["default"].base_model_name_or_path = "C:\\Users\\me\\Qwen2.5-1.5B"
+    model.save_pretrained(folder / "lora", save_embedding_layers=False)
+    return base, folder / "lora"
+
+
+def test_an_adapter_whose_base_is_gone_names_file_and_key(elsewhere, tmp_path):
+    _, adapter = elsewhere
+    copied = shutil.copytree(adapter, tmp_path / "lora")
+    words = r"adapter_config\.json: base_model_name_or_path is 'C:.*Qwen2.5-1.5B', which is not there"
+    with pytest.raises(InputError, match=f"(?s){words}.*--base PATH"):
+        merge.run(copied, console=QUIET)
+    config = json.loads((copied / "adapter_config.json").read_text(encoding="utf-8"))
+    for empty in ("", None):
+        text = json.dumps({**config, "base_model_name_or_path": empty})
+        (copied / "adapter_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=r"(?s)base_model_name_or_path is empty.*--base PATH"):
+            merge.run(copied, console=QUIET)
+
+
+@pytest.mark.slow
+def test_an_adapter_made_elsewhere_is_merged_into_the_base_that_is_named(elsewhere, tmp_path):
+    """The merged model's logits are those of peft's adapter over its base; the proof stands in edge.json."""
+    from peft import PeftModel
+
+    base, adapter = elsewhere
+    copied = shutil.copytree(adapter, tmp_path / "lora")
+    merge.main([str(copied), "--base", str(base), "--dtype", "float32"])
+    found = manifest.read(copied / "merged")
+    assert found.verify["logits"]["kl_mean"] < 1e-6 and found.chat_template is not None
+    config = json.loads((copied / "adapter_config.json").read_text(encoding="utf-8"))
+    (copied / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(base)}), encoding="utf-8"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = PeftModel.from_pretrained(plain(base), str(copied)).eval()
+    ids = torch.tensor([[5, 60, 7, 80, 9, 100]])
+    merged = plain(copied / "merged")
+    torch.testing.assert_close(logits(merged, ids), logits(theirs, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_is_not_merged_into_another_model(elsewhere, tmp_path):
+    _, adapter = elsewhere
+    copied = shutil.copytree(adapter, tmp_path / "lora")
+    other = make_model(tmp_path / "other", hidden=32)
+    with pytest.raises(InputError, match=r"weight has the shape .* there, .*other has the shape"):
+        merge.run(copied, base=other, console=QUIET)
+    assert not (copied / "merged").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_made_elsewhere_is_exported_for_the_base_that_is_named(elsewhere, tmp_path):
+    pytest.importorskip("llama_cpp")
+    base, adapter = elsewhere
+    copied = shutil.copytree(adapter, tmp_path / "lora")
+    with pytest.raises(InputError, match=r"base_model_name_or_path is 'C:.*, which is not there"):
+        gguf_lora.run(copied)
+    other = make_model(tmp_path / "other", hidden=32)
+    with pytest.raises(InputError, match=r"there, .*other has the shape"):
+        gguf_lora.run(copied, base=other)
+    file = gguf_lora.run(copied, base=base)
+    header = find.check_lora(file)
+    assert len(header.tensors) == 2 * 4
+    with pytest.raises(InputError, match=r"(?s)is an adapter, which needs.*edge merge .*--base"):
+        find.resolve(copied)

@@ -17,6 +17,7 @@ from convert import pull
 from convert.model import hub
 from convert.model.hf_folder import check_folder
 from edge.artefact import find, manifest
+from edge.artefact.find import TEMPLATE
 from edge.errors import ExistsError, InputError, UnavailableError, UsageError
 from edge.machine import hardware, llamacpp_source
 from tests.support import tiny_gguf, toy
@@ -155,10 +156,15 @@ def test_a_folder_that_cannot_be_used_is_refused(kind: str, said: str, folder: P
     assert not (tmp_path / "m").exists()
 
 
-def test_no_chat_template_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_base_model_has_no_chat_template_but_an_end_token(folder: Path, tmp_path: Path) -> None:
+    known = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match="chat template"):
+    with pytest.raises(InputError, match="its tokenizer names no end token"):
         pull.pull(str(folder), out=tmp_path / "m")
+    text = json.dumps({"eos_token": known["eos_token"]})
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    target = pull.pull(str(folder), out=tmp_path / "m")
+    assert manifest.read(target).chat_template is None and not (target / TEMPLATE).exists()
 
 
 @pytest.mark.slow

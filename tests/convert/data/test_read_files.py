@@ -197,7 +197,7 @@ def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
     ("entry", "words"),
     [
         ({"script_url": "x"}, "has only script_url, which is not supported: its code is never run"),
-        ({}, "has neither file_name nor hf_hub_url"),
+        ({}, "has neither file_name nor a hub_url"),
         ({"file_name": "x", "formatting": "xml"}, "has formatting 'xml'"),
         ({"file_name": "x", "ranking": "yes"}, "has ranking 'yes'"),
         ({"file_name": "x", "num_samples": 0}, "has num_samples 0"),

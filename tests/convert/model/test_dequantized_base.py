@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from convert.model import dequantized_base, safetensors_io
-from convert.model.dequantized_base import DequantizedBase, spans
+from convert.model.dequantized_base import DTYPES, DequantizedBase, spans
 from convert.model.hf_folder import check_folder, check_safetensors
 from convert.model.safetensors_io import Part
+from convert.train.load_model import Place, load_model, quantized_layers
+from tests.support.toy import make_model
 
 
 @pytest.mark.slow
@@ -81,3 +83,29 @@ def test_shards_are_what_safetensors_reads(tmp_path: Path) -> None:
 def test_a_tensor_that_is_not_whole_is_never_published(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="more or fewer rows"):
         safetensors_io.write(tmp_path, [Part("a", (2, 2), torch.float32)], lambda _: [torch.zeros(1, 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_bits_are_those_of_the_layers_that_training_saw(tmp_path: Path, dtype: str) -> None:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    base = make_model(tmp_path / "m")
+    kind = DTYPES[dtype]
+    model = load_model(base, Place("cpu", kind, False, eight_bit=True))
+    names = quantized_layers(model)
+    assert len(names) == 7 and all("*" in name for name in names)
+    dequantised = DequantizedBase({"compute_dtype": dtype, "quantized": names, "quantization_bit": 8})
+    stored = load_file(base / "model.safetensors")
+    changed = 0
+    for name, weight in stored.items():
+        mine = dequantised(name, weight)
+        assert mine.dtype == kind
+        if dequantised.holds(name):
+            data = model.get_parameter(name)
+            theirs = int8_vectorwise_dequant(data.data, data.SCB).to(kind)
+            assert torch.equal(mine, theirs), name
+            changed += not torch.equal(mine, weight.to(kind))
+        else:
+            assert torch.equal(mine, weight.to(kind))
+    assert changed == 14

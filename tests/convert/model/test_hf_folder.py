@@ -181,3 +181,23 @@ def test_a_chat_template_of_another_encoding_is_named(toy_folder: Path, tmp_path
     (tmp_path / "chat_template.jinja").write_bytes("你".encode("gbk"))
     with pytest.raises(InputError, match=r"chat_template\.jinja is not UTF-8"):
         chat_format.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("readme", "shown", "whole"),
+    [
+        ("---\nbase_model: Qwen/Qwen2.5-1.5B\n---\n", "x", "Qwen/Qwen2.5-1.5B"),
+        ("---\ntags: [a]\nbase_model:\n- meta-llama/Llama-3.2-1B\n---\n", "x", "meta-llama/Llama-3.2-1B"),
+        ("", "unsloth/Qwen2.5-7B-unsloth-bnb-4bit", "unsloth/Qwen2.5-7B"),
+        ("", "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-7B-Instruct"),
+        ("base_model: no/header", "models/some-awq-like", ""),
+    ],
+)
+def test_a_quantised_base_tells_what_it_was_made_from(tmp_path, readme, shown, whole):
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    with pytest.raises(InputError, match=r"is quantised already \(bitsandbytes\)") as caught:
+        check_folder(tmp_path, shown=shown)
+    named = f", {whole} by its files" if whole else ""
+    assert caught.value.hint.startswith(f"give the 16-bit model{named}: ")

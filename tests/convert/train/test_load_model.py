@@ -1,11 +1,13 @@
 """Where and how a model is loaded: the device, its types, and layers that are never swapped in silence."""
 
+import importlib.util
 import sys
 import types
 
 import pytest
 import torch
 
+from convert.model import quiet_bitsandbytes
 from convert.train import finetune, load_model
 from edge.errors import EdgeError
 from tests.support.runs import configure
@@ -44,10 +46,45 @@ def test_place(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     place = load_model.choose_place(made(use_cpu=False))
-    assert place.device == "mps" and not place.four_bit and "bitsandbytes" in place.notes[0]
+    assert place.device == "mps" and not place.four_bit
+    assert "in 4 bits was tried on MPS and failed (" in place.notes[0]
+    monkeypatch.setattr(load_model, "tried", lambda device, dtype, bits: "")
+    place = load_model.choose_place(made(use_cpu=False))
+    assert place.four_bit and place.notes == [
+        "a layer of bitsandbytes in 4 bits was tried on MPS and computed what it should"
+    ]
+    eight = load_model.choose_place(made(use_cpu=False, quantization_bit=8))
+    assert eight.eight_bit and not eight.four_bit
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     place = load_model.choose_place(made(bf16=True))
     assert (place.device, place.dtype, place.four_bit) == ("cpu", torch.float32, True)
     assert "bf16 is slow on this CPU" in place.notes[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert load_model.choose_place(made(bf16=True)) == load_model.Place("cpu", torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_is_tried_before_it_is_trusted(bits, monkeypatch):
+    """On the CPU, where it works; with a product that is wrong, and with an operation that is missing."""
+    from bitsandbytes import nn
+
+    assert load_model.tried("cpu", torch.float32, bits) == ""
+    kind = nn.Linear4bit if bits == 4 else nn.Linear8bitLt
+    real = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: real(self, x) * 1.5)
+    assert load_model.tried("cpu", torch.float32, bits) in {f"its output is wrong by {n}%" for n in (50, 51)}
+
+    def missing(self, x):
+        raise NotImplementedError("no such operation\n...")
+
+    monkeypatch.setattr(kind, "forward", missing)
+    assert load_model.tried("cpu", torch.float32, bits) == "no such operation"
+
+
+def test_no_kernel_is_fetched_from_a_hub(monkeypatch):
+    """The package `kernels` is not imported, though it be installed."""
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    quiet_bitsandbytes.alone()
+    assert importlib.util.find_spec("kernels") is None
+    with pytest.raises(ImportError):
+        import kernels  # noqa: F401

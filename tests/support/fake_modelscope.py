@@ -1,0 +1,109 @@
+"""ModelScope in a thread: the few addresses that modelscope-hub asks, over local folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+
+class FakeModelScope:
+    """repos: "models/ORG/NAME" or "datasets/ORG/NAME" -> folder; others are not there.
+
+    asked: (path, revision, file). sent: bytes of files. cut: bytes after which the answer with a file of at
+    least `large` bytes drops, 0 never. connections: such answers still given. spoil: send other bytes.
+    """
+
+    large = 2**20
+
+    def __init__(self, repos: dict[str, Path]) -> None:
+        self.repos = repos
+        self.asked: list[tuple[str, str, str]] = []
+        self.sent = self.cut = 0
+        self.connections: int | None = None
+        self.spoil = False
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        parts = urlsplit(request.path)
+        path = parts.path.removeprefix("/api/v1/")
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        name, rest = "/".join(path.split("/")[:3]), path.split("/")[3:]
+        file = query.get("FilePath", "")
+        self.asked.append((path, query.get("Revision", ""), file))
+        if path == "repos/internalAccelerationInfo":
+            return self._json(request, 200, {})
+        if name.endswith("org/private"):
+            return self._json(request, 403, {})
+        if name not in self.repos or query.get("Revision") == "v9":
+            return self._json(request, 404, {})
+        folder = self.repos[name]
+        if rest in (["repo", "files"], ["repo", "tree"]):
+            entries = [self._entry(folder, one) for one in sorted(folder.rglob("*")) if one.is_file()]
+            return self._json(request, 200, {"Files": entries})
+        if rest == ["repo"]:
+            return self._file(request, folder / file)
+        return self._json(request, 200, {})
+
+    def _entry(self, folder: Path, file: Path) -> dict[str, Any]:
+        data = file.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = file.relative_to(folder).as_posix()
+        return {"Path": path, "Name": file.name, "Type": "blob", "Size": len(data), "Sha256": sha256}
+
+    def _json(self, request: BaseHTTPRequestHandler, status: int, value: Any) -> None:
+        body = {"Code": status, "Success": status == 200, "Message": "no", "Data": value}
+        data = json.dumps(body).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data)
+
+    def _file(self, request: BaseHTTPRequestHandler, file: Path) -> None:
+        data = file.read_bytes()
+        large = len(data) >= self.large
+        start = int(request.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        if large and self.connections is not None:
+            if self.connections == 0:
+                request.close_connection = True
+                return
+            self.connections -= 1
+        request.send_response(206 if "Range" in request.headers else 200)
+        request.send_header("Content-Length", str(len(data) - start))
+        if "Range" in request.headers:
+            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        request.end_headers()
+        body = data[start:]
+        if large and self.cut:
+            body = body[: self.cut]
+            request.close_connection = True
+        self.sent += len(body) if large else 0
+        request.wfile.write(b"\1" * len(body) if self.spoil and large else body)
