@@ -10,6 +10,7 @@ import argparse
 import importlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,11 +134,19 @@ def _model(config: TrainConfig) -> Path:
 
 
 def _notes(config: TrainConfig, base: Path, console: Console) -> None:
-    from convert.model import chat_format
+    """Say the configuration's warnings, and where `template` is not what the model was tuned with."""
+    from convert.data import prepare
 
-    for line in (*config.warnings, chat_format.check_name(config.template, chat_format.load(base))):
-        if line:
-            console.print(f"note: {line}", style="yellow")
+    # A model of plain text has no template; nothing is trained here.
+    asked = replace(config, stage="pt")
+    chat, own = prepare.chat_of(asked, base), prepare.chat_of(replace(asked, template=None), base)
+    notes = chat.warnings
+    if chat.source != own.source:
+        notes = [
+            f"template: {config.template} is not what the model was tuned with, which is used all the same"
+        ]
+    for line in (*config.warnings, *notes):
+        console.print(f"note: {line}", style="yellow")
 
 
 def _write_modelfile(folder: Path, console: Console) -> None:
