@@ -330,14 +330,16 @@ def elsewhere(tmp_path_factory):
 def test_an_adapter_whose_base_is_gone_names_file_and_key(elsewhere, tmp_path):
     _, adapter = elsewhere
     copied = shutil.copytree(adapter, tmp_path / "lora")
-    words = r"adapter_config\.json: base_model_name_or_path is 'C:.*Qwen2.5-1.5B', which is not there"
+    words = r"adapter_config\.json: base_model_name_or_path is 'C:.*Qwen2.5-1.5B', and there is no such model"
     with pytest.raises(InputError, match=f"(?s){words}.*--base PATH"):
         merge.run(copied, console=QUIET)
     config = json.loads((copied / "adapter_config.json").read_text(encoding="utf-8"))
     for empty in ("", None):
         text = json.dumps({**config, "base_model_name_or_path": empty})
         (copied / "adapter_config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=r"(?s)base_model_name_or_path is empty.*--base PATH"):
+        with pytest.raises(
+            InputError, match=r"(?s)base_model_name_or_path is '', and there is no such.*--base PATH"
+        ):
             merge.run(copied, console=QUIET)
 
 
@@ -377,7 +379,7 @@ def test_an_adapter_made_elsewhere_is_exported_for_the_base_that_is_named(elsewh
     pytest.importorskip("llama_cpp")
     base, adapter = elsewhere
     copied = shutil.copytree(adapter, tmp_path / "lora")
-    with pytest.raises(InputError, match=r"base_model_name_or_path is 'C:.*, which is not there"):
+    with pytest.raises(InputError, match=r"base_model_name_or_path is 'C:.*, and there is no such model"):
         gguf_lora.run(copied)
     other = make_model(tmp_path / "other", hidden=32)
     with pytest.raises(InputError, match=r"there, .*other has the shape"):
