@@ -8,33 +8,17 @@ process that started it is gone.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-MEMORY = 512 * 2**20
-RENDER_S = 1.0
+from edge.rendering import sandbox
+from edge.rendering.memory_limit import limit_memory
+from edge.rendering.protocol import MEMORY, RENDER_S, frame, read_frame
+
 _LONGEST_MESSAGE = 2000
-
-
-def frame(value: Any) -> bytes:
-    """`value` as JSON behind its length.
-
-    Raises TypeError, ValueError or RecursionError for what JSON cannot say.
-    """
-    body = json.dumps(value).encode("ascii")
-    return len(body).to_bytes(4, "big") + body
-
-
-def read_frame(stream: IO[bytes]) -> Any:
-    """The value of the next frame; None where the stream has ended."""
-    head = stream.read(4)
-    size = int.from_bytes(head, "big") if len(head) == 4 else 0
-    body = stream.read(size)
-    return json.loads(body) if size and len(body) == size else None
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -42,9 +26,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     {"text"}, {"variables"}, {"invalid": why}, or {"refused": why, "code"}.
     """
-    # Imported late: the process must ignore signals first.
-    from edge.rendering import sandbox
-
     source = request["source"]
     try:
         try:
@@ -67,23 +48,18 @@ def _write(reply: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    # Ctrl-C and a service's stop reach the whole group; the process that asks decides how to end.
+    # A service's stop may reach every process; the one that asks decides how to end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    from edge.rendering.memory_limit import limit_memory
-
     requests = sys.stdin.buffer
     _write({"limited": limit_memory(MEMORY)})
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        while True:
-            # The request itself is on its way; the time runs from its first bytes.
-            request = read_frame(requests)
-            if request is None:
-                return 0
+        while (request := read_frame(requests)) is not None:
             faulthandler.dump_traceback_later(RENDER_S, exit=True, file=nowhere)
             reply = answer(request)
             faulthandler.cancel_dump_traceback_later()
             _write(reply)
+    return 0
 
 
 if __name__ == "__main__":

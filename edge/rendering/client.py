@@ -12,7 +12,7 @@ from typing import Any
 
 from edge import child_process
 from edge.errors import InputError, RequestError
-from edge.rendering.child import MEMORY, RENDER_S, frame, read_frame
+from edge.rendering.protocol import MEMORY, RENDER_S, frame, read_frame
 
 log = logging.getLogger("edge")
 
