@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from convert.config import TrainConfig, load_train_config
+from edge.console import add_progress_option, result
 
 _BARS = 12
 _WIDTH = 40
@@ -49,25 +50,33 @@ def histogram(lengths: list[int], cutoff: int) -> list[str]:
     return [*lines, f"median and more: {shown}, longest {high}"]
 
 
-def coloured(chat: Any, sample: Any) -> Text:
-    """The sample's tokens, each with its id; green where it has loss, dim where not."""
+def pieces(chat: Any, sample: Any) -> list[dict[str, Any]]:
+    """The sample's tokens: text, id, whether it has loss, and whether a row of a pack begins with it."""
     learnt = {index for start, end in sample.spans for index in range(start, end)}
-    text = Text()
+    found = []
     for index, token in enumerate(sample.ids):
-        if index in sample.starts[1:]:
+        text = chat.tokenizer.decode([token], skip_special_tokens=False)
+        text = text.replace("�", f"<{chat.tokenizer.id_to_token(token)}>")
+        begins = index in sample.starts[1:]
+        found.append({"text": text, "id": token, "loss": index in learnt, "begins": begins})
+    return found
+
+
+def coloured(tokens: list[dict[str, Any]]) -> Text:
+    """The tokens, each with its id; green where it has loss, dim where not."""
+    text = Text()
+    for index, token in enumerate(tokens):
+        if token["begins"]:
             text.append("\n-- next row of the pack --\n", style="yellow")
-        piece = chat.tokenizer.decode([token], skip_special_tokens=False)
-        piece = piece.replace("\n", "\\n").replace("�", f"<{chat.tokenizer.id_to_token(token)}>")
-        style = ("black on green" if index % 2 else "black on bright_green") if index in learnt else "dim"
-        text.append(piece, style=style)
-        text.append(f"{token} ", style="green" if index in learnt else "dim italic")
+        style = ("black on green" if index % 2 else "black on bright_green") if token["loss"] else "dim"
+        text.append(token["text"].replace("\n", "\\n"), style=style)
+        text.append(f"{token['id']} ", style="green" if token["loss"] else "dim italic")
     return text
 
 
 def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     """Print everything about the data of `config`, and `rows` of its rows token by token."""
     from convert.data import prepare
-    from convert.data.encode import Pair, Sample
     from convert.model import hub
 
     began = time.monotonic()
@@ -94,19 +103,36 @@ def show(config: TrainConfig, console: Console, *, rows: int) -> None:
     for line in histogram([item.size for item in items], config.cutoff_len):
         console.print(f"  {line}")
     console.print(f"{len(report.cut):,} rows are cut; {_POLICY}")
-    for item in items[:rows]:
-        names: tuple[str, ...] = ("",)
-        if not isinstance(item, Sample):
-            names = (
-                (", chosen", ", rejected")
-                if isinstance(item, Pair)
-                else (", good" if item.good else ", bad",)
-            )
-        for name, sample in zip(names, item.parts, strict=False):
-            console.print(
-                f"\n{item.source}{name}: {len(sample.ids)} tokens, {sample.learnt} with loss", style="bold"
-            )
-            console.print(coloured(chat, sample))
+    samples = []
+    for name, sample in (one for item in items[:rows] for one in _sides(item)):
+        console.print(f"\n{name}: {len(sample.ids)} tokens, {sample.learnt} with loss", style="bold")
+        shown = pieces(chat, sample)
+        samples.append({"source": name, "tokens": shown})
+        console.print(coloured(shown))
+    result(
+        rows=report.rows,
+        trained=data.rows,
+        held_out=data.held_rows,
+        left_out=report.bad,
+        notes=[*data.notes, *report.lines()],
+        lengths=[item.size for item in items],
+        cut=len(report.cut),
+        tokens=tokens,
+        tokens_with_loss=learnt,
+        samples=samples,
+    )
+
+
+def _sides(item: Any) -> list[tuple[str, Any]]:
+    """(name, sample) of a row, of both answers of a pair, or of one that was judged."""
+    from convert.data.encode import Pair, Sample
+
+    names: tuple[str, ...] = ("",)
+    if not isinstance(item, Sample):
+        names = (
+            (", chosen", ", rejected") if isinstance(item, Pair) else (", good" if item.good else ", bad",)
+        )
+    return [(f"{item.source}{name}", part) for name, part in zip(names, item.parts, strict=False)]
 
 
 def main(argv: list[str]) -> int:
@@ -114,6 +140,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for `edge train`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--rows", type=int, default=3, help="rows to show token by token (%(default)s)")
+    add_progress_option(parser)
     options = parser.parse_intermixed_args(argv)
     config = load_train_config(options.config, options.overrides)
     show(config, Console(highlight=False, markup=False, soft_wrap=True), rows=max(0, options.rows))

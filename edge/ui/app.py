@@ -14,20 +14,26 @@ from fastapi import FastAPI, Request
 from nicegui import ui
 from starlette.responses import RedirectResponse
 
-from edge.ui import train
+from edge.ui import data, model, runs, train
 from edge.ui.guard import Guard
 from edge.ui.texts import LANGUAGES, Texts
 from edge.ui.view import View
 from edge.ui.workspace import Workspace
 
 TABS: dict[str, tuple[str, Callable[[View], None]]] = {
+    "Model": ("psychology", model.build),
+    "Data": ("dataset", data.build),
     "Train": ("model_training", train.build),
+    "Runs": ("show_chart", runs.build),
 }
 _LASTS = "path=/; SameSite=Strict; max-age=31536000"
 _THEMES = {"auto": None, "light": False, "dark": True}
 _STYLE = """
-:root { --nicegui-default-padding: 0.75rem; }
+body { --q-primary: #2a5db0 !important; }
 body { font-family: system-ui, "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", sans-serif; }
+body.body--dark { --q-primary: #8ab4f8 !important; }
+.body--dark .q-header, .body--dark .q-btn--standard { --q-primary: #2a5db0; }
+.q-tab, .q-btn { text-transform: none; }
 .edge-page { width: 100%; max-width: 72rem; margin: 0 auto; }
 .edge-grid { display: grid; gap: 0.75rem 1.25rem; }
 .edge-grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
@@ -35,11 +41,21 @@ body { font-family: system-ui, "Noto Sans CJK SC", "Microsoft YaHei", "PingFang 
 .edge-words { white-space: pre-wrap; overflow-wrap: anywhere; }
 .edge-mono { font-family: ui-monospace, Consolas, monospace; font-size: 0.8rem; overflow-wrap: anywhere; }
 .edge-chart { height: 18rem; }
-.edge-tight { gap: 0.15rem; }
 .edge-wide { width: min(92vw, 60rem); max-width: none !important; }
-.body--dark .q-btn--outline { color: #8ab4f8 !important; }
-.q-tab { text-transform: none; }
-.q-btn { text-transform: none; }
+.edge-tight { gap: 0.15rem; }
+.edge-center, .edge-line { align-items: center; }
+.edge-line { border-bottom: 1px solid #8884; padding: 0.25rem 0; }
+.edge-center > .col, .edge-line > .col { flex: 1 1 14rem; }
+.edge-editor { height: 20rem; }
+.edge-tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
+.edge-tokens > div { display: inline; opacity: 0.75; border-radius: 2px; }
+.edge-tokens > .edge-learnt { background: #2f9e5b55; opacity: 1; }
+.edge-tokens > .edge-learnt:nth-child(odd) { background: #2f9e5b88; }
+.edge-warning { color: #8a5a00; }
+.body--dark .edge-warning { color: #f2c037; }
+.edge-title { margin-right: auto; }
+@media (min-width: 800px) { .edge-tabs { flex-grow: 1; } .edge-title { margin-right: 0; } }
+@media (max-width: 799px) { .edge-tabs { order: 3; flex-basis: 100%; } }
 """
 
 
@@ -84,7 +100,6 @@ def _page(workspace: Workspace, language: str) -> Callable[[Request], None]:
 
 def _frame(workspace: Workspace, t: Texts, request: Request) -> None:
     ui.add_css(_STYLE)
-    ui.colors(primary="#2a5db0")
     theme = request.cookies.get("edge-theme", "auto")
     dark = ui.dark_mode(_THEMES.get(theme))
     wanted = request.query_params.get("tab", "")
@@ -92,22 +107,26 @@ def _frame(workspace: Workspace, t: Texts, request: Request) -> None:
     panels: dict[str, Any] = {}
 
     def show(name: str) -> None:
-        # A tab is made when it is first looked at.
-        if name in panels:
-            with panels.pop(name):
-                TABS[name][1](view)
+        # A tab is made when it is looked at: it shows what is on the disk.
+        panels[name].clear()
+        with panels[name]:
+            TABS[name][1](view)
         ui.navigate.history.replace(f"?tab={name}")
+
+    def go(name: str) -> None:
+        if tabs.value == name:
+            show(name)
+        else:
+            tabs.set_value(name)
 
     def set_theme() -> None:
         dark.value = not dark.value
         ui.run_javascript(f"document.cookie = 'edge-theme={'dark' if dark.value else 'light'}; {_LASTS}'")
 
-    with ui.header().classes("items-center q-py-none"):
-        ui.label("edge").classes("text-h6")
+    with ui.header().classes("edge-center q-py-none"):
+        ui.label("edge").classes("text-h6 edge-title")
         tabs = (
-            ui.tabs(on_change=lambda event: show(event.value))
-            .classes("col-grow")
-            .props("dense inline-label outside-arrows mobile-arrows align=left")
+            ui.tabs().classes("edge-tabs").props("dense inline-label outside-arrows mobile-arrows align=left")
         )
         with tabs:
             for name, (icon, _) in TABS.items():
@@ -120,9 +139,10 @@ def _frame(workspace: Workspace, t: Texts, request: Request) -> None:
         ui.button(icon="contrast", on_click=set_theme).props(
             f'flat dense color=white aria-label="{t("Light or dark")}"'
         )
-    view = View(t, workspace, lambda name: tabs.set_value(name))
+    view = View(t, workspace, go)
     with ui.tab_panels(tabs, value=first).classes("edge-page").props("keep-alive"):
         for name in TABS:
             with ui.tab_panel(name):
                 panels[name] = ui.column().classes("full-width")
     show(first)
+    tabs.on_value_change(lambda event: show(event.value))

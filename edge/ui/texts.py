@@ -23,7 +23,7 @@ class Texts:
 
 
 CHINESE = {
-    "Train": "训练",
+    "Model": "模型", "Data": "数据", "Train": "训练", "Runs": "记录",
     "Language": "语言", "Light or dark": "浅色或深色",
     # A job
     "Waiting": "排队中", "Running": "运行中", "Stopping": "正在停止", "Done": "完成", "Failed": "失败",
@@ -38,6 +38,38 @@ CHINESE = {
         "损失没有下降：试试更大的学习率，或检查数据。",
     "The validation loss rises: the model learns the rows by heart. Stop earlier.":
         "验证损失上升：模型开始背诵数据，应更早停止。",
+    # Model
+    "Hub id (ORG/NAME), a folder or a GGUF file": "模型库编号（组织/名称）、文件夹或 GGUF 文件",
+    "Get the model": "获取模型",
+    "No model is here yet.": "这里还没有模型。", "Name a model first.": "请先填写模型。",
+    "{name} is embedded and needs no hub. The hub is {url}; HF_ENDPOINT names another.":
+        "{name} 是内置模型，不需要模型库。当前模型库为 {url}，可用 HF_ENDPOINT 更换。",
+    "fits for serving": "内存足够部署",
+    "too large for serving here": "内存不足以部署",
+    "Train it": "用它训练",
+    "for serving only": "只能部署", "chat template": "有对话模板", "no chat template": "无对话模板",
+    # Data
+    "Upload files": "上传文件",
+    "json, jsonl, csv or parquet; they are put into the folder.":
+        "json、jsonl、csv 或 parquet；文件会放入该文件夹。",
+    "No data set yet: upload a file.": "还没有数据集，请上传文件。",
+    "Mend": "修复",
+    "Which column of {name} is what?": "{name} 的各列分别是什么？",
+    "Choose a base model in the Train tab: its tokenizer and template are used.":
+        "请先在“训练”页选择基座模型：将使用它的分词器和模板。",
+    "{name}: {rows} rows, {trained} to train on, {held} held out, {left} left out":
+        "{name}：共 {rows} 条，训练 {trained} 条，验证 {held} 条，剔除 {left} 条",
+    "Rows that are left out": "被剔除的数据",
+    "{tokens} tokens in an epoch, {learnt} of them with loss; {cut} rows are cut":
+        "每轮 {tokens} 个词元，其中 {learnt} 个计算损失；{cut} 条被截断",
+    "tokens in a row": "每条的词元数",
+    "The exact tokens; those with loss are coloured.":
+        "逐个词元；有颜色的计算损失。",
+    # Runs
+    "No training yet.": "还没有训练。", "Jobs": "任务", "Continue from": "接着训练",
+    "Delete": "删除", "Keep": "保留",
+    "What differs": "不同之处", "Settings and figures": "设置与结果",
+    "Delete {name} with all its checkpoints and exports?": "删除 {name} 及其所有检查点和导出？",
     # Train
     "Name of the run": "运行名称",
     "Letters, digits, dots, dashes and underscores; the folder is runs/NAME.":

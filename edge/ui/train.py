@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
 from nicegui import ui
 
-from edge.artefact import json_file
 from edge.errors import EdgeError, InputError
 from edge.jobs.job import read
 from edge.ui import view as shared
@@ -19,7 +16,6 @@ from edge.ui.texts import HELP
 from edge.ui.view import JobCard, View
 from edge.ui.workspace import Run, read_yaml, schema
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # Chosen above the form, or decided by the page.
 _ABOVE = ("model_name_or_path", "dataset", "dataset_dir", "output_dir")
 _HIDDEN = ("overwrite_output_dir", "resume_from_checkpoint", "bf16", "fp16")
@@ -40,55 +36,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "DPO on preferences": {"stage": "dpo", "finetuning_type": None, "learning_rate": 5e-6},
 }
-_START = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "lora_rank": 16, "logging_steps": 1,
-          "dataset_dir": "data"}  # fmt: skip
-
-
-class Form:
-    """The configuration as the page holds it: values that differ from their defaults, by key.
-
-    What is typed is kept on disk, so that another page goes on with it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.values: dict[str, Any] = read(path) or dict(_START)
-
-    def set(self, key: str, value: Any) -> None:
-        if value in (None, "", []):
-            self.values.pop(key, None)
-        else:
-            self.values[key] = number(value) if isinstance(value, str) else value
-        self.keep()
-
-    def replace(self, values: dict[str, Any]) -> None:
-        self.values = values
-        self.keep()
-
-    def keep(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write(self._path, self.values)
-
-    @property
-    def name(self) -> str:
-        """The run's name. Raises InputError for one that is no folder's."""
-        name = Path(str(self.values.get("output_dir", ""))).name
-        if not _NAME.fullmatch(name):
-            raise InputError("no name")
-        return name
-
-    def yaml(self) -> str:
-        return yaml.safe_dump(self.values, allow_unicode=True, sort_keys=False)
-
-
-def number(text: str) -> Any:
-    """What was typed, as a number where it is one: 1e-4 too, which YAML reads as text."""
-    for kind in (int, float):
-        try:
-            return kind(text.strip())
-        except ValueError:
-            continue
-    return text
 
 
 def build(view: View) -> None:
@@ -98,13 +45,13 @@ def build(view: View) -> None:
 class _Tab:
     def __init__(self, view: View) -> None:
         self._view, self._t = view, view.t
-        self.form = Form(view.workspace.jobs_folder / "form.json")
+        self.form = view.form()
         self._inputs = ui.column().classes("full-width")
         with self._inputs:
             self._fill()
         upload = ui.upload(auto_upload=True, on_upload=self._load).props('accept=".yaml,.yml"')
         upload.classes("hidden")
-        with ui.row().classes("full-width items-center"):
+        with ui.row().classes("full-width edge-center"):
             ui.button(self._t("Start training"), icon="play_arrow", on_click=shared.guarded(self._start))
             ui.button(self._t("Preview"), icon="visibility", on_click=shared.guarded(self._preview)).props(
                 "outline"

@@ -13,6 +13,7 @@ from nicegui import run, ui
 from edge.errors import EdgeError
 from edge.jobs.job import RUNNING, Job
 from edge.ui.curves import Curve, options
+from edge.ui.form import Form
 from edge.ui.texts import Texts
 from edge.ui.workspace import Run, Workspace
 
@@ -35,6 +36,10 @@ class View:
     t: Texts
     workspace: Workspace
     go: Callable[[str], None]
+
+    def form(self) -> Form:
+        """The configuration that is being made, as it is on the disk."""
+        return Form(self.workspace.jobs_folder / "form.json")
 
     async def ask(self, *argv: str) -> dict[str, Any]:
         """The result of a short command, without holding the page up."""
@@ -83,16 +88,26 @@ def curve_names(view: View) -> tuple[str, str, str]:
 
 
 class JobCard:
-    """A job with its state, progress, words and buttons; kept up to date. run: the training's folder."""
+    """A job with its state, progress, words and buttons, kept up to date.
 
-    def __init__(self, view: View, job: Job, *, training: Run | None = None) -> None:
-        self._view, self._job, self._run = view, job, training
+    training: its folder. ended: called once the job is done.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        job: Job,
+        *,
+        training: Run | None = None,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._view, self._job, self._run, self._ended = view, job, training, ended
         self._offset = 0
         self._line: dict[str, Any] = {}
         self._figures: dict[str, Any] = {}
         t = view.t
         with ui.card().classes("full-width").props(f"data-job={job.name}"):
-            with ui.row().classes("full-width items-center"):
+            with ui.row().classes("full-width edge-center"):
                 self._badge = ui.badge()
                 ui.label(shlex.join(job.argv)).classes("edge-mono col")
                 self._stop = ui.button(t("Stop"), icon="stop", on_click=self._ask_to_stop).props("outline")
@@ -103,7 +118,7 @@ class JobCard:
             if training is not None:
                 self._curve = Curve(training.log)
                 self._chart = chart(view, {"": self._curve})
-                self._warning = words().classes("text-warning")
+                self._warning = words().classes("edge-warning")
                 with ui.expansion(t("Sample answers"), icon="question_answer").classes("full-width"):
                     self._answers = words()
             with ui.expansion(t("Log"), icon="article").classes("full-width"):
@@ -142,6 +157,8 @@ class JobCard:
             self._show_training(lines)
         if state not in RUNNING and hasattr(self, "_timer"):
             self._timer.deactivate()
+            if state == "done":
+                self._ended()
 
     def _show_progress(self, state: str) -> None:
         t, line = self._view.t, self._line

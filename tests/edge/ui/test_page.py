@@ -24,7 +24,7 @@ pytest.importorskip("nicegui")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")]
 
 ROOT = Path(__file__).parents[3]
-READY = "document.querySelector('.edge-page .q-tab-panel button') !== null"
+READY = "window.did_handshake && document.querySelector('.edge-page .q-tab-panel > *') !== null"
 
 
 class Page:
@@ -81,8 +81,15 @@ class Page:
         self.browser.press("Enter", 13)
         self.browser.press("Escape", 27)
 
+    def upload(self, *paths: Path) -> None:
+        """Choose files for the first upload of the tab."""
+        root = self.browser.call("DOM.getDocument")["root"]["nodeId"]
+        self.browser.until("document.querySelector('input[type=file]') !== null")
+        found = self.browser.call("DOM.querySelector", nodeId=root, selector="input[type=file]")["nodeId"]
+        self.browser.call("DOM.setFileInputFiles", nodeId=found, files=[str(path) for path in paths])
+
     def sees(self, text: str, seconds: float = 20) -> None:
-        self.browser.until(f"document.body.innerText.includes({json.dumps(text)})", seconds)
+        self.browser.until(f"document.body?.innerText.includes({json.dumps(text)})", seconds)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,8 @@ def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
     (folder / "data" / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
     made = Page(folder, browser)
     yield made
+    browser.call("Page.navigate", url="about:blank")
+    browser.errors.clear()
     made.kill()
     for job in jobs.jobs(folder / "jobs"):
         while job.state in jobs.RUNNING:
@@ -159,3 +168,123 @@ def test_train_by_clicks_through_a_reload_a_killed_server_a_stop_and_a_resume(pa
     # The curve goes through both jobs, from the first step on.
     page.browser.until("document.querySelector('.edge-chart canvas') !== null")
     assert page.browser.errors == []
+
+
+def test_a_broken_data_file_is_mended_and_files_are_uploaded_and_looked_at(
+    page: Page, tmp_path: Path
+) -> None:
+    info = page.folder / "data" / "dataset_info.json"
+    info.write_text('{"d": {"file_name": "d.json"},}', encoding="utf-8")
+    rows = [{"question": "<img src=x onerror=alert(1)>", "answer": "No."}, {"question": "q"}]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    page.start()
+    page.open("Data", "zh")
+    page.sees("line 1, column 31")
+    page.press("修复")
+    page.browser.until("document.querySelector('.cm-content').innerText.includes('d.json')")
+    page.press("保存")
+    page.sees("d.json · alpaca")
+    assert json.loads(info.read_text("utf-8")) == {"d": {"file_name": "d.json"}}
+    page.upload(tmp_path / "new.jsonl")
+    page.sees("new.jsonl · alpaca")
+    entry = json.loads(info.read_text("utf-8"))["new"]
+    assert entry == {"file_name": "new.jsonl", "columns": {"prompt": "question", "response": "answer"}}
+    assert (page.folder / "data" / "new.jsonl").read_bytes() == (tmp_path / "new.jsonl").read_bytes()
+
+    page.open("Data")
+    buttons = "[...document.querySelectorAll('.edge-line button')]"
+    page.browser.ask(f"{buttons}[1].click()")
+    page.sees("Choose a base model in the Train tab")
+    page.open("Model")
+    page.press("Train it")
+    page.browser.until(f"{page.field('Base model')} !== null")
+    assert (
+        json.loads((page.folder / "jobs" / "form.json").read_text("utf-8"))["model_name_or_path"]
+        == "models/toy"
+    )
+    page.open("Data")
+    page.browser.ask(f"{buttons}[1].click()")
+    page.sees("new: 2 rows, 1 to train on, 0 held out, 1 left out", 60)
+    # Text of data is text.
+    tokens = page.browser.ask("document.querySelector('.edge-tokens').textContent")
+    assert "<img src=x onerror=alert(1)>" in tokens and "No." in tokens
+    assert page.browser.ask("document.querySelectorAll('.edge-tokens img').length") == 0
+    learnt = page.browser.ask(
+        "[...document.querySelectorAll('.edge-learnt')].map(e => e.textContent).join('')"
+    )
+    assert learnt.startswith("No.") and "img" not in learnt
+    assert page.browser.errors == []
+
+
+def test_runs_are_compared_continued_and_deleted(page: Page) -> None:
+    for number, rank in enumerate((4, 8)):
+        folder = page.folder / "runs" / f"run{number}"
+        (folder / "adapter").mkdir(parents=True)
+        about = {"settings": {"lora_rank": rank, "model_name_or_path": "models/toy", "seed": 1}}
+        (folder / "adapter" / "edge.json").write_text(json.dumps(about), encoding="utf-8")
+        lines = [json.dumps({"current_steps": step, "loss": 5 - step / 10}) for step in range(1, 20)]
+        (folder / "trainer_log.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    page.start()
+    page.open("Runs")
+    page.browser.until("document.querySelectorAll('.q-checkbox[aria-checked=false]').length === 1")
+    page.browser.ask("document.querySelector('.q-checkbox[aria-checked=false]').click()")
+    page.sees("lora_rank")
+    table = page.browser.ask("document.querySelector('table').innerText")
+    assert "4" in table and "8" in table and "seed" not in table and "model_name_or_path" not in table
+    page.press("Continue from")
+    page.browser.until(f"{page.field('adapter_name_or_path')} !== null")
+    form = json.loads((page.folder / "jobs" / "form.json").read_text("utf-8"))
+    assert form["adapter_name_or_path"].startswith("runs/run") and form["model_name_or_path"] == "models/toy"
+    page.open("Runs")
+    page.browser.ask("document.querySelector('button[aria-label=Delete]').click()")
+    page.sees("with all its checkpoints and exports?")
+    page.press("Delete")
+    until(lambda: len(list((page.folder / "runs").iterdir())) == 1)
+    assert page.browser.errors == []
+
+
+def test_two_languages_both_themes_a_phone_and_nothing_from_elsewhere(page: Page) -> None:
+    page.start()
+    browser = page.browser
+    for tab in ("Model", "Data", "Train", "Runs"):
+        page.open(tab, "zh")
+        assert browser.ask("document.documentElement.lang").startswith("zh")
+        for width in (390, 1200):
+            browser.resize(width, 900, mobile=width < 500)
+            browser.until(f"document.documentElement.scrollWidth <= {width}")
+        hosts = browser.ask(
+            "[...new Set(performance.getEntriesByType('resource').map(e => new URL(e.name).host))]"
+        )
+        assert hosts == [page.url.removeprefix("http://")]
+        unnamed = browser.ask(
+            "[...document.querySelectorAll('button, input:not([type=file]):not([type=hidden])')].filter(e => "
+            "e.getClientRects().length && !e.textContent.trim() && !e.ariaLabel && !e.labels?.length).length"
+        )
+        assert unnamed == 0, tab
+    for scheme in ("dark", "light"):
+        browser.colours(scheme)
+        browser.until(f"document.body.classList.contains('body--{scheme}')")
+    page.press("English")
+    page.sees("Train")
+    assert browser.ask("location.pathname") == "/en"
+    browser.open(page.url, READY)
+    browser.until("location.pathname === '/en'")
+    browser.colours("")
+    browser.call("Network.clearBrowserCookies")
+    assert browser.errors == []
+
+
+def test_behind_a_proxy_and_with_a_key(page: Page) -> None:
+    said = page.start("--root-path", "/page", EDGE_API_KEY="secret")
+    assert said.startswith("http://127.0.0.1:") and "/page/" in said
+    url = page.url.removesuffix("/page")
+
+    def get(path: str, *options: str) -> str:
+        return subprocess.run(
+            ["curl", "-s", "-i", *options, url + path], capture_output=True, text=True
+        ).stdout
+
+    assert "401 Unauthorized" in get("/")
+    assert "location: /page/en" in get("/", "-u", "me:secret")
+    text = get("/en", "-u", "me:secret")
+    assert "/page/_nicegui" in text and 'prefix: "/page"' in text

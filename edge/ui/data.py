@@ -1,0 +1,214 @@
+"""The Data tab: files and dataset_info.json, kept whole by the page; and what a model would learn of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from nicegui import run, ui
+
+from edge.errors import EdgeError, InputError
+from edge.ui import datasets
+from edge.ui import view as shared
+from edge.ui.view import View
+
+# Rows that are shown token by token, and reasons that are listed.
+_ROWS, _REASONS, _BARS = 5, 50, 24
+
+
+def build(view: View) -> None:
+    _Tab(view)
+
+
+class _Tab:
+    def __init__(self, view: View) -> None:
+        self._view, self._t = view, view.t
+        self._folder_name = str(view.form().values.get("dataset_dir", "data"))
+        self._all = ui.column().classes("full-width")
+        self._show()
+
+    @property
+    def _folder(self) -> Path:
+        return self._view.workspace.root / self._folder_name
+
+    def _show(self) -> None:
+        t = self._t
+        self._all.clear()
+        with self._all:
+            with ui.row().classes("full-width edge-center"):
+                ui.select(
+                    sorted({*datasets.folders(self._view.workspace.root), self._folder_name}),
+                    label=t("Folder of the data sets"),
+                    value=self._folder_name,
+                    with_input=True,
+                    new_value_mode="add-unique",
+                    on_change=lambda event: self._set_folder(event.value),
+                ).classes("col")
+                upload = ui.upload(auto_upload=True, multiple=True, on_upload=self._upload)
+                upload.props(f'accept="{",".join(datasets.SUFFIXES)}"').classes("hidden")
+                ui.button(
+                    t("Upload files"), icon="upload", on_click=lambda: upload.run_method("pickFiles")
+                ).tooltip(t("json, jsonl, csv or parquet; they are put into the folder."))
+            self._list()
+            self._shown = ui.column().classes("full-width")
+
+    def _set_folder(self, name: str) -> None:
+        self._folder_name = name or "data"
+        self._show()
+
+    def _list(self) -> None:
+        """The data sets, or what is wrong with their file and the text to mend."""
+        t = self._t
+        try:
+            sets = datasets.load(self._folder)
+        except InputError as error:
+            shared.words(str(error)).classes("text-negative")
+            self._editor()
+            return
+        if not sets:
+            ui.label(t("No data set yet: upload a file."))
+        for name, entry in sets.items():
+            with ui.row().classes("full-width edge-line"):
+                ui.label(name).classes("text-bold")
+                ui.label(datasets.described(entry)).classes("edge-mono col")
+                ui.button(t("Preview"), icon="visibility").props("outline dense").on_click(
+                    shared.guarded(functools.partial(self._preview, name))
+                )
+        with ui.expansion(datasets.INFO, icon="edit_note").classes("full-width"):
+            self._editor()
+
+    def _editor(self) -> None:
+        path = self._folder / datasets.INFO
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}\n"
+        editor = ui.codemirror(text, language="JSON").classes("full-width edge-editor")
+
+        async def mend() -> None:
+            editor.value = datasets.mended(editor.value)
+
+        async def save() -> None:
+            datasets.save(self._folder, editor.value)
+            ui.notify(self._t("Saved as {name}.").format(name=datasets.INFO), type="positive")
+            self._show()
+
+        with ui.row():
+            ui.button(self._t("Mend"), icon="auto_fix_high", on_click=shared.guarded(mend)).props("outline")
+            ui.button(self._t("Save"), icon="save", on_click=shared.guarded(save)).props("outline")
+
+    async def _upload(self, event: Any) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = datasets.free_name(self._folder, event.file.name)
+            await event.file.save(path)
+            if path.suffix == ".parquet":
+                row: dict[str, Any] = {}
+                entry: dict[str, Any] = {"file_name": path.name}
+            else:
+                row = dict(await run.io_bound(datasets.first_row, path) or {})
+                entry = datasets.entry_for(path.name, row) or {}
+            if not entry:
+                self._ask_for_columns(path, list(row))
+                return
+            datasets.add(self._folder, path.stem, entry)
+        except (EdgeError, OSError) as error:
+            shared.complain(str(error))
+            return
+        with self._all:
+            ui.notify(self._t("{name} was read.").format(name=path.name), type="positive")
+            self._show()
+
+    def _ask_for_columns(self, path: Path, names: list[str]) -> None:
+        """Which column is the question, which the answer."""
+        t, chosen = self._t, {}
+        with self._all, ui.dialog() as dialog, ui.card().classes("edge-wide"):
+            ui.label(t("Which column of {name} is what?").format(name=path.name))
+            for column in datasets.COLUMNS:
+                ui.select(
+                    names, label=column, clearable=True,
+                    on_change=lambda event, column=column: chosen.update({column: event.value}),
+                ).classes("full-width")  # fmt: skip
+
+            async def save() -> None:
+                columns = {column: name for column, name in chosen.items() if name}
+                entry: dict[str, Any] = {"file_name": path.name, "columns": columns}
+                if {"chosen", "rejected"} <= set(columns):
+                    entry["ranking"] = True
+                datasets.add(self._folder, path.stem, entry)
+                dialog.close()
+                self._show()
+
+            ui.button(t("Save"), icon="save", on_click=shared.guarded(save))
+        dialog.open()
+
+    async def _preview(self, name: str) -> None:
+        """What would be trained of a data set, by the settings of the Train tab."""
+        form = self._view.form()
+        if not form.values.get("model_name_or_path"):
+            raise EdgeError(
+                self._t("Choose a base model in the Train tab: its tokenizer and template are used.")
+            )
+        draft = form.draft({"dataset": name, "dataset_dir": self._folder_name, "eval_dataset": None})
+        self._shown.clear()
+        with self._shown:
+            ui.spinner(size="lg")
+        try:
+            found = await self._view.ask("data", self._view.workspace.short(draft), "--rows", str(_ROWS))
+        finally:
+            self._shown.clear()
+        with self._shown:
+            self._facts(name, found)
+
+    def _facts(self, name: str, found: dict[str, Any]) -> None:
+        t = self._t
+        ui.label(
+            t("{name}: {rows} rows, {trained} to train on, {held} held out, {left} left out").format(
+                name=name, rows=f"{found['rows']:,}", trained=f"{found['trained']:,}",
+                held=f"{found['held_out']:,}", left=f"{len(found['left_out']):,}",
+            )
+        ).classes("text-bold")  # fmt: skip
+        if found["left_out"]:
+            with ui.expansion(t("Rows that are left out"), icon="warning").classes("full-width"):
+                shared.words("\n".join(f"{row}: {why}" for row, why in found["left_out"][:_REASONS]))
+        shared.words("\n".join(found["notes"])).classes("edge-warning")
+        ui.label(
+            t("{tokens} tokens in an epoch, {learnt} of them with loss; {cut} rows are cut").format(
+                tokens=f"{found['tokens']:,}", learnt=f"{found['tokens_with_loss']:,}", cut=found["cut"]
+            )
+        )
+        ui.echart(histogram(found["lengths"], t("tokens in a row"))).classes("full-width edge-chart")
+        ui.label(t("The exact tokens; those with loss are coloured.")).classes("edge-help")
+        for sample in found["samples"]:
+            ui.label(sample["source"]).classes("text-bold")
+            with ui.element("div").classes("edge-tokens"):
+                for text, learnt in stretches(sample["tokens"]):
+                    ui.label(text).classes("edge-learnt" if learnt else "")
+
+
+def stretches(tokens: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """(text, whether it has loss) of each token; line ends are shown as such."""
+    return [(token["text"].replace("\n", "↵\n"), token["loss"]) for token in tokens]
+
+
+def histogram(lengths: list[int], title: str) -> dict[str, Any]:
+    """ECharts' bars: how many rows are how long. lengths: in tokens."""
+    low, high = min(lengths, default=0), max(lengths, default=0)
+    width = max(1, -(-(high - low + 1) // _BARS))
+    counts = [0] * ((high - low) // width + 1)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    labels = [f"{low + n * width}" for n in range(len(counts))]
+    grey = {"color": "#888"}
+    return {
+        "animation": False,
+        "title": {"text": title, "textStyle": {**grey, "fontSize": 12}},
+        "grid": {"left": 50, "right": 16, "top": 36, "bottom": 28},
+        "tooltip": {"trigger": "axis", "confine": True},
+        "xAxis": {"type": "category", "data": labels, "axisLabel": grey},
+        "yAxis": {
+            "type": "value",
+            "minInterval": 1,
+            "axisLabel": grey,
+            "splitLine": {"lineStyle": {"opacity": 0.3}},
+        },
+        "series": [{"type": "bar", "data": counts, "itemStyle": {"color": "#2a78d6"}}],
+    }

@@ -1,0 +1,99 @@
+"""The Model tab: what is on the disk, and what can be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nicegui import ui
+
+from edge.artefact.gguf_header import read_header
+from edge.errors import EdgeError
+from edge.jobs.job import Job, read
+from edge.machine import hardware
+from edge.ui import view as shared
+from edge.ui.view import JobCard, View, size
+
+EMBEDDED = "smollm2-135m-instruct"
+# Serving takes about the file and a cache.
+_ROOM = 1.3
+
+
+def build(view: View) -> None:
+    _Tab(view)
+
+
+class _Tab:
+    def __init__(self, view: View) -> None:
+        self._view, self._t = view, view.t
+        t = self._t
+        models = view.workspace.models()
+        with ui.row().classes("full-width edge-center"):
+            self._name = ui.input(
+                t("Hub id (ORG/NAME), a folder or a GGUF file"), value="" if models else EMBEDDED
+            ).classes("col")
+            ui.button(t("Get the model"), icon="download", on_click=shared.guarded(self._pull))
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        ui.label(
+            t("{name} is embedded and needs no hub. The hub is {url}; HF_ENDPOINT names another.").format(
+                name=EMBEDDED, url=endpoint
+            )
+        ).classes("edge-help")
+        self._shown = ui.column().classes("full-width")
+        job = view.workspace.job("pull")
+        if job is not None and job.state != "done":
+            self._follow(job)
+        free = hardware.memory().available
+        for path in models:
+            self._line(path, free)
+        if not models:
+            ui.label(t("No model is here yet."))
+
+    def _line(self, path: Path, free: int) -> None:
+        t, name = self._t, self._view.workspace.short(path)
+        weights = [*path.glob("*.safetensors"), *path.glob("*.gguf")]
+        largest = max((file.stat().st_size for file in weights), default=0)
+        with ui.row().classes("full-width edge-line"):
+            ui.label(name).classes("text-bold")
+            ui.label(" · ".join(filter(None, self._facts(path)))).classes("edge-mono col")
+            fits = _ROOM * largest < free
+            ui.badge(t("fits for serving") if fits else t("too large for serving here")).props(
+                f"color={'positive' if fits else 'warning'}"
+            )
+            if trainable(path):
+                ui.button(t("Train it"), icon="model_training", on_click=lambda: self._train(name)).props(
+                    "outline dense"
+                )
+            else:
+                ui.badge(t("for serving only")).props("color=grey")
+
+    def _facts(self, path: Path) -> list[str]:
+        config, about = read(path / "config.json") or {}, read(path / "edge.json") or {}
+        total = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        facts = [size(total), str(config.get("model_type", ""))]
+        if not config and (file := next(path.glob("*.gguf"), None)):
+            header = read_header(file)
+            facts[1] = f"{header.metadata.get('general.architecture', '')} {header.file_type}"
+        facts.append(str((about.get("settings") or {}).get("source", "")))
+        template = (path / "chat_template.jinja").is_file() or about.get("chat_template")
+        facts.append(self._t("chat template") if template else self._t("no chat template"))
+        return [*facts, *(file.name for file in sorted(path.glob("LICENSE*")))]
+
+    def _train(self, name: str) -> None:
+        self._view.form().set("model_name_or_path", name)
+        self._view.go("Train")
+
+    async def _pull(self) -> None:
+        name = str(self._name.value or "").strip()
+        if not name or name.startswith("-"):
+            raise EdgeError(self._t("Name a model first."))
+        self._follow(self._view.workspace.start(["pull", name]))
+
+    def _follow(self, job: Job) -> None:
+        self._shown.clear()
+        with self._shown:
+            JobCard(self._view, job, ended=lambda: self._view.go("Model"))
+
+
+def trainable(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))

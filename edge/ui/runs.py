@@ -1,0 +1,124 @@
+"""The Runs tab: trainings with their curves over each other, and the jobs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from nicegui import ui
+
+from edge.ui import view as shared
+from edge.ui.curves import Curve
+from edge.ui.view import STATES, JobCard, View
+from edge.ui.workspace import Run
+
+_SCORES = ("train_loss", "eval_loss", "perplexity", "predict_bleu-4", "predict_rouge-l")
+_JOBS = 30
+
+
+def build(view: View) -> None:
+    _Tab(view)
+
+
+class _Tab:
+    def __init__(self, view: View) -> None:
+        self._view, self._t = view, view.t
+        self._chosen: dict[str, Run] = {}
+        runs = view.workspace.runs()
+        if not runs:
+            ui.label(self._t("No training yet."))
+        for run in runs:
+            self._line(run, chosen=run is runs[0])
+        self._compared = ui.column().classes("full-width")
+        if runs:
+            self._choose(runs[0], True)
+        jobs = view.workspace.jobs()
+        with ui.expansion(self._t("Jobs"), icon="list").classes("full-width"):
+            for job in reversed(jobs[-_JOBS:]):
+                title = f"{job.name} · {self._t(STATES[job.state][0])} · {' '.join(job.argv)}"
+                with ui.expansion(title).classes("full-width") as entry:
+                    place = ui.column().classes("full-width")
+                # Followed from when it is looked at.
+                entry.on_value_change(functools.partial(self._open, place, job))
+
+    def _line(self, run: Run, *, chosen: bool) -> None:
+        t, results = self._t, run.results
+        with ui.row().classes("full-width edge-line"):
+            ui.checkbox(
+                run.name, value=chosen, on_change=lambda event: self._choose(run, event.value)
+            ).classes("text-bold")
+            about = [run.settings.get("model_name_or_path", ""), *run.stages, *run.checkpoints[-2:]]
+            about += [
+                f"{key} {results[key]:.4g}" for key in _SCORES if isinstance(results.get(key), float | int)
+            ]
+            ui.label(" · ".join(map(str, filter(None, about)))).classes("edge-mono col")
+            if "adapter" in run.stages:
+                ui.button(t("Continue from"), icon="redo", on_click=lambda: self._continue(run)).props(
+                    "outline dense"
+                )
+            ui.button(icon="delete", on_click=lambda: self._ask_to_delete(run)).props(
+                f'flat dense aria-label="{t("Delete")}"'
+            )
+
+    def _choose(self, run: Run, on: bool) -> None:
+        if on:
+            self._chosen[run.name] = run
+        else:
+            self._chosen.pop(run.name, None)
+        self._compared.clear()
+        with self._compared:
+            if self._chosen:
+                shared.chart(self._view, {name: Curve(one.log) for name, one in self._chosen.items()})
+                self._settings()
+
+    def _settings(self) -> None:
+        """The chosen runs' settings: of one run all, of several those that differ."""
+        runs = list(self._chosen.values())
+        settings = {run.name: {**run.settings, **run.results} for run in runs}
+        keys = dict.fromkeys(key for one in settings.values() for key in one)
+        rows = []
+        for key in keys:
+            values = [shown(settings[run.name].get(key)) for run in runs]
+            if len(runs) == 1 or len(set(values)) > 1:
+                rows.append(
+                    {"key": key, **{run.name: value for run, value in zip(runs, values, strict=True)}}
+                )
+        columns = [{"name": name, "label": name, "field": name, "align": "left"}
+                   for name in ("key", *settings)]  # fmt: skip
+        columns[0]["label"] = self._t("What differs") if len(runs) > 1 else self._t("Settings and figures")
+        with ui.expansion(columns[0]["label"], icon="compare", value=len(runs) > 1).classes("full-width"):
+            ui.table(columns=columns, rows=rows, row_key="key").classes("full-width").props(
+                "dense flat wrap-cells"
+            )
+
+    def _continue(self, run: Run) -> None:
+        form = self._view.form()
+        base = run.settings.get("model_name_or_path")
+        form.replace({**form.values, **({"model_name_or_path": base} if base else {}),
+                      "adapter_name_or_path": self._view.workspace.short(run.folder)})  # fmt: skip
+        self._view.go("Train")
+
+    def _ask_to_delete(self, run: Run) -> None:
+        with ui.dialog() as dialog, ui.card():
+            shared.words(self._t("Delete {name} with all its checkpoints and exports?").format(name=run.name))
+
+            async def delete() -> None:
+                self._view.workspace.delete(run)
+                dialog.close()
+                self._view.go("Runs")
+
+            with ui.row():
+                ui.button(self._t("Delete"), icon="delete", color="negative", on_click=shared.guarded(delete))
+                ui.button(self._t("Keep"), on_click=dialog.close).props("outline")
+        dialog.open()
+
+    def _open(self, place: Any, job: Any, event: Any) -> None:
+        place.clear()
+        if event.value:
+            with place:
+                JobCard(self._view, job)
+
+
+def shown(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

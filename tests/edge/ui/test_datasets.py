@@ -1,0 +1,123 @@
+"""dataset_info.json: what people break in it is named and mended; files are known by their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.errors import InputError
+from edge.ui import datasets
+
+GOOD = {
+    "a": {"file_name": "a.json"},
+    "乙": {"file_name": "b.json", "columns": {"prompt": "q", "response": "r"}},
+}
+TEXT = json.dumps(GOOD, ensure_ascii=False, indent=2)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        TEXT.replace("\n}", ",\n}"),
+        TEXT.replace('"a.json"\n', '"a.json",\n'),
+        TEXT.replace("  },\n", "  },,\n"),
+        TEXT.replace("  },\n", "  }\n"),
+        TEXT.replace('"q",\n', '"q"\n'),
+        TEXT.replace(": {", "：{", 1).replace('"a"', "“a”"),
+        TEXT.replace(",", "，"),
+        TEXT.replace('"', "'"),
+        TEXT.replace("{\n", "{\n// mine\n", 1),
+        TEXT[:-2],
+        "\ufeff" + TEXT.replace("  ", "\t") + "\n,",
+    ],
+)
+def test_what_people_break_is_mended(broken: str) -> None:
+    with pytest.raises(InputError, match=r"line \d+, column"):
+        datasets.parse(broken, Path("dataset_info.json"))
+    if broken.endswith("\n,"):
+        broken = broken[:-1]
+    assert json.loads(datasets.mended(broken)) == GOOD
+
+
+def test_what_cannot_be_mended_is_said() -> None:
+    for text in ('{"a": {"file_name" "b"}}', "[]", "{{}"):
+        with pytest.raises(InputError):
+            datasets.mended(text)
+
+
+def test_saving_keeps_what_was_there(tmp_path: Path) -> None:
+    datasets.add(tmp_path, "a", GOOD["a"])
+    datasets.add(tmp_path, "乙", GOOD["乙"])
+    assert datasets.load(tmp_path) == GOOD
+    assert json.loads((tmp_path / "dataset_info.json.bak").read_text("utf-8")) == {"a": GOOD["a"]}
+    (tmp_path / "dataset_info.json").write_text("{,}", encoding="utf-8")
+    for act in (lambda: datasets.add(tmp_path, "c", {}), lambda: datasets.save(tmp_path, "{,}")):
+        with pytest.raises(InputError, match="line 1, column 2"):
+            act()
+    assert (tmp_path / "dataset_info.json").read_text("utf-8") == "{,}"
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "want"),
+    [
+        ({"instruction": "q", "input": "", "output": "a"},
+         {"columns": {"prompt": "instruction", "response": "output", "query": "input"}}),
+        ({"question": "q", "answer": "a", "system": "s"},
+         {"columns": {"prompt": "question", "response": "answer", "system": "system"}}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"},
+         {"ranking": True, "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}}),
+        ({"prompt": "q", "completion": "a", "label": False},
+         {"columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"}}),
+        ({"text": "t"}, {"columns": {"prompt": "text"}}),
+        ({"messages": TURNS},
+         {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": datasets._OPENAI}),
+        ({"conversations": [{"from": "human", "value": "q"}]},
+         {"formatting": "sharegpt", "columns": {"messages": "conversations"}}),
+    ],
+)  # fmt: skip
+def test_a_file_is_known_by_its_first_row(row: dict[str, Any], want: dict[str, Any]) -> None:
+    assert datasets.entry_for("f.json", row) == {"file_name": "f.json", **want}
+
+
+def test_unknown_columns_are_asked_for() -> None:
+    assert datasets.entry_for("f.json", {"a": 1, "b": 2}) is None
+    assert datasets.entry_for("f.json", {"prompt": "only a question"}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '\ufeff[{"q": 1}, {"q": 2}]'),
+        ("a.json", '{"q": 1}'),
+        ("a.jsonl", '\n{"q": 1}\n{"q": 2}\n'),
+        ("a.csv", "q\n1\n2\n"),
+    ],
+)
+def test_the_first_row(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert str(datasets.first_row(tmp_path / name)["q"]) == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", "[1,]"), ("a.json", "[]"), ("a.jsonl", ""), ("a.csv", "")]
+)
+def test_a_file_without_a_row_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=name):
+        datasets.first_row(tmp_path / name)
+
+
+def test_an_uploaded_name_stays_in_the_folder_and_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.json").touch()
+    assert datasets.free_name(tmp_path, "a.json") == tmp_path / "a-2.json"
+    for name in ("../../x.json", "..\\x.json", "C:\\x.json"):
+        assert datasets.free_name(tmp_path, name) == tmp_path / "x.json"
+    for name in ("a.exe", ".json", "dataset_info.json"):
+        with pytest.raises(InputError):
+            datasets.free_name(tmp_path, name)
