@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.jobs import job as job_module
 from edge.jobs import supervisor
 from edge.jobs.job import start
 
@@ -28,3 +29,5 @@ def test_a_verb_writes_progress_and_its_error(tmp_path: Path, monkeypatch: pytes
         time.sleep(0.05)
     assert "nowhere" in job.last_line["error"] and job.last_line["exit_code"] == 1
     assert job.log().startswith("error: ")
+    for process in job_module._started:
+        process.wait(30)
