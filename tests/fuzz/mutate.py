@@ -76,6 +76,9 @@ def inside(rng: Random, whole: Any, count: int = 3) -> Any:
             container[key:key] = [container[key]] * rng.choice((1, 3, 200))
         elif how == 3:
             container[key] = [container[key]]
+        elif how > 5 and isinstance(container[key], (int, float)):
+            # Still a number: what lies behind the check of its type.
+            container[key] = rng.choice(NUMBERS)
         elif how == 4:
             container[key] = rng.choice(within)[0]
             container[key] = copy.deepcopy(value(rng, 1)) if container[key] is container else container[key]
