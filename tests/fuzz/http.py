@@ -18,7 +18,6 @@ from fastapi.routing import APIRoute
 
 from edge.errors import RequestError
 from edge.server.app import FAMILIES
-from edge.server.connections import MAX_HEAD
 from edge.server.error_body import ErrorBody
 from tests.fuzz import mutate
 from tests.support.fake_server import Server, launch
@@ -296,7 +295,7 @@ def smuggling(folder: Path) -> Iterator[tuple[Draw, Check]]:
             many = b"x: y\r\n" * rng.choice((9_000, 12_000, 200_000))
             head, _, rest = whole.partition(b"\r\n\r\n")
             whole = head + b"\r\n" + rng.choice((long, many)) + b"\r\n" + rest
-            if len(whole) > 2 * MAX_HEAD:
+            if len(whole) > 128 * 1024:
                 return "long", whole
         else:
             whole = mutate.data(rng, whole)
