@@ -22,6 +22,8 @@ MAX_CHARACTERS = 65_536
 MAX_DEPTH = 64
 # Without a bound a model may write white space for ever; this is enough for any indentation.
 WHITESPACE = r"[ ]?|\n[ ]{0,32}"
+# llguidance recurses without end over this number, in a schema's values as in a grammar's %json.
+_ENDLESS = str(-(2**63))
 _OPENING, _CLOSING = "([{", ")]}"
 
 
@@ -179,6 +181,8 @@ def _check_size(constraint: Constraint) -> None:
     text = constraint.text
     if len(text) > MAX_CHARACTERS:
         raise _refused(constraint, f"it has {len(text)} characters, {MAX_CHARACTERS} are the limit")
+    if _ENDLESS in text:
+        raise _refused(constraint, f"it holds the number {_ENDLESS}")
     depth = 0
     for character in text:
         if character in _OPENING:

@@ -78,6 +78,9 @@ def test_min_tokens_and_ignore_eos_do_not_break_a_complete_answer() -> None:
         Constraint("json_schema", '{"type": "string", "format": "no-such-format"}'),
         Constraint("json_schema", '{"$ref": "http://127.0.0.1:9/schema.json"}'),
         Constraint("json_schema", '{"a": ' * 70 + "1" + "}" * 70),
+        # Over these llguidance would end the process.
+        Constraint("json_schema", json.dumps({"enum": [{"a": [-(2**63)]}]})),
+        Constraint("lark", 'start: %json {"const": -9223372036854775808}'),
     ],
     ids=lambda c: f"{c.kind}-{c.text[:20]}",
 )
