@@ -283,6 +283,8 @@ def check_model(header: GGUFHeader) -> None:
 
 
 def _check_vocabulary(header: GGUFHeader) -> None:
+    if (kind := header.metadata.get("tokenizer.ggml.model")) in ("none", "no_vocab"):
+        _fail(header.path, "tokenizer.ggml.model", f"is {kind!r}: no text can be tokenized")
     if header.vocab_size < 1:
         _fail(header.path, _TOKENS, "is empty")
     array = header.metadata[_TOKENS]
@@ -292,7 +294,7 @@ def _check_vocabulary(header: GGUFHeader) -> None:
     # llama.cpp gives empty ones names of their own.
     if len(tokens) - ("" in tokens) != len(texts) - texts.count(""):
         _fail(header.path, _TOKENS, "holds a token twice")
-    if header.metadata.get("tokenizer.ggml.model") == "llama":  # SentencePiece
+    if kind == "llama":  # SentencePiece
         for byte in range(256):
             name, itself = f"<0x{byte:02X}>", bytes([byte]).decode("utf-8", "surrogateescape")
             if name not in tokens and itself not in tokens:

@@ -143,6 +143,7 @@ BYTES = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [f"<0x{i:02X}
             for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon")
         ),
         ("tokenizer.ggml.tokens", [["a", "b", "a"]]),
+        ("tokenizer.ggml.model", ["none", "no_vocab"]),
     ],
 )
 def test_a_value_that_would_end_the_process_is_refused_by_name(
