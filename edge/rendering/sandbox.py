@@ -42,6 +42,7 @@ _FAILURES = (
     AttributeError,
     ArithmeticError,
     RecursionError,
+    AssertionError,  # jinja2's own filters
 )
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format",

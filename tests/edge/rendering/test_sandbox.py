@@ -171,6 +171,7 @@ def test_what_templates_use_is_rendered_as_by_jinja2(source: str, want: str) -> 
         ("{{ raise_exception('only twice') }}", "refuses these messages: only twice"),
         ("{{ nothing.attribute }}", "nothing"),
         ("{{ 1 + 'x' }}", "unsupported operand"),
+        ("{{ 'a'|truncate(-1) }}", "expected length"),
         ("{% include 'a' %}", "cannot be applied"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
