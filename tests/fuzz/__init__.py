@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from tests.fuzz import files, grammars, http, kills, training
+from tests.fuzz import files, grammars, http, kills, templates, training
 from tests.fuzz.runner import Part
 
 PARTS: dict[str, Part] = {
@@ -19,6 +19,7 @@ PARTS: dict[str, Part] = {
     "bodies": http.bodies,
     "leaving": http.leaving,
     "grammars": grammars.grammars,
+    "templates": templates.templates,
     "base": training.base,
     "data": training.data,
     "config": training.config,
