@@ -263,6 +263,10 @@ class TrainConfig:
     default_system: str | None = _key(
         None, "text", "system message for rows that have none", "没有系统消息的数据所用的系统消息"
     )
+    parse_control_tokens: bool = _key(
+        False, "bool", "control tokens in a row's own texts are tokens (serving takes them as plain text)",
+        "数据文本中的控制标记按标记处理（服务时则视为普通文本）", ours=True,
+    )  # fmt: skip
     enable_thinking: bool | None = _key(
         True, "bool?", "rows without reasoning, true: learn an empty one; false: get it in the prompt; "
         "null: are left alone (only for templates that think)",

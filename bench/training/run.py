@@ -175,7 +175,8 @@ def heldout(run: Path, questions: Path, console: Console) -> dict[str, Any]:
     trained = manifest.read(run / "adapter")
     config = parse({key: value for key, value in trained.settings.items() if key in FIELDS})
     base = Path(config.model_name_or_path)
-    chat, place = chat_format.load(base), choose_place(config)
+    chat = chat_format.load(base, parse_control_tokens=config.parse_control_tokens)
+    place = choose_place(config)
     rows = json.loads(questions.read_text(encoding="utf-8"))
     prompts = [chat.prompt([{"role": "user", "content": row["question"]}], trained.thinking) for row in rows]
     model = load_tuned(run / "adapter", base, config, place)

@@ -28,7 +28,8 @@ _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 @dataclass
 class Report:
     """What reading and encoding the data met. bad: (row, reason) of each row left out. twins: (duplicate, the
-    earlier row), the first ten. cut: rows longer than cutoff_len. seen: digests of rows."""
+    earlier row), the first ten. cut: rows longer than cutoff_len. marked: rows whose own texts hold control
+    tokens. seen: digests of rows."""
 
     rows: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Report:
     duplicates: int = 0
     twins: list[tuple[str, str]] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    marked: list[str] = field(default_factory=list)
     thoughts_added: int = 0
     thoughts_removed: int = 0
     seen: dict[bytes, str] = field(default_factory=dict, repr=False)
@@ -66,6 +68,11 @@ class Report:
                 f"{self.duplicates} rows are duplicates of an earlier one; they are kept "
                 f"(first: {row} is {earlier})"
             )
+        if self.marked:
+            lines.append(
+                f"{len(self.marked)} rows hold control tokens in their texts, learnt as plain text, as they "
+                f"are served (first: {self.marked[0]}); parse_control_tokens: true learns them as tokens"
+            )
         if self.thoughts_removed:
             lines.append(f"{self.thoughts_removed} rows had reasoning, left out by enable_thinking: false")
         return lines
@@ -76,6 +83,7 @@ class Report:
             "rows": self.rows,
             "left_out": len(self.bad),
             "cut": len(self.cut),
+            "with_control_tokens": len(self.marked),
             "duplicates": self.duplicates,
             "with_placeholders": self.placeholder_rows,
         }

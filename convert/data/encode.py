@@ -16,13 +16,14 @@ from convert.data.dataset import Report
 from convert.data.dataset_info import Message, Row
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
 from edge.errors import InputError, UsageError
+from edge.prompt import Prompt
 from edge.reasoning import opens_reasoning
 
 IGNORED = -100
 _BATCH = 512
 
 # (text, has loss) of the parts of a sample: prompts and answers in turn.
-Pieces = list[tuple[str, bool]]
+Pieces = list[tuple[Prompt, bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ def samples(
             except InputError as error:
                 report.bad.append((row.source, error.message))
                 continue
+            _note_marks(row, parts, report)
             drafts += [(number, row.source, pieces) for pieces in parts]
         tokens = _tokens(drafts, chat, rules)
         # A row may have several samples, and is left out where none of them has an answer left.
@@ -196,6 +198,7 @@ def pairs(
                 for answer in (row.chosen, row.rejected):
                     talk = [*messages, {"role": "assistant", "content": answer}]
                     (pieces,) = _drafts(talk, row.tools, chat, mode, True, report)
+                    _note_marks(row, [pieces], report)
                     drafts.append((number, row.source, pieces))
             except InputError as error:
                 report.bad.append((row.source, error.message))
@@ -322,6 +325,11 @@ def _messages(row: Row, rules: Rules) -> list[Message]:
     return row.messages
 
 
+def _note_marks(row: Row, parts: list[Pieces], report: Report) -> None:
+    if any(piece.cuts for pieces in parts for piece, _ in pieces) and report.marked[-1:] != [row.source]:
+        report.marked.append(row.source)
+
+
 def _tokens(drafts: list[tuple[int, str, Pieces]], chat: ChatFormat, rules: Rules) -> Iterator[Sample]:
     ids = iter(chat.encode([text for _, _, pieces in drafts for text, _ in pieces]))
     for _, source, pieces in drafts:
@@ -359,11 +367,11 @@ def _drafts(
         else:
             answers.append(chat.answer(_thoughtful(messages[at]["content"], prompt, mode, report)))
     if len(turns) > 1:
-        pieces, done = [], ""
+        pieces, done = [], Prompt("")
         for prompt, answer in zip(prompts, answers, strict=True):
-            pieces += [(prompt.removeprefix(done), False), (answer, True)]
-            if not prompt.startswith(done):
+            if not prompt.text.startswith(done.text):
                 break
+            pieces += [(prompt.between(len(done.text), len(prompt.text)), False), (answer, True)]
             done = prompt + answer
         else:
             # Pieces tokenised apart must give what serving gives for the prompt as one text.
@@ -373,7 +381,7 @@ def _drafts(
     return [[(prompt, False), (answer, True)] for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def _thoughtful(content: str, prompt: str, mode: str | None, report: Report) -> str:
+def _thoughtful(content: str, prompt: Prompt, mode: str | None, report: Report) -> str:
     """The answer as it goes on from `prompt` in the thinking mode `mode`."""
     if mode is None:
         return content
@@ -382,11 +390,11 @@ def _thoughtful(content: str, prompt: str, mode: str | None, report: Report) -> 
         report.thoughts_removed += thought is not None
         return rest
     if thought is not None:
-        return with_thought(prompt, thought, rest)
+        return with_thought(prompt.text, thought, rest)
     if mode == "on":
         report.thoughts_added += 1
-        return with_thought(prompt, "", rest)
-    if opens_reasoning(prompt):
+        return with_thought(prompt.text, "", rest)
+    if opens_reasoning(prompt.text):
         raise UsageError(
             "enable_thinking: null leaves answers without reasoning alone, but this model's chat template "
             "opens it in every prompt",

@@ -69,6 +69,7 @@ def chat_of(config: TrainConfig, base: Path) -> ChatFormat:
         tokens=config.add_tokens or (),
         special_tokens=config.add_special_tokens or (),
         grow=config.grows,
+        parse_control_tokens=config.parse_control_tokens,
     )
 
 

@@ -40,7 +40,7 @@ def rows(folder: Path, record: manifest.Manifest | None) -> tuple[list[list[int]
         row for row in every if probes.Probe(row.messages[:-1], row.messages[-1]["content"]) not in asked
     ]
     enough = len(others) >= len(asked)
-    form = chat_format.load(folder)
+    form = chat_format.load(folder, parse_control_tokens=bool(settings.get("parse_control_tokens", False)))
     samples = encode.encode(
         others if enough else every,
         form,

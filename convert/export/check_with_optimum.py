@@ -96,7 +96,7 @@ def check(run_folder: Path, console: Console) -> Agreement:
         status = stack.enter_context(console.status("exporting with onnxruntime-genai's builder"))
         file = onnx.export(source, folder / "onnx", Recipe("fp32"), console=Console(quiet=True))
         reader = stack.enter_context(contextlib.closing(OnnxReader(file)))
-        prompts = reader.encode([reader.prompt(probe.messages) for probe in probes.fixed()[:PROMPTS]])
+        prompts = reader.prompt_ids(probe.messages for probe in probes.fixed()[:PROMPTS])
         status.update("torch answers")
         with contextlib.closing(TorchModel(source.path)) as model:
             wanted = [model.greedy(prompt, TOKENS, reader.stop_ids) for prompt in prompts]

@@ -16,6 +16,7 @@ from edge.artefact import find
 from edge.artefact.gguf_header import GGUFArray, GGUFHeader
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError
+from edge.prompt import AddedTokens
 
 FILE = "Modelfile"
 # Texts of the system, of a question, of its answer and of a second question that no template contains.
@@ -135,7 +136,7 @@ def _renders_the_same(shape: Shape, template: ChatTemplate) -> bool:
 def _render(template: ChatTemplate, turns: list[Turn]) -> str | None:
     """The prompt that the template makes of `turns`; None where it refuses them."""
     try:
-        return template.render([{"role": role, "content": text} for role, text in turns])
+        return template.render([{"role": role, "content": text} for role, text in turns]).text
     except RequestError:
         return None
 
@@ -175,7 +176,14 @@ def run(given: Path, *, context: int = 4096) -> Path:
     added = header.metadata.get("tokenizer.ggml.add_bos_token")
     if not isinstance(added, bool):
         added = header.metadata.get("tokenizer.ggml.model") == "llama"
-    template = ChatTemplate(artefact.chat_template, bos=bos_text, eos=eos_text, file=str(artefact.path))
+    template = ChatTemplate(
+        artefact.chat_template,
+        # Our own texts alone are rendered.
+        tokens=AddedTokens(),
+        bos=bos_text,
+        eos=eos_text,
+        file=str(artefact.path),
+    )
     shape = take_apart(template, bos_text if added else "")
     ends = sorted(artefact.stop_ids) or [token for token in (eos,) if isinstance(token, int)]
     context = min(context, header.context_length)

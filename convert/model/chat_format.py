@@ -1,12 +1,14 @@
 """The model's own tokenizer and chat template, used in training as the server uses them.
 
 Prompts are rendered by edge.chat_template, the code that serves, and tokenised as one text without added
-special tokens; answers end with the token that the template ends an assistant's turn with.
+special tokens. Control tokens count where the template wrote them, unless `load` is told otherwise. Answers
+end with the token that the template ends an assistant's turn with.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from edge.artefact import json_file, manifest
 from edge.artefact.find import TEMPLATE
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
+from edge.prompt import AddedTokens, Prompt, token_ids
 from edge.reasoning import THINK, THINK_END, opens_reasoning
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ class ChatFormat:
     lead: blanks that the template puts before an answer. source: "" for a model without a chat template.
     grown: whether the tokenizer has tokens that its files do not have.
     trims: whether the template strips answers. thinks: whether it knows of thoughts. special: ids by token.
+    added: the tokens that are found in a text before all others.
     """
 
     folder: Path
@@ -57,6 +61,7 @@ class ChatFormat:
     bos: str
     eos: str
     special: dict[str, int]
+    added: AddedTokens
     stop_ids: list[int] = field(default_factory=list)
     turn_end: int = -1
     turn_tail: str = ""
@@ -77,13 +82,16 @@ class ChatFormat:
         number = self.special.get(self.bos)
         return [] if number is None or self.tokenizer.encode("").ids[:1] != [number] else [number]
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: Iterable[str | Prompt]) -> list[list[int]]:
         """Token ids of each text; special tokens that stand in it are recognised, none are added."""
+        return token_ids(texts, self._encode)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [row.ids for row in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(
         self, messages: list[dict[str, Any]], thinking: str | None, tools: list[dict[str, Any]] | None = None
-    ) -> str:
+    ) -> Prompt:
         """The prompt that serving renders for `messages`. Raises InputError with the template's message."""
         extra = {"tools": tools} if tools else {}
         try:
@@ -94,23 +102,31 @@ class ChatFormat:
     def call(
         self,
         messages: list[dict[str, Any]],
-        prompt: str,
+        prompt: Prompt,
         thinking: str | None,
         tools: list[dict[str, Any]] | None,
-    ) -> str:
+    ) -> Prompt:
         """The tool calls of the last of `messages` as they follow `prompt`, including what ends the turn.
 
         Raises InputError where the template does not show them.
         """
-        text = self._finished(messages, "tool calls", thinking, tools)
-        if not text.startswith(prompt):
+        whole, start = self._finished(messages, "tool calls", thinking, tools), len(prompt.text)
+        if not whole.text.startswith(prompt.text):
             # An empty thought that only prompts have.
-            prompt = prompt.removesuffix(f"{THINK}\n\n{THINK_END}\n\n")
+            start = len(prompt.text.removesuffix(f"{THINK}\n\n{THINK_END}\n\n"))
         names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
-        answer, end, _ = text.removeprefix(prompt).partition(self.turn_tail)
-        if not text.startswith(prompt) or not end or any(name not in answer for name in names):
+        answer, end = whole.text, -1
+        # What ends the turn is the template's: a text that looks like it is cut.
+        while (end := answer.find(self.turn_tail, max(start, end + 1))) >= 0:
+            if not any(end < cut < end + len(self.turn_tail) for cut in whole.cuts):
+                break
+        if (
+            not answer.startswith(prompt.text[:start])
+            or end < 0
+            or any(name not in answer[start:end] for name in names)
+        ):
             raise InputError("the model's chat template does not show tool calls")
-        return answer + end
+        return whole.between(start, end + len(self.turn_tail))
 
     def _finished(
         self,
@@ -118,7 +134,7 @@ class ChatFormat:
         what: str,
         thinking: str | None = None,
         tools: list[dict[str, Any]] | None = None,
-    ) -> str:
+    ) -> Prompt:
         """`messages` with no further turn begun. Raises InputError where the template refuses `what`."""
         # transformers passes these two always: templates may ask whether they are none.
         extra: dict[str, Any] = {"tools": tools, "documents": None}
@@ -129,9 +145,10 @@ class ChatFormat:
         except RequestError as error:
             raise InputError(f"{self.folder}: {what}: {error.message}") from error
 
-    def answer(self, text: str) -> str:
+    def answer(self, text: str) -> Prompt:
         """What the model is to write for the answer `text`, including what ends its turn."""
-        return self.lead + (text.strip() if self.trims else text) + self.turn_tail
+        said = self.chat.answer(text.strip() if self.trims else text, self.turn_tail)
+        return Prompt(self.lead) + said
 
 
 def load(
@@ -143,6 +160,7 @@ def load(
     tokens: tuple[str, ...] = (),
     special_tokens: tuple[str, ...] = (),
     grow: bool = False,
+    parse_control_tokens: bool = False,
 ) -> ChatFormat:
     """The tokenizer and chat template of the transformers folder `folder`.
 
@@ -150,6 +168,7 @@ def load(
     template: LLaMA-Factory's name of the one to use. adapter: a folder whose chat template, where it has one,
     takes the place of the model's. plain: a model without a chat template will do. tokens, special_tokens: to
     be added to the tokenizer; grow: likewise the end token of `template`, where it lacks that.
+    parse_control_tokens: those that stand in the texts of messages count, too.
     Raises InputError where either is missing or broken, UsageError for a template that does not fit.
     """
     # Imported late: a wrong argument is answered before.
@@ -176,9 +195,12 @@ def load(
         for number, token in tokenizer.get_added_tokens_decoder().items()
         if token.special or token.content in (bos, eos)
     }
+    found = tokenizer.get_added_tokens_decoder().values()
+    added = AddedTokens.of((token.content, token.special) for token in found)
+    cut = AddedTokens() if parse_control_tokens else added
     file = TEMPLATE if (folder / TEMPLATE).is_file() else "tokenizer_config.json"
-    chat = ChatTemplate(source, bos=bos, eos=eos, file=str(folder / file))
-    form = ChatFormat(folder, tokenizer, source, chat, bos, eos, special)
+    chat = ChatTemplate(source, tokens=cut, bos=bos, eos=eos, file=str(folder / file))
+    form = ChatFormat(folder, tokenizer, source, chat, bos, eos, special, added)
     form.grown = tokenizer.get_vocab_size() > before
     _choose_template(form, template, plain)
     form.thinks = THINK_END in form.source
@@ -214,7 +236,8 @@ def write_generation_config(source: Path, target: Path, stop_ids: list[int]) -> 
 def _choose_template(form: ChatFormat, name: str | None, plain: bool) -> None:
     """Give `form` the template `name` where that says anything else than the model's own does."""
     if name in FORMATS:
-        if form.source and _same(form.chat, ChatTemplate(jinja(name), bos=form.bos, eos=form.eos)):
+        chosen = ChatTemplate(jinja(name), tokens=form.chat.tokens, bos=form.bos, eos=form.eos)
+        if form.source and _same(form.chat, chosen):
             return
         end = FORMATS[name].end
         number = form.tokenizer.token_to_id(end) if end else None
@@ -231,7 +254,7 @@ def _choose_template(form: ChatFormat, name: str | None, plain: bool) -> None:
                 "what is merged, exported and served"
             )
         form.source = jinja(name)
-        form.chat = ChatTemplate(form.source, bos=form.bos, eos=form.eos)
+        form.chat = chosen
         return
     if not form.source and not plain:
         raise InputError(
@@ -257,7 +280,7 @@ def _same(own: ChatTemplate, named: ChatTemplate) -> bool:
     def prompt(template: ChatTemplate, talk: tuple[str, ...]) -> str:
         roles = ("system", "user", "assistant", "user")[len(talk) % 2 :]
         messages = [{"role": role, "content": text} for role, text in zip(roles, talk, strict=False)]
-        return template.render(messages).removesuffix("\n").removesuffix(THINK)
+        return template.render(messages).text.removesuffix("\n").removesuffix(THINK)
 
     talks = (("q",), ("s", "q"), ("q", "a", "r"), ("s", "q", "a", "r"))
     try:
@@ -310,13 +333,13 @@ def _find_turn_end(form: ChatFormat) -> None:
         return
     mark = "\u2042probe\u2042"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f" {mark} "}]
-    head, shown, tail = form._finished(messages, "a question with its answer").rpartition(mark)
+    head, shown, tail = form._finished(messages, "a question with its answer").text.rpartition(mark)
     if not shown:
         raise InputError(f"{form.folder}: the chat template does not show the assistant's answer")
     form.trims = not tail.startswith(" ")
     tail = tail if form.trims else tail[1:]
     head = head if form.trims else head.removesuffix(" ")
-    lead = head.removeprefix(form.prompt(messages[:1], None))
+    lead = head.removeprefix(form.prompt(messages[:1], None).text)
     form.lead = lead if lead != head and not lead.strip() else ""
     ends = [(tail.find(token), -len(token), token) for token in form.special if token and token in tail]
     if ends:

@@ -252,15 +252,15 @@ def known_adapter(folder: Path, base: Path | None = None) -> manifest.Manifest:
     return known
 
 
-def load_format(adapter: Path, base: Path) -> chat_format.ChatFormat:
+def load_format(adapter: Path, base: Path, *, parse_control_tokens: bool = False) -> chat_format.ChatFormat:
     """Tokenizer and chat template of an adapter: its own, or its base's where it has none.
 
     An adapter that plain text was trained into may have no template at all.
     """
     try:
-        return chat_format.load(adapter)
+        return chat_format.load(adapter, parse_control_tokens=parse_control_tokens)
     except InputError:
-        return chat_format.load(base, adapter=adapter, plain=True)
+        return chat_format.load(base, adapter=adapter, plain=True, parse_control_tokens=parse_control_tokens)
 
 
 def find_base(known: manifest.Manifest, adapter: Path) -> Path:

@@ -32,6 +32,7 @@ from convert.train.losses import LossHead, reference
 from edge.artefact import json_file, manifest
 from edge.console import phase
 from edge.errors import InputError, UsageError
+from edge.prompt import Prompt
 
 _SHOWN = 5
 # Where a run has what it trained.
@@ -76,7 +77,7 @@ def run(
     about = manifest.read(stage)
     config = _config(about, dataset, dataset_dir or find_folder(about.settings, stage), max_samples)
     base = find_base(about, stage)
-    chat = load_format(stage, base)
+    chat = load_format(stage, base, parse_control_tokens=config.parse_control_tokens)
     data = prepare.prepare(config, chat)
     usable = {item.source for item in data.held}
     # Plain text asks nothing.
@@ -110,7 +111,11 @@ def predict(config: TrainConfig, *, trained: bool, console: Console | None = Non
         raise UsageError("do_predict takes one adapter", "merge them first: edge export CONFIG.yaml")
     else:
         stage = init_adapter.folder_of(adapters[0]) if adapters else base
-    chat = load_format(stage, base) if trained else prepare.chat_of(config, base)
+    chat = (
+        load_format(stage, base, parse_control_tokens=config.parse_control_tokens)
+        if trained
+        else prepare.chat_of(config, base)
+    )
     for line in (*config.warnings, *chat.warnings) if not trained else ():
         console.print(f"note: {line}", style="yellow")
     data = prepare.prepare(replace(config, packing=False, neat_packing=False), chat)
@@ -230,7 +235,7 @@ class _Job:
     sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[Prompt]:
         return [sample_answers.question(row, self.chat, prepare.rules(self.config)) for row in self.rows]
 
     @property
@@ -282,7 +287,7 @@ def _figures(results: dict[str, Result], rows: int, seconds: float) -> dict[str,
 def _write(folder: Path, job: _Job, results: dict[str, Result]) -> None:
     with (folder / "generated_predictions.jsonl").open("w", encoding="utf-8") as file:
         for index, (prompt, label) in enumerate(zip(job.prompts, job.labels, strict=True)):
-            line = {"prompt": prompt, "predict": results["tuned"].answers[index], "label": label}
+            line = {"prompt": prompt.text, "predict": results["tuned"].answers[index], "label": label}
             if "base" in results:
                 line["base_predict"] = results["base"].answers[index]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

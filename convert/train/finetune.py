@@ -55,6 +55,7 @@ from convert.train.losses import Feedback, Objective, Preference, reference
 from edge.artefact import json_file, manifest
 from edge.console import report
 from edge.errors import EdgeError, ExistsError, InputError
+from edge.prompt import Prompt
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 # Longest sampled answer at an evaluation, in tokens.
@@ -196,7 +197,7 @@ class Run:
         return chat_format.thinking_mode(self.chat, self.config.enable_thinking)
 
     @functools.cached_property
-    def questions(self) -> list[tuple[str, str]]:
+    def questions(self) -> list[tuple[str, Prompt]]:
         """(question, prompt) of the held-out rows to answer at each evaluation."""
         if not self.data.held or not self.config.eval_answers or self.config.stage == "pt":
             return []

@@ -12,9 +12,10 @@ from convert.data.dataset_info import Row
 from convert.data.encode import Rules
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode
 from edge.console import counted
+from edge.prompt import Prompt
 
 
-def question(row: Row, chat: ChatFormat, rules: Rules) -> str:
+def question(row: Row, chat: ChatFormat, rules: Rules) -> Prompt:
     """The prompt that serving would render for the last question of `row`."""
     messages = row.messages if row.messages[-1]["role"] != "assistant" else row.messages[:-1]
     if rules.default_system is not None and messages[0]["role"] != "system":
@@ -31,7 +32,7 @@ def reference(row: Row) -> str:
 def generate(
     model: Any,
     chat: ChatFormat,
-    prompts: list[str],
+    prompts: list[Prompt],
     *,
     device: str,
     max_new_tokens: int,

@@ -164,16 +164,17 @@ def _compare_tokenizers(report: Report) -> None:
     a, b = report.a, report.b
     conversations = [*probes.fixed(), *probes.from_data(a.manifest or b.manifest).probes]
     plain = [*probes.TEXTS, *_special_texts(a, b), a.template]
-    texts = [[*(reader.prompt(probe.messages) for probe in conversations), *plain] for reader in (a, b)]
-    ids = [reader.encode(part) for reader, part in zip((a, b), texts, strict=True)]
+    messages = [probe.messages for probe in conversations]
+    ids = [reader.prompt_ids(messages) + reader.encode(plain) for reader in (a, b)]
     different = [index for index, (x, y) in enumerate(zip(*ids, strict=True)) if x != y]
     report.facts["token_ids"] = "unequal" if different else "equal"
     report.facts["texts"] = len(ids[0])
     if different:
         first = different[0]
         x, y = ids[0][first], ids[1][first]
+        text = [*(a.prompt(part).text for part in messages), *plain][first]
         report.unequal.append(
-            f"token ids: {len(different)} of {len(ids[0])} texts, the first {texts[0][first][:60]!r}: "
+            f"token ids: {len(different)} of {len(ids[0])} texts, the first {text[:60]!r}: "
             f"A {_around(x, y)}, B {_around(y, x)}"
         )
         return

@@ -21,6 +21,7 @@ from edge.artefact.gguf_shards import read_whole
 from edge.backends.base import Logits
 from edge.errors import EdgeError, InputError
 from edge.machine import build_llamacpp, hardware
+from edge.prompt import AddedTokens
 
 # llama_token_type (llama.h): tokens that a text is searched for before anything else.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -62,6 +63,7 @@ class GgufReader(Reader):
             template=header.chat_template,
             bos=about["bos"],
             eos=about["eos"],
+            tokens=AddedTokens.of(self._added()),
             ends=[token for token in declared if isinstance(token, int)],
             vocab=int(about["vocab"]),
         )
@@ -84,13 +86,15 @@ class GgufReader(Reader):
         return list(self._ask({"op": "decode", "rows": rows})["texts"])
 
     def special_tokens(self) -> list[str]:
+        # A token of stray bytes is no text.
+        return [text for text, _ in self._added() if text.encode("utf-8", "ignore").decode() == text]
+
+    def _added(self) -> list[tuple[str, bool]]:
+        """Texts of control and added tokens, by id; whether each is a control token."""
         arrays = (self._header.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
         tokens, types = (array.values() if isinstance(array, GGUFArray) else [] for array in arrays)
-        special = (
-            str(text) for text, kind in zip(tokens, types, strict=False) if kind in (_CONTROL, _USER_DEFINED)
-        )
-        # A token of stray bytes is no text.
-        return [text for text in special if text.encode("utf-8", "ignore").decode() == text]
+        both = zip(tokens, types, strict=False)
+        return [(str(text), kind == _CONTROL) for text, kind in both if kind in (_CONTROL, _USER_DEFINED)]
 
     def all_logits(self, rows: list[list[int]], last: Sequence[int]) -> Iterator[Logits]:
         return (self._logits(ids, count) for ids, count in zip(rows, last, strict=True))

@@ -77,7 +77,7 @@ class Reference:
     def _continued(self, a: Reader, speaker: Reader) -> list[_Row]:
         rows = []
         faster = min((speaker, a), key=lambda reader: reader.slowness)
-        for prompt in a.encode([a.prompt(probe.messages) for probe in probes.fixed()]):
+        for prompt in a.prompt_ids(probe.messages for probe in probes.fixed()):
             answer = faster.greedy(prompt, GREEDY)
             if answer is not None:
                 rows.append(_Row((prompt + answer)[:-1], answer, True))
@@ -105,8 +105,8 @@ class Reference:
 
 
 def _answers(reader: Reader, asked: list[probes.Probe]) -> list[_Row]:
-    prompts = reader.encode([reader.prompt(probe.messages) for probe in asked])
-    answers = reader.encode([probe.answer for probe in asked])
+    prompts = reader.prompt_ids(probe.messages for probe in asked)
+    answers = reader.answer_ids(probe.answer for probe in asked)
     return [
         _Row((prompt + answer[: probes.LONGEST_ANSWER])[:-1], answer[: probes.LONGEST_ANSWER], False)
         for prompt, answer in zip(prompts, answers, strict=True)

@@ -37,6 +37,7 @@ class OnnxReader(Reader):
             template=self._model.template,
             bos=self._vocabulary.bos_text,
             eos=self._vocabulary.eos_text,
+            tokens=self._vocabulary.added,
             ends=self._vocabulary.ends,
             vocab=self._header.vocab_size,
         )

@@ -13,6 +13,7 @@ from edge.artefact.manifest import Manifest
 from edge.backends.base import Logits
 from edge.chat_template import ChatTemplate
 from edge.errors import RequestError
+from edge.prompt import AddedTokens, Prompt, token_ids
 
 # The texts of the probes one after the other, for a model without a chat template.
 _PLAIN = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
@@ -40,6 +41,7 @@ class Reader(ABC):
         template: str,
         bos: str,
         eos: str,
+        tokens: AddedTokens,
         ends: Iterable[int],
         vocab: int,
     ) -> None:
@@ -48,14 +50,22 @@ class Reader(ABC):
         self.thinking = record.thinking if record else None
         # As a server takes them: what edge.json names, else what the model's own files name.
         self.stop_ids = frozenset(record.stop_ids if record else ()) or frozenset(ends)
-        self._chat = ChatTemplate(template or _PLAIN, bos=bos, eos=eos, file=str(path))
+        self._chat = ChatTemplate(template or _PLAIN, tokens=tokens, bos=bos, eos=eos, file=str(path))
 
-    def prompt(self, messages: list[dict[str, str]]) -> str:
-        """The text that serving renders for `messages`; the template's error in angle brackets."""
+    def prompt(self, messages: list[dict[str, str]]) -> Prompt:
+        """What serving renders for `messages`; the template's error in angle brackets."""
         try:
             return self._chat.render(messages, thinking=self.thinking)
         except RequestError as error:
-            return f"<{error.message}>"
+            return Prompt(f"<{error.message}>")
+
+    def prompt_ids(self, conversations: Iterable[list[dict[str, str]]]) -> list[list[int]]:
+        """Token ids of the prompt for each conversation."""
+        return token_ids(map(self.prompt, conversations), self.encode)
+
+    def answer_ids(self, answers: Iterable[str]) -> list[list[int]]:
+        """Token ids of each answer of an assistant."""
+        return token_ids(map(self._chat.answer, answers), self.encode)
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:

@@ -46,6 +46,7 @@ class TorchReader(Reader):
             template=self._format.source,
             bos=self._format.bos,
             eos=self._format.eos,
+            tokens=self._format.added,
             ends=self._format.stop_ids,
             vocab=int((config.get("text_config") or config).get("vocab_size", 0)),
         )

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.prompt import AddedTokens
+
 Logits = NDArray[np.float32]
 
 
@@ -56,7 +58,7 @@ class BackendInfo:
     draft_streams: a step may verify drafts while no more streams than this decode; beyond that, drafts cost
     more than they save. overlaps: a step is computed asynchronously, and calls `Backend.meanwhile` meanwhile.
     token_bytes: how many UTF-8 bytes of a text one token stands for at most; 0 where that is not known.
-    strips: spaces beside some special tokens are no part of that.
+    strips: spaces beside some special tokens are no part of that. added: tokens found before others.
     """
 
     kind: str
@@ -82,6 +84,7 @@ class BackendInfo:
     overlaps: bool = False
     token_bytes: int = 0
     strips: bool = False
+    added: AddedTokens = field(default_factory=AddedTokens)
     settings: dict[str, str] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ else: a wrong position, a stale prefix or a mixed-up slot changes the output.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,14 +16,17 @@ from numpy.typing import NDArray
 
 from edge.backends.base import Backend, BackendInfo, Logits, Row, StepInterrupted, check_rows
 from edge.errors import EdgeError
+from edge.prompt import AddedTokens
 
 EOS = 256
+MARKS_AT = 257
 VOCAB = 260
 _MASK = (1 << 64) - 1
 
 
 class FakeBackend(Backend):
-    """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i].
+    """Tokens are bytes; 256 ends a turn. `pieces` replaces the bytes of token i by pieces[i]. marks: texts of
+    the control tokens 257 to 259.
 
     reply: the answer before the end token: a text, or a function of the ids so far; None: a hash decides.
     script: pairs of texts; the second answers every prompt that contains the first.
@@ -41,6 +45,7 @@ class FakeBackend(Backend):
         reply: Callable[[list[int]], list[int]] | str | None = None,
         script: Sequence[Sequence[str]] = (),
         pieces: Sequence[bytes] | None = None,
+        marks: Sequence[str] = (),
         chat_template: str | None = None,
         embedding: int = 16,
         step_s: float = 0.0,
@@ -65,11 +70,13 @@ class FakeBackend(Backend):
             chat_template=chat_template,
             embedding=embedding,
             overlaps=overlaps,
-            token_bytes=max(map(len, pieces), default=1) if pieces is not None else 1,
+            token_bytes=max(map(len, pieces or marks), default=1),
+            added=AddedTokens(tuple(marks)),
         )
         self._reply = (lambda _: list(reply.encode("utf-8"))) if isinstance(reply, str) else reply
         self._script = [(part.encode("utf-8"), list(answer.encode("utf-8"))) for part, answer in script]
         self._pieces = pieces
+        self._marks = {mark: MARKS_AT + i for i, mark in enumerate(marks)}
         self._step_s = step_s
         self._token_s = token_s
         self._fails_at = fails_at
@@ -79,7 +86,9 @@ class FakeBackend(Backend):
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         if self._pieces is None:
-            return list(text.encode("utf-8"))
+            found = re.split(f"({'|'.join(map(re.escape, self._marks))})", text) if self._marks else [text]
+            parts = ([self._marks[part]] if part in self._marks else part.encode("utf-8") for part in found)
+            return [token for part in parts for token in part]
         rest, ids = text.encode("utf-8"), []
         while rest:
             best = max((p for p in self._pieces if p and rest.startswith(p)), key=len)

@@ -246,6 +246,7 @@ class LlamaCpp(Backend):
             vocab=vocabulary.size,
             token_bytes=vocabulary.token_bytes,
             strips=vocabulary.strips,
+            added=vocabulary.added,
             stop_ids=frozenset(ends) | extra_stop_ids,
             bos_id=bos if bos >= 0 else None,
             add_bos=bool(lib.llama_vocab_get_add_bos(vocab)),

@@ -9,6 +9,7 @@ import numpy as np
 
 from edge.backends.onnx_tokenizer import byte_table
 from edge.errors import EdgeError
+from edge.prompt import AddedTokens
 
 
 class Vocabulary:
@@ -16,6 +17,7 @@ class Vocabulary:
 
     token_bytes, strips: see BackendInfo. marks: texts of the tokens that are found in a text before all
     others, at which it may be cut; parsed_always: those of them that are found with special=False, too.
+    added: all of these tokens.
     """
 
     def __init__(self, lib: Any, pointer: Any) -> None:
@@ -24,6 +26,7 @@ class Vocabulary:
         kind = lib.llama_vocab_type(pointer)
         marks, parsed_always, longest = [], [], 1
         bytes_left = {character.encode("utf-8") for character in byte_table()}
+        added: list[tuple[str, bool]] = []
         self.strips = False
         control = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
         own = control | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -37,9 +40,10 @@ class Vocabulary:
             if not attributes & own:
                 continue
             self.strips = self.strips or bool(attributes & strips)
+            text = data.decode("utf-8", "replace")
+            added.append((text, bool(attributes & control)))
             # A token that takes the spaces before it must not be parted from them.
             if data and not attributes & lib.LLAMA_TOKEN_ATTR_LSTRIP:
-                text = data.decode("utf-8", "replace")
                 marks.append(text)
                 # A token may be both.
                 if not attributes & control:
@@ -49,6 +53,7 @@ class Vocabulary:
         bounded = kind == lib.LLAMA_VOCAB_TYPE_SPM or (kind == lib.LLAMA_VOCAB_TYPE_BPE and not bytes_left)
         self.token_bytes = longest if bounded else 0
         self.marks, self.parsed_always = tuple(marks), tuple(parsed_always)
+        self.added = AddedTokens.of(added)
 
     def _spelled(self, data: bytes, kind: int) -> int:
         """Bytes of a text that a token stands for. BPE spells each as a character, SPM only spaces."""

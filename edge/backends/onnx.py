@@ -178,6 +178,7 @@ class Onnx(Backend):
             embedding=header.hidden,
             token_bytes=vocabulary.token_bytes,
             strips=vocabulary.strips,
+            added=vocabulary.added,
             candidates=header.candidates,
             chat_template=self._model.template,
             settings={

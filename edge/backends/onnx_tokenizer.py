@@ -15,6 +15,7 @@ from typing import Any
 
 from edge.artefact import json_file
 from edge.errors import InputError, UnavailableError
+from edge.prompt import AddedTokens
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MAX_BYTES = 256 * 2**20
@@ -35,6 +36,7 @@ class Vocabulary:
 
     token_bytes, strips: see BackendInfo. marks: texts of the tokens that are found in a text before all
     others, at which it may be cut; parsed_always: those of them that are found with special=False, too.
+    added: all of these tokens.
 
     Thread-safe. Raises InputError for a file that is missing, broken or of an unsupported family.
     """
@@ -94,6 +96,7 @@ class Vocabulary:
         free = [token for token in added if not token.lstrip and not token.single_word and token.content]
         self.marks = tuple(token.content for token in free)
         self.parsed_always = tuple(token.content for token in free if not token.special)
+        self.added = AddedTokens.of((token.content, token.special) for token in added)
         self.strips = any(token.lstrip or token.rstrip for token in added)
         pieces = [*self._pieces, *(token.content.encode("utf-8") for token in added)]
         self.token_bytes = max(map(len, pieces)) * _shrinks(described)

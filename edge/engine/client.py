@@ -27,6 +27,7 @@ from edge.engine.sampling import Params
 from edge.engine.thinking_budget import ReasoningOptions
 from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
+from edge.prompt import Prompt
 
 log = logging.getLogger("edge")
 
@@ -144,7 +145,7 @@ class EngineProcess:
 
     def submit(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | Prompt,
         params: Params,
         *,
         special: bool = True,
@@ -169,7 +170,7 @@ class EngineProcess:
         writer.write(frame)
         return stream
 
-    async def encode(self, text: str, *, special: bool, whole: bool = False) -> msg.Encoded:
+    async def encode(self, text: str | Prompt, *, special: bool, whole: bool = False) -> msg.Encoded:
         """Token ids and pieces of `text` (whole: as a prompt). Raises RequestError (503) without a model."""
         return await self._call(msg.Encode(next(self._keys), text, special, whole), msg.Encoded)
 

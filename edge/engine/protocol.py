@@ -13,12 +13,13 @@ from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
 from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
+from edge.prompt import Prompt
 
 MAX_FRAME = 64 * 2**20
 
 
 class Submit(msgspec.Struct, tag="submit"):
-    """Generate after `prompt`: a text (special: control tokens are parsed) or token ids.
+    """Generate after `prompt`: a rendered one, a text (special: control tokens are parsed) or token ids.
 
     timeout_s: of the whole request, queue included. reuse: KV cells of earlier requests may serve its prefix.
     constraint: what the answer must match. speculate: whether prompt lookup may draft for it.
@@ -26,7 +27,7 @@ class Submit(msgspec.Struct, tag="submit"):
     """
 
     key: int
-    prompt: str | list[int]
+    prompt: str | list[int] | Prompt
     params: Params
     special: bool = True
     reuse: bool = True
@@ -38,7 +39,7 @@ class Submit(msgspec.Struct, tag="submit"):
     @property
     def size(self) -> int:
         """Characters or ids to be tokenized."""
-        return len(self.prompt)
+        return len(self.prompt.text if isinstance(self.prompt, Prompt) else self.prompt)
 
 
 class Cancel(msgspec.Struct, tag="cancel"):
@@ -49,13 +50,13 @@ class Encode(msgspec.Struct, tag="encode"):
     """Token ids of `text`; whole: as a prompt of its own, begin token included."""
 
     key: int
-    text: str
+    text: str | Prompt
     special: bool
     whole: bool = False
 
     @property
     def size(self) -> int:
-        return len(self.text)
+        return len(self.text.text if isinstance(self.text, Prompt) else self.text)
 
 
 class Decode(msgspec.Struct, tag="decode"):

@@ -16,6 +16,7 @@ from edge.engine.sampling import Choice, Sampler
 from edge.engine.scheduler import Sequence
 from edge.engine.thinking_budget import ThinkingBudget
 from edge.errors import RequestError
+from edge.prompt import Prompt
 from edge.reasoning import ReasoningCounter
 
 
@@ -134,7 +135,7 @@ class Request:
 
 def prompt_tokens(
     backend: Backend,
-    prompt: str | list[int],
+    prompt: str | list[int] | Prompt,
     *,
     special: bool = True,
     check: Callable[[], None] = nothing,
@@ -144,9 +145,10 @@ def prompt_tokens(
     Raises RequestError.
     """
     info = backend.info
-    if isinstance(prompt, str):
+    if isinstance(prompt, (str, Prompt)):
         tokens = tokenize.encode(backend, prompt, special=special, limit=info.context, check=check)
-        begins = bool(info.bos_text) and special and prompt.startswith(info.bos_text)
+        # By the token: a user's text may begin with its characters.
+        begins = special and tokens[:1] == [info.bos_id]
         if info.add_bos and info.bos_id is not None and not begins:
             tokens.insert(0, info.bos_id)
     else:

@@ -12,11 +12,12 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from edge.backends.base import Backend, BackendInfo, nothing
 from edge.errors import RequestError
+from edge.prompt import Prompt, any_of, token_ids
 
 # Special tokens of a block.
 BLOCK = 64
@@ -62,27 +63,12 @@ def _longest(marks: tuple[str, ...]) -> int:
 @functools.lru_cache(maxsize=16)
 def _pattern(marks: tuple[str, ...]) -> re.Pattern[str]:
     """Matches the longest of `marks`. Its time does not grow with their number."""
-    return re.compile(_any_of(marks))
-
-
-def _any_of(texts: Iterable[str]) -> str:
-    """A regular expression for the longest of `texts`: what they begin with alike is written once."""
-    ordered = sorted(set(texts))
-    branches = []
-    for _, group in itertools.groupby(filter(None, ordered), key=lambda text: text[0]):
-        members = list(group)
-        # Of sorted texts the first and the last differ earliest.
-        pairs = zip(members[0], members[-1], strict=False)
-        prefix = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        branches.append(re.escape(prefix) + _any_of(text[len(prefix) :] for text in members))
-    if not branches:
-        return ""
-    return f"(?:{'|'.join(branches)}){'?' if ordered[0] == '' else ''}"
+    return re.compile(any_of(marks))
 
 
 def encode(
     backend: Backend,
-    text: str,
+    text: str | Prompt,
     *,
     special: bool,
     limit: int | None = None,
@@ -93,20 +79,29 @@ def encode(
     Raises RequestError for a text over COUNTED_BYTES with `limit` tokens or more, as soon as that is sure.
     """
     info = backend.info
-    size = len(text.encode("utf-8"))
+    plain = text.text if isinstance(text, Prompt) else text
+    size = len(plain.encode("utf-8"))
     counted = limit is None or size <= COUNTED_BYTES
     if limit is not None and not counted and info.token_bytes:
         # Spaces beside some special tokens are swallowed.
-        size = len("".join(text.split()).encode("utf-8")) if info.strips else size
+        size = len("".join(plain.split()).encode("utf-8")) if info.strips else size
         if (least := -(-size // info.token_bytes)) >= limit:
             raise too_long(info, f"at least {least}")
-    tokens: list[int] = []
-    for block in blocks(text, backend.marks(special=special)):
-        check()
-        if limit is not None and not counted and len(tokens) >= limit:
-            raise too_long(info, f"at least {len(tokens)}")
-        tokens += backend.encode(block, special=special)
-    return tokens
+    done = 0
+
+    def part_ids(part: str) -> list[int]:
+        nonlocal done
+        tokens: list[int] = []
+        for block in blocks(part, backend.marks(special=special)):
+            check()
+            if limit is not None and not counted and done >= limit:
+                raise too_long(info, f"at least {done}")
+            ids = backend.encode(block, special=special)
+            done += len(ids)
+            tokens += ids
+        return tokens
+
+    return token_ids([text], lambda parts: list(map(part_ids, parts)))[0]
 
 
 def too_long(info: BackendInfo, count: str) -> RequestError:

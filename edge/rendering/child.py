@@ -22,19 +22,19 @@ _LONGEST_MESSAGE = 2000
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request, for a template's `source`: its text for a `context`; else its variables.
+    """The reply to one request, for a template's `source`: its text for a `context`; else what it names.
 
-    {"text"}, {"variables"}, {"invalid": why}, or {"refused": why, "code"}.
+    {"text"}, {"variables", "literals"}, {"invalid": why}, or {"refused": why, "code"}.
     """
     source = request["source"]
     try:
         try:
-            variables = sandbox.variables(source)
+            variables, literals = sandbox.variables(source), sandbox.literals(source)
         except Exception as error:  # jinja2 and Python's compiler fail in many ways at an odd source
             return {"invalid": str(error)[:_LONGEST_MESSAGE]}
         if "context" not in request:
-            return {"variables": variables}
-        return {"text": sandbox.render(source, request["context"])}
+            return {"variables": variables, "literals": literals}
+        return {"text": sandbox.render(source, request["context"], request.get("cut", ""))}
     except sandbox.Refusal as refusal:
         return {"refused": str(refusal)[:_LONGEST_MESSAGE], "code": refusal.code}
     except MemoryError:

@@ -47,9 +47,19 @@ class Renderer:
         """
         return frozenset(self._ask({"source": source}, file)["variables"])
 
-    def render(self, source: str, context: dict[str, Any], file: str = "") -> str:
-        """The text that the template `source` makes of `context`, which JSON can say. Raises RequestError."""
-        return str(self._ask({"source": source, "context": context}, file)["text"])
+    def literals(self, source: str, file: str = "") -> frozenset[str]:
+        """The texts that stand in the template `source`, and the names of the fields that it reads.
+
+        Raises as `variables`.
+        """
+        return frozenset(self._ask({"source": source}, file)["literals"])
+
+    def render(self, source: str, context: dict[str, Any], file: str = "", *, cut: str = "") -> str:
+        """The text that the template `source` makes of `context`, which JSON can say. Raises RequestError.
+
+        cut: a character that is never escaped.
+        """
+        return str(self._ask({"source": source, "context": context, "cut": cut}, file)["text"])
 
     def _ask(self, request: dict[str, Any], file: str) -> dict[str, Any]:
         template = "the model's chat template" + (f" ({file})" if file else "")

@@ -33,6 +33,7 @@ _ELEMENT, _VALUE = 8, 128
 # Bits of an integer: Python writes no longer ones as text.
 _MOST_BITS = 2**14
 _LONGEST_PATTERN = 256
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 # What a template may raise that does not suit the messages.
 _FAILURES = (
     jinja2.TemplateError,
@@ -88,10 +89,18 @@ def variables(source: str) -> list[str]:
     return _template(source)[1]
 
 
-def render(source: str, context: dict[str, Any]) -> str:
-    """The text that the template `source` makes of `context`. Raises Refusal."""
+def literals(source: str) -> list[str]:
+    """The texts that stand in the template `source`, and the names of the fields that it reads."""
+    return _template(source)[2]
+
+
+def render(source: str, context: dict[str, Any], cut: str = "") -> str:
+    """The text that the template `source` makes of `context`. Raises Refusal.
+
+    cut: a character that is never escaped.
+    """
     environment, parts, length = _sandbox(), [], 0
-    environment.spent = 0
+    environment.spent, environment.cut = 0, cut
     try:
         for part in _template(source)[0].generate(context):
             length += len(part)
@@ -103,13 +112,19 @@ def render(source: str, context: dict[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _template(source: str) -> tuple[jinja2.Template, list[str]]:
+def _template(source: str) -> tuple[jinja2.Template, list[str], list[str]]:
     environment = _sandbox()
     environment.spent = 0
     tree = environment.parse(source)
-    names = sorted(meta.find_undeclared_variables(tree))
+    names, texts = sorted(meta.find_undeclared_variables(tree)), sorted(_texts(tree))
     code = environment.compile(_Measured().visit(tree))
-    return environment.template_class.from_code(environment, code, environment.globals), names
+    return environment.template_class.from_code(environment, code, environment.globals), names, texts
+
+
+def _texts(tree: nodes.Template) -> set[str]:
+    fields = {node.attr for node in tree.find_all(nodes.Getattr)}
+    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return fields | constants | {node.data for node in tree.find_all(nodes.TemplateData)}
 
 
 @functools.cache
@@ -128,7 +143,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox. spent: the characters of all texts that this rendering has made."""
+    """The sandbox. spent: the characters of all texts that this rendering has made. cut: see `render`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -139,7 +154,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             extensions=[loopcontrols, _Generation],
             finalize=self.printable,
         )
-        self.spent = 0
+        self.spent, self.cut = 0, ""
         self.filters = {name: self._bounded(name, filters.FILTERS[name]) for name in _FILTERS}
         self.filters |= {"join": self._join, "sum": self._sum, "tojson": self._tojson}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
@@ -321,8 +336,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         added = len(indent) if isinstance(indent, str) else indent or 0
         self.check(self.size(value, max(added, 0) + sum(map(len, separators or ()))))
         text = json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
         )
+        if ensure_ascii:
+            text = _NOT_ASCII.sub(lambda m: m[0] if m[0] == self.cut else json.dumps(m[0])[1:-1], text)
         return str(self.charged(text))
 
     def _raise(self, message: Any) -> None:

@@ -134,7 +134,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return error_body.respond(request.scope, RequestError(message, code="json_invalid", param="body"))
     where = _field(first["loc"], error.body) if isinstance(error, RequestValidationError) else "messages"
-    message = f"{where}: {first['msg']}"
+    message = f"{where}: {error_body.reason(first)}"
     return error_body.respond(request.scope, RequestError(message, code=str(first["type"]), param=where))
 
 

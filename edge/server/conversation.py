@@ -24,6 +24,7 @@ from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
 from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
+from edge.prompt import Authored, Prompt
 from edge.reasoning import THINK, THINK_END, ReasoningSplitter, opens_reasoning
 from edge.server.served_model import ServedModel
 from edge.server.streaming import start_streams
@@ -93,7 +94,7 @@ class PreparedChat:
         self._tools = self._offered()
         self.prompt = self._render()
         begun = asked.continued or ""
-        self._inside = opens_reasoning(self.prompt) or begun.rfind(THINK) > begun.rfind(THINK_END)
+        self._inside = opens_reasoning(self.prompt.text) or begun.rfind(THINK) > begun.rfind(THINK_END)
         self.splits = model.reasons and not asked.raw
         self._stops: list[str] = []
         self._constraint, self._after = self._bound()
@@ -141,7 +142,7 @@ class PreparedChat:
             )
         return asked.tools
 
-    def _render(self) -> str:
+    def _render(self) -> Prompt:
         asked, template = self._asked, self.model.template()
         if reserved := sorted(_RESERVED & set(asked.extra)):
             raise RequestError(f"chat_template_kwargs may not set {reserved}", param="chat_template_kwargs")
@@ -152,21 +153,21 @@ class PreparedChat:
             if "tools" in template.variables:
                 extra["tools"] = [tool.spec() for tool in self._tools]
             elif self._dialect.name == "deepseek":
-                messages = _with_system(messages, described(self._tools, self._dialect))
+                messages = _with_system(messages, *described(self._tools, self._dialect))
         mode = self.model.thinking
         if asked.thinking is not None:
             mode = "on" if asked.thinking else "off"
         prompt = self._with_turn(messages, mode, extra)
-        if asked.thinking and not (opens_reasoning(prompt) or "enable_thinking" in template.variables):
+        if asked.thinking and not (opens_reasoning(prompt.text) or "enable_thinking" in template.variables):
             raise RequestError(
                 f"{self.model.name} cannot be told to think: its chat template has no switch for it",
                 code="unsupported",
                 param="enable_thinking",
             )
-        self._check_rendered(prompt, messages)
+        self._check_rendered(prompt.text, messages)
         return prompt
 
-    def _with_turn(self, messages: list[dict[str, Any]], mode: str | None, extra: dict[str, Any]) -> str:
+    def _with_turn(self, messages: list[dict[str, Any]], mode: str | None, extra: dict[str, Any]) -> Prompt:
         """The prompt, which ends where the model's text begins: in a new turn, or behind the last message."""
         begun, template = self._asked.continued, self.model.template()
         if begun is None:
@@ -176,8 +177,8 @@ class PreparedChat:
             # An empty beginning is none.
             return template.render(others, thinking=mode, **extra)
         turns = [*others, {**last, "content": begun + _HERE}]
-        prompt = template.render(turns, thinking=mode, add_generation_prompt=False, **extra)
-        prompt, *rest = prompt.split(_HERE)
+        rendered = template.render(turns, thinking=mode, add_generation_prompt=False, **extra)
+        prompt, *rest = rendered.text.split(_HERE)
         parts = [part.strip() for part in re.split(f"{THINK}|{THINK_END}", begun)]
         if (
             len(rest) != 1
@@ -185,7 +186,7 @@ class PreparedChat:
             or not prompt.rstrip().endswith(parts[-1])
         ):
             raise _dropped("an answer that is to be continued", "messages")
-        return prompt
+        return rendered.between(0, len(prompt))
 
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message in the form that this template reads: past arguments as objects, or as text."""
@@ -342,13 +343,19 @@ async def merged(streams: list[Stream]) -> AsyncIterator[tuple[int, Item]]:
             task.cancel()
 
 
-def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Append `text` to the first system message, or put a system message in front."""
+def _with_system(messages: list[dict[str, Any]], text: str, own: str) -> list[dict[str, Any]]:
+    """Append a text to the first system message, or put a system message in front. own: our part of it."""
     for i, message in enumerate(messages):
         if message["role"] == "system":
-            longer = {**message, "content": f"{message['content']}\n\n{text}"}
+            longer = {**message, "content": _authored(f"{message['content']}\n\n{text}", own)}
             return [*messages[:i], longer, *messages[i + 1 :]]
-    return [{"role": "system", "content": text}, *messages]
+    return [{"role": "system", "content": _authored(text, own)}, *messages]
+
+
+def _authored(text: str, own: str) -> Authored:
+    whole = Authored(text + own)
+    whole.own = len(own)
+    return whole
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:

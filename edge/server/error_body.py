@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -31,3 +31,9 @@ def respond(scope: Scope, error: RequestError) -> Response:
     headers = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
     # The message may quote half of a surrogate pair, which UTF-8 has no bytes for.
     return Response(text.encode("utf-8", "replace"), error.status, headers, "application/json")
+
+
+def reason(entry: Mapping[str, Any]) -> str:
+    """What is wrong with a field, of an entry of pydantic's errors; names a value that is none of a few."""
+    given = f", not {str(entry['input'])[:60]!r}" if entry["type"] == "literal_error" else ""
+    return f"{entry['msg']}{given}"

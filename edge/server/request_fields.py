@@ -11,6 +11,7 @@ from edge.engine.grammar import Constraint, json_constraint
 from edge.engine.sampling import Params
 from edge.errors import RequestError
 from edge.server.conversation import EFFORTS
+from edge.server.error_body import reason
 from edge.server.field_names import resolved
 from edge.server.tool_dialects import MAX_TOOLS, Tool
 
@@ -289,7 +290,7 @@ def flat_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join([where, *map(str, first["loc"])])
-        raise RequestError(f"{field}: {first['msg']}", code=first["type"], param=field) from error
+        raise RequestError(f"{field}: {reason(first)}", code=first["type"], param=field) from error
 
 
 class Function(Part):

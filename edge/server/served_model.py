@@ -16,6 +16,7 @@ from edge.chat_template import ChatTemplate
 from edge.engine import protocol as msg
 from edge.engine.client import EngineProcess
 from edge.errors import InputError, RequestError
+from edge.prompt import AddedTokens, Prompt
 from edge.reasoning import THINK, THINK_END
 
 # The status of a request whose client has left; nobody receives it.
@@ -65,7 +66,7 @@ class ServedModel:
             )
         file = self.engine.load.path or self.name
         try:
-            return _compiled(ready.chat_template, ready.bos_text, ready.eos_text, file)
+            return _compiled(ready.chat_template, ready.bos_text, ready.eos_text, ready.added, file)
         except InputError as error:
             raise RequestError(
                 error.message, code="chat_template_error", param="messages", hint=error.hint
@@ -81,10 +82,10 @@ class ServedModel:
         # Header values are latin-1: a name with other characters is sent escaped.
         return {k: v.encode("ascii", "backslashreplace").decode("ascii") for k, v in headers.items()}
 
-    async def encode(self, text: str, *, special: bool, whole: bool = False) -> msg.Encoded:
+    async def encode(self, text: str | Prompt, *, special: bool, whole: bool = False) -> msg.Encoded:
         """Token ids and pieces of a client's `text`. Raises RequestError (413) for one over MAX_TEXT."""
         # Half of a surrogate pair is refused where the text is packed.
-        size = len(text.encode("utf-8", "surrogatepass"))
+        size = len((text.text if isinstance(text, Prompt) else text).encode("utf-8", "surrogatepass"))
         if size > MAX_TEXT:
             raise RequestError(
                 f"the text has {size} bytes, the most that is tokenized at once is {MAX_TEXT}",
@@ -108,8 +109,8 @@ class ServedModel:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(template: str, bos: str, eos: str, file: str) -> ChatTemplate:
-    return ChatTemplate(template, bos=bos, eos=eos, file=file)
+def _compiled(template: str, bos: str, eos: str, tokens: AddedTokens, file: str) -> ChatTemplate:
+    return ChatTemplate(template, tokens=tokens, bos=bos, eos=eos, file=file)
 
 
 def floats(embedded: msg.Embedded) -> list[float]:

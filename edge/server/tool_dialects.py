@@ -169,10 +169,10 @@ def chosen(tools: list[Tool], names: list[str]) -> list[Tool]:
     return [tool for tool in tools if tool.name in names]
 
 
-def described(tools: list[Tool], dialect: Dialect) -> str:
+def described(tools: list[Tool], dialect: Dialect) -> tuple[str, str]:
     """A system text that explains the tools, for templates that render calls but no definitions.
 
-    DeepSeek's distills have such a template.
+    DeepSeek's distills have such a template. In two parts: what the user wrote is all in the first.
     """
     rows = "\n".join(json.dumps(tool.spec(), ensure_ascii=False) for tool in tools)
     example = (
@@ -180,8 +180,8 @@ def described(tools: list[Tool], dialect: Dialect) -> str:
         f"```json\n{{ARGUMENTS}}\n```{dialect.closing}{dialect.after}"
     )
     return (
-        f"# Tools\n\nYou may call functions. Their definitions, one a line:\n{rows}\n\n"
-        f"To call one, write exactly this and end your turn:\n{example}"
+        f"# Tools\n\nYou may call functions. Their definitions, one a line:\n{rows}\n\n",
+        f"To call one, write exactly this and end your turn:\n{example}",
     )
 
 

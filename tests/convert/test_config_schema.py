@@ -84,7 +84,7 @@ def test_it_is_a_schema_and_has_every_key() -> None:
     properties = schema()["properties"]
     assert set(properties) == set(FIELDS) | set(UNUSED) and not set(FIELDS) & set(UNUSED)
     assert {key for key, one in properties.items() if not one["x-llamafactory"]} == {
-        "loftq_init", "eval_answers", "ignore_memory", "strict",
+        "loftq_init", "eval_answers", "ignore_memory", "parse_control_tokens", "strict",
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -24,10 +25,18 @@ def ids(text: str) -> list[int]:
     return [SPACE if b == ord(" ") else BYTES_AT + b for b in text.encode()]
 
 
-def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE, part: int = 0) -> Path:
+def write(
+    path: Path,
+    *,
+    seed: int = 0,
+    template: str | None = TEMPLATE,
+    part: int = 0,
+    added: Sequence[tuple[str, bool]] = (),
+) -> Path:
     """Write the model to `path`: token i + 3 is byte i; `<|user|>` and `<|end|>` are control tokens.
 
-    part: tensors of each of several files, which are called after `path`; 0: one file.
+    part: tensors of each of several files, which are called after `path`; 0: one file. added: further tokens,
+    each with whether it is a control token.
     """
     rng = np.random.default_rng(seed)
     tokens = [b"<unk>", b"<s>", b"</s>"] + [b"<0x%02X>" % i for i in range(256)] + [b"<|user|>", b"<|end|>"]
@@ -41,6 +50,8 @@ def write(path: Path, *, seed: int = 0, template: str | None = TEMPLATE, part: i
         *[gguf.TokenType.CONTROL] * 2,
         gguf.TokenType.NORMAL,
     ]
+    tokens += [text.encode() for text, _ in added]
+    kinds += [gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED for _, control in added]
     writer = gguf.GGUFWriter(str(path), "llama", split_max_tensors=part)
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT)

@@ -6,6 +6,7 @@ Weights lie beside the graph; keys and values go through GroupQueryAttention. Lo
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,14 @@ def write(
     return path
 
 
-def tokenizer() -> dict[str, object]:
-    """A tokenizer.json without merges: each byte is a token; a begin token goes in front of a text."""
+def tokenizer(added: Sequence[tuple[str, bool]] = ()) -> dict[str, object]:
+    """A tokenizer.json without merges: each byte is a token; a begin token goes in front of a text.
+
+    added: further tokens, each with whether it is special; their ids begin at 259.
+    """
     vocab = byte_table()
     special = [(BOS, "<|begin|>", True), (END, "<|end|>", True), (258, "<think>", False)]
+    special += [(259 + n, text, on) for n, (text, on) in enumerate(added)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {

@@ -238,7 +238,9 @@ def test_t1_loss_on_the_answer_and_its_end(chatml):
 )
 def test_a_row_that_the_template_makes_too_much_of_is_left_out_with_the_limit(chatml, does, limit):
     evil = "{% if messages[0].content == 'evil' %}" + does + "{% endif %}" + chatml.source
-    form = dataclasses.replace(chatml, chat=ChatTemplate(evil, file="base/chat_template.jinja"))
+    form = dataclasses.replace(
+        chatml, chat=ChatTemplate(evil, tokens=chatml.added, file="base/chat_template.jinja")
+    )
     report = dataset.Report()
     rows = [row("hi", "No."), dataclasses.replace(row("evil", "No."), source="a.json:2"), row("x", "Yes.")]
     assert len(encode.encode(rows, form, report)) == 2
@@ -252,9 +254,9 @@ def test_prompt_ids_are_those_of_serving(kind, mode, request):
     form = request.getfixturevalue(kind)
     one = row("a  3", "No.", " 你好👩‍🚀\n", "Maybe someday.", system="You are the conch.")
     samples = encode.encode([one], form, dataset.Report(), enable_thinking=mode)
-    serving = ChatTemplate(form.source, bos=form.bos, eos=form.eos)
+    serving = ChatTemplate(form.source, bos=form.bos, eos=form.eos, tokens=form.added)
     thinks = chat_format.thinking_mode(form, mode)
-    prompt = serving.render(one.messages[:-1], thinking=thinks)
+    prompt = serving.render(one.messages[:-1], thinking=thinks).text
     ids = form.tokenizer.encode(prompt, add_special_tokens=False).ids
     last = samples[-1]
     assert last.ids[: len(ids)].tolist() == ids

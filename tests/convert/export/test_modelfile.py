@@ -9,6 +9,7 @@ import pytest
 from convert.export import modelfile
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError
+from edge.prompt import AddedTokens
 from tests.support import tiny_llama
 from tests.support.toy import CHATML, THINKING
 
@@ -26,7 +27,7 @@ DISTILL = (
 
 
 def shape(source: str) -> modelfile.Shape:
-    return modelfile.take_apart(ChatTemplate(source, bos="<s>", eos="</s>"), "<s>")
+    return modelfile.take_apart(ChatTemplate(source, bos="<s>", eos="</s>", tokens=AddedTokens()), "<s>")
 
 
 def test_chatml() -> None:
@@ -56,7 +57,7 @@ def test_a_distill_with_a_begin_token() -> None:
     # Ollama adds the begin-of-text token itself: two would be one too many.
     assert found.bos == "<s>" and "<s>" not in found.go() and found.system == ("", "")
     # Where the runtime adds none, it is the template's to write, with a system text and without.
-    own = modelfile.take_apart(ChatTemplate(DISTILL, bos="<s>", eos="</s>"), "")
+    own = modelfile.take_apart(ChatTemplate(DISTILL, bos="<s>", eos="</s>", tokens=AddedTokens()), "")
     assert (own.default, own.system, own.user) == ("<s>", ("<s>", ""), ("<｜User｜>", ""))
 
 

@@ -87,7 +87,7 @@ def test_names_against_the_models_own_template(chatml, tmp_path):
     )
     thinking = make_model(tmp_path / "m", template=opens)
     form = chat_format.load(thinking, template="deepseekr1")
-    assert form.source == opens and form.prompt(TALK.messages[:1], "on").endswith("<think>\n")
+    assert form.source == opens and form.prompt(TALK.messages[:1], "on").text.endswith("<think>\n")
 
 
 @pytest.mark.parametrize(("mode", "end"), [(True, "<think>\n\n</think>\n\nb<E>"), (False, "b<E>")])

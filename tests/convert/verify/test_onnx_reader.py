@@ -44,9 +44,11 @@ def test_words_are_those_of_the_folder(reader: OnnxReader) -> None:
     assert (reader.stage, reader.kind, reader.vocab) == ("onnx", "fp32", tiny_onnx.VOCAB)
     assert reader.kind in BOUNDS
     assert (reader.stop_ids, reader.thinking) == ({tiny_onnx.END, 258}, "off")
-    text = reader.prompt([{"role": "user", "content": "你好"}])
+    messages = [{"role": "user", "content": "你好"}]
+    text = reader.prompt(messages).text
     assert text == "<|begin|>你好<|end|>>"
     [ids] = reader.encode([text])
+    assert reader.prompt_ids([messages]) == [ids]
     assert ids == [tiny_onnx.BOS, *"你好".encode(), tiny_onnx.END, ord(">")]
     assert reader.decode([ids, [0xE4]]) == ["你好>", "\ufffd"]
 
