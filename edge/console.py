@@ -94,6 +94,7 @@ class _Lines:
 
     def __init__(self, out: TextIO) -> None:
         self.result: dict[str, Any] = {}
+        self.handed_over = False
         self._out, self._stage = out, ""
         self._began = self._last = 0.0
         self._first = 0
@@ -109,6 +110,11 @@ class _Lines:
         if done is not None and total is not None and done > self._first:
             left = round((now - self._began) / (done - self._first) * (total - done), 1)
         self.write({"stage": stage, "done": done, "total": total, "seconds_left": left, **facts})
+
+    def hand_over(self) -> int:
+        """The file descriptor of the lines, for a process that writes all of them in this one's place."""
+        self.handed_over = True
+        return self._out.fileno()
 
     def write(self, line: dict[str, Any]) -> None:
         import msgspec
@@ -140,6 +146,11 @@ def result(**facts: Any) -> None:
     """Put what a command made into its last line."""
     if _lines is not None:
         _lines.result |= facts
+
+
+def stdout_of_child() -> int | None:
+    """The stdout of a child that gets this command's arguments, and so writes its progress and result."""
+    return None if _lines is None else _lines.hand_over()
 
 
 @contextlib.contextmanager
@@ -200,7 +211,7 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         except Exception as error:
             lines.write({"error": f"{type(error).__name__}: {error}", "hint": "", "exit_code": 1})
             raise
-        if code == 0:
+        if code == 0 and not lines.handed_over:
             lines.write({"result": lines.result, "exit_code": code})
         return code
 

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run made")
     parser.add_argument("--resume", action="store_true", help="resume from the last whole checkpoint")
     parser.add_argument("--print-config", action="store_true", help="show every key with its value, and stop")
+    parser.add_argument("--plan", action="store_true", help="say steps and memory, and stop")
     parser.add_argument("--print-command", action="store_true", help="show this command, quoted, and stop")
     parser.add_argument(
         "--json-schema", action=_PrintSchema, nargs=0, help="show every key as a JSON Schema, and stop"
@@ -64,6 +65,11 @@ def main(argv: list[str]) -> int:
     if options.print_command:
         sys.stdout.write(command([word for word in argv if not word.startswith("--print-")]) + "\n")
     if options.print_config or options.print_command:
+        return 0
+    if options.plan:
+        from convert.train import finetune
+
+        result(**finetune.plan(config, overwrite=options.overwrite))
         return 0
     if torchrun.is_asked():
         return torchrun.launch(argv)

@@ -108,13 +108,31 @@ def run(
         distributed.leave()
 
 
+def plan(config: TrainConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Say what `run` would train and what memory that takes; the figures, memory in bytes.
+
+    Raises as `run`.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    job = Run.begin(config, overwrite=overwrite, console=console, again="")
+    return {
+        "rows": job.data.rows,
+        "held_out": job.data.held_rows,
+        "longest": job.data.longest,
+        "steps": trainer.total_steps(config, len(job.data.train), job.world.size),
+        "device": job.place.device,
+        "memory": job.need.total,
+        "free": memory_estimate.free(job.place),
+    }
+
+
 @dataclass
 class Run:
     """One training run: what it is made from, and what its steps build from that.
 
     `begin` reads and checks everything but the weights. Then, in this order: load, build_objective, resume,
-    fit, publish. resumed: the checkpoint to resume from. passes: estimated bytes of a forward and backward
-    pass. quantized: names of the layers in 4 or 8 bits. pissa: the adapter as PiSSA initialised it.
+    fit, publish. resumed: the checkpoint to resume from. need: the memory that is estimated.
+    quantized: names of the layers in 4 or 8 bits. pissa: the adapter as PiSSA initialised it.
     """
 
     config: TrainConfig
@@ -126,7 +144,7 @@ class Run:
     resumed: checkpoint.Checkpoint | None
     console: Console
     again: str
-    passes: int = 0
+    need: memory_estimate.Estimate = field(init=False)
     model: Any = None
     objective: Objective = field(init=False)
     loop: trainer.Loop = field(init=False)
@@ -169,8 +187,9 @@ class Run:
         console.print(job.plan())
         shards = world.size if world.sharded else 1
         tokens = chat.tokenizer.get_vocab_size()
-        need = memory_estimate.check(base, config, data, place, console=console, shards=shards, tokens=tokens)
-        job.passes = need.passes
+        job.need = memory_estimate.check(
+            base, config, data, place, console=console, shards=shards, tokens=tokens
+        )
         return job
 
     @property
@@ -288,7 +307,7 @@ class Run:
         """What is minimised: the loss of the learnt tokens, or of answers against the reference model."""
         config = self.config
         head, how = cuda_graphs.head(
-            self.model, config, self.place, passes=self.passes, sharded=self.world.sharded
+            self.model, config, self.place, passes=self.need.passes, sharded=self.world.sharded
         )
         if how:
             self.console.print(how)

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+from edge.console import stdout_of_child
+
 
 def is_asked() -> bool:
     """Whether FORCE_TORCHRUN asks for processes, and this is none of them yet."""
@@ -33,7 +35,7 @@ def command(argv: list[str]) -> list[str]:
 
 def launch(argv: list[str]) -> int:
     """Run `command` to its end; its exit code."""
-    return subprocess.run(command(argv), check=False).returncode
+    return subprocess.run(command(argv), stdout=stdout_of_child(), check=False).returncode
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -68,7 +69,9 @@ def serve(listener: socket.socket, root: Path, *, keys: tuple[str, ...], root_pa
         access_log=False,
         timeout_graceful_shutdown=1,
     )
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    # uvicorn raises the signal that ended it once more.
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
 def create_app(workspace: Workspace, keys: tuple[str, ...]) -> Guard:

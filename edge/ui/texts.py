@@ -71,6 +71,9 @@ CHINESE = {
     "What differs": "不同之处", "Settings and figures": "设置与结果",
     "Delete {name} with all its checkpoints and exports?": "删除 {name} 及其所有检查点和导出？",
     # Train
+    "Steps and memory are being worked out …": "正在计算步数与内存……",
+    "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free":
+        "训练 {rows} 条，验证 {held} 条，在 {device} 上共 {steps} 步；需要内存 {memory}，可用 {free}",
     "Name of the run": "运行名称",
     "Letters, digits, dots, dashes and underscores; the folder is runs/NAME.":
         "字母、数字、点、短横线和下划线；文件夹为 runs/名称。",

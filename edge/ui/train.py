@@ -238,7 +238,26 @@ class _Tab:
             ui.code("edge " + shlex.join(self._argv(path)), language="bash").classes("full-width")
             ui.label(self._t("Configuration")).tooltip(path)
             ui.code(self.form.yaml(), language="yaml").classes("full-width")
+            plan = shared.words(self._t("Steps and memory are being worked out …"))
         dialog.open()
+        if self.form.values.get("create_new_adapter"):
+            plan.set_visibility(False)  # to plan that is to merge the earlier adapter first
+            return
+        try:
+            found = await self._view.ask(*self._argv(path), "--plan")
+        except EdgeError as error:
+            plan.set_text(str(error))
+            plan.classes("text-negative")
+            return
+        text = self._t(
+            "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free"
+        )
+        plan.set_text(
+            text.format(
+                rows=f"{found['rows']:,}", held=f"{found['held_out']:,}", steps=f"{found['steps']:,}",
+                device=found["device"], memory=shared.size(found["memory"]), free=shared.size(found["free"]),
+            )
+        )  # fmt: skip
 
     async def _start(self) -> None:
         path = await self._write()

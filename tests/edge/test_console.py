@@ -114,3 +114,12 @@ def test_a_table_shows_cells_as_they_are() -> None:
         screen.print(console.plain_table(["", "a & b"], rows, title="贝壳 [1]"))
     text = shown.get()
     assert "贝壳 [1]" in text and "x [bold]" in text and "<2>" in text and "1 client" in text
+
+
+def test_a_child_writes_the_lines_in_our_place(capfd: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        code = 'print(\'{"result": {"by": "child"}}\')'
+        subprocess.run([sys.executable, "-S", "-c", code], stdout=console.stdout_of_child(), check=True)
+
+    assert lines(capfd, run) == [{"result": {"by": "child"}}]
+    assert console.stdout_of_child() is None

@@ -73,3 +73,17 @@ def test_progress_as_json_lines(base: Path, tmp_path: Path, capfd: pytest.Captur
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses == pytest.approx([line["eval_loss"] for line in log if "eval_loss" in line], abs=1e-5)
     assert "steps to train" not in out and "rows to train on" in err
+
+
+def test_the_plan_says_steps_and_memory_and_trains_nothing(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(tmp_path, base)(num_train_epochs=2, val_size=2)
+    path = tmp_path / "plan.yaml"
+    path.write_text(as_yaml(config), encoding="utf-8")
+    assert guarded(cli.main, ["train", str(path), "--plan", "--progress", "json"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])["result"]
+    # 8 rows, 2 at a time, twice.
+    assert (found["rows"], found["held_out"], found["steps"], found["device"]) == (8, 2, 8, "cpu")
+    assert 2**20 < found["memory"] < found["free"]
+    assert not (tmp_path / "run").exists()

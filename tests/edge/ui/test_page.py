@@ -136,6 +136,7 @@ def test_train_by_clicks_through_a_reload_a_killed_server_a_stop_and_a_resume(pa
     page.sees("edge train runs/conch.yaml")
     config = yaml.safe_load((page.folder / "runs" / "conch.yaml").read_text("utf-8"))
     assert config["model_name_or_path"] == "models/toy" and config["dataset"] == ["d"]
+    page.sees("8 rows, 2 held out, 400 steps on cpu", 60)
     assert config["learning_rate"] == 0.005 and config["val_size"] == 2
     page.browser.press("Escape", 27)
     page.press("Start training")
