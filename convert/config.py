@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, replace
@@ -116,9 +117,21 @@ def parse(given: dict[str, Any], needs: tuple[str, ...] = REQUIRED) -> TrainConf
         if key in needs and not values.get(key) and not only_answers:
             raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].help}")
         values.setdefault(key, () if FIELDS[key].kind == "names" else "")
+    for key in PATHS:
+        if isinstance(values.get(key), str) and "\\" in values[key] and os.name != "nt":
+            values[key], note = _from_windows(key, values[key])
+            warnings.append(note)
     config = TrainConfig(**values)
     _check_together(config)
     return replace(config, warnings=(*warnings, *_doubts(config)))
+
+
+def _from_windows(key: str, path: str) -> tuple[str, str]:
+    """A relative path of Windows as one of this system, and a note; UsageError for one with a drive."""
+    if re.match(r"[A-Za-z]:|\\\\", path):
+        raise UsageError(f"{key}: {path} is a path of Windows", f"give the path on this machine: {key}=PATH")
+    here = path.replace("\\", "/")
+    return here, f"{key}: {path} is a path of Windows, taken as {here}"
 
 
 def as_yaml(config: TrainConfig) -> str:

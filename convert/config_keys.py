@@ -13,6 +13,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_8bit")
 PREFERENCES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 STRATEGIES = ("no", "steps", "epoch")
+TRACKERS = ("none", "all", "tensorboard", "wandb", "trackio", "swanlab", "mlflow")
 MIXES = ("concat", "interleave_under", "interleave_over")
 # A number written as text: YAML 1.1 takes 1e-4, without a dot, for one.
 NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
@@ -337,6 +338,10 @@ class TrainConfig:
         "AdamW 除法前加到平方根上的数",
         minimum=0.0,
     )
+    deepspeed: str | None = _key(
+        None, "text", "DeepSpeed's JSON: ZeRO 0 to 2 sums gradients, ZeRO-3 of a frozen base is fsdp",
+        "DeepSpeed 的 JSON：ZeRO 0 至 2 为梯度求和，训练适配器时 ZeRO-3 即 fsdp",
+    )  # fmt: skip
     fsdp: str | None = _key(
         None, "text", "shard the frozen weights over processes, for a base that does not fit on one GPU",
         "把冻结的权重分片到多个进程，用于单块 GPU 放不下的模型",
@@ -371,9 +376,26 @@ class TrainConfig:
         False, "bool", "draw training_loss.svg, the losses as a picture", "画出损失曲线 training_loss.svg"
     )
     report_to: tuple[str, ...] = _key(
-        ("none",), "names", "none, or tensorboard", "none（不上报）或 tensorboard",
-        names=("none", "tensorboard"),
+        ("none",), "names", "trackers that get the figures too; all: those that are installed",
+        "同时上报数据的跟踪工具；all：所有已安装的", names=TRACKERS,
     )  # fmt: skip
+    run_name: str | None = _key(
+        None, "text", "the run's name in trackers; none: that of output_dir",
+        "运行在跟踪工具中的名称；不填：output_dir 的名称",
+    )  # fmt: skip
+    project: str = _key(
+        "huggingface", "text", "the project in wandb and trackio", "wandb 与 trackio 中的项目名"
+    )
+    use_swanlab: bool = _key(False, "bool", "report to swanlab", "上报到 swanlab")
+    swanlab_project: str = _key("llamafactory", "text", "the project in swanlab", "swanlab 中的项目名")
+    swanlab_workspace: str | None = _key(None, "text", "the workspace in swanlab", "swanlab 中的工作区")
+    swanlab_run_name: str | None = _key(
+        None, "text", "the run's name in swanlab; none: run_name", "swanlab 中的运行名；不填：同 run_name"
+    )
+    swanlab_mode: str = _key(
+        "cloud", "text", "where swanlab keeps figures", "swanlab 数据的保存位置", choices=("cloud", "local")
+    )
+    swanlab_logdir: str | None = _key(None, "text", "the folder of swanlab's logs", "swanlab 日志的文件夹")
     save_strategy: str = _key(
         "steps", "text", "when a checkpoint is written", "何时保存检查点", choices=STRATEGIES
     )

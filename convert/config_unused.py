@@ -400,30 +400,13 @@ UNUSED: dict[str, Unused] = {
     ),
     # Training
     **_refused(
-        (), "weights are sharded by fsdp",
-        "权重分片请用 fsdp",
-        "deepspeed"
-    ),
-    **_refused(
-        (False,), "figures go to trainer_log.jsonl, and to tensorboard with report_to",
-        "数据写入 trainer_log.jsonl，并可用 report_to 写入 tensorboard",
-        "use_swanlab"
-    ),
-    **_taken(
-        "belongs to use_swanlab, which is refused",
-        "属于 use_swanlab，而后者不受支持",
-        "swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir "
+        (), "figures are reported, nothing is sent to a chat", "只上报数据，不发送到聊天群",
         "swanlab_lark_webhook_url swanlab_lark_secret"
     ),
     **_refused(
         (), "a run records its configuration, and a key is a secret: set SWANLAB_API_KEY",
         "运行会记录全部配置，而密钥是机密：请设置 SWANLAB_API_KEY",
         "swanlab_api_key"
-    ),
-    **_taken(
-        "a run is named by output_dir",
-        "运行以 output_dir 命名",
-        "run_name project"
     ),
     **_taken(
         "val_size or eval_dataset decides it",

@@ -20,12 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from convert.train import checkpoint, plots
+from convert.train import checkpoint, plots, trackers
 from convert.train.trainer import Loop, steps_in_epoch
 from convert.train.trainer import Progress as State
 from edge.artefact import json_file
 from edge.console import report
-from edge.errors import UnavailableError
 
 # Columns of the bar: on 80 of them the loss and the speed have room beside it.
 _BAR = 8
@@ -55,7 +54,7 @@ class Watch:
         self._evaluate, self._save, self._answers = evaluate, save, ask
         self._in_epoch = steps_in_epoch(loop.config, len(loop.items), loop.world.size)
         self._began = loop.state.step
-        self._board = _board(folder) if "tensorboard" in loop.config.report_to and self._first else None
+        self._trackers = trackers.Trackers(loop.config, folder) if self._first else None
         self._bar = Progress(
             TextColumn("training"),
             MofNCompleteColumn(),
@@ -81,8 +80,8 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __call__(self, state: State) -> bool:
         config = self._config
@@ -225,9 +224,8 @@ class Watch:
             return
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for key in ("loss", "eval_loss", "lr", "grad_norm", "throughput"):
-            if key in line and self._board is not None:
-                self._board.add_scalar(f"train/{key}", line[key], line["current_steps"])
+        if self._trackers is not None:
+            self._trackers.log(line)
         if "loss" in line and not self._console.is_terminal:
             self._print(
                 f"step {state.step}/{state.total}  loss {state.loss:.4f}  "
@@ -283,13 +281,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _board(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UnavailableError(
-            "report_to: tensorboard needs the package 'tensorboard'", "pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(folder / "runs"))

@@ -39,7 +39,8 @@ _FREE = {
     "early_stopping_steps", "load_best_model_at_end", "ignore_memory", "strict", "template", "dataset",
     "eval_dataset", "use_cpu", "fsdp", "cache_dir", "overwrite_output_dir", "ddp_timeout", "do_train",
     "do_predict", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
-    "export_dir", "export_size", "infer_dtype",
+    "export_dir", "export_size", "infer_dtype", "run_name", "project", "use_swanlab", "swanlab_project",
+    "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "deepspeed",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import functools
 import math
+import os
 import shutil
 import tempfile
 import warnings
@@ -25,9 +26,11 @@ from convert.config import TrainConfig, recorded
 from convert.data import prepare
 from convert.data.encode import Sample
 from convert.model import chat_format, hub
+from convert.model.hf_folder import INDEX
 from convert.train import (
     checkpoint,
     cuda_graphs,
+    deepspeed,
     distributed,
     fsdp,
     init_adapter,
@@ -36,6 +39,7 @@ from convert.train import (
     run_lock,
     sample_answers,
     signals,
+    trackers,
     trainer,
 )
 from convert.train.callbacks import Watch
@@ -159,6 +163,7 @@ class Run:
 
         Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
         """
+        trackers.named(config)
         report("reading the data")
         resumed = _starting_point(config, overwrite)
         base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
@@ -170,6 +175,8 @@ class Run:
         data = prepare.prepare(config, chat)
         place = choose_place(config)
         world = distributed.join(cpu=place.device == "cpu", timeout=config.ddp_timeout)
+        config, about = deepspeed.mapped(config, world)
+        notes += about
         if fsdp.asked(config, world):
             world = replace(world, sharded=True)
         if not world.first:
@@ -412,6 +419,8 @@ class Run:
                         versions=manifest.versions(*_PACKAGES),
                     ),
                 )
+            if not link_files(self.target, self.folder):
+                self.console.print(f"note: peft loads {self.target}; this disk has no links", style="yellow")
         self.world.wait()
         self.console.print(
             f"{self.target}: {state.step} steps in {state.seconds:.0f} s, "
@@ -501,6 +510,24 @@ def _starting_point(config: TrainConfig, overwrite: bool) -> checkpoint.Checkpoi
             "add --resume to go on with it, or --overwrite to begin anew",
         )
     return None
+
+
+def link_files(stage: Path, run: Path) -> bool:
+    """Give the run's own folder the files of `stage`, as hard links, so that peft and transformers load it.
+
+    False where the disk has none. What an earlier run of another kind left there is removed.
+    """
+    for pattern in ("adapter_*", "model*.safetensors", INDEX, "config.json", "generation_config.json"):
+        for path in run.glob(pattern):
+            path.unlink()
+    try:
+        for path in stage.iterdir():
+            if path.is_file() and path.name != manifest.FILE:
+                (run / path.name).unlink(missing_ok=True)
+                os.link(path, run / path.name)
+    except OSError:
+        return False
+    return True
 
 
 def _last_checkpoint(folder: Path) -> str:

@@ -337,7 +337,9 @@ def open_reader(given: Path, *, lora: Path | None = None) -> Reader:
     """
     if not given.exists():
         raise InputError(f"no such file or folder: {given}", "give a stage's folder, a run or a file")
-    if (given / "adapter_config.json").is_file() or (given / "config.json").is_file():
+    # The files of a run's own folder are links to those of its stage; what is served is compared.
+    run = any((given / stage / manifest.FILE).is_file() for stage in ("adapter", "merged"))
+    if not run and ((given / "adapter_config.json").is_file() or (given / "config.json").is_file()):
         return TorchReader(given)
     path = find.resolve(given).path
     if path.suffix == ".onnx":

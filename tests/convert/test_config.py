@@ -1,6 +1,7 @@
 """Configuration: what LLaMA-Factory's users bring loads unchanged, everything else is a clear error."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,9 @@ def test_t7_no_such_rate(tmp_path, text):
         ("quantization_type", "fp4", "known from LLaMA-Factory, but not supported yet"),
         ("stage", "sfft", "stage: 'sfft' is not supported"),
         ("finetuning_type", "oft", "finetuning_type: 'oft' is not supported"),
-        ("report_to", "wandb", "report_to: 'wandb' is not supported"),
+        ("report_to", "neptune", "report_to: 'neptune' is not supported"),
         # T14: never a size mismatch later, but a refusal before anything is loaded.
-        ("deepspeed", "z3.json", "known from LLaMA-Factory, but not supported yet"),
+        ("swanlab_api_key", "k", "set SWANLAB_API_KEY"),
         ("eval_strategy", "steps", "has nothing to evaluate on"),
         ("early_stopping_steps", 3, "early_stopping_steps needs evaluations"),
         ("pref_loss", "kto_pair", "pref_loss: 'kto_pair' is not supported"),
@@ -141,6 +142,14 @@ def test_bad_values_name_the_field(key, value, message):
     with pytest.raises(UsageError) as caught:
         parse({**NEEDED, key: value})
     assert message in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a path of this system there")
+def test_paths_of_windows(tmp_path):
+    config = parse({**NEEDED, "output_dir": "saves\\lora\\run1"})
+    assert config.output_dir == "saves/lora/run1" and "taken as saves/lora/run1" in config.warnings[0]
+    with pytest.raises(UsageError, match=r"model_name_or_path: .* is a path of Windows"):
+        parse({**NEEDED, "model_name_or_path": "D:\\models\\x"})
 
 
 @pytest.mark.parametrize(

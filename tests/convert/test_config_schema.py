@@ -142,10 +142,10 @@ def test_what_yaml_makes_of_values_is_valid_too(line: str) -> None:
         "learning_rate: 0", "learning_rate: -1e-4", "learning_rate: '-1e-4'", "learning_rate: fast",
         "learning_rate: true", "lora_rank: 0", "lora_rank: 1.5", "lora_rank: [8]", "cutoff_len: 7",
         "warmup_ratio: 1.5", "lora_dropout: 1", "bf16: 'yes'", "bf16: 1", "stage: ppo",
-        "quantization_bit: 3", "save_strategy: true", "report_to: wandb", "report_to: [none, wandb]",
+        "quantization_bit: 3", "save_strategy: true", "report_to: neptune", "report_to: [none, neptune]",
         "dataset: []", "dataset: 5", "dataset: [1]", "output_dir: ''", "output_dir: null", "max_steps: -2",
         "interleave_probs: 0.5;0.5", "interleave_probs: [0, 1]", "enable_thinking: none", "seed: '-1'",
-        "deepspeed: ds.json", "adapter_folder: x", "quantization_type: fp4", "flash_attn: fa4",
+        "hub_token: x", "adapter_folder: x", "quantization_type: fp4", "flash_attn: fa4",
         "learning_rate: 10%",
     ],
 )  # fmt: skip

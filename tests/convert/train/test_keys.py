@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from convert import merge
 from convert.config import TrainConfig
-from convert.model import hub, lora_adapter
+from convert.model import hf_folder, hub, lora_adapter
 from convert.train import distributed, finetune
 from edge.artefact import manifest
 from edge.errors import ExistsError
@@ -99,6 +100,42 @@ def test_of_several_adapters_the_last_one_is_trained_on(made: Made, plain: torch
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (other, target))
     assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
     assert manifest.read(target).parents[0]["path"] == str(target.parent / "start")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_output_dir_is_loaded_by_name(made: Made, base: Path, kind: str) -> None:
+    """By peft and transformers, as LLaMA-Factory's users name it; no byte of weights is there twice."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = finetune.run(made(f"root {kind}", finetuning_type=kind), console=QUIET).parent
+    stage = run / {"lora": "adapter", "full": "merged"}[kind]
+    model = AutoModelForCausalLM.from_pretrained(base if kind == "lora" else run)
+    if kind == "lora":
+        with warnings.catch_warnings():
+            # peft calls transformers by a deprecated name.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, run)
+    assert AutoTokenizer.from_pretrained(run).chat_template
+    name = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}[kind]
+    assert (run / name).samefile(stage / name) and not (run / manifest.FILE).exists()
+    tensors = load_file(stage / name)
+    key = next(iter(tensors))
+    loaded = model.state_dict()[key.replace(".weight", ".default.weight") if kind == "lora" else key]
+    assert torch.equal(loaded.float(), tensors[key].float())
+    # Ours go on from the stage, with what its manifest says.
+    assert hf_folder.stage_folder(run, stage.name) == stage
+    more = {"adapter_name_or_path": str(run)} if kind == "lora" else {"model_name_or_path": str(run)}
+    again = finetune.run(made(f"again {kind}", max_steps=1, **more), console=QUIET)
+    assert kind == "lora" or manifest.read(again).parents[0]["path"] == str(stage)
+
+
+@pytest.mark.slow
+def test_a_run_of_another_kind_leaves_no_file_of_the_earlier_one(made: Made) -> None:
+    run = finetune.run(made("kinds"), console=QUIET).parent
+    finetune.run(made("kinds", finetuning_type="full", max_steps=1), console=QUIET)
+    assert not (run / "adapter_config.json").exists() and (run / "config.json").is_file()
 
 
 def test_processes_wait_as_long_as_ddp_timeout_says(monkeypatch: pytest.MonkeyPatch) -> None:
