@@ -38,6 +38,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "lora_sft_ray": {**SFT, **LORA, "ray_num_workers": 4},
     "lora_dpo": {**LORA, "stage": "dpo", "dataset": "dpo_en_demo", "template": "qwen", "pref_beta": 0.1,
                  "pref_loss": "sigmoid", "learning_rate": 5.0e-6},
+    "lora_kto": {**LORA, "stage": "kto", "dataset": "kto_en_demo", "template": "qwen", "pref_beta": 0.1,
+                 "learning_rate": 5.0e-6},
+    "lora_pretrain": {**LORA, "stage": "pt", "dataset": "c4_demo"},
+    "qlora_sft_8bit": {**SFT, **LORA, "quantization_bit": 8, "quantization_method": "bnb"},
     "qlora_sft_otfq": {**SFT, **LORA, "quantization_bit": 4, "quantization_method": "bnb"},
     "qlora_sft_bnb_npu": {**SFT, **LORA, "quantization_bit": 4, "quantization_method": "bnb",
                           "double_quantization": False},
@@ -52,11 +56,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     make_model(folder / "model")
     (folder / "data").mkdir()
-    for name, rows in (("rows", ROWS), ("pairs", PAIRS)):
+    texts = [{"text": f"{row['instruction']} {row['output']}" * 3} for row in ROWS]
+    marked = [{**row, "label": number % 2 == 0} for number, row in enumerate(ROWS)]
+    for name, rows in (("rows", ROWS), ("pairs", PAIRS), ("texts", texts), ("marked", marked)):
         (folder / "data" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     info: dict[str, Any] = {name: {"file_name": "rows.json"} for name in ("identity", "alpaca_en_demo")}
     info["dpo_en_demo"] = {"file_name": "pairs.json", "ranking": True, "columns": {
         "prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}}  # fmt: skip
+    info["kto_en_demo"] = {"file_name": "marked.json", "columns": {"kto_tag": "label"}}
+    info["c4_demo"] = {"file_name": "texts.json", "columns": {"prompt": "text"}}
     (folder / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     auto = {"gradient_accumulation_steps": "auto", "zero_optimization": {"stage": 3, "overlap_comm": False}}
     (folder / "ds_z3_config.json").write_text(json.dumps(auto), encoding="utf-8")
