@@ -150,6 +150,12 @@ def _check_together(config: TrainConfig) -> None:
 
 
 def _clashes(config: TrainConfig) -> Clashes:
+    if config.pure_bf16 and (config.fp16 or config.finetuning_type == "freeze"):
+        yield "pure_bf16 needs bf16, and finetuning_type: lora or full", "leave it out"
+    if config.additional_target and config.finetuning_type != "lora":
+        yield "additional_target belongs to finetuning_type: lora", "leave it out"
+    if config.compute_accuracy and config.stage not in ("sft", "pt"):
+        yield f"compute_accuracy: stage: {config.stage} needs no tokens to be right", "leave it out"
     if config.bf16 and config.fp16:
         yield "bf16 and fp16 are both true", "keep one"
     if config.max_steps == 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_8bit")
-PREFERENCES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
+PREFERENCES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 STRATEGIES = ("no", "steps", "epoch")
 TRACKERS = ("none", "all", "tensorboard", "wandb", "trackio", "swanlab", "mlflow")
 MIXES = ("concat", "interleave_under", "interleave_over")
@@ -159,6 +159,14 @@ class TrainConfig:
     loraplus_lr_ratio: float | None = _key(
         None, "float", "learning rate of the adapter's B matrices, as a multiple of that of A (LoRA+): 16",
         "适配器 B 矩阵与 A 矩阵学习率之比（LoRA+），例如 16", exclusive_minimum=0.0,
+    )  # fmt: skip
+    additional_target: tuple[str, ...] | None = _key(
+        None, "names", "modules that are trained whole beside the adapter, e.g. embed_tokens,lm_head",
+        "与适配器一同完整训练的模块，例如 embed_tokens,lm_head",
+    )  # fmt: skip
+    pure_bf16: bool = _key(
+        False, "bool", "hold what is trained in bfloat16 too: less memory, coarser steps",
+        "被训练的权重也用 bfloat16 保存：更省内存，更新更粗",
     )  # fmt: skip
     use_rslora: bool = _key(
         False, "bool", "scale by alpha/sqrt(rank) in place of alpha/rank",
@@ -422,6 +430,10 @@ class TrainConfig:
     eval_steps: int | None = _key(
         None, "int", "steps between two evaluations; none: logging_steps",
         "每隔多少步评估；不填：同 logging_steps", minimum=1,
+    )  # fmt: skip
+    compute_accuracy: bool = _key(
+        False, "bool", "evaluations count the tokens that are predicted right too",
+        "评估时同时统计预测正确的 token 比例",
     )  # fmt: skip
     eval_answers: int = _key(
         2, "int", "held-out questions to answer at each evaluation", "每次评估时回答几个留出的问题",

@@ -238,11 +238,6 @@ UNUSED: dict[str, Unused] = {
         "hub_strategy hub_private_repo hub_always_push hub_revision"
     ),
     # Method
-    **_refused(
-        (), "only LoRA layers, or all weights, are trained",
-        "只训练 LoRA 层或全部权重",
-        "additional_target"
-    ),
     **_taken(
         "embeddings get no adapter",
         "词嵌入不加适配器",
@@ -336,16 +331,6 @@ UNUSED: dict[str, Unused] = {
         "belongs to a loss that is refused",
         "属于不受支持的损失",
         "asft_alpha eaft_alpha"
-    ),
-    **_refused(
-        (False,), "adapters are trained in float32",
-        "适配器以 float32 训练",
-        "pure_bf16"
-    ),
-    **_refused(
-        (False,), "`edge eval` scores answers",
-        "用 `edge eval` 为回答打分",
-        "compute_accuracy"
     ),
     # Data
     **_taken(

@@ -91,9 +91,9 @@ def train(home: Path, name: str, *more: str) -> Path:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_train(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    folder = train(home, name, "num_train_epochs=1")
+    folder = train(home, name, "max_steps=2")
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    assert state["global_step"] >= 1 and (folder / "training_loss.svg").is_file()
+    assert state["global_step"] == 2 and (folder / "training_loss.svg").is_file()
     weights = "model.safetensors" if name == "full_sft" else "adapter_model.safetensors"
     assert (folder / weights).is_file()
     # overwrite_output_dir: the second run replaces the first.
@@ -140,7 +140,7 @@ def test_predict(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"stage": "rm"}, "stage: 'rm' is not supported"),
+        ({"stage": "rm"}, "reward models and PPO are not trained here"),
         ({"export_quantization_bit": 4, "export_dir": "x"}, "edge export gguf RUN --gptq"),
         ({"use_galore": True}, "nearest: finetuning_type: lora"),
     ],

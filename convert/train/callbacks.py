@@ -34,7 +34,8 @@ LOG, SAMPLES = "trainer_log.jsonl", "eval_answers.jsonl"
 class Watch:
     """Called after each step; True ends the training early. With several processes the first one writes.
 
-    evaluate: returns the loss on the held-out rows; None where there are none. save: writes a checkpoint and
+    evaluate: returns the loss on the held-out rows; None where there are none. accuracy: returns their
+    accuracy. save: writes a checkpoint and
     returns its folder. ask: returns (question, answer) of a few held-out rows.
     """
 
@@ -48,10 +49,11 @@ class Watch:
         evaluate: Callable[[], float] | None,
         save: Callable[[checkpoint.Best], Path],
         ask: Callable[[], list[tuple[str, str]]],
+        accuracy: Callable[[], float] | None = None,
     ) -> None:
         self.best, self._console, self._first = best, console, loop.world.first
         self._loop, self._config, self._folder = loop, loop.config, folder
-        self._evaluate, self._save, self._answers = evaluate, save, ask
+        self._evaluate, self._save, self._answers, self._accuracy = evaluate, save, ask, accuracy
         self._in_epoch = steps_in_epoch(loop.config, len(loop.items), loop.world.size)
         self._began = loop.state.step
         self._trackers = trackers.Trackers(loop.config, folder) if self._first else None
@@ -119,8 +121,10 @@ class Watch:
         loss = self._evaluate()
         better = loss < self.best.loss
         saved = False
-        self._log({"current_steps": state.step, "total_steps": state.total, "eval_loss": round(loss, 6),
-                   "epoch": round(state.epoch, 4)})  # fmt: skip
+        line = {"current_steps": state.step, "total_steps": state.total, "eval_loss": round(loss, 6)}
+        if self._accuracy is not None:
+            line["eval_accuracy"] = round(self._accuracy(), 6)
+        self._log({**line, "epoch": round(state.epoch, 4)})
         self._report(eval_loss=loss)
         self._print(
             f"step {state.step}: validation loss {loss:.4f}"
@@ -167,6 +171,9 @@ class Watch:
             "train_steps_per_second": round(state.step / state.seconds, 3) if state.seconds else 0.0,
             "num_input_tokens_seen": state.tokens,
         }
+        accuracies = [line["eval_accuracy"] for line in state.history if "eval_accuracy" in line]
+        if accuracies:
+            results["eval_accuracy"] = accuracies[-1]
         if "eval_loss" in results:
             results["perplexity"] = math.exp(min(results["eval_loss"], 700.0))
         json_file.write(self._folder / checkpoint.STATE, checkpoint.summary(state, self.best))

@@ -55,7 +55,7 @@ from convert.train.load_model import (
     quantized_layers,
     unfreeze,
 )
-from convert.train.losses import Feedback, Objective, Preference, reference
+from convert.train.losses import Accuracy, Feedback, LossHead, Objective, Preference, reference
 from edge.artefact import json_file, manifest
 from edge.console import report
 from edge.errors import EdgeError, ExistsError, InputError
@@ -151,6 +151,7 @@ class Run:
     need: memory_estimate.Estimate = field(init=False)
     model: Any = None
     objective: Objective = field(init=False)
+    head: LossHead = field(init=False)
     loop: trainer.Loop = field(init=False)
     best: checkpoint.Best = field(default_factory=checkpoint.Best)
     quantized: list[str] = field(default_factory=list)
@@ -291,7 +292,9 @@ class Run:
         report("loading the model")
         self.model = load_model(
             self.base,
-            replace(place, dtype=torch.float32) if self.full else place,
+            replace(place, dtype=torch.bfloat16 if config.pure_bf16 else torch.float32)
+            if self.full
+            else place,
             double_quant=config.double_quantization,
             attention=cuda_graphs.attention_name(place, longest=self.data.longest, asked=config.flash_attn),
             sharded=self.world.sharded,
@@ -318,7 +321,7 @@ class Run:
         )
         if how:
             self.console.print(how)
-        self.objective = head
+        self.objective = self.head = head
         if config.stage in ("dpo", "kto"):
             self.model.eval()
             logs = {}
@@ -364,7 +367,14 @@ class Run:
         """
         evaluate = self.evaluate if self.data.held else None
         with Watch(
-            self.loop, self.folder, self.console, self.best, evaluate=evaluate, save=self.save, ask=self.ask
+            self.loop,
+            self.folder,
+            self.console,
+            self.best,
+            evaluate=evaluate,
+            save=self.save,
+            ask=self.ask,
+            accuracy=self.measure if self.config.compute_accuracy else None,
         ) as watch:
             with signals.asked_to_stop(lambda line: self.console.print(line, style="yellow")) as stop:
                 try:
@@ -427,6 +437,17 @@ class Run:
             f"{state.tokens_per_second:.0f} tokens/s, last loss {state.loss:.4f}"
         )
         return self.target
+
+    def measure(self) -> float:
+        """The share of the held-out rows' learnt tokens that the model finds most probable."""
+        return trainer.evaluate(
+            self.model,
+            self.data.held,
+            size=self.config.per_device_eval_batch_size,
+            device=self.place.device,
+            objective=Accuracy(self.head),
+            world=self.world,
+        )
 
     def evaluate(self) -> float:
         """The mean loss on the held-out rows."""

@@ -251,10 +251,23 @@ def grow(model: Any, tokens: int, seed: int) -> None:
 
 
 def _tables(model: Any) -> list[str]:
-    """The names of the modules that hold a row for each token; of tied ones the embeddings alone."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    wanted = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+    """The names of the modules that hold a row for each token."""
+    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
     return [name for name, module in model.named_modules() if any(module is one for one in wanted)]
+
+
+def _trained_whole(model: Any, config: TrainConfig) -> list[str]:
+    """The modules that are trained beside the adapter. Raises UsageError for a name that is none of them."""
+    names = _tables(model) if config.grows else []
+    if model.config.tie_word_embeddings:
+        names = names[:1]  # peft ties the other one to it
+    for target in config.additional_target or ():
+        found = [(name, one) for name, one in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not found or any(not one.weight.is_floating_point() for _, one in found if hasattr(one, "weight")):
+            why = "is held in few bits" if found else "is no module of this model"
+            raise UsageError(f"additional_target: {target} {why}", "e.g. embed_tokens, lm_head, norm")
+        names += [name for name, _ in found if name not in names]
+    return names
 
 
 def add_adapter(model: Any, config: TrainConfig) -> Any:
@@ -262,6 +275,7 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = list(config.lora_target)
+    whole = _trained_whole(model, config)
     pissa = "pissa" if config.pissa_iter < 0 else f"pissa_niter_{config.pissa_iter}"
     lora = LoraConfig(
         r=config.lora_rank,
@@ -271,8 +285,8 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=pissa if config.pissa_init else True,
-        modules_to_save=_tables(model) if config.grows else None,
-        ensure_weight_tying=config.grows and model.config.tie_word_embeddings,
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(model.config.tie_word_embeddings and set(whole) & set(_tables(model))),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
@@ -285,7 +299,7 @@ def add_adapter(model: Any, config: TrainConfig) -> Any:
         raise UsageError(f"lora_target: {', '.join(targets)}: {str(error).splitlines()[0]}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.bfloat16 if config.pure_bf16 else torch.float32)
     adapted.peft_config["default"].base_model_name_or_path = absolute(config.model_name_or_path)
     if not config.disable_gradient_checkpointing:
         # Without dropout the recomputation needs no random state, and can be captured as a CUDA graph.

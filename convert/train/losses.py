@@ -152,9 +152,9 @@ class LossHead:
             hook.remove()
         wanted = targets[keep].to(device)
         if self._in_pieces:
-            losses = TokenLoss.apply(hidden[0].to(head.weight.dtype), head.weight, wanted)
+            losses = self._of_hidden(hidden[0].to(head.weight.dtype), head.weight, wanted)
         else:
-            losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
+            losses = self._of_logits(logits, wanted)
         return losses, keep.nonzero()[:, 0]
 
     def _padding_free(self, body: Body, batch: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,8 +178,14 @@ class LossHead:
         )
         weight = self._model.get_output_embeddings().weight
         chosen = hidden.index_select(0, before).to(weight.dtype)
-        losses: torch.Tensor = TokenLoss.apply(chosen, weight, targets)
-        return losses, torch.cat(rows)
+        return self._of_hidden(chosen, weight, targets), torch.cat(rows)
+
+    def _of_hidden(self, hidden: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        losses: torch.Tensor = TokenLoss.apply(hidden, weight, wanted)
+        return losses
+
+    def _of_logits(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits.float(), wanted, reduction="none")
 
     def sums(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(log probability, learnt tokens) of each row's answers."""
@@ -189,12 +195,39 @@ class LossHead:
         return zero.index_add(0, rows, -losses), zero.index_add(0, rows, torch.ones_like(losses))
 
 
+class Accuracy(LossHead):
+    """The share of each row's learnt tokens that are the most probable ones, in place of a loss.
+
+    Its mean over rows is LLaMA-Factory's eval_accuracy. head: computes the logits.
+    """
+
+    def __init__(self, head: LossHead) -> None:
+        self.__dict__.update(head.__dict__)
+
+    def weight(self, batch: list[Sample]) -> float:
+        return len(batch)
+
+    def __call__(self, batch: list[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        hits, rows = super().__call__(batch, device)
+        rows = rows.to(hits.device)
+        zero = torch.zeros(len(batch), device=hits.device)
+        counts = zero.index_add(0, rows, torch.ones_like(hits))
+        return zero.index_add(0, rows, hits) / counts, torch.arange(len(batch))
+
+    def _of_hidden(self, hidden: torch.Tensor, weight: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        pieces = hidden.split(loss_rows(len(hidden), hidden.shape[1], len(weight)))
+        return (torch.cat([(piece @ weight.T).argmax(-1) for piece in pieces]) == wanted).float()
+
+    def _of_logits(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return (logits.argmax(-1) == wanted).float()
+
+
 class Preference:
     """DPO (arXiv:2305.18290) and the losses that LLaMA-Factory has beside it, by `pref_loss`.
 
     sigmoid with `dpo_label_smoothing`; hinge (arXiv:2305.10425); ipo (arXiv:2310.12036, by the mean over
-    tokens); orpo (arXiv:2403.07691) and simpo (arXiv:2405.14734), which need no reference. `pref_ftx` adds
-    the plain loss of the chosen answers.
+    tokens); kto_pair (arXiv:2402.01306, over pairs); orpo (arXiv:2403.07691) and simpo (arXiv:2405.14734),
+    which need no reference. `pref_ftx` adds the plain loss of the chosen answers.
     """
 
     zero_is_bad = False
@@ -226,6 +259,10 @@ class Preference:
             if config.pref_loss == "ipo":
                 margin = up / long - down / short
                 losses = (margin - 1 / (2 * beta)) ** 2
+            elif config.pref_loss == "kto_pair":
+                # Each against the mean of the other side's batch, as KTO's estimate of the divergence.
+                over, under = up.mean().clamp(min=0), down.mean().clamp(min=0)
+                losses = 1 - (torch.sigmoid(beta * (up - under)) + torch.sigmoid(beta * (over - down))) / 2
             else:
                 margin = up - down
                 losses = _smoothed(beta * margin, config)

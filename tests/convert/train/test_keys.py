@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 
 from convert import merge
 from convert.config import TrainConfig
-from convert.model import hf_folder, hub, lora_adapter
-from convert.train import distributed, finetune
+from convert.data import prepare
+from convert.data.encode import Sample
+from convert.model import chat_format, hf_folder, hub, lora_adapter
+from convert.train import distributed, finetune, load_model
 from edge.artefact import manifest
-from edge.errors import ExistsError
+from edge.errors import ExistsError, UsageError
 from tests.support.runs import configure
 from tests.support.toy import make_stub
 
@@ -48,7 +51,13 @@ def plain(made: Made) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"adam_beta1": 0.0}, {"adam_beta2": 0.5}, {"adam_epsilon": 1.0}, {"flash_attn": "sdpa"}],
+    [
+        {"adam_beta1": 0.0},
+        {"adam_beta2": 0.5},
+        {"adam_epsilon": 1.0},
+        {"flash_attn": "sdpa"},
+        {"pure_bf16": True},
+    ],
     ids=str,
 )
 def test_the_weights_change(made: Made, plain: torch.Tensor, changes: dict[str, Any]) -> None:
@@ -100,6 +109,54 @@ def test_of_several_adapters_the_last_one_is_trained_on(made: Made, plain: torch
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (other, target))
     assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
     assert manifest.read(target).parents[0]["path"] == str(target.parent / "start")
+
+
+@pytest.mark.slow
+def test_modules_are_trained_whole_beside_the_adapter(made: Made, base: Path) -> None:
+    config = made("whole", additional_target="lm_head,norm", lora_target="q_proj")
+    run = finetune.run(config, console=QUIET).parent
+    adapter = lora_adapter.read_adapter(run / "adapter")
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(adapter.whole)
+    merged = load_file(merge.run(run, dtype="float32", console=QUIET) / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    assert not torch.equal(merged["model.norm.weight"], before["model.norm.weight"])
+    # The base ties both tables, and they stay tied.
+    assert "lm_head.weight" not in merged
+    assert not torch.equal(merged["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert manifest.read(run / "merged").verify["logits"]["kl_mean"] < 1e-4
+    for target, bits, why in (("no_such", None, "is no module"), ("up_proj", 4, "is held in few bits")):
+        with pytest.raises(UsageError, match=f"additional_target: {target} {why}"):
+            finetune.run(made("none", additional_target=target, quantization_bit=bits), console=QUIET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_is_trained_is_held_in_bfloat16(made: Made, kind: str) -> None:
+    config = made(f"pure {kind}", pure_bf16=True, finetuning_type=kind, max_steps=1)
+    job = finetune.Run.begin(config, overwrite=False, console=QUIET, again="")
+    job.load()
+    assert {one.dtype for one in job.model.parameters() if one.requires_grad} == {torch.bfloat16}
+    finetune.run(config, console=QUIET)
+
+
+@pytest.mark.slow
+def test_accuracy_is_that_of_the_most_probable_tokens(made: Made, base: Path) -> None:
+    """As LLaMA-Factory counts it: of each row's answer, then the mean over rows."""
+    changes = {"val_size": 3, "compute_accuracy": True, "eval_strategy": "steps", "eval_steps": 1}
+    config = made("accuracy", finetuning_type="full", learning_rate=1e-3, **changes)
+    run = finetune.run(config, console=QUIET).parent
+    results = json.loads((run / "all_results.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["eval_accuracy"] for line in log if "eval_loss" in line][-1] == results["eval_accuracy"]
+    model = load_model.load_model(run / "merged", load_model.Place("cpu", torch.float32, False)).eval()
+    shares = []
+    for item in prepare.prepare(config, chat_format.load(base)).held:
+        assert isinstance(item, Sample)
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([list(item.ids)])).logits[0].argmax(-1).tolist()
+        right = [best[at - 1] == item.ids[at] for start, end in item.spans for at in range(start, end)]
+        shares.append(sum(right) / len(right))
+    assert results["eval_accuracy"] == pytest.approx(sum(shares) / len(shares), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_t10_packed_rows_do_not_see_each_other(base):
         ({"pref_loss": "sigmoid"}, -math.log(1 / (1 + math.exp(-0.4)))),
         ({"pref_loss": "hinge"}, 0.6),
         ({"pref_loss": "ipo"}, (1.0 + 0.5 - 5) ** 2),
+        ({"pref_loss": "kto_pair"}, 1 - (1 / (1 + math.exp(-0.2)) + 1 / (1 + math.exp(-0.4))) / 2),
         ({"pref_loss": "simpo", "pref_beta": 2.0}, math.log(1 + math.exp(0.5 - 2 * (-1.5 + 1.0)))),
         ({"pref_loss": "sigmoid", "pref_ftx": 2.0}, math.log(1 + math.exp(-0.4)) + 2 * 1.5),
         (
