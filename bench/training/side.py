@@ -136,7 +136,7 @@ def begin(config: TrainConfig, length: int) -> Run:
 
     from convert.data.prepare import Prepared
     from convert.model.hf_folder import read_config
-    from convert.train import distributed, finetune
+    from convert.train import distributed, finetune, memory_estimate
     from convert.train.load_model import choose_place
 
     console = Console(stderr=True)
@@ -148,9 +148,10 @@ def begin(config: TrainConfig, length: int) -> Run:
     # Neither a chat format nor a report: the rows are random.
     nothing: Any = None
     rows = random_rows(in_step * config.max_steps, length, read_config(base)["vocab_size"])
-    return finetune.Run(
-        config, base, nothing, Prepared(rows, [], nothing), place, world, None, console, again=""
-    )
+    data = Prepared(rows, [], nothing)
+    run = finetune.Run(config, base, nothing, data, place, world, None, console, again="")
+    run.need = memory_estimate.estimate(base, config, data, place)
+    return run
 
 
 def random_rows(count: int, length: int, vocabulary: int) -> list[Any]:
@@ -228,13 +229,6 @@ def _batches(run: Run) -> Iterator[list[Any]]:
         yield from trainer.batches(items, size, None)
 
 
-def estimate(run: Run) -> int:
-    """Bytes that training is estimated to hold at its peak."""
-    from convert.train import memory_estimate
-
-    return memory_estimate.estimate(run.base, run.config, run.data, run.place).total
-
-
 def in_turn(
     sides: Sequence[str], rounds: int, words: Callable[[str], list[str]]
 ) -> Iterator[tuple[int, str, Any]]:
@@ -276,7 +270,7 @@ def main(argv: list[str]) -> int:
 
             torch.cuda.set_per_process_memory_fraction(args.cap * 1e9 / torch.cuda.mem_get_info()[1])
         train(args.side, run, course)
-        numbers = course.numbers() | ({"estimate": estimate(run)} if args.side == "edge" else {})
+        numbers = course.numbers() | ({"estimate": run.need.total} if args.side == "edge" else {})
     if run.world.first:
         sys.stdout.write(json.dumps(numbers) + "\n")
     distributed.leave()

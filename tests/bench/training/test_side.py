@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bench.training import side
+from convert.config import TrainConfig
 from edge.errors import EdgeError
+from tests.support import toy
 
 
 def test_a_course_notes_when_the_loss_has_arrived() -> None:
@@ -35,3 +37,23 @@ def test_sides_take_turns_and_a_failure_has_its_last_words(tmp_path, monkeypatch
             side.in_turn(("plain",), 1, lambda name: ["bench.training.side", name, str(tmp_path / "no.yaml")])
         )
     assert "no.yaml" in caught.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", side.SIDES)
+def test_a_side_trains_on_random_rows(tmp_path, name) -> None:
+    base = toy.make_model(tmp_path / "base")
+    config = TrainConfig(
+        model_name_or_path=str(base),
+        dataset=("none",),
+        output_dir=str(tmp_path / "out"),
+        cutoff_len=64,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        use_cpu=True,
+    )
+    run, course = side.begin(config, 32), side.Course(0.0)
+    side.train(name, run, course)
+    assert (course.numbers()["steps"], course.tokens) == (2, 2 * 2 * 32)
+    assert run.need.total > base.joinpath("model.safetensors").stat().st_size
