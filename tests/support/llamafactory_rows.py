@@ -1,7 +1,8 @@
 """What the package `llamafactory` makes of rows: token ids and labels, for its templates. Run as a program.
 
 It reads {"tokenizer": folder, "templates": names, "rows": [...], "thinking": bool} from stdin and writes
-{template: [[ids, labels], ...]}. The package's own environment is .peers (`make test-all` makes it).
+{template: [[ids, labels], ...]}; with {"texts": [...], "packing": bool, "begins": bool} in place of rows it
+writes the ids of plain texts. The package's own environment is .peers (`make test-all` makes it).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr
     sys.path.append(str(PEERS))
     _without("torchaudio")
+    from llamafactory.data.processor.pretrain import PretrainDatasetProcessor
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
     from transformers import AutoTokenizer
@@ -42,6 +44,13 @@ def main() -> None:
             neat_packing=False,
         )  # fmt: skip
         template = get_template_and_fix_tokenizer(tokenizer, data)
+        if "texts" in asked:
+            data.packing, data.cutoff_len = asked["packing"], 32
+            tokenizer.add_bos_token = asked["begins"]  # as classes of tokenizers with a begin token have it
+            talks = [[{"role": "user", "content": text}] for text in asked["texts"]]
+            processor = PretrainDatasetProcessor(template, tokenizer, None, data)
+            answers[name] = processor.preprocess_dataset({"_prompt": talks})["input_ids"]
+            continue
         template.mm_plugin = TEMPLATES["default"].mm_plugin  # one that asks for no processor of pictures
         make = SupervisedDatasetProcessor(template, tokenizer, None, data)
         answers[name] = [

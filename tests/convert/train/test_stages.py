@@ -9,12 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from convert import merge
 from convert.data import encode, prepare
 from convert.data.encode import Judged
 from convert.model import chat_format
-from convert.train import evaluate, finetune, load_model
+from convert.train import cli, evaluate, finetune, load_model
 from convert.train.losses import Feedback, LossHead, reference
 from convert.train.trainer import Loop
 from edge.artefact import manifest
@@ -36,6 +38,18 @@ MARKED = [
 def bare(tmp_path_factory):
     """A base model without a chat template."""
     return make_model(tmp_path_factory.mktemp("m") / "base", template=None)
+
+
+def begin_with(folder):
+    """Let the tokenizer in `folder` put its begin token before each text."""
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    begin = (IM_START, tokenizer.token_to_id(IM_START))
+    tokenizer.post_processor = TemplateProcessing(single=f"{IM_START} $A", special_tokens=[begin])
+    tokenizer.save(str(path))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "add_bos_token": True}), encoding="utf-8")
 
 
 @pytest.fixture
@@ -64,14 +78,10 @@ def test_plain_text_is_learnt_whole(made, bare):
 
 
 def test_a_tokenizer_with_a_begin_token_begins_each_sequence(made, tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-
     folder = make_model(tmp_path / "m", template=None)
+    begin_with(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     begin = tokenizer.token_to_id(IM_START)
-    tokenizer.post_processor = TemplateProcessing(single=f"{IM_START} $A", special_tokens=[(IM_START, begin)])
-    tokenizer.save(str(folder / "tokenizer.json"))
     form = chat_format.load(folder, plain=True)
     packed = prepare.prepare(made(stage="pt", dataset="t", cutoff_len=32), form).train
     apart = prepare.prepare(made(stage="pt", dataset="t", packing=False), form).train
@@ -98,6 +108,104 @@ def test_plain_text_trains_evaluates_and_merges(made, bare, tmp_path):
     assert figures["eval_loss"] < figures["base_eval_loss"] and figures["predict_samples"] == 3
     merged = merge.run(tmp_path / "run", console=QUIET)
     assert not (merged / "chat_template.jinja").exists() and manifest.read(merged).stop_ids
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_package_llamafactory_makes_the_same_of_texts(made, tmp_path, packing, begins):
+    """All ids; but the last tokens, which fill no sequence, are left out there when packing."""
+    if not (llamafactory_rows.PEERS / "llamafactory").is_dir():
+        pytest.skip("the package llamafactory is not there: make .peers/installed")
+    folder = make_model(tmp_path / "m", template=None)
+    if begins:
+        begin_with(folder)
+    asked = {"tokenizer": str(folder), "templates": ["default"], "thinking": False}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.llamafactory_rows"],
+        input=json.dumps(asked | {"texts": LINES, "packing": packing, "begins": begins}),
+        capture_output=True, text=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout)["default"]
+    form = chat_format.load(folder, plain=True)
+    ours = prepare.prepare(made(stage="pt", dataset="t", packing=packing, cutoff_len=32), form).train
+    assert len(theirs) > 5
+    assert [one.ids.tolist() for one in ours][: len(theirs)] == theirs
+    assert len(ours) - len(theirs) == packing
+
+
+PRETRAIN = """\
+### model
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+trust_remote_code: true
+
+### method
+stage: pt
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+
+### dataset
+dataset: c4_demo
+cutoff_len: 2048
+max_samples: 1000
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+
+### output
+output_dir: saves/llama3-8b/lora/pretrain
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+"""
+KTO = PRETRAIN.replace("stage: pt", "stage: kto\npref_beta: 0.1").replace(
+    "dataset: c4_demo", "dataset: kto_en_demo\ntemplate: llama3"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [PRETRAIN, KTO])
+def test_examples_of_llamafactory_run_through(tmp_path, base, text):
+    """Their keys, values and entries of dataset_info.json; places, and the template, are this test's own."""
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entries = {
+        "c4_demo": {"file_name": "c4_demo.jsonl", "columns": {"prompt": "text"}},
+        "kto_en_demo": {
+            "file_name": "kto_en_demo.json", "formatting": "sharegpt",
+            "columns": {"messages": "messages", "kto_tag": "label"}, "tags": tags,
+        },
+    }  # fmt: skip
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
+    lines = [json.dumps({"text": line, "timestamp": "2019-04-25", "url": "http://x"}) for line in LINES]
+    (tmp_path / "c4_demo.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    rows = [{"messages": talk, "label": bool(n % 2)} for n in range(4)]
+    (tmp_path / "kto_en_demo.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "theirs.yaml").write_text(text, encoding="utf-8")
+    places = {"model_name_or_path": base, "dataset_dir": tmp_path, "output_dir": tmp_path / "run"}
+    words = [*(f"{key}={value}" for key, value in places.items()), "use_cpu=true", "cutoff_len=64"]
+    words.append("logging_steps=2")  # of few steps
+    words += ["template=chatml"] if text is KTO else []
+    assert cli.main([str(tmp_path / "theirs.yaml"), *words]) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "training_loss.svg").is_file()
 
 
 # Of two rows with log probabilities -3 and -4, -5 and -2 before; with other answers -6, -6, before -7 and -9.
