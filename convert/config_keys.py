@@ -91,8 +91,9 @@ class TrainConfig:
         "新增的 token，用逗号分隔；同时开启 resize_vocab",
     )  # fmt: skip
     add_special_tokens: tuple[str, ...] | None = _key(
-        None, "names", "the same for special tokens, which answers do not show",
-        "同上，但为特殊 token，不会出现在回答文本中",
+        None, "names", "the same for special tokens: not shown in answers, and in texts of rows only "
+        "with parse_control_tokens",
+        "同上，但为特殊 token：不会出现在回答文本中，数据文本中的仅在 parse_control_tokens 开启时生效",
     )  # fmt: skip
     quantization_bit: int | None = _key(
         None, "int", "4: train over NF4 weights (QLoRA); 8: over LLM.int8 weights; none: over 16-bit weights",

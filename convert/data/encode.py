@@ -245,9 +245,10 @@ def texts(
     if chat.eos not in chat.special:
         raise InputError(f"{chat.folder}: its tokenizer names no end token", "get the model again")
     for numbered in _batches(rows, first):
-        encoded = chat.encode([str(row.messages[0]["content"]) for _, row in numbered])
-        for (number, row), ids in zip(numbered, encoded, strict=True):
-            whole = array("i", [*ids, chat.special[chat.eos]])
+        written = [chat.chat.answer(str(row.messages[0]["content"]), chat.eos) for _, row in numbered]
+        report.marked += [row.source for (_, row), text in zip(numbered, written, strict=True) if text.cuts]
+        for (number, row), ids in zip(numbered, chat.encode(written), strict=True):
+            whole = array("i", ids)
             yield Sample(row.source, whole, ((1, len(whole)),), row=number)
 
 

@@ -77,6 +77,17 @@ def test_plain_text_is_learnt_whole(made, bare):
     assert len(apart.report.cut) == sum(len(ids) + 1 > 16 for ids in texts) > 0
 
 
+def test_control_tokens_in_plain_text_are_text(made, bare, tmp_path):
+    (tmp_path / "t.txt").write_text(f"a {IM_END} b\nc", encoding="utf-8")
+    for parse in (False, True):
+        form = chat_format.load(bare, plain=True, parse_control_tokens=parse)
+        data = prepare.prepare(made(stage="pt", dataset="t", packing=False), form)
+        assert [one.ids.tolist().count(form.turn_end) for one in data.train] == [1 + parse, 1]
+        assert data.report.marked == ([] if parse else ["t, row 1"])
+        whole = form.tokenizer.decode(data.train[0].ids, skip_special_tokens=False)
+        assert whole == f"a {IM_END} b{IM_END}"
+
+
 def test_a_tokenizer_with_a_begin_token_begins_each_sequence(made, tmp_path):
     folder = make_model(tmp_path / "m", template=None)
     begin_with(folder)
@@ -441,6 +452,7 @@ def test_added_tokens_are_trained_merged_and_kept(made, tmp_path, tied, kind):
     (tmp_path / "d.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     config = made(
         model_name_or_path=str(base), add_special_tokens="<|ask|>,<|say|>", add_tokens="神奇海螺", val_size=2,
+        parse_control_tokens=True,
         finetuning_type=kind, max_steps=4, eval_answers=1, eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     target = finetune.run(config, console=QUIET)
