@@ -23,7 +23,7 @@ from edge.artefact import manifest
 from edge.errors import UsageError
 from tests.support import llamafactory_rows
 from tests.support.runs import configure
-from tests.support.toy import IM_START, make_model
+from tests.support.toy import IM_END, IM_START, make_model
 from tests.support.training import logits, plain, sample
 
 QUIET = Console(quiet=True)
