@@ -106,6 +106,11 @@ class TrainConfig:
         False, "bool", "keep activations: faster by a third, needs more memory",
         "保留激活值：约快三分之一，但占用更多内存",
     )  # fmt: skip
+    rope_scaling: str | None = _key(
+        None, "text", "stretch positions where cutoff_len is beyond the model's; output_dir/start is the "
+        "base then", "cutoff_len 超出模型长度时扩展位置编码；此时以 output_dir/start 为基座",
+        choices=("linear", "dynamic", "yarn", "llama3"),
+    )  # fmt: skip
     flash_attn: str = _key(
         "auto", "text", "auto: the device decides; sdpa, fa2, fa3: torch's fused attention; "
         "disabled: plain products",

@@ -79,11 +79,6 @@ UNUSED: dict[str, Unused] = {
         "upcast_lmhead_output use_cache"
     ),
     **_refused(
-        (), "positions stay those of the base model",
-        "位置编码保持与基座模型一致",
-        "rope_scaling"
-    ),
-    **_refused(
         (False,), "rows attend to everything before them; lower cutoff_len to save memory",
         "每条数据关注其之前的全部内容；要省内存请减小 cutoff_len",
         "shift_attn"

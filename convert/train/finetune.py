@@ -182,13 +182,15 @@ class Run:
             world = replace(world, sharded=True)
         if not world.first:
             console = Console(quiet=True)
-        if init_adapter.merged_first(config):
+        if init_adapter.merged_first(config) or init_adapter.scaled(base, config):
             start = init_adapter.start_folder(config)
-            notes.append(f"{start} is the base of what is trained, with the adapters under it")
+            notes.append(f"{start} is the base of what is trained: what it begins with, made one model")
             if world.first and (resumed is None or not (start / manifest.FILE).is_file()):
-                init_adapter.merge_into(base, config)
+                init_adapter.make_start(base, config)
             world.wait()
             base, config = start, init_adapter.on_start(config)
+        elif config.rope_scaling:
+            notes.append(f"rope_scaling changes nothing: cutoff_len {config.cutoff_len} fits the model")
         job = cls(config, base, chat, data, place, world, resumed, console, again)
         for line in [*notes, *job.notes(), *data.report.lines(), *place.notes]:
             console.print(f"note: {line}", style="yellow")

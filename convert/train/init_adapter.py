@@ -1,18 +1,17 @@
-"""Training that continues from an adapter (adapter_name_or_path), with its rank, scale and layers."""
+"""What training begins with: an adapter to continue from, others merged into the base, scaled positions."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from convert.config import TrainConfig
-from convert.model.hf_folder import read_config
-from convert.model.merged_folder import MergedFolder
-from edge.artefact import manifest
+from convert.model.hf_folder import check_folder, place, read_config
+from convert.model.merged_folder import MergedFolder, known_model
+from edge.artefact import json_file, manifest
 from edge.errors import InputError, UsageError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,26 +45,55 @@ def merged_first(config: TrainConfig) -> tuple[str, ...]:
     return names if config.create_new_adapter else names[:-1]
 
 
-def merge_into(base: Path, config: TrainConfig) -> None:
-    """Write output_dir/start, `base` with the adapters of `merged_first`, one after the other.
+def scaled(base: Path, config: TrainConfig) -> dict[str, Any]:
+    """The base's config.json with rope_scaling as LLaMA-Factory scales it; {} where cutoff_len fits anyway.
+
+    The factor is the smallest whole number that makes room for cutoff_len.
+    """
+    about = read_config(base)
+    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    longest = int(rope.get("original_max_position_embeddings") or about.get("max_position_embeddings") or 0)
+    if config.rope_scaling is None or not longest or config.cutoff_len <= longest:
+        return {}
+    factor = -(-config.cutoff_len // longest)
+    scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": float(factor)}
+    if config.rope_scaling != "linear":
+        scaling["original_max_position_embeddings"] = longest
+    if config.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theta = rope.get("rope_theta")
+    scaling |= {} if theta is None else {"rope_theta": theta}
+    key = "rope_parameters" if "rope_parameters" in about else "rope_scaling"
+    return {**about, key: scaling, "max_position_embeddings": longest * factor}
+
+
+def make_start(base: Path, config: TrainConfig) -> None:
+    """Write output_dir/start: `base`, with the adapters of `merged_first` one after the other, as `scaled`.
 
     Raises InputError for an adapter that does not fit, EdgeError for values that do not fit into 16 bits.
     """
-    full = read_config(base).get("dtype", "float32") == "float32"
+    about, changed = read_config(base), scaled(base, config)
+    dtype = "float32" if about.get("dtype", "float32") == "float32" else "float16"
     with tempfile.TemporaryDirectory(dir=config.output_dir, prefix=".start-") as between:
         for number, name in enumerate(merged_first(config)):
-            merged = MergedFolder(
-                folder_of(name), base=base, dtype="float32" if full else "float16", into="nf4"
-            )
+            merged = MergedFolder(folder_of(name), base=base, dtype=dtype, into="nf4")
             base = Path(between) / str(number)
             base.mkdir()
             merged.write(base)
         with manifest.publish(start_folder(config), overwrite=True) as partial:
-            shutil.copytree(base, partial, dirs_exist_ok=True, copy_function=shutil.move)
+            for path in check_folder(base).path.iterdir():
+                if path.is_file():
+                    place(path, partial / path.name, link=path.suffix == ".safetensors")
+            if changed:
+                kept = json_file.read(partial / "config.json")
+                names = ("rope_parameters", "rope_scaling", "max_position_embeddings")
+                changes = {name: changed[name] for name in names if name in changed}
+                json_file.write(partial / "config.json", {**kept, **changes})
+            manifest.write(partial, known_model(base))
 
 
 def start_folder(config: TrainConfig) -> Path:
-    """Where `merge_into` writes."""
+    """Where `make_start` writes."""
     return Path(config.output_dir) / "start"
 
 
@@ -77,6 +105,7 @@ def on_start(config: TrainConfig) -> TrainConfig:
         model_name_or_path=str(start_folder(config)),
         adapter_name_or_path=rest,
         create_new_adapter=False,
+        rope_scaling=None,
     )
 
 

@@ -100,6 +100,44 @@ def test_a_new_adapter_goes_on_top_of_an_earlier_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("linear", {}),
+        ("dynamic", {"original_max_position_embeddings": 512}),
+        ("yarn", {"original_max_position_embeddings": 512}),
+        (
+            "llama3",
+            {"original_max_position_embeddings": 512, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        ),
+    ],
+)
+def test_positions_are_stretched_to_cutoff_len(
+    made: Made, plain: torch.Tensor, base: Path, kind: str, more: dict[str, Any]
+) -> None:
+    """The toy has 512 positions; the factor is the smallest whole number, as in LLaMA-Factory."""
+    config = made(f"rope {kind}", rope_scaling=kind, cutoff_len=1200)
+    assert not torch.equal(weights(config), plain) or kind == "dynamic"
+    run = Path(config.output_dir)
+    about = json.loads((run / "start" / "config.json").read_text(encoding="utf-8"))
+    assert about["max_position_embeddings"] == 1536
+    theta = about["rope_parameters"].pop("rope_theta")
+    assert about["rope_parameters"] == {"rope_type": kind, "factor": 3.0, **more} and theta == 10000.0
+    assert (run / "start" / "model.safetensors").samefile(base / "model.safetensors")
+    if kind == "yarn":
+        merged = merge.run(run, console=QUIET)
+        assert manifest.read(merged).verify["logits"]["kl_mean"] < 1e-4
+        assert json.loads((merged / "config.json").read_text("utf-8"))["max_position_embeddings"] == 1536
+
+
+@pytest.mark.slow
+def test_positions_that_suffice_stay(made: Made, plain: torch.Tensor) -> None:
+    config = made("rope none", rope_scaling="linear", cutoff_len=512)
+    assert torch.equal(weights(config), plain)
+    assert not (Path(config.output_dir) / "start").exists()
+
+
+@pytest.mark.slow
 def test_of_several_adapters_the_last_one_is_trained_on(made: Made, plain: torch.Tensor) -> None:
     earlier = made("plain").output_dir
     other = finetune.run(made("other", seed=7, lora_rank=4), console=QUIET)
