@@ -471,8 +471,8 @@ class Run:
         if not self.questions:
             return []
         questions, prompts = zip(*self.questions, strict=True)
-        # Tables of tokens that are trained are float32, over layers that are not.
-        half = autocast(self.config, self.place) if self.config.grows else None
+        beside = self.config.grows or self.config.additional_target
+        half = autocast(self.config, self.place) if beside else None
         device = self.place.device
         with torch.autocast(device, half, enabled=half is not None):
             answers = sample_answers.generate(

@@ -125,7 +125,8 @@ def autocast(config: TrainConfig, place: Place) -> torch.dtype | None:
 
     On a GPU for adapters too: else their inputs would be kept for the backward pass in float32.
     """
-    plain = config.finetuning_type == "lora" and not config.grows
+    # Modules that are trained beside an adapter are float32, over layers that are not.
+    plain = config.finetuning_type == "lora" and not (config.grows or config.additional_target)
     if place.dtype == torch.float32 or (plain and place.device != "cuda"):
         return None
     return place.dtype

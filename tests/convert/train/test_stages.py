@@ -494,3 +494,17 @@ def test_tokens_are_added_to_new_adapters_alone(made, tmp_path):
     for keys in ({"adapter_name_or_path": str(tmp_path)}, {"finetuning_type": "freeze"}):
         with pytest.raises(UsageError, match="trains the tables of tokens in a new adapter"):
             made(resize_vocab=True, **keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{"resize_vocab": True}, {"additional_target": "embed_tokens,norm"}])
+def test_modules_trained_beside_an_adapter_over_16_bits(made, tmp_path, keys, monkeypatch):
+    """They are float32 over a bfloat16 model, in training, in its evaluations and in their answers."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    config = made(val_size=2, eval_strategy="steps", eval_steps=1, eval_answers=1, **keys)
+    adapter = finetune.run(config, console=QUIET)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    table = next(one for name, one in tensors.items() if "embed_tokens" in name)
+    assert table.dtype == torch.float32
+    merged = merge.run(tmp_path / "run", console=QUIET)
+    assert manifest.read(merged).verify["logits"]["kl_mean"] < 1e-3
