@@ -142,6 +142,7 @@ def begin(config: TrainConfig, length: int) -> Run:
     console = Console(stderr=True)
     if not length:
         return finetune.Run.begin(config, overwrite=True, console=console, again="")
+    config = dataclasses.replace(config, cutoff_len=length)
     base, place = Path(config.model_name_or_path), choose_place(config)
     world = distributed.join(cpu=place.device == "cpu")
     in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size

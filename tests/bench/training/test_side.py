@@ -47,7 +47,7 @@ def test_a_side_trains_on_random_rows(tmp_path, name) -> None:
         model_name_or_path=str(base),
         dataset=("none",),
         output_dir=str(tmp_path / "out"),
-        cutoff_len=64,
+        cutoff_len=8,
         max_steps=2,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=1,
@@ -57,3 +57,4 @@ def test_a_side_trains_on_random_rows(tmp_path, name) -> None:
     side.train(name, run, course)
     assert (course.numbers()["steps"], course.tokens) == (2, 2 * 2 * 32)
     assert run.need.total > base.joinpath("model.safetensors").stat().st_size
+    assert side.begin(config, 64).need.passes > run.need.passes
