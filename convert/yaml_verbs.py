@@ -142,9 +142,7 @@ def _notes(config: TrainConfig, base: Path, console: Console) -> None:
     chat, own = prepare.chat_of(asked, base), prepare.chat_of(replace(asked, template=None), base)
     notes = chat.warnings
     if chat.source != own.source:
-        notes = [
-            f"template: {config.template} is not what the model was tuned with, which is used all the same"
-        ]
+        notes = [f"template: {config.template} is not what the model was tuned with, and is ignored"]
     for line in (*config.warnings, *notes):
         console.print(f"note: {line}", style="yellow")
 

@@ -145,3 +145,13 @@ def test_what_is_refused_before_anything_is_loaded(write: Any) -> None:
 
 def test_yaml_is_told_from_runs_and_options() -> None:
     assert yaml_verbs.find_yaml(["--x", "a/b.yml"]) == "a/b.yml" and yaml_verbs.find_yaml(["run"]) is None
+
+
+@pytest.mark.slow
+def test_a_template_that_the_model_was_not_tuned_with_is_ignored_and_said(
+    write: Any, trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", write(template="alpaca")]) == 0
+    assert "template: alpaca is not what the model was tuned with, and is ignored" in capsys.readouterr().out
+    own = manifest.read(trained[1] / "adapter").chat_template
+    assert manifest.read(tmp_path / "out" / "merged").chat_template == own

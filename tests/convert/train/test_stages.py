@@ -21,6 +21,7 @@ from convert.train.losses import Feedback, LossHead, reference
 from convert.train.trainer import Loop
 from edge.artefact import manifest
 from edge.errors import UsageError
+from tests.convert.train.test_checkpoint import same, stop_at
 from tests.support import llamafactory_rows
 from tests.support.runs import configure
 from tests.support.toy import IM_END, IM_START, make_model
@@ -508,3 +509,18 @@ def test_modules_trained_beside_an_adapter_over_16_bits(made, tmp_path, keys, mo
     assert table.dtype == torch.float32
     merged = merge.run(tmp_path / "run", console=QUIET)
     assert manifest.read(merged).verify["logits"]["kl_mean"] < 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_of_marked_answers_goes_on_to_the_bit(made, monkeypatch):
+    """With rates of their own for both matrices, and trained tables: stopped, resumed, the same weights."""
+    keys = {
+        "stage": "kto", "dataset": "k", "loraplus_lr_ratio": 4.0, "resize_vocab": True, "max_steps": 6,
+        "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    whole = finetune.run(made("whole", **keys), console=QUIET)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        with pytest.raises(finetune.Stopped):
+            finetune.run(made("cut", **keys), console=QUIET)
+    same(whole, finetune.run(made("cut", resume_from_checkpoint=True, **keys), console=QUIET))
