@@ -1,7 +1,9 @@
 # `make` says what there is. GNU make 4.3 or newer; everything runs inside the folder's own .venv.
 
-# The first of these that is Python 3.11 or newer makes the environment.
-PYTHON ?= python3.11 python3 python3.12 python3.13
+# What makes the environment; left out, the first of python3.11, python3, python3.12, python3.13 that is new enough.
+PYTHON ?=
+# Of `make install`, by commas; left out, all at first, and later what is there.
+EXTRAS ?=
 CONFIG ?= examples/smollm2_qlora.yaml
 RUN ?= runs/magic-conch
 MODEL ?= smollm2-135m-instruct
@@ -15,20 +17,16 @@ SECONDS ?= 15
 SEED ?= 0
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Everything goes through one resolver call, so that nothing pulls another torch afterwards.
-EXTRAS := serve,onnx,ui,train,modelscope,export-onnx,bench,dev
-# What was chosen at the first `make install CUDA=1` stays; `make install CUDA=0` goes back.
-CUDA ?= $(if $(wildcard .venv/installed-cuda),1)
-WITH_CUDA := $(filter-out 0,$(CUDA))
-STAMP := .venv/installed$(if $(WITH_CUDA),-cuda)
+# CUDA=1 or 0 stays for the next time.
+CUDA ?=
+SETUP := PYTHON="$(PYTHON)" ./setup.sh $(if $(CUDA),$(if $(filter 0,$(CUDA)),--no-cuda,--cuda))
 REPLACE := $(if $(OVERWRITE),--overwrite)
 
 # A hundred interpreters are started by the tests alone: none should compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: help install everything demo test test-all check conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: fuzz data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -61,57 +59,40 @@ help:
 	@echo
 	@echo "OVERWRITE=1 lets a stage replace its earlier result."
 
-install: $(STAMP)
+install:
+	@$(SETUP) $(if $(EXTRAS),--extras $(EXTRAS))
 
-# The stamp follows what is pinned and what the native build depends on.
-$(STAMP): pyproject.toml constraints.txt edge/machine/build_llamacpp.py edge/machine/llamacpp_source.py edge/machine/build_check.py $(wildcard edge/csrc/*)
-	@test -x $(BIN)/python || for python in $(PYTHON); do \
-	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
-	    "$$python" -m venv .venv && break || rm -rf .venv; \
-	done
-	@test -x $(BIN)/python || { \
-	    echo "error: no environment could be made: it needs Python 3.11 or newer with its venv module"; \
-	    echo "  Debian, Ubuntu: sudo apt-get install python3 python3-venv; or name one: make install PYTHON=/path/to/python"; \
-	    exit 1; }
-	$(PIP) install --quiet pip==26.1
-	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
-	$(BIN)/python -m edge.machine.build_llamacpp $(if $(WITH_CUDA),--cuda)
-	@rm -f .venv/installed .venv/installed-cuda
-	@touch $@
-
-# The demo owns its run folder and may replace what an earlier demo left there. Its file is the one that a ladder
-# recommends for it: the quickest to answer of those that are close to the merged model.
-demo: install
-	@test -f "models/$(MODEL)/edge.json" || $(BIN)/edge pull $(MODEL)
-	$(BIN)/edge train "$(CONFIG)" --overwrite
-	$(BIN)/edge merge "$(RUN)" --overwrite
-	$(BIN)/edge export gguf "$(RUN)" --quant $(or $(QUANT),Q4_0 --gptq) --overwrite
-	$(BIN)/python -m bench.demo "$(RUN)"
+demo:
+	@$(SETUP) --extras serve,train,bench
+	$(BIN)/edge demo "$(RUN)" --config "$(CONFIG)" --model "$(MODEL)" $(if $(QUANT),--quant $(QUANT))
 
 # Tests that measure time run alone, all others two at once.
 ALONE := $(BIN)/python -m pytest -q
 BESIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test: install
+everything:
+	@$(SETUP) --extras all
+
+test: everything
 	$(ALONE) -m "timing and not matrix"
 	$(BESIDE) -m "not timing and not matrix"
 
 # What training is compared with, without what it declares to need: .venv has the versions that are pinned here.
 .peers/installed:
-	$(PIP) install --quiet --no-deps --target $(@D) llamafactory==0.9.5 trl==1.16.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) llamafactory==0.9.5 trl==1.16.0
 	@touch $@
 
-test-all: install .peers/installed
+test-all: everything .peers/installed
 	$(ALONE) -m timing
 	$(BESIDE) -m "not timing"
 
-check: install
+check: everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BESIDE) -m "not slow and not gpu and not timing and not matrix"
 
-fuzz: install
+fuzz: everything
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Each client's own environment, made anew when its pins change; the server runs in .venv.
@@ -122,7 +103,7 @@ fuzz: install
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
 
-conformance: install .venv-conformance/installed .venv-conformance-openai1/installed
+conformance: everything .venv-conformance/installed .venv-conformance-openai1/installed
 	PYTHONPATH=. .venv-conformance/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . tests/conformance
 	PYTHONPATH=. .venv-conformance-openai1/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . \
 	    -p no:asyncio tests/conformance/conform_openai.py
@@ -169,7 +150,7 @@ chat: install
 bench: install
 	$(BIN)/edge bench "$(RUN)"
 
-bench-train: install
+bench-train: everything
 	$(BIN)/edge bench train "$(CONFIG)"
 
 tune: install

@@ -1,8 +1,10 @@
-"""The end of `make demo`: asks the tuned model and its base over HTTP, measures, and says what was made.
+"""`edge demo`: the model, training, merge, export; then it asks the tuned model and its base, and measures.
 
-    python -m bench.demo RUN [--base MODEL.gguf]
+    edge demo [RUN] [--config CONFIG.yaml]
 
-Both are served by `edge serve`, one after the other, and asked as the tutorial asks: GET /generate?prompt=...
+Each stage is the verb that a user would call, in a process of its own. What is done is noted in RUN, so that
+a demo that was stopped goes on with the stage that it was in. Both models are served by `edge serve`, one
+after the other, and asked as the tutorial asks: GET /generate?prompt=...
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import argparse
 import asyncio
 import json
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +30,15 @@ from bench.report import build
 from bench.servers.target import ours, started
 from bench.side_by_side import run
 from convert.data.dataset_info import find_folder
-from edge.artefact import find, manifest
-from edge.console import guarded, handling, plain_table
+from edge.artefact import find, json_file, manifest
+from edge.console import handling, plain_console, plain_table
 from edge.errors import EdgeError, InputError
+from edge.setup import clock
 
+RUN, CONFIG, MODEL = Path("runs/magic-conch"), "examples/smollm2_qlora.yaml", "smollm2-135m-instruct"
+# What is done, in the run folder, while a demo is under way.
+JOURNAL = "demo.json"
+QUESTIONS = "questions and measurement"
 MAX_TOKENS = 64
 # The baseline of the demo answers eight clients one after the other: this much fits into two minutes.
 PLAN = Plan(tokens=64, rounds=4, budget_s=80.0)
@@ -46,26 +55,99 @@ class Question:
         return any(word.lower() in answer.lower() for word in self.words)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One verb of the demo. words: what follows `edge`; () for the questions and the measurement."""
+
+    name: str
+    words: tuple[str, ...] = ()
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the run folder")
+    parser = argparse.ArgumentParser(prog="edge demo", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("run", type=Path, nargs="?", default=RUN, help="the run folder (%(default)s)")
+    parser.add_argument("--config", default=CONFIG, help="what is trained (%(default)s)")
+    parser.add_argument("--model", default=MODEL, help="what is pulled for it (%(default)s)")
+    parser.add_argument("--quant", help="the type of the export (default: Q4_0 by GPTQ)")
     parser.add_argument("--base", type=Path, help="a GGUF of the base model (default: what `edge pull` kept)")
     args = parser.parse_args(argv)
-    console = Console()
-    base = args.base or base_of(args.run)
-    questions = questions_of(args.run)
+    if not Path(args.config).is_file():
+        raise InputError(
+            f"no such file: {args.config}", "call it in the folder of edge's sources, or name one"
+        )
+    console = plain_console()
+    times = run_stages(console, stages(args), args.run / JOURNAL)
     # As at Ctrl-C, every server that was started is stopped.
     with handling((signal.SIGTERM,), signal.default_int_handler):
-        tuned_says = answers(args.run, questions, args.run / "bench" / "demo-tuned.log")
-        base_says = answers(base, questions, args.run / "bench" / "demo-base.log")
-        show_answers(console, questions, tuned_says, base_says)
-        check(questions, tuned_says, base_says)
-        report = run(args.run, PLAN, command=f"python -m bench.demo {args.run}")
-    show_files(console, args.run, base)
-    said = {question.text: text for question, text in zip(questions, tuned_says, strict=True)}
-    line = build.headline(report) | {"answers": said}
+        start = time.monotonic()
+        line = ask_and_measure(Console(), args.run, args.base)
+        times[QUESTIONS] = time.monotonic() - start
+    (args.run / JOURNAL).unlink()
+    console.print(", ".join(f"{name} {clock(seconds)}" for name, seconds in times.items()))
     sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+    console.print(f"now talk to it: edge chat {args.run}; or serve it: edge serve {args.run}")
     return 0
+
+
+def stages(args: argparse.Namespace) -> list[Stage]:
+    """The stages before the questions. A training that was stopped is resumed from its last checkpoint."""
+    run = str(args.run)
+    resumed = (args.run / JOURNAL).is_file() and any(args.run.glob("checkpoint-*"))
+    quant = ("--quant", args.quant) if args.quant else ("--quant", "Q4_0", "--gptq")
+    pull = Stage("model", ("pull", args.model))
+    return [
+        *([] if (Path("models") / args.model / manifest.FILE).is_file() else [pull]),
+        Stage("training", ("train", args.config, "--resume" if resumed else "--overwrite")),
+        Stage("merge", ("merge", run, "--overwrite")),
+        Stage("export", ("export", "gguf", run, *quant, "--overwrite")),
+    ]
+
+
+def run_stages(console: Console, todo: list[Stage], journal: Path) -> dict[str, float]:
+    """Run the stages that the journal does not have; seconds by stage. Raises EdgeError where one fails.
+
+    The journal is kept for the command lines that it was written for.
+    """
+    commands = {stage.name: list(stage.words[:2]) for stage in todo if stage.name != "model"}
+    noted = json_file.read(journal) if journal.is_file() else {}
+    times: dict[str, float] = noted.get("seconds", {}) if noted.get("commands") == commands else {}
+    names = [*(stage.name for stage in todo), QUESTIONS]
+    for stage in todo:
+        if stage.name not in times:
+            console.print(progress(names, times, stage.name), style="bold")
+            journal.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write(journal, {"commands": commands, "seconds": times})
+            start = time.monotonic()
+            done = subprocess.run([sys.executable, "-m", "edge.cli", *stage.words], check=False)
+            if done.returncode == 130:
+                raise KeyboardInterrupt
+            if done.returncode != 0:
+                raise EdgeError(f"the demo stopped at: edge {' '.join(stage.words)}", "its error is above")
+            times[stage.name] = time.monotonic() - start
+            journal.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write(journal, {"commands": commands, "seconds": times})
+    console.print(progress(names, times, QUESTIONS), style="bold")
+    return times
+
+
+def progress(names: list[str], times: dict[str, float], now: str) -> str:
+    """All stages in a line: those that are done with their time, the one that runs, and the others."""
+    words = {name: f"{name} {clock(times[name])}" for name in times}
+    return " > ".join(f"[{name}]" if name == now else words.get(name, name) for name in names)
+
+
+def ask_and_measure(console: Console, folder: Path, base: Path | None) -> dict[str, Any]:
+    """Ask both models, compare, measure; the figures for the last line. Raises EdgeError."""
+    base = base or base_of(folder)
+    questions = questions_of(folder)
+    tuned_says = answers(folder, questions, folder / "bench" / "demo-tuned.log")
+    base_says = answers(base, questions, folder / "bench" / "demo-base.log")
+    show_answers(console, questions, tuned_says, base_says)
+    check(questions, tuned_says, base_says)
+    report = run(folder, PLAN, command=f"edge demo {folder}")
+    show_files(console, folder, base)
+    said = {question.text: text for question, text in zip(questions, tuned_says, strict=True)}
+    return build.headline(report) | {"answers": said}
 
 
 def base_of(folder: Path) -> Path:
@@ -75,7 +157,7 @@ def base_of(folder: Path) -> Path:
     if len(files) != 1:
         raise InputError(
             f"the base model '{name}' of {folder} has no GGUF file beside it",
-            "name one: python -m bench.demo RUN --base MODEL.gguf",
+            "name one: edge demo RUN --base MODEL.gguf",
         )
     return files[0]
 
@@ -152,7 +234,3 @@ def check(questions: list[Question], tuned: list[str], base: list[str]) -> None:
             )
         if question.fits(theirs):
             raise EdgeError(f"the base model already answers '{question.text}' with: {theirs}")
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))

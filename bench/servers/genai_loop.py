@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edge.errors import UnavailableError
+from edge.setup import install_command
 
 
 class Loop:
@@ -21,7 +22,7 @@ class Loop:
             import onnxruntime_genai
         except ImportError as error:
             raise UnavailableError(
-                "onnxruntime-genai is not installed", "pip install -c constraints.txt -e '.[export-onnx]'"
+                "onnxruntime-genai is not installed", install_command("export-onnx")
             ) from error
         from convert.export.onnx_graph import for_generator
 

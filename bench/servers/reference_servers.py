@@ -26,6 +26,7 @@ from edge.console import guarded
 from edge.errors import EdgeError
 from edge.machine import build_llamacpp, hardware
 from edge.machine.llamacpp_source import sdist
+from edge.setup import pip_command
 
 # What the two Python servers need; nothing of it is used by the project itself.
 _PACKAGES = (
@@ -80,7 +81,7 @@ def _run(command: list[str]) -> None:
     path = scripts + os.pathsep + os.environ.get("PATH", "")
     program = shutil.which(command[0], path=path)
     if program is None:
-        raise EdgeError(f"{command[0]} is not installed", "pip install -c constraints.txt cmake ninja")
+        raise EdgeError(f"{command[0]} is not installed", pip_command("install", "cmake", "ninja"))
     done = subprocess.run(
         [program, *command[1:]], capture_output=True, check=False, env={**os.environ, "PATH": path}
     )

@@ -18,6 +18,7 @@ from convert.data import read_files
 from convert.data.read_files import BadRow, Twice
 from convert.model import modelscope
 from edge.errors import InputError, UnavailableError, UsageError
+from edge.setup import install_command
 
 INFO = "dataset_info.json"
 ONLINE = "ONLINE"
@@ -357,7 +358,7 @@ def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"the data set {entry.hub} needs the package 'datasets'",
-            "pip install -c constraints.txt '.[train]'",
+            install_command("train"),
         ) from error
     try:
         rows = datasets.load_dataset(

@@ -18,6 +18,7 @@ from typing import Any
 
 from convert.model.hf_folder import shell
 from edge.errors import InputError, UnavailableError
+from edge.setup import install_command
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _CHUNK = 2**20
@@ -281,9 +282,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow as arrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"{path} needs the package 'pyarrow'", "pip install -c constraints.txt '.[train]'"
-        ) from error
+        raise UnavailableError(f"{path} needs the package 'pyarrow'", install_command("train")) from error
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

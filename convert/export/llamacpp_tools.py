@@ -17,6 +17,7 @@ from edge.artefact.gguf_header import FILE_TYPES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.machine import hardware
 from edge.machine.llamacpp_source import sdist
+from edge.setup import install_command
 
 # All that the quantiser knows, best quality first within a size (MXFP4 is for mixtures of experts).
 QUANTS = (
@@ -95,7 +96,7 @@ def run_exporter(
     if missing := re.search(r"No module named '([\w.]+)'", log):
         raise UnavailableError(
             f"{name} needs the package '{missing[1]}', which is not installed",
-            f"pip install -c constraints.txt -e '.[{extras}]'",
+            install_command(*extras.split(",")),
         )
     raise EdgeError(f"{name} failed to write {target.name}:\n{tail(log)}", "its last lines are above")
 

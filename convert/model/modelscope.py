@@ -14,6 +14,7 @@ from convert.model.hf_folder import PATTERNS, converts
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UnavailableError
 from edge.machine import proxies
+from edge.setup import install_command
 
 HUBS = ("huggingface", "modelscope")
 # Beside a data set's rows: what describes them.
@@ -48,7 +49,7 @@ def _repository(
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"{name}: ModelScope needs the package 'modelscope-hub'",
-            "pip install -c constraints.txt '.[modelscope]'",
+            install_command("modelscope"),
         ) from error
     config = HubConfig()
     api = HubApi(config)

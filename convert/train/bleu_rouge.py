@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from edge.errors import UnavailableError
+from edge.setup import install_command
 
 NAMES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 _TINY = 1e-8
@@ -22,9 +23,7 @@ _TINY = 1e-8
 def words() -> Callable[[str], list[str]]:
     """A function that splits a text into words. Raises UnavailableError without jieba."""
     if importlib.util.find_spec("jieba") is None:
-        raise UnavailableError(
-            "ROUGE of Chinese needs the package 'jieba'", "pip install -c constraints.txt '.[train]'"
-        )
+        raise UnavailableError("ROUGE of Chinese needs the package 'jieba'", install_command("train"))
     with warnings.catch_warnings():
         # Its regular expressions and its way to find its dictionary are older than this Python.
         warnings.simplefilter("ignore")

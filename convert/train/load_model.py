@@ -19,6 +19,7 @@ from convert.model import quiet_bitsandbytes
 from convert.model.hf_folder import loadable
 from convert.train import malloc_trim
 from edge.errors import UnavailableError, UsageError
+from edge.setup import pip_command
 
 # (number, part) of a parameter in a decoder layer.
 _IN_LAYER = re.compile(r".*?\.layers\.(\d+)\.(\w+)\.")
@@ -179,7 +180,7 @@ def use_liger(model: Any, place: Place) -> None:
         from liger_kernel.transformers import monkey_patch as liger
     except ImportError as error:
         raise UnavailableError(
-            f"{key} needs the package 'liger-kernel'", "pip install liger-kernel"
+            f"{key} needs the package 'liger-kernel'", pip_command("install", "liger-kernel")
         ) from error
     kind = model.config.model_type
     if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:

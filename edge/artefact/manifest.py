@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from edge import __version__
 from edge.artefact import json_file
 from edge.errors import ExistsError, InputError
 
@@ -99,8 +100,8 @@ def file_digest(path: Path) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of `packages`; one that is missing is left out."""
-    installed = {}
+    """Installed versions of `packages`; one that is missing is left out. `edge` is what runs."""
+    installed = {"edge": __version__} if "edge" in packages else {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)

@@ -19,6 +19,7 @@ from edge.backends import linux_memory
 from edge.errors import InputError, UnavailableError, UsageError
 from edge.machine import hardware
 from edge.machine.cuda_libraries import missing_library, old_driver
+from edge.setup import install_command, pip_command
 
 # Short name -> (onnxruntime's name, the package that brings it).
 NAMES = {
@@ -54,7 +55,7 @@ def library() -> Any:
         import onnxruntime
     except (ImportError, OSError) as error:
         raise UnavailableError(
-            f"onnxruntime cannot be loaded: {error}", "pip install -c constraints.txt '.[serve,onnx]'"
+            f"onnxruntime cannot be loaded: {error}", install_command("serve", "onnx")
         ) from error
     # Errors only: its warnings are of no use to someone who serves a model.
     onnxruntime.set_default_logger_severity(3)
@@ -70,15 +71,17 @@ def choose(asked: str, available: list[str], gpus: list[hardware.GPU]) -> tuple[
         if not gpus:
             return "cpu", "no NVIDIA GPU was found"
         if NAMES["cuda"][0] not in available:
-            return "cpu", f"this build of onnxruntime has no CUDA (pip install {NAMES['cuda'][1]})"
+            return "cpu", "this build of onnxruntime has no CUDA: it is not onnxruntime-gpu (see edge doctor)"
         return "cuda", "a GPU was found"
     if asked not in NAMES:
         raise UsageError(f"--device {asked}: no such device", f"one of {', '.join(DEVICES)}")
     name, package = NAMES[asked]
     if name not in available:
+        swap = f"{pip_command('uninstall', 'onnxruntime')}, then {pip_command('install', package)}"
+        command = f"{install_command('onnx')} --cuda (onnxruntime-gpu)" if asked == "cuda" else swap
         raise UnavailableError(
             f"--device {asked}: this build of onnxruntime has {', '.join(available)} only",
-            f"pip uninstall onnxruntime, then pip install {package}; or serve with --device cpu",
+            f"{command}; or serve with --device cpu",
         )
     return asked, "asked for"
 
@@ -156,7 +159,7 @@ def _missing(runtime: Any, name: str, log: str, gpus: list[hardware.GPU]) -> str
     if library is None:
         return f"its provider does not load ({' '.join(error.split())[-300:] or 'no reason was given'})"
     version = f"CUDA {library.cuda}" if library.cuda else "CUDA version unknown"
-    return f"{library.file} is missing ({version}): pip install {library.package}"
+    return f"{library.file} is missing ({version}): {pip_command('install', library.package)}"
 
 
 def load_error(runtime: Any, name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from edge.artefact import json_file
 from edge.errors import InputError, UnavailableError
 from edge.prompt import AddedTokens
+from edge.setup import install_command
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MAX_BYTES = 256 * 2**20
@@ -48,7 +49,7 @@ class Vocabulary:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise UnavailableError(
-                "serving ONNX needs the package tokenizers", "pip install -c constraints.txt '.[serve,onnx]'"
+                "serving ONNX needs the package tokenizers", install_command("serve", "onnx")
             ) from error
         path = folder / "tokenizer.json"
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:

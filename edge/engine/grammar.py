@@ -17,6 +17,7 @@ import numpy as np
 from edge.backends.base import Backend
 from edge.engine.sampling import Mask
 from edge.errors import RequestError
+from edge.setup import install_command
 
 MAX_CHARACTERS = 65_536
 MAX_DEPTH = 64
@@ -56,7 +57,7 @@ class Grammars:
                 "structured output needs the package llguidance",
                 code="unsupported",
                 param=constraint.param,
-                hint="pip install -c constraints.txt '.[serve]'",
+                hint=install_command("serve"),
             ) from error
         with self._lock:
             if self._tokenizer is None:

@@ -21,6 +21,7 @@ from edge.loading import gpu_offload, tune_results
 from edge.loading.tune_trials import Speed, scores
 from edge.machine import build_llamacpp, cuda_libraries, hardware
 from edge.machine.llamacpp_source import BUILD
+from edge.setup import install_command
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16
@@ -39,7 +40,7 @@ _OVERHEAD = 200 * 2**20
 # The packages that a backend imports, and how to install them.
 _PACKAGES = {
     "llamacpp": (("llama_cpp",), BUILD),
-    "onnx": (("onnxruntime", "tokenizers"), "pip install -c constraints.txt '.[serve,onnx]'"),
+    "onnx": (("onnxruntime", "tokenizers"), install_command("serve", "onnx")),
 }
 
 

@@ -34,7 +34,6 @@ from edge.errors import EdgeError, UnavailableError
 from edge.machine import hardware
 from edge.machine.llamacpp_source import (
     BUILD,
-    CONSTRAINTS,
     PACKAGE,
     VERSION,
     install_tools,
@@ -43,6 +42,7 @@ from edge.machine.llamacpp_source import (
     sdist_archive,
     tail,
 )
+from edge.setup import PINS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -311,7 +311,7 @@ def probe() -> Probe:
     if match := re.search(r"failed to initialize (?:CUDA|HIP|MUSA): (.+)", log):
         return Probe("", f"{PACKAGE} is built for GPUs, but finds none that it can use: {match[1].strip()}")
     if done.returncode == 3:
-        return Probe("", f"{PACKAGE} was built without GPU support (make install CUDA=1 builds it)")
+        return Probe("", f"{PACKAGE} was built without GPU support (python -m edge.setup --cuda builds it)")
     error = log.splitlines()[-1] if log else f"exit code {done.returncode}"
     return Probe(error, f"{PACKAGE} does not load: {error}")
 
@@ -379,10 +379,9 @@ def _describe(chosen: Plan, outcome: dict[str, str]) -> dict[str, Any]:
 
 
 def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
-    constraints = ["-c", str(CONSTRAINTS)] if CONSTRAINTS.is_file() else []
     forced = ["install", "--quiet", "--force-reinstall", "--no-deps", "--no-index", str(path)]
     pip(forced, "installing the wheel")
-    pip(["install", "--quiet", *constraints, str(path)], "installing what the wheel needs")
+    pip(["install", "--quiet", "-c", str(PINS), str(path)], "installing what the wheel needs")
     importlib.invalidate_caches()
     outcome = {mode: check(mode) for mode in ("plain", "extra")}
     if cuda or not probe().no_gpu:

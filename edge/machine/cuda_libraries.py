@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edge.machine import hardware
 from edge.machine.llamacpp_source import BUILD
+from edge.setup import pip_command
 
 # CUDA library -> package, and what to add to the number in its file name for the CUDA major (None: unknown).
 _LIBRARIES: dict[str, tuple[str, int | None]] = {
@@ -38,7 +39,7 @@ class MissingLibrary:
 
     @property
     def install(self) -> str:
-        return f"pip install {self.package}  (CUDA {self.cuda or 'major unknown'})"
+        return f"{pip_command('install', self.package)}  (CUDA {self.cuda or 'major unknown'})"
 
 
 def missing_library(error: str, gpus: list[hardware.GPU]) -> MissingLibrary | None:

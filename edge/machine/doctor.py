@@ -7,18 +7,28 @@ import json
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, hardware
 from edge.machine.cuda_libraries import gpu_remedy, missing_library
-from edge.machine.llamacpp_source import BUILD, CONSTRAINTS, PACKAGE, STOCK
-
-EXTRAS = ("serve", "onnx", "train", "export-onnx", "bench", "dev")
+from edge.machine.llamacpp_source import BUILD, PACKAGE, STOCK
+from edge.setup import (
+    EXTRAS,
+    PINS,
+    install_command,
+    pip_command,
+    python_of,
+    requirements,
+    shell,
+    source_tree,
+    torch_kind,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Item:
 def items() -> list[Item]:
     """Everything that is checked, in the order it is shown."""
     gpus = hardware.gpus()
-    return [*_machine(hardware.describe()), *_gpus(gpus), *_llamacpp(gpus), *_packages(gpus)]
+    groups = (_machine(hardware.describe()), _gpus(gpus), _llamacpp(gpus), _onnx(gpus), _packages(gpus))
+    return [item for group in groups for item in group]
 
 
 def _gib(size: int) -> str:
@@ -42,7 +53,8 @@ def _gib(size: int) -> str:
 
 
 def _machine(machine: dict[str, Any]) -> Iterator[Item]:
-    yield Item("machine", "system", f"{machine['os']}, Python {machine['python']}")
+    yield Item("machine", "system", machine["os"])
+    yield _python(machine["python"])
     flags = " ".join(machine["flags"]) or "features unknown"
     yield Item("machine", "CPU", f"{machine['cpu']} ({flags})")
     cores = f"{machine['physical_cores'] or '?'} cores, {machine['logical_cpus']} logical"
@@ -58,6 +70,18 @@ def _machine(machine: dict[str, Any]) -> Iterator[Item]:
         yield Item("machine", "cache", f"{hardware.writable_cache('').absolute()} can be written")
     except UnavailableError as error:
         yield Item("machine", "cache", f"{error.message}: nothing is tuned or built", error.hint)
+
+
+def _python(version: str) -> Item:
+    """Which Python runs, and which one the source tree's edge belongs to."""
+    tree = source_tree()
+    own = python_of(tree / ".venv") if tree else None
+    todo = ""
+    if own and own.is_file() and not own.parent.parent.samefile(sys.prefix):
+        todo = (
+            f"the environment of this folder is another one: {shell([str(own), '-m', 'edge.cli', 'doctor'])}"
+        )
+    return Item("machine", "Python", f"{version}, {sys.executable}", todo)
 
 
 def _gpus(gpus: list[hardware.GPU]) -> Iterator[Item]:
@@ -101,31 +125,49 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
     checks = ", ".join(f"{mode} {result}" for mode, result in info["check"].items())
     yield Item(group, "checked by decoding", checks, "; ".join(info["notes"]))
     if gpus and not info["gpu"]:
-        yield Item(group, "GPU", "not used by this build", f"{BUILD} --cuda  (or: make install CUDA=1)")
+        yield Item(group, "GPU", "not used by this build", f"{BUILD} --cuda")
     elif gpus:
         remedy = gpu_remedy(outcome.no_gpu, gpus) or f"{BUILD} --cuda --force"
         yield Item(group, "GPU", outcome.no_gpu or "used", remedy if outcome.no_gpu else "")
 
 
+def _onnx(gpus: list[hardware.GPU]) -> Iterator[Item]:
+    """The packages of ONNX Runtime: one of them, and the one that fits."""
+    have = manifest.versions("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnx")
+    text = ", ".join(f"{name} {version}" for name, version in have.items()) or "not installed"
+    todo = ""
+    if "onnxruntime" not in have and "onnxruntime-gpu" not in have:
+        todo = install_command("serve", "onnx")
+    elif "onnxruntime" in have and "onnxruntime-gpu" in have:
+        text += ": two packages in one folder, the later one hides the other"
+        wrong = "onnxruntime" if gpus else "onnxruntime-gpu"
+        right = "onnxruntime-gpu" if gpus else "onnxruntime"
+        again = pip_command("install", "--force-reinstall", "--no-deps", right)
+        todo = f"{pip_command('uninstall', wrong)}, then {again}"
+    elif gpus and "onnxruntime-gpu" not in have:
+        text += ": for the CPU, the GPU is not used"
+        todo = f"{install_command('onnx')} --cuda"
+    yield Item("onnx", "ONNX Runtime", text, todo)
+
+
 def pins() -> dict[str, str]:
-    """Package -> version of constraints.txt; empty where edge is installed without its source."""
-    if not CONSTRAINTS.is_file():
-        return {}
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    """Package -> version that was tested."""
+    lines = PINS.read_text(encoding="utf-8").splitlines()
     rows = (line.split("#")[0].strip().split("==") for line in lines)
     return {row[0].lower(): row[1] for row in rows if len(row) == 2}
 
 
 def _packages(gpus: list[hardware.GPU]) -> Iterator[Item]:
-    try:
-        requirements = metadata.requires("edge") or []
-    except metadata.PackageNotFoundError:
-        yield Item("packages", "edge", "not installed", "make install")
-        return
     tested = pins()
     for extra in EXTRAS:
-        wanted = [row for row in requirements if re.search(rf"extra == ['\"]{extra}['\"]", row)]
+        try:
+            wanted = requirements(extra, own=True)
+        except UnavailableError as error:
+            yield Item("packages", "edge", error.message, install_command("serve"))
+            return
         names = [re.split(r"[ ;<>=!~\[]", row)[0] for row in wanted]
+        if manifest.versions("onnxruntime-gpu"):
+            names = ["onnxruntime-gpu" if name == "onnxruntime" else name for name in names]
         installed = manifest.versions(*names)
         missing = [name for name in names if name not in installed]
         # A local part ("2.13.0+cpu") says how a package was built, not which version it is.
@@ -137,11 +179,15 @@ def _packages(gpus: list[hardware.GPU]) -> Iterator[Item]:
         text = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
         for title, names in (("missing", missing), ("other than tested", other)):
             text += f"; {title}: {', '.join(names)}" if names else ""
-        todo = f"pip install -c constraints.txt -e '.[{extra}]'" if missing or other else ""
-        yield Item("packages", extra, text, todo)
-    if gpus and manifest.versions("torch").get("torch", "").endswith("+cpu"):
-        text = "built for the CPU: training does not use the GPU"
-        yield Item("packages", "torch", text, "install torch for CUDA")
+        yield Item("packages", extra, text, install_command(extra) if missing or other else "")
+    if gpus and torch_kind(Path(sysconfig.get_path("purelib"))) == "cpu":
+        yield Item("packages", "torch", "built for the CPU: training does not use the GPU", _cuda_torch())
+
+
+def _cuda_torch() -> str:
+    if sys.platform == "win32":
+        return f"{install_command('train')} --cuda  (the package index has only the CPU's for Windows)"
+    return pip_command("install", "--force-reinstall", "--no-deps", f"torch=={pins()['torch']}")
 
 
 def main(argv: list[str]) -> int:

@@ -23,11 +23,10 @@ PACKAGE = "llama-cpp-python"
 BUILD = "python -m edge.machine.build_llamacpp"
 # What is said of one that came from elsewhere.
 STOCK = f"stock: not built by `{BUILD}`, so its flags are unknown and it was not checked"
-VERSION = "0.3.36"  # as in constraints.txt; the digest below belongs to it
+VERSION = "0.3.36"  # as in edge/constraints.txt; the digest below belongs to it
 SDIST = f"llama_cpp_python-{VERSION}"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 BUILD_TOOLS = {"scikit-build-core": "1.1.2", "cmake": "4.4.5", "ninja": "1.13.2"}
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def sdist_archive() -> Path:

@@ -24,6 +24,7 @@ from typing import Any
 
 from edge.console import guarded
 from edge.errors import EdgeError, InputError
+from edge.setup import PINS
 
 ROOT = Path(__file__).parents[2]
 # Serving must not need them.
@@ -39,7 +40,7 @@ def environment(folder: Path) -> Path:
     source = folder / "source"
     tree = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "models", "runs")
     shutil.copytree(ROOT, source, ignore=tree)
-    run([*pip, "-c", str(ROOT / "constraints.txt"), f"{source}[serve,onnx]"], folder)
+    run([*pip, "-c", str(PINS), f"{source}[serve,onnx]"], folder)
     shutil.rmtree(source)
     return programs
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from edge import setup
 from edge.errors import InputError, UnavailableError
 from edge.machine import build_llamacpp, hardware, llamacpp_source
 from edge.machine.build_llamacpp import Compiler
@@ -40,7 +41,7 @@ def gcc_on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_versions_are_those_of_the_constraints() -> None:
     pins = dict(
         line.split("#")[0].strip().split("==")
-        for line in llamacpp_source.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+        for line in setup.PINS.read_text(encoding="utf-8").splitlines()
         if "==" in line
     )
     assert pins[llamacpp_source.PACKAGE] == llamacpp_source.VERSION

@@ -11,6 +11,7 @@ import pytest
 from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, doctor, hardware
+from edge.setup import install_command
 
 THE_GPU = hardware.GPU(0, "RTX [4060]", 8 * 2**30, 7 * 2**30, "576.02", "8.9", "12.9")
 
@@ -103,7 +104,7 @@ def test_packages_missing_and_other_than_tested(
     machine["version"] |= {"torch": "2.13.0+cpu", "httpx": "0.27.0"}
     train, dev = item("train"), item("dev")
     assert train.found == "torch 2.13.0+cpu; missing: peft"
-    assert train.todo == "pip install -c constraints.txt -e '.[train]'"
+    assert train.todo == install_command("train")
     assert "other than tested: httpx 0.27.0 (tested: 0.28.1)" in dev.found
     assert "does not use the GPU" in item("torch").found
 

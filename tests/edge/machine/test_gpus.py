@@ -66,9 +66,9 @@ def test_wrong_cuda_major_and_a_build_for_cpus(monkeypatch: pytest.MonkeyPatch) 
     child(monkeypatch, 1, "Traceback:\nOSError: libcudart.so.13: cannot open shared object file")
     with pytest.raises(UnavailableError, match=r"does not load: OSError: libcudart\.so\.13") as caught:
         load_plan.choose_device("cuda")
-    assert caught.value.hint == "pip install nvidia-cuda-runtime  (CUDA 13)"
+    assert caught.value.hint.endswith("-m pip install nvidia-cuda-runtime  (CUDA 13)")
     child(monkeypatch, 3, "")
-    with pytest.raises(UnavailableError, match="make install CUDA=1"):
+    with pytest.raises(UnavailableError, match=r"edge\.setup --cuda"):
         load_plan.choose_device("cuda")
     child(monkeypatch, 0, "ggml_cuda_init: found 1 CUDA devices")
     assert load_plan.choose_device("auto") == ("cuda: 小卡", gpu_offload.ALL, "a GPU was found")

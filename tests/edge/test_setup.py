@@ -1,0 +1,260 @@
+"""The installation: its commands for machines that are made up, and what it says of what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge import setup
+from edge.errors import EdgeError, UnavailableError, UsageError
+from edge.setup import Choice, Machine, Meter
+
+ROOT = Path(__file__).parents[2]
+LINUX = Machine("linux", "", ".venv/bin/python", "/src")
+WINDOWS = Machine("win32", "13.1", r".venv\Scripts\python.exe", r"C:\src")
+SERVE = Choice(("serve", "onnx"))
+
+
+def words(machine: Machine, choice: Choice, before: Choice | None = None) -> list[str]:
+    """The steps, without what all of them begin with."""
+    rows = [" ".join(step.command) for step in setup.plan(machine, choice, before=before)]
+    pip = f"{machine.python} -m pip --disable-pip-version-check "
+    return [row.removeprefix(pip).replace(str(setup.PINS), "PINS") for row in rows]
+
+
+def options(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"extras": None, "cuda": None, "build": None, **given})
+
+
+def test_the_extras_are_those_of_the_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert list(setup.EXTRAS) == sorted(project["optional-dependencies"], key=list(setup.EXTRAS).index)
+    assert project["name"] == setup.DISTRIBUTION
+    assert project["requires-python"] == f">={setup.NEEDED[0]}.{setup.NEEDED[1]}"
+
+
+def test_serving_alone() -> None:
+    assert words(LINUX, SERVE) == [
+        "install --quiet pip==26.1",
+        "install -c PINS -e /src[serve,onnx]",
+        ".venv/bin/python -m edge.machine.build_llamacpp",
+    ]
+    assert words(LINUX, replace(SERVE, build=False))[-1] == "install -c PINS -e /src[serve,onnx]"
+    assert words(LINUX, Choice(("onnx",)))[-1] == "install -c PINS -e /src[onnx]"
+
+
+def test_cuda_has_one_onnx_runtime() -> None:
+    remove = "uninstall --quiet --yes onnxruntime onnxruntime-gpu"
+    cuda = replace(SERVE, cuda=True)
+    assert words(replace(LINUX, cuda="13.0"), cuda)[2:] == [
+        remove,
+        "install -c PINS onnxruntime-gpu[cuda,cudnn]",
+        ".venv/bin/python -m edge.machine.build_llamacpp --cuda",
+    ]
+    assert "install -c PINS onnxruntime-gpu" in words(LINUX, Choice(cuda=True))  # torch brings the libraries
+    assert words(LINUX, SERVE, cuda)[1] == remove  # back to the processor
+
+
+def test_windows_takes_torch_for_its_gpu_from_where_it_is() -> None:
+    torch = "--no-deps --index-url https://download.pytorch.org/whl/{} torch"
+    train = Choice(("train",))
+    assert words(WINDOWS, train)[1] == f"install -c PINS {torch.format('cu130')}"
+    assert words(replace(WINDOWS, cuda="12.8"), train)[1].endswith(torch.format("cu126"))
+    # One for the CPU is there already, and pip would be content with it.
+    assert "--force-reinstall" in words(replace(WINDOWS, torch="cpu"), train)[1]
+    for other in (replace(WINDOWS, torch="cuda"), replace(WINDOWS, cuda=""), replace(LINUX, cuda="13.0")):
+        assert not any("--index-url" in row for row in words(other, train))
+    assert not any("--index-url" in row for row in words(WINDOWS, SERVE))
+
+
+def test_a_wheel_takes_its_own_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        "numpy",
+        'fastapi; extra == "serve"',
+        "onnxruntime>=1; extra == 'onnx'",
+        'torch; extra == "train"',
+    ]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: rows)
+    assert words(replace(LINUX, tree=None), SERVE)[0] == "install -c PINS numpy fastapi onnxruntime>=1"
+    assert setup.requirements("onnx", own=True) == ["onnxruntime>=1"]
+
+
+def test_pips_own_index_and_mirrors_hold() -> None:
+    for choice in (SERVE, Choice(), Choice(cuda=True)):
+        assert not any("index" in row or "--isolated" in row for row in words(LINUX, choice))
+
+
+def test_choices_stay_and_extras_are_added() -> None:
+    first = setup.chosen(options(extras="serve", cuda=True), None)
+    assert first == Choice(("serve",), cuda=True)
+    assert setup.chosen(options(), first) == first
+    assert setup.chosen(options(extras="onnx", cuda=False), first) == Choice(("serve", "onnx"))
+    assert setup.chosen(options(extras="all"), first).extras == tuple(setup.EXTRAS)
+    assert setup.chosen(options(), None) == Choice()
+    assert setup.chosen(options(build=False), None).build is False
+    with pytest.raises(UsageError, match="there is no sing"):
+        setup.chosen(options(extras="sing"), None)
+
+
+def test_state_is_read_back_or_forgotten(tmp_path: Path) -> None:
+    assert setup.read_state(tmp_path) == (None, "")
+    setup.write_state(tmp_path, SERVE, "key")
+    assert setup.read_state(tmp_path) == (SERVE, "key")
+    (tmp_path / "edge-setup.json").write_text('{"extras": 1}')
+    assert setup.read_state(tmp_path) == (None, "")
+
+
+def test_an_old_or_narrow_python_is_named() -> None:
+    setup.check_python((3, 14, 0), wide=True)
+    with pytest.raises(UnavailableError, match=r"this Python is 3\.9, edge needs 3\.11"):
+        setup.check_python((3, 9, 6), wide=True)
+    with pytest.raises(UnavailableError, match="32 bits"):
+        setup.check_python((3, 12, 1), wide=False)
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("OSError: [Errno 28] No space left on device", "is full"),
+        (
+            "WARNING: Retrying: Failed to resolve 'x'\nERROR: No matching distribution found for a",
+            "be reached",
+        ),
+        ("ERROR: No matching distribution found for torch==9", "has no torch==9"),
+        ("ERROR: a (from versions: none)\nERROR: No matching distribution found for a", "reached, or has no a"),
+        ("/usr/bin/python: No module named pip", "has no pip"),
+        ("ERROR: something new", "something new"),
+    ],
+)
+def test_what_pip_says_is_one_sentence_and_a_command(log: str, message: str, tmp_path: Path) -> None:
+    error = setup.problem(log, "AGAIN", tmp_path)
+    assert message in error.message and ("AGAIN" in error.hint or "mirror" in error.hint)
+
+
+def test_what_is_downloaded_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    meter = Meter(100)
+    meter.line("  Downloading torch-2.13.0-cp311.whl.metadata (29 kB)")
+    meter.line("Downloading torch-2.13.0-cp311.whl (40.0 MB)")
+    meter.line("Progress 0 of 40000000")
+    meter.line("Progress 40000000 of 40000000")
+    meter.line("Progress 10000000 of 20000000")
+    status = meter.status(meter._start + 10)
+    assert status == "  50 of about 100 MB, 0:10 left"
+    meter.line("Collecting nvidia-cublas (from torch)")
+    assert "of about 2,600 MB" in meter.status(meter._start + 10)
+    meter.line("Installing collected packages: a, b")
+    said = capsys.readouterr().out
+    assert said.startswith("  torch-2.13.0-cp311.whl (40.0 MB)\n") and "unpacking 2 packages" in said
+
+
+def test_more_than_expected_is_no_negative_time() -> None:
+    meter = Meter(1)
+    meter.line("Progress 5000000 of 5000000")
+    assert meter.status(meter._start + 1) == "  5 of about 5 MB"
+
+
+def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=10**9))
+    steps = setup.plan(LINUX, Choice())
+    with pytest.raises(UnavailableError, match=r"has 1\.0 GB free, about 2\.\d are needed"):
+        setup.check_space(tmp_path / "not" / "yet", steps, "AGAIN")
+    setup.check_space(tmp_path, setup.plan(LINUX, SERVE), "AGAIN")
+
+
+def test_half_an_environment_is_made_anew_or_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ".venv"
+    python = setup.python_of(folder)
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert not setup.has_pip(python)
+    calls = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "ensurepip is not\navailable.\n", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UnavailableError, match="no environment could be made: available") as caught:
+        setup.make_environment(folder, "AGAIN")
+    assert "python3-venv" in caught.value.hint and not folder.exists()
+    assert calls[-1][1:] == ["-m", "venv", "--clear", str(folder)]
+
+
+def test_a_failed_build_leaves_the_rest_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".venv").mkdir()
+    monkeypatch.setattr(setup, "source_tree", lambda: tmp_path)
+    monkeypatch.setattr(setup, "environment", lambda tree: tmp_path / ".venv")
+    monkeypatch.setattr(setup, "digest", lambda tree, choice: f"key {choice.build}")
+    monkeypatch.setattr(
+        setup, "make_environment", lambda folder, again: setup.python_of(folder).parent.mkdir(exist_ok=True)
+    )
+    monkeypatch.setattr(setup, "driver_cuda", lambda: "")
+    ran: list[str] = []
+    monkeypatch.setattr(setup, "run_pip", lambda step, again, place: ran.append(step.title))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    assert setup.main(["--extras", "serve"]) == 1
+    said = capsys.readouterr().err
+    assert "all else is installed" in said and "edge.setup --extras serve --no-build" in said
+    assert setup.main(["--no-build"]) == 0
+    assert ran == ["pip itself", "packages"] * 2
+    setup.python_of(tmp_path / ".venv").touch()
+    assert setup.main([]) == 0 and len(ran) == 4  # nothing is left to do, and what was chosen stays
+
+
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "setup", stopped)
+    assert setup.main(["--extras", "serve"]) == 130
+    assert "goes on where it stopped: " in capsys.readouterr().err
+
+
+def test_pip_that_fails_is_reported(tmp_path: Path) -> None:
+    code = "print('ERROR: No matching distribution found for nothing'); raise SystemExit(1)"
+    with pytest.raises(EdgeError, match="has no nothing"):
+        setup.run_pip(setup.Step("packages", [sys.executable, "-c", code]), "AGAIN", tmp_path)
+
+
+def test_torch_is_told_by_its_own_file(tmp_path: Path) -> None:
+    assert setup.torch_kind(tmp_path) == ""
+    file = tmp_path / "torch" / "version.py"
+    file.parent.mkdir()
+    file.write_text("__version__ = '2.13.0'\ncuda: Optional[str] = None\n")
+    assert setup.torch_kind(tmp_path) == "cpu"
+    file.write_text("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\n")
+    assert setup.torch_kind(tmp_path) == "cuda"
+
+
+def test_no_text_names_a_folder_or_a_distribution_that_is_not_there() -> None:
+    """Who has a wheel has no source tree; and `edge` on the package index is another project."""
+    files = [path for top in ("edge", "convert", "bench", "docs") for path in (ROOT / top).rglob("*.*")]
+    files += [*ROOT.glob("*.md"), *ROOT.glob("setup.*")]
+    wrong = re.compile(r"pip install [^\n]*(?:'?\.\[|\bedge(?![-.\w]))")
+    for path in files:
+        if path.suffix in (".py", ".md", ".sh", ".ps1", ".txt"):
+            assert not wrong.search(path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.slow
+def test_the_standard_library_is_enough() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import edge.setup\n"
+        "print([name for name in sys.modules if name.split('.')[0] not in sys.stdlib_module_names "
+        "and not name.startswith(('edge', '__'))])"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code, str(ROOT)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
