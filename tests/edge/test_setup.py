@@ -130,7 +130,10 @@ def test_an_old_or_narrow_python_is_named() -> None:
             "be reached",
         ),
         ("ERROR: No matching distribution found for torch==9", "has no torch==9"),
-        ("ERROR: a (from versions: none)\nERROR: No matching distribution found for a", "reached, or has no a"),
+        (
+            "ERROR: a (from versions: none)\nERROR: No matching distribution found for a",
+            "reached, or has no a",
+        ),
         ("/usr/bin/python: No module named pip", "has no pip"),
         ("ERROR: something new", "something new"),
     ],
