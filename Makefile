@@ -26,7 +26,7 @@ REPLACE := $(if $(OVERWRITE),--overwrite)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install everything demo test test-all check conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: help install everything demo test test-all check check-platforms conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: fuzz data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo "make tune          what was measured for RUN on this machine"
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
+	@echo "make check-platforms   types as on Windows and macOS, a part of make check"
 	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
 	@echo "make conformance   other projects' clients and suites against a running server"
@@ -86,7 +87,11 @@ test-all: everything .peers/installed
 	$(ALONE) -m timing
 	$(BESIDE) -m "not timing"
 
-check: everything
+check-platforms: everything
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
+
+check: everything check-platforms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

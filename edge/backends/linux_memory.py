@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -63,7 +64,7 @@ def use_huge_pages() -> Iterator[None]:
         libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
     before = _anonymous(heap=True)
     yield
-    resident = (ctypes.c_ubyte * (_HUGE_PAGE // os.sysconf("SC_PAGE_SIZE")))()
+    resident = (ctypes.c_ubyte * (_HUGE_PAGE // mmap.PAGESIZE))()
     for start, stop in _added(before, _anonymous(heap=True)):
         # Neighbours share a call, because each call waits for all processors.
         begin = end = -(-start // _HUGE_PAGE) * _HUGE_PAGE

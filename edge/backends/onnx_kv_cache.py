@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -133,7 +134,7 @@ class HostKVCache(KVCache):
         whole = (self.parts, slots, *self.shape)
         self._memory = mmap.mmap(-1, int(np.prod(whole)) * self.dtype.itemsize)
         # Huge pages would take memory for KV cells that are never used.
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        if sys.platform == "linux":
             with contextlib.suppress(OSError):
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.cells: NDArray[Any] = np.frombuffer(self._memory, self.dtype).reshape(whole)

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import json
 import logging
+import sys
 import time
 from http import HTTPStatus
 from typing import Any
@@ -35,10 +36,10 @@ _OUT_OF_HANDLES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EN
 
 def default_limit() -> int:
     """How many connections may be open: 1024, or fewer where the process may have few file handles."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
+    if sys.platform == "win32":  # it has no such limit
         return 1024
+    import resource
+
     handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1024 if handles == resource.RLIM_INFINITY else max(16, min(1024, handles * 3 // 4))
 
