@@ -177,6 +177,8 @@ def _evaluation_clashes(config: TrainConfig) -> Clashes:
         if getattr(config, key) and (not evaluates or config.eval_strategy == "no"):
             hint = "give val_size or eval_dataset, and eval_strategy: steps (or epoch)"
             yield f"{key} needs evaluations during training", hint
+    if config.do_predict and config.tokenized_path:
+        yield "do_predict needs rows as texts, tokenized_path has them encoded", "leave tokenized_path out"
     if config.do_predict and (not evaluates or config.stage != "sft"):
         what = "answers rows of stage: sft" if evaluates else "has nothing to answer"
         yield f"do_predict {what}", "give eval_dataset or val_size, and stage: sft"

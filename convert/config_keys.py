@@ -287,6 +287,10 @@ class TrainConfig:
         "null: are left alone (only for templates that think)",
         "没有思考过程的数据，true：学习空的思考；false：把空思考放进提示；null：保持原样（仅对会思考的模板）",
     )  # fmt: skip
+    tokenized_path: str | None = _key(
+        None, "text", "a folder for encoded rows: written where it is empty, else read in place of the data",
+        "存放已编码数据的文件夹：为空时写入，否则代替原始数据读取",
+    )  # fmt: skip
     strict: bool = _key(
         False,
         "bool",

@@ -369,11 +369,6 @@ UNUSED: dict[str, Unused] = {
         "preserve_thinking"
     ),
     **_refused(
-        (), "encoded rows are not kept",
-        "不保存编码后的数据",
-        "tokenized_path"
-    ),
-    **_refused(
         (False,), "one loss over all of them; `edge eval RUN --dataset NAME` takes one",
         "所有数据集合计一个损失；用 `edge eval RUN --dataset NAME` 评估其中一个",
         "eval_on_each_dataset"

@@ -7,6 +7,7 @@ are called. Places and lengths are a toy's; the keys are those that its examples
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import yaml
 from edge import cli
 from edge.artefact import manifest
 from edge.errors import UsageError
+from tests.convert.conftest import converting
+from tests.convert.test_config_schema import BOARD
 from tests.support.runs import PAIRS, ROWS
 from tests.support.toy import make_model
 
@@ -40,6 +43,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
                  "pref_loss": "sigmoid", "learning_rate": 5.0e-6},
     "lora_kto": {**LORA, "stage": "kto", "dataset": "kto_en_demo", "template": "qwen", "pref_beta": 0.1,
                  "learning_rate": 5.0e-6},
+    "preprocess": {**SFT, **LORA, "tokenized_path": "saves/dataset/sft"},
     "lora_pretrain": {**LORA, "stage": "pt", "dataset": "c4_demo"},
     "qlora_sft_8bit": {**SFT, **LORA, "quantization_bit": 8, "quantization_method": "bnb"},
     "qlora_sft_otfq": {**SFT, **LORA, "quantization_bit": 4, "quantization_method": "bnb"},
@@ -151,3 +155,22 @@ def test_what_is_refused_says_what_is_near(
     monkeypatch.chdir(home)
     with pytest.raises(UsageError, match=words):
         run(home, "export" if "export_dir" in keys else "train", {**COMMON, **SFT, "output_dir": "o", **keys})
+
+
+def test_what_llamaboard_saves(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its default configuration, not a letter changed, with the box create_new_adapter ticked."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "model", "models/smollm2-135m-instruct")
+    shutil.copytree(home / "data", "data")
+    info = json.dumps({"magic_conch": {"file_name": "rows.json"}})
+    Path("data/dataset_info.json").write_text(info, encoding="utf-8")
+    Path("llamaboard.yaml").write_text(BOARD.replace("some/model", "models/smollm2-135m-instruct"), "utf-8")
+    run = yaml.safe_load(BOARD)["output_dir"]
+    assert cli.main(["train", "llamaboard.yaml"]) == 0
+    assert cli.main(["merge", run]) == 0
+    with converting(tmp_path):
+        assert cli.main(["export", "gguf", run]) == 0
+    (file,) = Path(run, "gguf").glob("*.gguf")
+    about = manifest.read(file.parent)
+    assert [parent["stage"] for parent in about.parents[:2]] == ["merged", "adapter"]
+    assert about.verify["logits"]["top1"] > 0.9

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.config import TrainConfig
-from convert.data import dataset, encode
+from convert.data import dataset, encode, tokenized
 from convert.data.dataset_info import Entry, Row, read_info
 from convert.data.encode import Item, Judged, Rules, Sample
 from convert.model import chat_format
@@ -86,9 +86,24 @@ def rules(config: TrainConfig) -> Rules:
 def prepare(config: TrainConfig, chat: ChatFormat) -> Prepared:
     """Read and encode what `config` names; without `dataset` only what is held out.
 
-    Raises InputError for files that cannot be read and where no row is left, UsageError for an entry of
-    dataset_info.json or a val_size that cannot be used.
+    With tokenized_path encoded rows are taken from there, or kept there. Raises InputError for files that
+    cannot be read and where no row is left, UsageError for an entry of dataset_info.json or a val_size that
+    cannot be used.
     """
+    if not config.tokenized_path:
+        return _encode_all(config, chat)
+    folder = Path(config.tokenized_path)
+    kept = tokenized.read(folder, chat, config.stage)
+    if kept is not None:
+        train, held, rows = kept
+        note = f"rows are those of {folder}: other keys of data change nothing"
+        return Prepared(train, held, dataset.Report(), rows=rows, notes=[note])
+    data = _encode_all(config, chat)
+    tokenized.write(folder, chat, config.stage, train=data.train, held=data.held, rows=data.rows)
+    return data
+
+
+def _encode_all(config: TrainConfig, chat: ChatFormat) -> Prepared:
     report = dataset.Report()
     entries = _entries(config)
     _check_stage(config, entries)

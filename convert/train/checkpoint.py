@@ -41,7 +41,7 @@ _FREE = {
     "do_predict", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
     "export_dir", "export_size", "infer_dtype", "run_name", "project", "use_swanlab", "swanlab_project",
     "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "deepspeed",
-    "compute_accuracy",
+    "compute_accuracy", "tokenized_path",
 }  # fmt: skip
 
 

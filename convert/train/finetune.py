@@ -228,7 +228,8 @@ class Run:
     @functools.cached_property
     def questions(self) -> list[tuple[str, Prompt]]:
         """(question, prompt) of the held-out rows to answer at each evaluation."""
-        if not self.data.held or not self.config.eval_answers or self.config.stage == "pt":
+        unread = self.config.stage == "pt" or self.config.tokenized_path is not None
+        if not self.data.held or not self.config.eval_answers or unread:
             return []
         rules = prepare.rules(self.config)
         return [

@@ -21,9 +21,9 @@ from convert.data.encode import Sample
 from convert.model import chat_format, hf_folder, hub, lora_adapter
 from convert.train import distributed, finetune, load_model
 from edge.artefact import manifest
-from edge.errors import ExistsError, UsageError
+from edge.errors import ExistsError, InputError, UsageError
 from tests.support.runs import configure
-from tests.support.toy import make_stub
+from tests.support.toy import THINKING, make_model, make_stub
 
 QUIET = Console(quiet=True)
 Made = Callable[..., TrainConfig]
@@ -128,6 +128,30 @@ def test_positions_are_stretched_to_cutoff_len(
         merged = merge.run(run, console=QUIET)
         assert manifest.read(merged).verify["logits"]["kl_mean"] < 1e-4
         assert json.loads((merged / "config.json").read_text("utf-8"))["max_position_embeddings"] == 1536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"stage": "dpo", "dataset": "p"}, {"packing": True}], ids=str)
+def test_encoded_rows_are_kept_and_taken(
+    made: Made, tmp_path: Path, base: Path, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path / "tokens"
+    first = made(f"first {changes}", tokenized_path=str(folder), val_size=2, **changes)
+    chat = chat_format.load(base)
+    before = prepare.prepare(first, chat)
+    again = made(f"second {changes}", tokenized_path=str(folder), **{**changes, "cutoff_len": 9})
+    after = prepare.prepare(again, chat)
+    assert (after.train, after.held, after.rows) == (before.train, before.held, before.rows)
+    assert after.digest() == before.digest() and "other keys of data change nothing" in after.notes[0]
+    assert torch.equal(weights(first), weights(again))
+    other = make_model(tmp_path / "other", template=THINKING)
+    with pytest.raises(InputError, match="another chat template"):
+        prepare.prepare(again, chat_format.load(other))
+    with pytest.raises(InputError, match="was not written by edge train"):
+        prepare.prepare(made("third", tokenized_path=str(base)), chat)
+    next(folder.iterdir()).write_bytes(b"broken")
+    with pytest.raises(InputError, match="cannot be read"):
+        prepare.prepare(again, chat)
 
 
 @pytest.mark.slow
