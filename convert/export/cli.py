@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("--base", type=Path, help="the model under the adapter (default: what it names)")
 
     ollama = formats.add_parser("ollama", help="a Modelfile beside the GGUF, for ollama create")
+    add_progress_option(ollama)
     ollama.add_argument("run", type=Path, metavar="RUN", help="a run, a folder with a GGUF, or the file")
     ollama.add_argument("--ctx", type=int, default=4096, help="tokens of a conversation (%(default)s)")
 
@@ -99,6 +100,7 @@ def _ollama(options: argparse.Namespace) -> None:
     from convert.export import modelfile
 
     file = modelfile.run(options.run, context=options.ctx)
+    result(path=str(file))
     name = shell(file.parent.absolute().parent.name.lower())
     sys.stdout.write(f"{file}\n  take it: ollama create {name} -f {shell(file)}\n")
 

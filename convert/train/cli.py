@@ -28,6 +28,10 @@ def command(argv: list[str], *more: str) -> str:
     return " ".join(["edge", "train", *(shell(word) for word in words)])
 
 
+# Of a command that resumes what this one began.
+_NOT_AGAIN = ("--overwrite", "--progress", "json", "--progress=json")
+
+
 class _PrintSchema(argparse.Action):
     """As --version does: print and exit, whether or not a configuration was given."""
 
@@ -77,7 +81,7 @@ def main(argv: list[str]) -> int:
 
     made = Path(config.output_dir)
     if config.trains:
-        again = command([word for word in argv if word != "--overwrite"], "--resume")
+        again = command([word for word in argv if word not in _NOT_AGAIN], "--resume")
         made = finetune.run(config, overwrite=options.overwrite, again=again)
     if config.do_predict and os.environ.get("RANK", "0") == "0":
         evaluate.predict(config, trained=config.trains)

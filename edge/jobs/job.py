@@ -125,7 +125,11 @@ class Job:
 
 def jobs(root: Path) -> list[Job]:
     """All jobs in `root`, in the order of their start."""
-    return [Job(root / str(name)) for name in sorted(_names(root), key=int)]
+    found = []
+    for name in sorted(_names(root), key=int):
+        with contextlib.suppress(InputError):  # somebody removed a part of it
+            found.append(Job(root / name))
+    return found
 
 
 def start(root: Path, argv: list[str], *, device: str = "", cwd: Path | None = None) -> Job:

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from nicegui import ui
 from starlette.responses import RedirectResponse
 
-from edge.ui import data, model, runs, train
+from edge.ui import data, export, model, runs, train
 from edge.ui.guard import Guard
 from edge.ui.texts import LANGUAGES, Texts
 from edge.ui.view import View
@@ -26,6 +26,7 @@ TABS: dict[str, tuple[str, Callable[[View], None]]] = {
     "Data": ("dataset", data.build),
     "Train": ("model_training", train.build),
     "Runs": ("show_chart", runs.build),
+    "Export": ("output", export.build),
 }
 _LASTS = "path=/; SameSite=Strict; max-age=31536000"
 _THEMES = {"auto": None, "light": False, "dark": True}

@@ -24,6 +24,7 @@ class Texts:
 
 CHINESE = {
     "Model": "模型", "Data": "数据", "Train": "训练", "Runs": "记录",
+    "Export": "导出",
     "Language": "语言", "Light or dark": "浅色或深色",
     # A job
     "Waiting": "排队中", "Running": "运行中", "Stopping": "正在停止", "Done": "完成", "Failed": "失败",
@@ -70,6 +71,20 @@ CHINESE = {
     "Delete": "删除", "Keep": "保留",
     "What differs": "不同之处", "Settings and figures": "设置与结果",
     "Delete {name} with all its checkpoints and exports?": "删除 {name} 及其所有检查点和导出？",
+    # Export
+    "Run": "运行",
+    "No run with a result yet: train first.": "还没有训练结果，请先训练。",
+    "by size": "按模型大小",
+    "measure several here": "在本机测量多种", "Export GGUF": "导出 GGUF", "Export ONNX": "导出 ONNX",
+    "Merge": "合并",
+    "Export LoRA": "导出 LoRA", "For Ollama": "用于 Ollama", "Export GGUF first.": "请先导出 GGUF。",
+    "same chat template": "对话模板相同", "another chat template": "对话模板不同",
+    "same token ids": "词元编号相同", "other token ids": "词元编号不同",
+    "same stop tokens": "停止词元相同", "other stop tokens": "停止词元不同",
+    "{equal} of the most likely next tokens are the same; the mean KL divergence is {kl}":
+        "{equal} 的最可能词元相同；平均 KL 散度为 {kl}",
+    "type": "类型", "size": "大小", "recommended": "推荐",
+    "Port": "端口", "A port is a number.": "端口是一个数字。", "Serve it": "启动服务",
     # Train
     "Steps and memory are being worked out …": "正在计算步数与内存……",
     "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free":

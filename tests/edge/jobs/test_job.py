@@ -70,6 +70,8 @@ def test_a_job_runs_and_everything_is_kept(tmp_path: Path) -> None:
     assert good.created <= good.record["started"] <= good.record["ended"]
     bad.delete()
     assert [job.name for job in jobs(tmp_path / "jobs")] == ["0001"]
+    (tmp_path / "jobs" / "0000").mkdir()  # what is no job is passed over
+    assert [job.name for job in jobs(tmp_path / "jobs")] == ["0001"]
     # The number is not given twice while a later one stands.
     assert start(tmp_path / "jobs", python("")).name == "0002"
 

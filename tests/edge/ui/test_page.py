@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +17,11 @@ import psutil
 import pytest
 import yaml
 
+from convert.config import as_yaml
+from convert.pull import embedded_gguf, pull
 from edge.jobs import job as jobs
 from tests.support.browser import CHROMIUM, Browser, headless
-from tests.support.runs import ROWS
+from tests.support.runs import ROWS, configure
 from tests.support.toy import make_model
 
 pytest.importorskip("nicegui")
@@ -59,11 +63,10 @@ class Page:
         self.browser.open(f"{self.url}/{language}?tab={tab}", READY)
 
     def press(self, text: str) -> None:
-        """Click the button that reads `text`."""
-        found = (
-            f"[...document.querySelectorAll('button')].find(e => e.innerText.endsWith({json.dumps(text)}))"
-        )
-        self.browser.until(f"{found}?.getClientRects().length > 0")
+        """Click the visible button that reads `text`."""
+        reads = f"e.getClientRects().length && e.innerText.endsWith({json.dumps(text)})"
+        found = f"[...document.querySelectorAll('button')].find(e => {reads})"
+        self.browser.until(f"{found} !== undefined")
         self.browser.ask(f"{found}.click()")
 
     def field(self, label: str) -> str:
@@ -244,10 +247,54 @@ def test_runs_are_compared_continued_and_deleted(page: Page) -> None:
     assert page.browser.errors == []
 
 
+def test_a_run_is_merged_with_its_proof_and_served(page: Page) -> None:
+    config = configure(page.folder / "data", Path("models/toy"))(max_steps=2)
+    path = page.folder / "runs" / "conch.yaml"
+    path.parent.mkdir()
+    changes = {"dataset_dir": "data", "output_dir": "runs/conch"}
+    path.write_text(yaml.safe_dump(yaml.safe_load(as_yaml(config)) | changes), encoding="utf-8")
+    trained = jobs.start(page.folder / "jobs", ["edge", "train", "runs/conch.yaml"], cwd=page.folder)
+    until(lambda: trained.state == "done")
+    page.start()
+    page.open("Export")
+    page.press("Export GGUF")
+    until(lambda: len(jobs.jobs(page.folder / "jobs")) == 3)
+    merge, export = jobs.jobs(page.folder / "jobs")[1:]
+    assert merge.argv == ["edge", "merge", "runs/conch"]
+    assert export.argv == ["edge", "export", "gguf", "runs/conch"]
+    until(lambda: export.state == "failed", 120)
+    assert merge.state == "done"
+    # What the command says of a toy's tokenizer stands in the page, and the proof of what was made.
+    page.sees(export.last_line["hint"])
+    page.open("Export")
+    page.sees("of the most likely next tokens are the same")
+    page.sees("same token ids")
+
+    # A file that llama.cpp knows.
+    pull(str(embedded_gguf()), out=page.folder / "runs" / "conch" / "gguf")
+    page.open("Export")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page.type("Port", str(port))
+    page.press("Serve it")
+    until(lambda: len(jobs.jobs(page.folder / "jobs")) == 4)
+    served = jobs.jobs(page.folder / "jobs")[3]
+    until(lambda: served.last_line.get("stage") == "ready", 120)
+    page.sees(f"curl http://127.0.0.1:{port}/v1/chat/completions")
+    blocks = "[...document.querySelectorAll('.q-tab-panel pre')].map(e => e.textContent)"
+    command = page.browser.ask(f"{blocks}.find(e => e.startsWith('curl '))")
+    command = command.replace('{"messages"', '{"max_tokens": 8, "messages"')  # a small model talks long
+    done = subprocess.run([*shlex.split(command), "-s"], capture_output=True, encoding="utf-8", check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    page.press("Stop")
+    until(lambda: served.state in ("stopped", "done"))
+    assert page.browser.errors == []
+
+
 def test_two_languages_both_themes_a_phone_and_nothing_from_elsewhere(page: Page) -> None:
     page.start()
     browser = page.browser
-    for tab in ("Model", "Data", "Train", "Runs"):
+    for tab in ("Model", "Data", "Train", "Runs", "Export"):
         page.open(tab, "zh")
         assert browser.ask("document.documentElement.lang").startswith("zh")
         for width in (390, 1200):
