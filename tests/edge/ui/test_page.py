@@ -117,6 +117,8 @@ def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
         while job.state in jobs.RUNNING:
             job.stop()
             time.sleep(0.3)
+    for supervisor in jobs._started:
+        supervisor.wait(30)
 
 
 def until(true: Callable[[], object], seconds: float = 60) -> None:
