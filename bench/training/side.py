@@ -150,7 +150,7 @@ def begin(config: TrainConfig, length: int) -> Run:
     nothing: Any = None
     rows = random_rows(in_step * config.max_steps, length, read_config(base)["vocab_size"])
     data = Prepared(rows, [], nothing)
-    run = finetune.Run(config, base, nothing, data, place, world, None, console, again="")
+    run = finetune.Run(config, base, nothing, data, place, world, None, console, again="", given=config)
     run.need = memory_estimate.estimate(base, config, data, place)
     return run
 

@@ -89,7 +89,6 @@ def run(
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     try:
         with run_lock.hold(Path(config.output_dir)):
-            overwrite = overwrite or config.overwrite_output_dir
             job = Run.begin(config, overwrite=overwrite, console=console, again=again)
             with trainer.out_of_memory(job.config):
                 job.load()
@@ -135,8 +134,9 @@ class Run:
     """One training run: what it is made from, and what its steps build from that.
 
     `begin` reads and checks everything but the weights. Then, in this order: load, build_objective, resume,
-    fit, publish. resumed: the checkpoint to resume from. need: the memory that is estimated.
-    quantized: names of the layers in 4 or 8 bits. pissa: the adapter as PiSSA initialised it.
+    fit, publish. resumed: the checkpoint to resume from. given: the configuration that `start` makes the base
+    of. need: the memory that is estimated. quantized: names of the layers in 4 or 8 bits. pissa: the adapter
+    as PiSSA initialised it.
     """
 
     config: TrainConfig
@@ -148,6 +148,7 @@ class Run:
     resumed: checkpoint.Checkpoint | None
     console: Console
     again: str
+    given: TrainConfig
     need: memory_estimate.Estimate = field(init=False)
     model: Any = None
     objective: Objective = field(init=False)
@@ -166,7 +167,7 @@ class Run:
         """
         trackers.named(config)
         report("reading the data")
-        resumed = _starting_point(config, overwrite)
+        resumed = _starting_point(config, overwrite or config.overwrite_output_dir)
         base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
         chat = prepare.chat_of(config, base)
         about: list[str] = []
@@ -182,16 +183,15 @@ class Run:
             world = replace(world, sharded=True)
         if not world.first:
             console = Console(quiet=True)
+        given = config
         if init_adapter.merged_first(config) or init_adapter.scaled(base, config):
-            start = init_adapter.start_folder(config)
-            notes.append(f"{start} is the base of what is trained: what it begins with, made one model")
-            if world.first and (resumed is None or not (start / manifest.FILE).is_file()):
-                init_adapter.make_start(base, config)
-            world.wait()
-            base, config = start, init_adapter.on_start(config)
+            config = init_adapter.on_start(config)
+            notes.append(
+                f"the base of what is trained is {config.model_name_or_path}, made of what it begins with"
+            )
         elif config.rope_scaling:
             notes.append(f"rope_scaling changes nothing: cutoff_len {config.cutoff_len} fits the model")
-        job = cls(config, base, chat, data, place, world, resumed, console, again)
+        job = cls(config, base, chat, data, place, world, resumed, console, again, given=given)
         for line in [*notes, *job.notes(), *data.report.lines(), *place.notes]:
             console.print(f"note: {line}", style="yellow")
         console.print(job.plan())
@@ -289,9 +289,21 @@ class Run:
             f"computing in {dtype_name(place.dtype)}"
         )
 
+    def start(self) -> None:
+        """Make the base that training begins with, where that is not the model itself (init_adapter)."""
+        if self.given == self.config:
+            return
+        folder = init_adapter.start_folder(self.given)
+        if self.world.first and (self.resumed is None or not (folder / manifest.FILE).is_file()):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            init_adapter.make_start(self.base, self.given)
+        self.world.wait()
+        self.base = folder
+
     def load(self) -> None:
         """Load the base, and put the adapter over it as it begins."""
         config, place = self.config, self.place
+        self.start()
         report("loading the model")
         self.model = load_model(
             self.base,

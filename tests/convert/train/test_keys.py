@@ -76,6 +76,7 @@ def test_the_attention_is_the_one_that_is_named(made: Made) -> None:
 def test_an_earlier_run_is_replaced_where_that_is_asked_for(made: Made, plain: torch.Tensor) -> None:
     with pytest.raises(ExistsError, match="--overwrite"):
         finetune.run(made("plain"), console=QUIET)
+    assert finetune.plan(made("plain", overwrite_output_dir=True))["steps"] == 3
     assert torch.equal(weights(made("plain", overwrite_output_dir=True)), plain)
 
 
@@ -88,6 +89,7 @@ def test_a_new_adapter_goes_on_top_of_an_earlier_one(
     earlier = Path(made("plain").output_dir)
     changes = {"create_new_adapter": True, "lora_rank": 2, "quantization_bit": bits, "max_steps": 1}
     config = made(f"second {bits}", adapter_name_or_path=str(earlier), **changes)
+    assert finetune.plan(config)["steps"] == 1 and not Path(config.output_dir).exists()
     run = finetune.run(config, console=QUIET).parent
     start = run / "start"
     assert manifest.read(run / "adapter").parents[0]["path"] == str(start)
