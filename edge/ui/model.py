@@ -15,6 +15,7 @@ from edge.ui import view as shared
 from edge.ui.view import JobCard, View, size
 
 EMBEDDED = "smollm2-135m-instruct"
+_HUBS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 # Serving takes about the file and a cache.
 _ROOM = 1.3
 
@@ -32,6 +33,7 @@ class _Tab:
             self._name = ui.input(
                 t("Hub id (ORG/NAME), a folder or a GGUF file"), value="" if models else EMBEDDED
             ).classes("col")
+            self._hub = ui.select(_HUBS, label=t("Hub"), value="huggingface")
             ui.button(t("Get the model"), icon="download", on_click=shared.guarded(self._pull))
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         ui.label(
@@ -87,7 +89,10 @@ class _Tab:
         name = str(self._name.value or "").strip()
         if not name or name.startswith("-"):
             raise EdgeError(self._t("Name a model first."))
-        self._follow(self._view.workspace.start(["pull", name]))
+        hub = str(self._hub.value)
+        self._follow(
+            self._view.workspace.start(["pull", name, *(["--hub", hub] if hub != "huggingface" else [])])
+        )
 
     def _follow(self, job: Job) -> None:
         self._shown.clear()

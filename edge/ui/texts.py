@@ -41,7 +41,7 @@ CHINESE = {
         "验证损失上升：模型开始背诵数据，应更早停止。",
     # Model
     "Hub id (ORG/NAME), a folder or a GGUF file": "模型库编号（组织/名称）、文件夹或 GGUF 文件",
-    "Get the model": "获取模型",
+    "Get the model": "获取模型", "Hub": "模型库",
     "No model is here yet.": "这里还没有模型。", "Name a model first.": "请先填写模型。",
     "{name} is embedded and needs no hub. The hub is {url}; HF_ENDPOINT names another.":
         "{name} 是内置模型，不需要模型库。当前模型库为 {url}，可用 HF_ENDPOINT 更换。",

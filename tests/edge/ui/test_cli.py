@@ -35,7 +35,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tmp_path, check=False
     )
-    assert done.returncode == 1 and "'nicegui'" in done.stderr and "'.[ui]'" in done.stderr
+    assert done.returncode == 1 and "'nicegui'" in done.stderr and "--extras ui" in done.stderr
 
 
 def test_no_module_of_the_page_brings_torch() -> None:

@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from convert.config import as_yaml
-from convert.pull import embedded_gguf, pull
 from edge.jobs import job as jobs
 from tests.support.browser import CHROMIUM, Browser, headless
 from tests.support.runs import ROWS, configure
@@ -272,7 +271,9 @@ def test_a_run_is_merged_with_its_proof_and_served(page: Page) -> None:
     page.sees("of the most likely next tokens are the same")
     page.sees("same token ids")
 
-    # A file that llama.cpp knows.
+    # A file that llama.cpp knows. Late: the quick tests read this module too.
+    from convert.pull import embedded_gguf, pull
+
     pull(str(embedded_gguf()), out=page.folder / "runs" / "conch" / "gguf")
     page.open("Export")
     with socket.create_server(("127.0.0.1", 0)) as free:
