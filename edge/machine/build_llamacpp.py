@@ -10,6 +10,7 @@ decodes in a child process; the outcome lies beside the build as JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,13 +21,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from edge.artefact import json_file, manifest
 from edge.console import guarded, plain_console
@@ -39,10 +41,10 @@ from edge.machine.llamacpp_source import (
     install_tools,
     pip,
     publish_folder,
-    sdist_archive,
+    sdist,
     tail,
 )
-from edge.setup import PINS
+from edge.setup import PINS, clock
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +62,7 @@ OFF = (
     "LLAMA_BUILD_APP",
     "GGML_OPENMP",  # its threads spin at barriers: beside a busy core decoding fell to a sixtieth
 )
+_SAID_EVERY_S = 15.0
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 COMPILER_HINTS = {
@@ -206,30 +209,87 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
         console.print(f"llama.cpp: the wheel for this machine is in the cache ({folder})")
         return kept[0]
     hardware.writable_cache("wheels")
-    archive = sdist_archive()
+    source = sdist()
     install_tools()
     manifest.check_free(folder.parent, 2 * 2**30)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work, tempfile.TemporaryDirectory() as extra:
-        built, csrc = Path(work) / "wheel", Path(extra) / CSRC.name
-        shutil.copytree(CSRC, csrc)  # a path without blanks, whatever ours is
+    # What is compiled stays there until the wheel is made, so that a build that was stopped goes on.
+    work = folder.parent / f"{chosen.key}.build"
+    with _claimed(work, anew=force):
+        csrc = work / CSRC.name
+        shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
         defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": (csrc / "build.cmake").as_posix()}
         if chosen.cxx_flags:
             forced = f'-include "{csrc / HEADER.name}"'
             defines["CMAKE_CXX_FLAGS"] = forced if chosen.cxx_flags == "include-header" else chosen.cxx_flags
         command = ["wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
-        command += ["--wheel-dir", str(built)]
+        command += ["--wheel-dir", str(work / "wheel"), "-C", f"build-dir={(work / 'cmake').as_posix()}"]
         for name, value in defines.items():
             command += ["-C", f"cmake.define.{name}={value}"]
-        command += ["-C", "wheel.exclude=include/**;lib/**", str(archive)]  # headers, and libraries twice
+        command += ["-C", "wheel.exclude=include/**;lib/**", str(source)]  # headers, and libraries twice
         _build(command, folder.parent / f"{chosen.key}.log", console)
         shutil.rmtree(folder, ignore_errors=True)
-        publish_folder(built, folder)
+        publish_folder(work / "wheel", folder)
+    shutil.rmtree(work, ignore_errors=True)
     return next(folder.glob("*.whl"))
 
 
-def _build(arguments: list[str], log: Path, console: Console) -> None:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+@contextlib.contextmanager
+def _claimed(work: Path, *, anew: bool) -> Iterator[None]:
+    """Hold the folder of one build, emptied for `anew`.
 
+    Raises UnavailableError where another process holds it.
+    """
+    owner = work.with_suffix(".pid")
+    text = owner.read_text(encoding="utf-8") if owner.is_file() else ""
+    if text.isdigit() and int(text) != os.getpid() and psutil.pid_exists(int(text)):
+        raise UnavailableError(
+            f"process {text} builds {PACKAGE} at this moment",
+            f"wait for it; where it is gone, remove {owner}",
+        )
+    owner.write_text(str(os.getpid()), encoding="utf-8")
+    try:
+        if anew:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+
+
+class _BuildSteps:
+    """ninja's steps: a bar with the time left on a terminal, else a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("  compiling"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+        )
+        self._console = console
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self.bar.add_task("", total=100)
+        self._start = self._said = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Take one line of the build's output."""
+        step = re.search(r"\[(\d+)/(\d+)\]", text)
+        if not step:
+            return
+        done, total = int(step[1]), int(step[2])
+        self.bar.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._said > _SAID_EVERY_S:
+            self._said = now
+            left = (now - self._start) / done * (total - done)
+            self._console.print(f"  compiling: {done} of {total} steps, {clock(left)} left")
+
+
+def _build(arguments: list[str], log: Path, console: Console) -> None:
     cores = min(os.cpu_count() or 1, int(hardware.cpu_quota() or 1024))
     jobs = max(1, min(cores, hardware.memory().available // 2**30))  # a compiler takes up to 1 GiB
     env = {
@@ -238,15 +298,10 @@ def _build(arguments: list[str], log: Path, console: Console) -> None:
     env |= {"CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "PYTHONUTF8": "1"}
     console.print(f"llama.cpp: building for this machine; this takes some minutes, once (log: {log})")
     start = time.monotonic()
-    columns = (
-        TextColumn("  compiling"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-    )
+    steps = _BuildSteps(console)
     with (
         log.open("w", encoding="utf-8") as handle,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        steps.bar,
         subprocess.Popen(
             [sys.executable, "-m", "pip", *arguments],
             stdout=subprocess.PIPE,
@@ -256,12 +311,10 @@ def _build(arguments: list[str], log: Path, console: Console) -> None:
             errors="replace",
         ) as process,
     ):
-        task = progress.add_task("", total=100)
         assert process.stdout is not None
         for line in process.stdout:
             handle.write(line)
-            if step := re.search(r"\[(\d+)/(\d+)\]", line):
-                progress.update(task, completed=100 * int(step[1]) / int(step[2]))
+            steps.line(line)
     if process.returncode != 0:
         raise EdgeError(
             f"building {PACKAGE} failed:\n{tail(log.read_text(encoding='utf-8'))}", f"the whole log: {log}"
