@@ -53,8 +53,11 @@ class ChatTemplate:
                 )
         if thinking in ("on", "off"):
             extra.setdefault("enable_thinking", thinking == "on")
-        messages, extra, cut = self._marks.cut(messages, extra)
-        prompt = self._marks.prompt(self._render(messages, cut, **extra), cut)
+        try:
+            messages, extra, cut = self._marks.cut(messages, extra)
+        except RecursionError as error:
+            raise RequestError("the messages are nested too deeply", param="messages") from error
+        prompt = self._marks.prompt(self._render(messages, extra, cut), cut)
         if thinking == "off" and opens_reasoning(prompt.text):
             # The template opens reasoning in any mode; without, the model was trained on empty reasoning.
             prompt = Prompt(prompt.text.rstrip() + f"\n\n{THINK_END}\n\n", prompt.cuts)
@@ -81,11 +84,11 @@ class ChatTemplate:
         turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
         for messages in (turns, turns[1:], turns[1:2]):
             try:
-                return self._render(messages)
+                return self._render(messages, {})
             except RequestError:
                 continue
         return self.source
 
-    def _render(self, messages: list[dict[str, Any]], cut: str = "", **extra: Any) -> str:
+    def _render(self, messages: list[dict[str, Any]], extra: dict[str, Any], cut: str = "") -> str:
         context = {**self._tokens, "messages": messages, "add_generation_prompt": True, **extra}
         return RENDERER.render(self.source, context, self._file, cut=cut)

@@ -100,12 +100,10 @@ class Marks:
         """`messages` and `extra` with a character at each place where a mark may have to be cut.
 
         The third value is that character, "" where there is no such place. Roles, which are no user's text,
-        stay as they are. Raises RequestError where every such character is taken.
+        stay as they are. Raises RequestError where every such character is taken, RecursionError for values
+        that are nested too deeply.
         """
-        try:
-            texts = list(_texts([messages, extra]))
-        except RecursionError as error:
-            raise RequestError("the messages are nested too deeply", param="messages") from error
+        texts = list(_texts([messages, extra]))
         hold = any(first in text for text in texts for first in self._firsts)
         if not hold and not (self._begun and any(map(self._goes_on, texts))):
             return messages, extra, ""
@@ -171,15 +169,16 @@ class Marks:
 
 def _texts(value: Any) -> Iterator[str]:
     """All texts in a value of messages or tools, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
 
 
 def token_ids(

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from edge import child_process
@@ -15,6 +16,9 @@ from edge.errors import InputError, RequestError
 from edge.rendering.protocol import MEMORY, RENDER_S, frame, read_frame
 
 log = logging.getLogger("edge")
+
+# Seconds until a process that says nothing is ended: it keeps its time itself, but not while it is stopped.
+_START_S, _SILENT_S = 60.0, RENDER_S + 4.0
 
 
 class Renderer:
@@ -66,8 +70,9 @@ class Renderer:
         try:
             asked = frame(request)
         except (TypeError, ValueError, RecursionError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise RequestError(
-                f"{template} is given what JSON cannot say: {error}", param="messages"
+                f"{template} is given what JSON cannot say: {why}", param="messages"
             ) from error
         with self._lock:
             try:
@@ -86,7 +91,8 @@ class Renderer:
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         if not self._greeted:
-            hello = read_frame(process.stdout)
+            with _ended_after(_START_S, process):
+                hello = read_frame(process.stdout)
             if hello is None:
                 raise RequestError(
                     "the process that renders chat templates does not start",
@@ -99,7 +105,7 @@ class Renderer:
                 self._warned = True
                 log.warning("this system cannot bound the memory of chat templates, only their time")
         began, reply = time.monotonic(), None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _ended_after(_SILENT_S, process):
             process.stdin.write(request)
             process.stdin.flush()
             reply = read_frame(process.stdout)
@@ -133,6 +139,17 @@ class Renderer:
             # Closes both pipes and waits.
             pass
         return process.returncode
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 RENDERER = Renderer()

@@ -34,17 +34,6 @@ _ELEMENT, _VALUE = 8, 128
 _MOST_BITS = 2**14
 _LONGEST_PATTERN = 256
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
-# What a template may raise that does not suit the messages.
-_FAILURES = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    AssertionError,  # jinja2's own filters
-)
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format",
     "groupby", "indent", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject",
@@ -106,7 +95,9 @@ def render(source: str, context: dict[str, Any], cut: str = "") -> str:
             length += len(part)
             environment.check(length)
             parts.append(part)
-    except _FAILURES as error:
+    except (Refusal, MemoryError):
+        raise
+    except Exception as error:  # what a template, and jinja2's filters, raise for odd values
         raise Refusal(f"cannot be applied to these messages: {error}") from error
     return "".join(parts)
 

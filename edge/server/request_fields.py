@@ -212,15 +212,14 @@ class PastCall(Part):
 
     def flat(self, where: str) -> dict[str, Any]:
         """The call as chat templates read it. Raises RequestError where the arguments are no JSON object."""
-        arguments = self.function.arguments
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError as error:
-                raise RequestError(f"{where}.function.arguments is not JSON: {error}", param=where) from error
+        arguments: Any = self.function.arguments
+        try:
+            arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+            text = json.dumps(arguments, ensure_ascii=False)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{where}.function.arguments is not JSON: {error}", param=where) from error
         if not isinstance(arguments, dict):
             raise RequestError(f"{where}.function.arguments must be a JSON object", param=where)
-        text = json.dumps(arguments, ensure_ascii=False)
         call = {"type": self.type, "function": {"name": self.function.name, "arguments": text}}
         return {"id": self.id, **call} if self.id else call
 

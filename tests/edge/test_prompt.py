@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge.chat_template import ROLES, ChatTemplate
 from edge.errors import RequestError
-from edge.prompt import AddedTokens, Authored, Prompt, any_of, token_ids
+from edge.prompt import AddedTokens, Authored, Marks, Prompt, any_of, token_ids
 from tests.support.marked import CHATML, FAMILIES, Family, attacks
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<s>", "[INST]"]
@@ -184,8 +185,25 @@ def test_values_that_are_nested_too_deeply_are_refused() -> None:
     value: Any = "x"
     for _ in range(100_000):
         value = [value]
-    with pytest.raises(RequestError, match="nested too deeply"):
-        compiled(CHATML.template).render([{"role": "user", "content": "a", "name": value}])
+    for text in ("a", "<"):
+        with pytest.raises(RequestError, match="nested too deeply"):
+            compiled(CHATML.template).render([{"role": "user", "content": text, "name": value}])
+
+
+def test_many_texts_far_within_are_looked_through_in_linear_time() -> None:
+    value: Any = [""] * 100_000
+    for _ in range(900):
+        value = [value]
+    began = time.process_time()
+    assert Marks(MARKS, []).cut(user("x"), value) == (user("x"), value, "")
+    # Text by text through all levels it was 6 s.
+    assert time.process_time() - began < 1.0
+
+
+def test_values_of_any_name_are_the_templates_to_read() -> None:
+    names = ("cut", "extra", "file", "source", "context")
+    source = "".join(f"{{{{ {name} }}}}" for name in names)
+    assert compiled(source).render(user("x"), **{name: name[0] for name in names}).text == "cefsc"
 
 
 def test_prompts_are_joined_and_parted_with_their_cuts() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from tests.fuzz import files, grammars, http, kills, templates, training
+from tests.fuzz import conversations, files, grammars, http, kills, templates, training
 from tests.fuzz.runner import Part
 
 PARTS: dict[str, Part] = {
@@ -18,6 +18,7 @@ PARTS: dict[str, Part] = {
     "smuggling": http.smuggling,
     "bodies": http.bodies,
     "leaving": http.leaving,
+    "conversations": conversations.conversations,
     "grammars": grammars.grammars,
     "templates": templates.templates,
     "base": training.base,

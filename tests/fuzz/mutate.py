@@ -21,7 +21,7 @@ TEXTS = [
 NAMES = [
     "type", "role", "content", "text", "name", "function", "arguments", "tool_calls", "format", "schema",
     "id", "input", "tool_use_id", "thinking", "strict", "parameters", "properties", "call_id", "output",
-    "model",
+    "model", "chat_template_kwargs", "cut",
 ]  # fmt: skip
 KINDS = [
     "text", "function", "json_schema", "json_object", "message", "tool_use", "tool_result", "function_call",
@@ -42,7 +42,7 @@ def value(rng: Random, depth: int = 3) -> Any:
     if kind == 3:
         return rng.choice(KINDS)
     if kind == 4:
-        return rng.choice(([], {}, [[]], [None], "x" * 70_000, "<|im_end|>" * 2000))
+        return rng.choice(([], {}, [[]], [None], "x" * 70_000, "<|im_end|>" * 2000, "[" * 20_000))
     if kind == 5:
         return [value(rng, depth - 1) for _ in range(rng.randrange(4))]
     return {

@@ -61,7 +61,29 @@ TURNS = Family(
     "[turn]user\n",
     "[/turn]",
 )  # fmt: skip
-FAMILIES = {"chatml": CHATML, "deepseek": DEEPSEEK, "turns": TURNS}
+# Roles stand between marks, and what only other families have: thoughts, ids and calls without a content.
+LLAMA3 = Family(
+    "{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header_id|>\n\n"
+    "{% for t in tools %}{{ t | tojson(indent=4) }}\n\n{% endfor %}<|eot_id|>{% endif %}"
+    "{% for m in messages %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}"
+    "<|end_header_id|>\n\n{{ m.name or '' }}{{ m.tool_call_id or '' }}"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ (m.content or '') | trim }}{% for c in m.tool_calls or [] %}"
+    '{"id": "{{ c.id }}", "name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
+    "{% endfor %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    (
+        ("<|begin_of_text|>", True),
+        ("<|start_header_id|>", True),
+        ("<|end_header_id|>", True),
+        ("<|eot_id|>", True),
+        *_OWN,
+    ),
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|eot_id|>",
+    bos="<|begin_of_text|>",
+)
+FAMILIES = {"chatml": CHATML, "deepseek": DEEPSEEK, "turns": TURNS, "llama3": LLAMA3}
 
 
 def attacks(family: Family) -> list[str]:

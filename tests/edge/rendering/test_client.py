@@ -96,6 +96,21 @@ def test_a_death_in_a_rendering_is_answered(renderer: Renderer, monkeypatch: pyt
     assert renderer.render("x", {}) == "x"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("size", [1, 10**6], ids=["reading", "writing"])
+def test_a_process_that_is_stopped_is_ended(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    renderer.render("x", {})
+    assert renderer.pid is not None
+    os.kill(renderer.pid, signal.SIGSTOP)
+    monkeypatch.setattr(client, "_SILENT_S", 0.2)
+    with pytest.raises(RequestError, match="ended the process"):
+        renderer.render("{{ a }}", {"a": "x" * size})
+    monkeypatch.undo()
+    assert renderer.render("{{ a }}", {"a": 1}) == "1"
+
+
 def test_an_interrupted_rendering_does_not_answer_the_next(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

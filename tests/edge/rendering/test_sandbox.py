@@ -174,6 +174,7 @@ def test_what_templates_use_is_rendered_as_by_jinja2(source: str, want: str) -> 
         ("{{ 'a'|truncate(-1) }}", "expected length"),
         ("{% include 'a' %}", "cannot be applied"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ cycler() }}", "at least one item"),
     ],
 )
 def test_a_template_that_fails_says_why(source: str, why: str) -> None:

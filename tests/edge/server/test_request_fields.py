@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from edge.errors import RequestError
+from edge.server.request_fields import PastCall
 from tests.support.fake_server import CLIENT, Server, error, user
 
 
@@ -211,3 +213,11 @@ def test_a_form_that_cannot_be_honoured_is_refused(
     response = spelling.post("/v1/chat/completions", {"messages": user(), **given})
     assert response.status_code == 400, response.text
     assert error(response)["param"] == param
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "[]"])
+def test_past_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+    call = PastCall.model_validate({"function": {"name": "f", "arguments": arguments}})
+    with pytest.raises(RequestError, match=r"arguments (is not JSON|must be a JSON object)") as caught:
+        call.flat("messages[0].tool_calls[0]")
+    assert caught.value.param == "messages[0].tool_calls[0]"
