@@ -40,7 +40,6 @@ class Report:
     twins: list[tuple[str, str]] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     marked: list[str] = field(default_factory=list)
-    thoughts_added: int = 0
     thoughts_removed: int = 0
     seen: dict[bytes, str] = field(default_factory=dict, repr=False)
 

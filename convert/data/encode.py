@@ -139,12 +139,7 @@ def encode(
     rows: Iterable[Row],
     chat: ChatFormat,
     report: Report,
-    *,
-    cutoff_len: int = 2048,
-    enable_thinking: bool | None = True,
-    mask_history: bool = False,
-    train_on_prompt: bool = False,
-    default_system: str | None = None,
+    rules: Rules = Rules(),
 ) -> list[Sample]:
     """Token ids of `rows` with loss on the answers, each with the token that ends its turn.
 
@@ -153,7 +148,6 @@ def encode(
     An answer beyond `cutoff_len` tokens is cut at its end; a row whose prompt alone is that long is left out.
     Raises UsageError where enable_thinking null meets a template that opens reasoning and rows without any.
     """
-    rules = Rules(cutoff_len, enable_thinking, mask_history, train_on_prompt, default_system)
     return list(samples(rows, chat, report, rules))
 
 
@@ -390,11 +384,8 @@ def _thoughtful(content: str, prompt: Prompt, mode: str | None, report: Report) 
     if mode == "off":
         report.thoughts_removed += thought is not None
         return rest
-    if thought is not None:
-        return with_thought(prompt.text, thought, rest)
-    if mode == "on":
-        report.thoughts_added += 1
-        return with_thought(prompt.text, "", rest)
+    if thought is not None or mode == "on":
+        return with_thought(prompt.text, thought or "", rest)
     if opens_reasoning(prompt.text):
         raise UsageError(
             "enable_thinking: null leaves answers without reasoning alone, but this model's chat template "

@@ -45,8 +45,10 @@ def rows(folder: Path, record: manifest.Manifest | None) -> tuple[list[list[int]
         others if enough else every,
         form,
         dataset.Report(),
-        cutoff_len=LONGEST_ROW,
-        enable_thinking=settings.get("enable_thinking", True) if form.thinks else True,
+        encode.Rules(
+            cutoff_len=LONGEST_ROW,
+            enable_thinking=settings.get("enable_thinking", True) if form.thinks else True,
+        ),
     )
     mean = sum(len(sample.ids) for sample in samples) / max(1, len(samples))
     chosen = probes.spread(samples, max(2, int(TOKENS / max(1.0, mean))))

@@ -253,7 +253,7 @@ def test_a_row_that_the_template_makes_too_much_of_is_left_out_with_the_limit(ch
 def test_prompt_ids_are_those_of_serving(kind, mode, request):
     form = request.getfixturevalue(kind)
     one = row("a  3", "No.", " 你好👩‍🚀\n", "Maybe someday.", system="You are the conch.")
-    samples = encode.encode([one], form, dataset.Report(), enable_thinking=mode)
+    samples = encode.encode([one], form, dataset.Report(), encode.Rules(enable_thinking=mode))
     serving = ChatTemplate(form.source, bos=form.bos, eos=form.eos, tokens=form.added)
     thinks = chat_format.thinking_mode(form, mode)
     prompt = serving.render(one.messages[:-1], thinking=thinks).text
@@ -268,7 +268,7 @@ def test_prompt_ids_are_those_of_serving(kind, mode, request):
 def test_answers_in_history_are_learnt_unless_masked(chatml):
     one = row("q", "No.", "r", "Maybe.")
     (both,) = encode.encode([one], chatml, dataset.Report())
-    (last,) = encode.encode([one], chatml, dataset.Report(), mask_history=True)
+    (last,) = encode.encode([one], chatml, dataset.Report(), encode.Rules(mask_history=True))
     assert learnt(chatml, both) == f"No.{IM_END}Maybe.{IM_END}"
     assert learnt(chatml, last) == f"Maybe.{IM_END}"
     assert both.ids == last.ids
@@ -280,7 +280,7 @@ def test_m7_three_thinking_modes(thinking):
 
     def made(one, mode):
         report = dataset.Report()
-        (sample,) = encode.encode([one], thinking, report, enable_thinking=mode)
+        (sample,) = encode.encode([one], thinking, report, encode.Rules(enable_thinking=mode))
         return text_of(thinking, sample.ids), learnt(thinking, sample), report
 
     whole, loss, _ = made(plain, True)
@@ -299,7 +299,7 @@ def test_m7_three_thinking_modes(thinking):
 def test_thinking_means_nothing_without_a_thinking_template(chatml):
     assert chat_format.thinking_mode(chatml, True) is None
     ids = [
-        encode.encode([row("q", "a")], chatml, dataset.Report(), enable_thinking=m)[0].ids
+        encode.encode([row("q", "a")], chatml, dataset.Report(), encode.Rules(enable_thinking=m))[0].ids
         for m in (True, None)
     ]
     assert ids[0] == ids[1]
@@ -308,7 +308,10 @@ def test_thinking_means_nothing_without_a_thinking_template(chatml):
 def test_cutoff_is_counted_and_said(chatml):
     report = dataset.Report()
     samples = encode.encode(
-        [row("q", "No " * 60), row("q " * 90, "No."), row("q", "No.")], chatml, report, cutoff_len=40
+        [row("q", "No " * 60), row("q " * 90, "No."), row("q", "No.")],
+        chatml,
+        report,
+        encode.Rules(cutoff_len=40),
     )
     assert [len(one.ids) <= 40 for one in samples] == [True, True]
     assert len(samples[0].ids) == 40 and samples[0].labels[-1] != chatml.turn_end
@@ -390,6 +393,6 @@ def test_a_row_counts_once_and_only_where_an_answer_is_left(tmp_path, thinking):
     """Earlier thoughts are not shown again, so each answer of `talk` is a sample of its own."""
     report = dataset.Report()
     talk, long = row("q", "No.", "q " * 90, "No."), row("q " * 90, "No.", "q", "No.")
-    samples = encode.encode([talk, long], thinking, report, cutoff_len=40)
+    samples = encode.encode([talk, long], thinking, report, encode.Rules(cutoff_len=40))
     assert len(samples) == 1 and len(report.cut) == 1
     assert [reason.split(" (")[-1] for _, reason in report.bad] == ["cutoff_len)"]

@@ -93,7 +93,7 @@ def test_names_against_the_models_own_template(chatml, tmp_path):
 @pytest.mark.parametrize(("mode", "end"), [(True, "<think>\n\n</think>\n\nb<E>"), (False, "b<E>")])
 def test_thoughts_of_deepseekr1(bare, mode, end):
     form = chat_format.load(bare, template="deepseekr1")
-    samples = encode.encode([TALK], form, dataset.Report(), enable_thinking=mode)
+    samples = encode.encode([TALK], form, dataset.Report(), encode.Rules(enable_thinking=mode))
     whole = text_of(form, samples[-1].ids)
     assert whole == f"{form.bos}s<｜User｜>q<｜Assistant｜>a{form.eos}<｜User｜>r<｜Assistant｜>" + (
         f"<think>\n\n</think>\n\nb{form.eos}"
@@ -135,7 +135,9 @@ def test_every_end_token_ends_a_turn(tmp_path, bare):
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, shape in FORMATS.items():
         form = chat_format.load(folder, template=name)
-        (sample, *_) = encode.encode([row("q", "a")], form, dataset.Report(), enable_thinking=False)
+        (sample, *_) = encode.encode(
+            [row("q", "a")], form, dataset.Report(), encode.Rules(enable_thinking=False)
+        )
         assert learnt(form, sample).endswith("a" + (shape.end or IM_END)), name
         assert form.turn_end in form.stop_ids
 
@@ -218,7 +220,7 @@ def test_the_package_llamafactory_makes_the_same_of_rows(tmp_path, thinking):
     for name, theirs in answers.items():
         form = chat_format.load(folder, template=name)
         for one, (ids, labels) in zip(rows[name], theirs, strict=True):
-            samples = encode.encode([one], form, dataset.Report(), enable_thinking=thinking)
+            samples = encode.encode([one], form, dataset.Report(), encode.Rules(enable_thinking=thinking))
             ours = samples[-1]
             # Theirs up to the last end token.
             last = max(n for n, token in enumerate(ids) if token == form.turn_end)
