@@ -129,24 +129,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, entry: Any, folder: Path, *, plain: bool = False) -> Entry:
-        def wrong(what: str) -> UsageError:
-            return UsageError(
-                f"{INFO}: '{name}' {what}",
-                "it needs file_name, hf_hub_url or ms_hub_url; formatting, columns and tags may follow",
-            )
-
-        def check_text(key: str, value: Any) -> None:
-            if not isinstance(value, str | None):
-                raise wrong(f"has a {key} that is {kind_of(value)}, not a text")
-
-        if not isinstance(entry, dict):
-            raise wrong("is not an object")
-        for key in ("subset", "split", "folder"):
-            check_text(key, entry.get(key))
-        for key in entry:
-            if key not in _KEYS:
-                near = difflib.get_close_matches(key, _KEYS, n=1)
-                raise wrong(f"has the unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        _check(name, entry)
         file, hub, ms = (entry.get(key) for key in ("file_name", "hf_hub_url", "ms_hub_url"))
         # As LLaMA-Factory chooses: ModelScope where it is asked for, or where there is no other.
         on_ms = isinstance(ms, str) and (modelscope.asked() or not isinstance(hub, str))
@@ -155,40 +138,21 @@ class Entry:
             other = next((key for key in _KEYS[4:7] if entry.get(key)), None)
             if other:
                 why = "its code is never run" if other == "script_url" else "other hubs are not read"
-                raise wrong(f"has only {other}, which is not supported: {why}")
-            raise wrong("has neither file_name nor a hub_url")
-        formatting = entry.get("formatting", "alpaca")
-        if formatting not in ("alpaca", "sharegpt", "openai"):
-            raise wrong(f"has formatting {formatting!r}; alpaca, sharegpt and openai are known")
-        ranking, count = entry.get("ranking", False), entry.get("num_samples")
-        if not isinstance(ranking, bool):
-            raise wrong(f"has ranking {ranking!r}, which is neither true nor false")
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise wrong(f"has num_samples {count!r}, which is no count")
-        columns = dict(_COLUMNS)
-        tags = dict(_OPENAI_TAGS if formatting == "openai" else _TAGS)
-        if formatting == "openai":
-            columns["messages"] = "messages"
-        for kind, names in (("columns", columns), ("tags", tags)):
-            given = entry.get(kind) or {}
-            if not isinstance(given, dict):
-                raise wrong(f"has {kind} that are {kind_of(given)}, not an object")
-            for key, value in given.items():
-                if key not in names:
-                    raise wrong(f"has {kind} with the unknown name '{key}'; known: {', '.join(names)}")
-                check_text(key, value)
-                names[key] = names[key] if value is None else value
+                raise _wrong(name, f"has only {other}, which is not supported: {why}")
+            raise _wrong(name, "has neither file_name nor a hub_url")
+        formatting, ranking = entry.get("formatting", "alpaca"), entry.get("ranking", False)
+        columns, tags = _names(name, entry, openai=formatting == "openai")
         declared = entry.get("columns") or {}
         tagged = bool(declared.get("kto_tag"))
         if tagged and ranking:
-            raise wrong("has both ranking and kto_tag")
+            raise _wrong(name, "has both ranking and kto_tag")
         if plain:
             columns["prompt"] = declared.get("prompt") or "text"
         path = folder / file if isinstance(file, str) else folder
         use_hub = isinstance(hub, str) and not (isinstance(file, str) and path.exists())
         return cls(
             name, path, hub if use_hub else None, formatting, ranking, entry.get("subset"),
-            entry.get("split") or "train", entry.get("folder"), count, columns, tags,
+            entry.get("split") or "train", entry.get("folder"), entry.get("num_samples"), columns, tags,
             use_hub and on_ms, tagged, plain,
         )  # fmt: skip
 
@@ -349,6 +313,55 @@ class Entry:
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise BadRow(f"`{column}` is no JSON list of tools")
         return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+
+
+def _wrong(name: str, what: str) -> UsageError:
+    return UsageError(
+        f"{INFO}: '{name}' {what}",
+        "it needs file_name, hf_hub_url or ms_hub_url; formatting, columns and tags may follow",
+    )
+
+
+def _check(name: str, entry: Any) -> None:
+    """Raise UsageError where a key of an entry is unknown or its value cannot be meant."""
+    if not isinstance(entry, dict):
+        raise _wrong(name, "is not an object")
+    for key in entry:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            raise _wrong(name, f"has the unknown key '{key}'{hint}")
+    for key in ("subset", "split", "folder"):
+        _check_text(name, key, entry.get(key))
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
+        raise _wrong(name, f"has formatting {formatting!r}; alpaca, sharegpt and openai are known")
+    ranking, count = entry.get("ranking", False), entry.get("num_samples")
+    if not isinstance(ranking, bool):
+        raise _wrong(name, f"has ranking {ranking!r}, which is neither true nor false")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise _wrong(name, f"has num_samples {count!r}, which is no count")
+
+
+def _check_text(name: str, key: str, value: Any) -> None:
+    if not isinstance(value, str | None):
+        raise _wrong(name, f"has a {key} that is {kind_of(value)}, not a text")
+
+
+def _names(name: str, entry: dict[str, Any], *, openai: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """(columns, tags): the defaults of the formatting, and what the entry names instead."""
+    columns = {**_COLUMNS, "messages": "messages"} if openai else dict(_COLUMNS)
+    tags = dict(_OPENAI_TAGS if openai else _TAGS)
+    for kind, names in (("columns", columns), ("tags", tags)):
+        given = entry.get(kind) or {}
+        if not isinstance(given, dict):
+            raise _wrong(name, f"has {kind} that are {kind_of(given)}, not an object")
+        for key, value in given.items():
+            if key not in names:
+                raise _wrong(name, f"has {kind} with the unknown name '{key}'; known: {', '.join(names)}")
+            _check_text(name, key, value)
+            names[key] = names[key] if value is None else value
+    return columns, tags
 
 
 def _hub_rows(entry: Entry) -> Iterator[tuple[int, Any]]:
