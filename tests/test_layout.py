@@ -109,6 +109,19 @@ def test_every_room_of_the_order_is_there() -> None:
             assert any(f"{module}.".startswith(f"{room}.") for module in modules), room
 
 
+def test_functions_are_short_and_take_few_positional_arguments() -> None:
+    long = []
+    for module, text in sources().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args]
+                count = len([one for one in arguments if one.arg not in ("self", "cls")])
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno >= 60 or count > 6:
+                    long.append(f"{module}.{node.name}")
+    assert not long
+
+
 def test_no_module_of_edge_names_a_training_library() -> None:
     for module, text in sources().items():
         if module.startswith("edge."):
