@@ -83,7 +83,13 @@ test: everything
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) llamafactory==0.9.5 trl==1.16.0
 	@touch $@
 
-test-all: everything .peers/installed
+# LLaMA-Factory's training with the versions that it declares, in front of .venv's torch.
+.peers/llamafactory-train/installed: .peers/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) transformers==5.6.0 peft==0.18.1 trl==0.24.0 \
+	    datasets==4.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3
+	@touch $@
+
+test-all: everything .peers/llamafactory-train/installed
 	$(ALONE) -m timing
 	$(BESIDE) -m "not timing"
 

@@ -17,7 +17,7 @@ from typing import Any
 PEERS = Path(__file__).parents[2] / ".peers"
 
 
-def _without(name: str) -> None:
+def without(name: str) -> None:
     """Let `import name` succeed: for what is imported there and not used by what is asked here."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -28,7 +28,7 @@ def main() -> None:
     asked = json.loads(sys.stdin.read())
     out, sys.stdout = sys.stdout, sys.stderr
     sys.path.append(str(PEERS))
-    _without("torchaudio")
+    without("torchaudio")
     from llamafactory.data.processor.pretrain import PretrainDatasetProcessor
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
