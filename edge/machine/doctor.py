@@ -15,7 +15,7 @@ from typing import Any
 
 from edge.artefact import manifest
 from edge.errors import UnavailableError
-from edge.machine import build_llamacpp, hardware
+from edge.machine import build_llamacpp, hardware, report
 from edge.machine.cuda_libraries import gpu_remedy, missing_library
 from edge.machine.llamacpp_source import BUILD, PACKAGE, STOCK
 from edge.setup import (
@@ -190,11 +190,29 @@ def _cuda_torch() -> str:
     return pip_command("install", "--force-reinstall", "--no-deps", f"torch=={pins()['torch']}")
 
 
+def _report(rows: list[Item]) -> int:
+    sys.stderr.write("testing the verbs on a toy, about a minute:\n")
+    outcomes = report.self_test()
+    text = report.text([(row.group, row.name, row.found, row.todo) for row in rows], outcomes)
+    Path(report.FILE).write_text(text, encoding="utf-8")
+    failed = [row["stage"] for row in outcomes if row["problem"]]
+    sys.stdout.write(f"{report.FILE}: {len(rows)} lines on this machine; of {len(outcomes)} stages ")
+    sys.stdout.write(f"{len(failed)} failed: {', '.join(failed)}\n" if failed else "none failed\n")
+    return 1 if failed else 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edge doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help=f"write {report.FILE}, with nothing personal in it: this, and the verbs on a toy (a minute)",
+    )
     options = parser.parse_args(argv)
     rows = items()
+    if options.report:
+        return _report(rows)
     if options.json:
         data = {
             "machine": hardware.describe(),
