@@ -26,7 +26,7 @@ from edge.server.api.openai_responses import Responses
 from edge.server.conversation import Conversation, PreparedChat
 from edge.server.request_fields import FunctionTool, flat
 from tests.support import tiny_llama, tiny_onnx
-from tests.support.marked import DEEPSEEK, FAMILIES, Family
+from tests.support.marked import CHATML, DEEPSEEK, FAMILIES, Family
 from tests.support.tool_templates import DISTILL
 
 Draw = Callable[[Random], Any]
@@ -36,14 +36,26 @@ Text = list[tuple[str, bool]]
 Talk = dict[str, Any]
 
 _CALL = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
+_TURNS = ("system", "user", "assistant", "tool", "end")
 _TEMPLATES = FAMILIES | {
+    # A mark may begin where another ends, and be made of what stands around a text.
+    "seams": Family(
+        "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+        "{% for m in messages %}|{{ m.role }}|{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}|end|<{{ m.name or 'n' }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}|assistant|{% endif %}",
+        (("<bos>", True), *((f"|{name}|", True) for name in _TURNS), *CHATML.added[-4:]),
+        "|user|",
+        "|end|",
+        "<bos>",
+    ),
     "distill": Family(
         "{{ bos_token }}" + DISTILL,
         (*DEEPSEEK.added, *((mark, False) for mark in _CALL)),
         DEEPSEEK.begin,
         DEEPSEEK.end,
         DEEPSEEK.bos,
-    )
+    ),
 }
 _FORMS = ("openai", "responses", "anthropic", "ollama", "training")
 _WORDS = [
@@ -68,8 +80,19 @@ def text(rng: Random, family: Family) -> Text:
         elif how == 3:
             pieces += [(mark[:end], True), (mark[end:], True)]
         else:
-            hidden = [mark, mark[:end], mark[start:], mark[0] * 3 + mark, mark[:end] + mark + mark[end:]]
-            pieces.append((rng.choice(hidden) if how < 7 else mark.replace("▁", " "), True))
+            hidden = [
+                mark,
+                mark[:end],
+                mark[start:],
+                mark[start:end],
+                mark[1:-1],
+                mark + mark[1:],
+                mark[0] * 3 + mark,
+                mark[:end] + mark + mark[end:],
+            ]
+            pieces.append(
+                (rng.choice(hidden) if how < 7 or "▁" not in mark else mark.replace("▁", " "), True)
+            )
     return pieces
 
 
@@ -104,7 +127,7 @@ def written(value: Any, *, harmless: bool) -> Any:
     if isinstance(value, dict):
         return {key: written(item, harmless=harmless) for key, item in value.items()}
     if isinstance(value, list) and all(isinstance(item, tuple) for item in value):
-        return "".join("x" if harmless and hidden else piece for piece, hidden in value)
+        return "".join("x" if harmless and hidden and piece else piece for piece, hidden in value)
     if isinstance(value, list):
         return [written(item, harmless=harmless) for item in value]
     return value
@@ -330,7 +353,7 @@ def conversations(folder: Path) -> Iterator[tuple[Draw, Check]]:
     def draw(rng: Random) -> tuple[str, str, Talk]:
         name, form = rng.choice(list(_TEMPLATES)), rng.choice(_FORMS)
         # Training shows calls as answers, which not every template does.
-        calls = form != "training" or name in ("chatml", "turns")
+        calls = form != "training" or name in ("chatml", "turns", "seams")
         return name, form, conversation(rng, _TEMPLATES[name], calls=calls)
 
     def check(given: tuple[str, str, Talk]) -> None:
