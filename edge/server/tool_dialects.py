@@ -90,12 +90,12 @@ class Dialect:
         """The call between two marks; None where the text is no call."""
         try:
             if self.name != "deepseek":
-                return call_of(json.loads(body))
+                return call_of(written(body))
             head, _, rest = body.partition("<｜tool▁sep｜>")
             if head.strip() == "function":
                 head, _, rest = rest.partition("\n")
             text = rest.strip().removeprefix("```json").removesuffix("```").strip()
-            return call_of({"name": head.strip(), "arguments": json.loads(text)})
+            return call_of({"name": head.strip(), "arguments": written(text)})
         except ValueError:
             return None
 
@@ -196,6 +196,17 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def written(text: str) -> Any:
+    """The value of JSON that a model wrote. Raises ValueError for what a client could not read."""
+    try:
+        value = json.loads(text)
+        # Python also reads NaN, and half of a surrogate pair.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
 def call_of(value: Any, *, explicit: bool = False) -> Call | None:
     """A call from its JSON object; None where it is no call. explicit: its arguments must be there."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
@@ -205,7 +216,7 @@ def call_of(value: Any, *, explicit: bool = False) -> Call | None:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = written(arguments)
         except ValueError:
             return None
     if not isinstance(arguments, dict):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from edge.engine.detokenizer import overlap
 from edge.engine.grammar import fits
-from edge.server.tool_dialects import Call, Dialect, Tool, call_of
+from edge.server.tool_dialects import Call, Dialect, Tool, call_of, written
 
 _FENCE = "```"
 # What may stand before a bare object, blank space aside, and what closes it.
@@ -199,7 +199,7 @@ class _Bare:
         body, raw = self._held[self._object.begin : end], self._held[:end]
         self._object, self._held = None, self._held[end:]
         try:
-            call = call_of(json.loads(body), explicit=True)
+            call = call_of(written(body), explicit=True)
         except ValueError:
             call = None
         if call is not None and call.name in self._strict:

@@ -165,3 +165,21 @@ def test_a_strict_tool_is_called_without_marks_only_by_what_fits() -> None:
         text = f'{{"name": "f", "arguments": {arguments}}}'
         want = ("", [("f", json.loads(arguments))]) if good else (text, [])
         assert read(HERMES, text, 3, tools=tools) == want
+
+
+ODD = ["NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '{"\\udfff": 1}', "[" * 20_000 + "]" * 20_000]
+
+
+@pytest.mark.parametrize("value", ODD, ids=["nan", "infinity", "float", "int", "half", "key", "deep"])
+@pytest.mark.parametrize("dialect", [HERMES, DEEPSEEK, LLAMA3], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("strict", [False, True])
+def test_arguments_that_no_client_can_read_are_text(dialect: Dialect, value: str, *, strict: bool) -> None:
+    text = ANSWERS[dialect.name][0].replace('"你"', value)
+    shown, calls = read(dialect, text, len(text), tools=[Tool("f", parameters={}, strict=strict)])
+    assert calls == [] and value in shown
+
+
+def test_a_name_that_is_no_text_and_arguments_within_a_text_are_read_alike() -> None:
+    for body in ('{"name": "\\ud800", "arguments": {}}', '{"name": "f", "arguments": "{\\"k\\": NaN}"}'):
+        text = f"<tool_call>{body}</tool_call>"
+        assert read(HERMES, text, len(text))[1] == []
