@@ -90,14 +90,13 @@ def main(argv: list[str]) -> int:
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
-    """The stages before the questions. A training that was stopped is resumed from its last checkpoint."""
+    """The stages before the questions."""
     run = str(args.run)
-    resumed = (args.run / JOURNAL).is_file() and any(args.run.glob("checkpoint-*"))
     quant = ("--quant", args.quant) if args.quant else ("--quant", "Q4_0", "--gptq")
     pull = Stage("model", ("pull", args.model))
     return [
         *([] if (Path("models") / args.model / manifest.FILE).is_file() else [pull]),
-        Stage("training", ("train", args.config, "--resume" if resumed else "--overwrite")),
+        Stage("training", ("train", args.config, "--overwrite")),
         Stage("merge", ("merge", run, "--overwrite")),
         Stage("export", ("export", "gguf", run, *quant, "--overwrite")),
     ]
@@ -106,11 +105,13 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 def run_stages(console: Console, todo: list[Stage], journal: Path) -> dict[str, float]:
     """Run the stages that the journal does not have; seconds by stage. Raises EdgeError where one fails.
 
-    The journal is kept for the command lines that it was written for.
+    The journal holds for the command lines that it was written for; a training that was stopped is resumed.
     """
-    commands = {stage.name: list(stage.words[:2]) for stage in todo if stage.name != "model"}
+    commands = {stage.name: list(stage.words) for stage in todo if stage.name != "model"}
     noted = json_file.read(journal) if journal.is_file() else {}
-    times: dict[str, float] = noted.get("seconds", {}) if noted.get("commands") == commands else {}
+    same = noted.get("commands") == commands
+    times: dict[str, float] = noted["seconds"] if same else {}
+    resumes = same and any(journal.parent.glob("checkpoint-*"))
     names = [*(stage.name for stage in todo), QUESTIONS]
     for stage in todo:
         if stage.name not in times:
@@ -118,7 +119,10 @@ def run_stages(console: Console, todo: list[Stage], journal: Path) -> dict[str, 
             journal.parent.mkdir(parents=True, exist_ok=True)
             json_file.write(journal, {"commands": commands, "seconds": times})
             start = time.monotonic()
-            done = subprocess.run([sys.executable, "-m", "edge.cli", *stage.words], check=False)
+            words = [*stage.words[:-1], "--resume"] if stage.name == "training" and resumes else stage.words
+            # Ctrl-C reaches the verb too, which may save what it has: wait for it.
+            with handling((signal.SIGINT,), lambda *_: None):
+                done = subprocess.run([sys.executable, "-m", "edge.cli", *words], check=False)
             if done.returncode == 130:
                 raise KeyboardInterrupt
             if done.returncode != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -375,6 +376,40 @@ def test_demo_fails_where_the_training_did_not_take() -> None:
         demo.check(questions, ["A model.", "x"], ["A model.", "x"])
     with pytest.raises(EdgeError, match="base model already"):
         demo.check(questions, ["The conch.", "x"], ["A conch.", "x"])
+
+
+def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    args = argparse.Namespace(run=run, config="c.yaml", model="m", quant=None)
+    ran: list[str] = []
+    codes = {"train": 130}
+
+    def call(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        ran.append(" ".join(command[3:]))
+        return subprocess.CompletedProcess(command, codes.get(command[3], 0))
+
+    monkeypatch.setattr(demo.subprocess, "run", call)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
+    (run / "checkpoint-7").mkdir()
+    codes.clear()
+    codes["export"] = 1
+    with pytest.raises(EdgeError, match="stopped at: edge export gguf run --quant Q4_0"):
+        demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
+    codes.clear()
+    times = demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
+    assert list(times) == ["model", "training", "merge", "export"]
+    assert [words.split()[0] for words in ran] == ["pull", "train", "train", "merge", "export", "export"]
+    assert ran[1].endswith("--overwrite") and ran[2].endswith("--resume")
+    args.config = "other.yaml"  # another demo begins anew
+    demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
+    assert len(ran) == 10 and ran[7] == "train other.yaml --overwrite"
+
+
+def test_a_demos_stages_are_a_line_that_fills() -> None:
+    names = ["model", "training", "merge"]
+    assert demo.progress(names, {"model": 75.4}, "training") == "model 1:15 > [training] > merge"
 
 
 @pytest.mark.slow
