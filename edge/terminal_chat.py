@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     artefact, _ = load_plan.pick(args.path, args.backend, options)
     if artefact.chat_template is None:
         raise InputError(
-            f"{artefact.path} has no chat template", "chat needs one; export a model that has it"
+            f"{artefact.path} has no chat template, which `edge chat` needs",
+            "serve it, and ask for the continuation of a text: edge serve, then /v1/completions",
         )
     load = Load.of(artefact, load_plan.plan(artefact, options).settings, tune=True)
     params = Params(

@@ -105,15 +105,20 @@ def stream(entry: Entry, report: Report, *, max_samples: int | None = None) -> I
 
 
 def load(
-    names: tuple[str, ...], folder: Path, *, max_samples: int | None = None, strict: bool = False
+    names: tuple[str, ...],
+    folder: Path,
+    *,
+    max_samples: int | None = None,
+    strict: bool = False,
+    plain: bool = False,
 ) -> tuple[list[Row], Report]:
-    """All rows of the data sets `names` in `folder`, the first `max_samples` of each.
+    """All rows of the data sets `names` in `folder`, the first `max_samples` of each. plain: as `read_info`.
 
     Raises InputError for missing or unreadable files, where no row is usable, and with `strict` for any bad
     row; UsageError for a name or an entry of dataset_info.json that cannot be used.
     """
     report = Report()
-    entries = read_info(str(folder), names)
+    entries = read_info(str(folder), names, plain=plain)
     rows = [row for name in names for row in stream(entries[name], report, max_samples=max_samples)]
     check(names, len(rows), report, strict=strict)
     return rows, report

@@ -26,10 +26,12 @@ def rows(folder: Path, record: manifest.Manifest | None) -> tuple[list[list[int]
     comparison asks are left out where enough others remain. Raises InputError without a data set.
     """
     settings = probes.adapter_settings(record)
+    plain = settings is not None and settings.get("stage") == "pt"
     try:
         if settings is None:
             raise InputError("no adapter with a data set is known behind the model")
-        every, _ = dataset.load(tuple(settings.get("dataset") or ()), Path(settings["dataset_dir"]))
+        names, place = tuple(settings.get("dataset") or ()), Path(settings["dataset_dir"])
+        every, _ = dataset.load(names, place, plain=plain)
     except EdgeError as error:
         raise InputError(
             f"measuring needs rows of the data set: {error.message}",
@@ -40,16 +42,18 @@ def rows(folder: Path, record: manifest.Manifest | None) -> tuple[list[list[int]
         row for row in every if probes.Probe(row.messages[:-1], row.messages[-1]["content"]) not in asked
     ]
     enough = len(others) >= len(asked)
-    form = chat_format.load(folder, parse_control_tokens=bool(settings.get("parse_control_tokens", False)))
-    samples = encode.encode(
-        others if enough else every,
-        form,
-        dataset.Report(),
-        encode.Rules(
-            cutoff_len=LONGEST_ROW,
-            enable_thinking=settings.get("enable_thinking", True) if form.thinks else True,
-        ),
+    parse = bool(settings.get("parse_control_tokens", False))
+    form = chat_format.load(folder, plain=plain, parse_control_tokens=parse)
+    rules = encode.Rules(
+        cutoff_len=LONGEST_ROW,
+        enable_thinking=settings.get("enable_thinking", True) if form.thinks else True,
     )
+    report = dataset.Report()
+    if plain:
+        texts = list(encode.texts(every, form, report, rules))
+        samples = encode.pages(texts, form, report, LONGEST_ROW)
+    else:
+        samples = encode.encode(others if enough else every, form, report, rules)
     mean = sum(len(sample.ids) for sample in samples) / max(1, len(samples))
     chosen = probes.spread(samples, max(2, int(TOKENS / max(1.0, mean))))
     note = "" if enough else ", those of the comparison among them"

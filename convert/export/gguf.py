@@ -236,7 +236,7 @@ def check(header: GGUFHeader, origin: Source) -> dict[str, Any]:
     tied = bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False)))
     vocab = int(text_config.get("vocab_size", 0))
     end = header.metadata.get("tokenizer.ggml.eos_token_id")
-    if header.chat_template != origin.template:
+    if (header.chat_template or "") != origin.template:
         problem = f"the chat template differs from {origin.path / TEMPLATE}"
     elif ("output.weight" in header.tensors) == tied:
         state = "has" if tied else "lacks"

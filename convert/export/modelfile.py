@@ -165,7 +165,8 @@ def run(given: Path, *, context: int = 4096) -> Path:
     assert isinstance(header, GGUFHeader)
     if artefact.chat_template is None:
         raise InputError(
-            f"{artefact.path} has no chat template", "export it again from a folder that has one"
+            f"{artefact.path} has no chat template",
+            "train with template: NAME, or take a model that has one; edge serve goes on with texts without",
         )
     tokens = header.metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, GGUFArray)

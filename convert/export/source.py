@@ -16,7 +16,7 @@ from edge.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """A transformers folder to export. config: its config.json. template: its chat template.
+    """A transformers folder to export. config: its config.json. template: its chat template, "" without one.
 
     record: its manifest, or one made up from its files. weights: bytes of its safetensors files.
     """
@@ -48,7 +48,7 @@ class Source:
     ) -> None:
         """Write the manifest of `folder`, a `stage` that was made from this one."""
         record = self.record.child(stage, self.path, settings=settings, packages=packages)
-        record.chat_template, record.verify = manifest.text_digest(self.template), verify
+        record.chat_template, record.verify = manifest.text_digest(self.template or None), verify
         manifest.write(folder, record)
 
 
@@ -66,10 +66,10 @@ def open_source(path: Path) -> Source:
     record = None if elsewhere else manifest.read(path)
     folder = check_folder(path.resolve())
     if record is None:
-        form = chat_format.load(folder.path)
+        form = chat_format.load(folder.path, plain=True)
         template = form.source
         record = manifest.Manifest(
-            "model", folder.path.name, chat_template=manifest.text_digest(template), stop_ids=form.stop_ids
+            "model", folder.path.name, chat_template=form.digest, stop_ids=form.stop_ids
         )
     else:
         template = read_template(folder.path, record)
@@ -78,13 +78,15 @@ def open_source(path: Path) -> Source:
 
 
 def read_template(source: Path, origin: manifest.Manifest) -> str:
-    """The chat template of the folder `source`, exactly.
+    """The chat template of the folder `source`, exactly; "" where the manifest `origin` names none either.
 
     Raises InputError where it is missing, because the exported model would answer gibberish, and where it is
-    not the one that the manifest `origin` names.
+    not the one that `origin` names.
     """
     path = source / TEMPLATE
     if not path.is_file():
+        if origin.chat_template is None:
+            return ""
         raise InputError(
             f"{source} has no {TEMPLATE}: the exported model would not know how a turn begins and ends",
             f"copy {TEMPLATE} from the base model into it, or merge again: edge merge RUN --overwrite",

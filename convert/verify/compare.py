@@ -157,6 +157,11 @@ def _compare_template(report: Report) -> None:
             f"chat template: from character {start} on A has {a[start : start + 40]!r}, "
             f"B {b[start : start + 40]!r}"
         )
+    elif not a:
+        report.notes.append(
+            "the model has no chat template: it goes on with texts (/v1/completions, raw: true) and refuses "
+            "messages"
+        )
 
 
 def _compare_tokenizers(report: Report) -> None:

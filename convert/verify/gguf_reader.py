@@ -34,8 +34,6 @@ class GgufReader(Reader):
 
     def __init__(self, path: Path, *, lora: Path | None = None, context: int = 1024) -> None:
         self._header = header = read_whole(path)
-        if header.chat_template is None:
-            raise InputError(f"{path} has no chat template", "export it again from a folder that has one")
         if lora is not None:
             find.check_lora(lora, header)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
@@ -60,7 +58,7 @@ class GgufReader(Reader):
             find.published(path),
             stage="gguf",
             kind=(header.file_type or "GGUF") + (" + LoRA" if lora else ""),
-            template=header.chat_template,
+            template=header.chat_template or "",
             bos=about["bos"],
             eos=about["eos"],
             tokens=AddedTokens.of(self._added()),

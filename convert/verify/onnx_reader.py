@@ -10,7 +10,6 @@ from convert.verify.reader import Reader
 from edge.artefact import find, json_file
 from edge.backends.base import Logits
 from edge.backends.onnx import Model, Onnx, Settings
-from edge.errors import InputError
 from edge.machine import hardware
 
 _CONTEXT = 1024
@@ -24,8 +23,6 @@ class OnnxReader(Reader):
 
     def __init__(self, path: Path) -> None:
         self._model = Model(path)
-        if self._model.template is None:
-            raise InputError(f"{path.parent} has no chat template", "export it again: edge export onnx RUN")
         self._header, self._vocabulary = self._model.header, self._model.vocabulary
         bits = sorted(self._header.matrices) or [32]
         mixed = " mixed" if bits[:2] == [4, 8] else ""
@@ -34,7 +31,7 @@ class OnnxReader(Reader):
             find.published(path),
             stage="onnx",
             kind=_KINDS.get(bits[0], f"int{bits[0]}") + mixed,
-            template=self._model.template,
+            template=self._model.template or "",
             bos=self._vocabulary.bos_text,
             eos=self._vocabulary.eos_text,
             tokens=self._vocabulary.added,

@@ -91,6 +91,8 @@ def from_data(known: manifest.Manifest | None) -> Probes:
     settings = adapter_settings(known)
     if settings is None:
         return Probes(note="no adapter with a data set is known behind it")
+    if settings.get("stage") == "pt":
+        return Probes(note="it was tuned on plain text, which asks no questions")
     try:
         rows, _ = dataset.load(
             tuple(settings.get("dataset") or ()),

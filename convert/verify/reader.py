@@ -23,9 +23,10 @@ class Reader(ABC):
     """One stage of a model, asked as a server asks it. It tokenizes before any weights are loaded.
 
     path: what was given. manifest: its edge.json, if any. stage: as in edge.json. kind: the type of its
-    weights, as in `convert.verify.compare.BOUNDS`. template: the chat template's text. stop_ids: tokens at
-    which an answer ends; more_ends: others at which its runtime would stop as well. vocab: rows of the output
-    layer. slowness: the reader with the lower one writes the greedy texts of a comparison.
+    weights, as in `convert.verify.compare.BOUNDS`. template: the chat template's text, "" without one.
+    stop_ids: tokens at which an answer ends; more_ends: others at which its runtime would stop as well.
+    vocab: rows of the output layer. slowness: the reader with the lower one writes the greedy texts of a
+    comparison.
     """
 
     more_ends: frozenset[int] = frozenset()

@@ -78,10 +78,17 @@ def test_logits_and_greedy_texts_are_the_backends(reader: OnnxReader) -> None:
 def test_what_cannot_be_compared_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no GGUF"):
         open_reader(folder, lora=tmp_path / "adapter.gguf")
-    tiny_onnx.write(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="no chat template"):
-        open_reader(tmp_path)
+
+
+def test_a_lost_chat_template_is_a_difference(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "chat_template.jinja").unlink()
+    (other / manifest.FILE).unlink()
+    for a, b in ((folder, other), (other, folder)):
+        with contextlib.closing(open_reader(a)) as first, contextlib.closing(open_reader(b)) as second:
+            report = compare(first, second)
+        assert report.facts["chat_template"] == "unequal" and report.logits == {}
+        assert report.unequal[0].startswith("chat template: from character 0 on")
 
 
 def test_a_special_token_that_differs_is_found_with_onnx_first(folder: Path, tmp_path: Path) -> None:
