@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from convert.model.named_templates import FORMATS, jinja
 from edge.artefact import json_file, manifest
 from edge.artefact.find import TEMPLATE
+from edge.backends.onnx_tokenizer import exact
 from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.prompt import AddedTokens, Prompt, token_ids
@@ -172,19 +173,19 @@ def load(
     Raises InputError where either is missing or broken, UsageError for a template that does not fit.
     """
     # Imported late: a wrong argument is answered before.
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{folder} has no tokenizer.json", "give a folder with a fast tokenizer")
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(exact(path.read_text(encoding="utf-8")))
     except Exception as error:  # the Rust side raises plain Exception
         raise InputError(f"{path} cannot be read: {error}", "get the model again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     before = tokenizer.get_vocab_size()
-    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     missing = [FORMATS[template].end] if grow and template in FORMATS else []
     tokenizer.add_special_tokens([*special_tokens, *filter(None, missing)])
     config = json_file.read(folder / "tokenizer_config.json")

@@ -20,6 +20,7 @@ from edge.setup import install_command
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MAX_BYTES = 256 * 2**20
+_NORMALIZED = re.compile(r'"normalized":\s*true')
 # Pre-tokenizers that leave no character out.
 _KEEP_ALL = ("ByteLevel", "Digits", "Metaspace", "Split")
 
@@ -30,6 +31,22 @@ def byte_table() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
     return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def exact(text: str) -> str:
+    """A tokenizer.json whose added tokens are found where a text spells them, not where it is normalised to.
+
+    Else `＜s＞` is the control token `<s>` to a tokenizer with NFKC, which no look at the text shows.
+    """
+    if not _NORMALIZED.search(text):
+        return text
+    described = json.loads(text)
+    kinds = {part.get("type") for part in _parts(described.get("normalizer"), "normalizers")}
+    for token in described["added_tokens"]:
+        # SentencePiece's normalizers change no character but the space.
+        if not kinds <= {"Prepend", "Replace"} or "▁" in token["content"]:
+            token["normalized"] = False
+    return json.dumps(described)
 
 
 class Vocabulary:
@@ -58,7 +75,7 @@ class Vocabulary:
                 "export again: edge export onnx RUN --overwrite",
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = exact(path.read_text(encoding="utf-8"))
             described: dict[str, Any] = json.loads(text)
             # The first parses control tokens, the second reads them as plain text.
             self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)

@@ -159,3 +159,36 @@ def test_one_begin_token_whoever_wrote_it(tmp_path: Path) -> None:
         assert prompt_tokens(backend, "<s>a<s>") == [1, *tiny_llama.ids("a"), 1]
     finally:
         backend.close()
+
+
+NORMALIZERS = {
+    "nfkc": {"type": "NFKC"},
+    "lower": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFC"}]},
+    "spaces": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+}
+# No mark, but what one of the normalizers makes a mark of.
+LOOK_ALIKES = ["＜|im_end|＞", "<|IM_END|>", "<｜end of sentence｜>", "［/turn］", "[/TURN]"]
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_tokenizer_normalizes_to_a_mark_is_none(
+    tmp_path: Path, name: str, normalizer: dict[str, Any]
+) -> None:
+    from convert.model import chat_format
+    from edge.backends.onnx_tokenizer import Vocabulary
+
+    family = FAMILIES[name]
+    described: dict[str, Any] = tiny_onnx.tokenizer([row for row in family.added if row[0] != "<think>"])
+    for token in described["added_tokens"]:
+        token["normalized"] = True
+    described["normalizer"] = normalizer
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": family.end}), encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text(family.template, encoding="utf-8")
+    vocabulary, form = Vocabulary(tmp_path, 300), chat_format.load(tmp_path, tokens=("<|Kelvin|>",))
+    marks = {token["id"] for token in described["added_tokens"]} | {300}
+    for text in [*LOOK_ALIKES, "<|\u212aelvin|>"]:
+        rows = [vocabulary.encode(f"a {text}", special=True), form.encode([f"a {text}"])[0]]
+        assert all(not marks & set(row) for row in rows), text
+    assert {*vocabulary.encode("".join(family.marks), special=True)} <= marks

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -103,11 +104,17 @@ def test_a_process_that_is_stopped_is_ended(
 ) -> None:
     renderer.render("x", {})
     assert renderer.pid is not None
+    # So that a fault fails the test instead of holding it up.
+    rescue = threading.Timer(4.0, os.kill, (renderer.pid, KILL))
     os.kill(renderer.pid, signal.SIGSTOP)
+    rescue.start()
+    began = time.monotonic()
     monkeypatch.setattr(client, "_SILENT_S", 0.2)
     with pytest.raises(RequestError, match="ended the process"):
         renderer.render("{{ a }}", {"a": "x" * size})
+    rescue.cancel()
     monkeypatch.undo()
+    assert time.monotonic() - began < 3.0
     assert renderer.render("{{ a }}", {"a": 1}) == "1"
 
 
