@@ -280,7 +280,7 @@ class Meter:
             if not match[1].endswith(".metadata"):
                 self.say(f"  {match[1].split('/')[-1]} ({match[2]})")
         elif match := re.match(r"Installing collected packages: (.+)", text):
-            self.say(f"  unpacking {len(match[1].split(','))} packages")
+            self.say(f"  unpacking {len(match[1].split(','))} packages, which takes a while")
 
     def say(self, text: str) -> None:
         sys.stdout.write("\r" * bool(self._shown) + text.ljust(self._shown) + "\n")
@@ -291,7 +291,7 @@ class Meter:
         got = self.done + self._current
         expected = max(self.expected, got)
         left = (now - self._start) * (expected - got) / got if got else 0.0
-        rest = f", {clock(left)} left" if expected > got else ""
+        rest = f", {clock(left)} left" if expected > got > 1e6 else ""
         return f"  {got / 1e6:,.0f} of about {expected / 1e6:,.0f} MB{rest}"
 
     def _status(self) -> None:
@@ -470,6 +470,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     again = shell([this_python(), "-m", "edge.setup", *argv])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a folder's name that this console cannot show
     try:
         check_python(sys.version_info[:3], wide=sys.maxsize > 2**32)
         setup(arguments(argv), again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import build_llamacpp, doctor, hardware
-from edge.setup import install_command
+from edge.setup import install_command, python_of
 
 THE_GPU = hardware.GPU(0, "RTX [4060]", 8 * 2**30, 7 * 2**30, "576.02", "8.9", "12.9")
 
@@ -100,6 +101,7 @@ def test_packages_missing_and_other_than_tested(
         'httpx; extra == "dev"',
     ]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: requirements)
+    monkeypatch.setattr(doctor, "torch_kind", lambda packages: "cpu")
     monkeypatch.setattr(doctor, "pins", lambda: {"torch": "2.13.0", "httpx": "0.28.1"})
     machine["version"] |= {"torch": "2.13.0+cpu", "httpx": "0.27.0"}
     train, dev = item("train"), item("dev")
@@ -107,6 +109,32 @@ def test_packages_missing_and_other_than_tested(
     assert train.todo == install_command("train")
     assert "other than tested: httpx 0.27.0 (tested: 0.28.1)" in dev.found
     assert "does not use the GPU" in item("torch").found
+    assert item("torch").todo.endswith("torch==2.13.0")
+    monkeypatch.setattr("sys.platform", "win32")
+    assert "edge.setup --extras train --cuda" in list(doctor._packages([THE_GPU]))[-1].todo
+
+
+def test_the_onnx_runtime_that_fits(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ['onnxruntime; extra == "onnx"'])
+    assert item("ONNX Runtime").todo == install_command("serve", "onnx")
+    machine["version"] |= {"onnxruntime": "1.31.1"}
+    assert item("ONNX Runtime").todo == f"{install_command('onnx')} --cuda"
+    machine["version"] |= {"onnxruntime-gpu": "1.31.1"}
+    assert "uninstall onnxruntime, then" in item("ONNX Runtime").todo
+    del machine["version"]["onnxruntime"]
+    assert item("ONNX Runtime") == doctor.Item("onnx", "ONNX Runtime", "onnxruntime-gpu 1.31.1")
+    assert item("onnx") == doctor.Item("packages", "onnx", "onnxruntime-gpu 1.31.1")  # in the other's place
+
+
+def test_another_environment_than_the_folders(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "source_tree", lambda: tmp_path)
+    assert item("Python").todo == "" and sys.executable in item("Python").found
+    python = python_of(tmp_path / ".venv")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert str(python) in item("Python").todo
 
 
 def test_both_forms_print(machine: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
