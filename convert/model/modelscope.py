@@ -88,7 +88,7 @@ def _is_wanted(path: str, suffixes: tuple[str, ...]) -> bool:
     return len(file.parts) == 1 and any(file.match(pattern) for pattern in PATTERNS)
 
 
-def _refuse(name: str, revision: str | None, endpoint: str, error: Exception) -> NoReturn:
+def _refuse(name: str, revision: str | None, endpoint: str | None, error: Exception) -> NoReturn:
     """What went wrong, in words that say what to do."""
     from modelscope_hub import errors
 
