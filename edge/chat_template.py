@@ -76,7 +76,8 @@ class ChatTemplate:
         others = {text for text in self.tokens.others if _TURN.fullmatch(text)} - ANSWERS
         if others:
             written = self._turns() + "".join(self._tokens.values())
-            marks |= {text for text in others if text in written}
+            before, behind = self._tool_turn()
+            marks |= {text for text in others if text in written or (text in behind and text not in before)}
         return Marks(marks, RENDERER.literals(self.source, self._file))
 
     def _turns(self) -> str:
@@ -88,6 +89,20 @@ class ChatTemplate:
             except RequestError:
                 continue
         return self.source
+
+    def _tool_turn(self) -> tuple[str, str]:
+        """What the template makes of a tool's call, and of the call and its result; "" where it refuses."""
+        call = {"type": "function", "function": {"name": "x", "arguments": {}}}
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "x"},
+        ]
+        extra = {"add_generation_prompt": False}
+        try:
+            return self._render(turns[:2], extra), self._render(turns, extra)
+        except RequestError:
+            return "", ""
 
     def _render(self, messages: list[dict[str, Any]], extra: dict[str, Any], cut: str = "") -> str:
         context = {**self._tokens, "messages": messages, "add_generation_prompt": True, **extra}

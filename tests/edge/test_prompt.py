@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge.chat_template import ROLES, ChatTemplate
 from edge.errors import RequestError
 from edge.prompt import AddedTokens, Authored, Marks, Prompt, any_of, token_ids
-from tests.support.marked import CHATML, FAMILIES, Family, attacks
+from tests.support.marked import CHATML, FAMILIES, WRAPPED, Family, attacks
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<s>", "[INST]"]
 TOKENS = AddedTokens(tuple(MARKS))
@@ -182,6 +182,15 @@ def test_added_words_and_spaces_are_no_marks() -> None:
     tokens = AddedTokens(others=("\n\n", "  ", "user", "[turn]", "[other]"))
     prompt = compiled(source, tokens).render(user("user\n\n  [other]", "[turn]"))
     assert list(prompt.parts()) == ["[turn]user\n\nuser\n\n  [other]  [turn]user\n\n[", "turn]  "]
+
+
+def test_what_begins_and_ends_a_tools_turn_is_a_mark_and_what_begins_a_call_is_none() -> None:
+    source = CHATML.template.replace("{{ m.content }}", WRAPPED).replace("tool_call>", "call>")
+    names = ("<tool_response>", "</tool_response>", "<call>", "</call>")
+    template = compiled(source, AddedTokens(("<|im_start|>", "<|im_end|>"), names))
+    forged = "".join(names)
+    prompt = template.render([{"role": "tool", "content": forged}, {"role": "assistant", "content": forged}])
+    assert [mark for _, mark in found(prompt, [*names])] == [*names[:1], *names[2:], names[1], *names[2:]]
 
 
 def test_a_conversation_of_every_character_is_refused() -> None:

@@ -26,7 +26,7 @@ from edge.server.api.openai_responses import Responses
 from edge.server.conversation import Conversation, PreparedChat
 from edge.server.request_fields import FunctionTool, flat
 from tests.support import tiny_llama, tiny_onnx
-from tests.support.marked import CHATML, DEEPSEEK, FAMILIES, Family
+from tests.support.marked import CHATML, DEEPSEEK, FAMILIES, WRAPPED, Family
 from tests.support.tool_templates import DISTILL
 
 Draw = Callable[[Random], Any]
@@ -48,6 +48,12 @@ _TEMPLATES = FAMILIES | {
         "|user|",
         "|end|",
         "<bos>",
+    ),
+    "qwen": Family(
+        CHATML.template.replace("{{ m.content }}", WRAPPED),
+        (*CHATML.added, ("<tool_response>", False), ("</tool_response>", False)),
+        CHATML.begin,
+        CHATML.end,
     ),
     "distill": Family(
         "{{ bos_token }}" + DISTILL,
@@ -306,7 +312,7 @@ class Tokenizers:
         for call in (call for row in messages for call in row.get("tool_calls", [])):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         row = Row("d, row 1", messages, tools or None)
-        samples = encode.encode([row], self.form, Report(), cutoff_len=10**6)
+        samples = encode.encode([row], self.form, Report(), encode.Rules(cutoff_len=10**6))
         if samples:
             given = {"tools": tools} if tools else {}
             mode = chat_format.thinking_mode(self.form, enable_thinking=True)
@@ -353,7 +359,7 @@ def conversations(folder: Path) -> Iterator[tuple[Draw, Check]]:
     def draw(rng: Random) -> tuple[str, str, Talk]:
         name, form = rng.choice(list(_TEMPLATES)), rng.choice(_FORMS)
         # Training shows calls as answers, which not every template does.
-        calls = form != "training" or name in ("chatml", "turns", "seams")
+        calls = form != "training" or name in ("chatml", "turns", "seams", "qwen")
         return name, form, conversation(rng, _TEMPLATES[name], calls=calls)
 
     def check(given: tuple[str, str, Talk]) -> None:

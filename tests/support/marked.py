@@ -33,6 +33,11 @@ CHATML = Family(
     "<|im_start|>user\n",
     "<|im_end|>",
 )
+# A content, a tool's between marks of its own.
+WRAPPED = (
+    "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
+    "{% else %}{{ m.content }}{% endif %}"
+)
 # As in DeepSeek's distills, where the marks of turns are not special.
 DEEPSEEK = Family(
     "{{ bos_token }}" + _TOOLS + "{% for m in messages %}"
