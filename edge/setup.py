@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -123,12 +124,18 @@ def requirements(*extras: str, own: bool = False) -> list[str]:
         rows = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError as error:
         raise UnavailableError(f"{DISTRIBUTION} is not installed", "python -m edge.setup") from error
+    return select(rows, extras, own=own)
+
+
+def select(rows: Iterable[str], extras: Iterable[str], *, own: bool = False) -> list[str]:
+    """Those of the declared requirements that the extras bring, and unless `own` those of no extra."""
     wanted = [row.split(";") for row in rows]
+    names = list(extras)
     return [
         name.strip()
         for name, *marker in wanted
         if (not marker and not own)
-        or any(re.search(rf"extra == ['\"]{extra}['\"]", mark) for mark in marker for extra in extras)
+        or any(re.search(rf"extra == ['\"]{extra}['\"]", mark) for mark in marker for extra in names)
     ]
 
 
@@ -174,6 +181,40 @@ def environment(tree: Path | None) -> Path:
     """The folder of the environment that packages go into."""
     inside = list(Path(sysconfig.get_path("purelib")).glob("edge_tune-*.dist-info"))
     return Path(sys.prefix) if tree is None or inside else tree / ".venv"
+
+
+def packages_of(folder: Path) -> Path:
+    """Where the packages of an environment lie; `folder` itself where that is not to be found."""
+    if folder == Path(sys.prefix):
+        return Path(sysconfig.get_path("purelib"))
+    places = [*folder.glob("lib/python*/site-packages"), folder / "Lib" / "site-packages"]
+    return next((place for place in places if place.is_dir()), folder)
+
+
+def lacks(places: list[Path], choice: Choice) -> bool:
+    """Whether something that was chosen is missing in `places`, or has another version than the tested one."""
+    from importlib import metadata
+
+    own = next(iter(metadata.distributions(name=DISTRIBUTION, path=[*map(str, places)])), None)
+    if own is None:
+        return True
+    there = {}
+    for folder in (folder for place in reversed(places) for folder in place.glob("*.dist-info")):
+        name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
+        there[_plain(name)] = version.split("+")[0]
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", PINS.read_text(encoding="utf-8"), re.MULTILINE))
+    names = [re.split(r"[ ;<>=!~\[]", row)[0] for row in select(own.requires or [], choice.extras)]
+    if choice.cuda:
+        names = ["onnxruntime-gpu" if name == "onnxruntime" else name for name in names]
+    if choice.build and {*NATIVE} & {*choice.extras}:
+        names.append("llama-cpp-python")
+    tested = {_plain(name): version for name, version in pins.items()}
+    found = {_plain(name): there.get(_plain(name)) for name in names}
+    return any(version != tested.get(name, version) or version is None for name, version in found.items())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def python_of(folder: Path) -> Path:
@@ -280,7 +321,7 @@ class Meter:
             if not match[1].endswith(".metadata"):
                 self.say(f"  {match[1].split('/')[-1]} ({match[2]})")
         elif match := re.match(r"Installing collected packages: (.+)", text):
-            self.say(f"  unpacking {len(match[1].split(','))} packages, which takes a while")
+            self.say(f"  unpacking {len(match[1].split(','))} of them")
 
     def say(self, text: str) -> None:
         sys.stdout.write("\r" * bool(self._shown) + text.ljust(self._shown) + "\n")
@@ -426,10 +467,12 @@ def setup(options: argparse.Namespace, again: str) -> None:
     before, installed = read_state(folder)
     choice = chosen(options, before)
     wanted = digest(tree, choice)
-    if installed == wanted and python_of(folder).exists():
+    packages = packages_of(folder)
+    places = [*map(Path, sys.path)] if folder == Path(sys.prefix) else [packages]
+    if installed == wanted and python_of(folder).exists() and not lacks(places, choice):
         return
-    kind = next((kind for path in folder.glob("[Ll]ib/**/site-packages") if (kind := torch_kind(path))), "")
-    machine = Machine(sys.platform, driver_cuda(), str(python_of(folder)), str(tree) if tree else None, kind)
+    python = str(python_of(folder))
+    machine = Machine(sys.platform, driver_cuda(), python, str(tree) if tree else None, torch_kind(packages))
     steps = plan(machine, choice, before=before)
     if not installed:
         check_space(folder, steps, again)
@@ -446,7 +489,7 @@ def setup(options: argparse.Namespace, again: str) -> None:
         elif subprocess.run(step.command, check=False).returncode != 0:
             raise EdgeError(
                 "llama.cpp could not be built, as the lines above say; all else is installed",
-                f"mend that, then: {again}; or serve ONNX alone: {again} --no-build",
+                f"mend that, then: {again}; or serve ONNX alone: {again.replace(' --build', '')} --no-build",
             )
     write_state(folder, choice, wanted)
     command = folder / ("Scripts/edge.exe" if sys.platform == "win32" else "bin/edge")

@@ -209,6 +209,7 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
         console.print(f"llama.cpp: the wheel for this machine is in the cache ({folder})")
         return kept[0]
     hardware.writable_cache("wheels")
+    console.print("llama.cpp: its sources (77 MB) and CMake (30 MB), unless they are here already")
     source = sdist()
     install_tools()
     manifest.check_free(folder.parent, 2 * 2**30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shutil
 import subprocess
@@ -156,7 +157,7 @@ def test_what_is_downloaded_is_counted(capsys: pytest.CaptureFixture[str]) -> No
     assert "of about 2,600 MB" in meter.status(meter._start + 10)
     meter.line("Installing collected packages: a, b")
     said = capsys.readouterr().out
-    assert said.startswith("  torch-2.13.0-cp311.whl (40.0 MB)\n") and "unpacking 2 packages" in said
+    assert said.startswith("  torch-2.13.0-cp311.whl (40.0 MB)\n") and "unpacking 2 of them" in said
 
 
 def test_more_than_expected_is_no_negative_time() -> None:
@@ -203,6 +204,7 @@ def test_a_failed_build_leaves_the_rest_and_says_so(
         setup, "make_environment", lambda folder, again: setup.python_of(folder).parent.mkdir(exist_ok=True)
     )
     monkeypatch.setattr(setup, "driver_cuda", lambda: "")
+    monkeypatch.setattr(setup, "lacks", lambda places, choice: False)
     ran: list[str] = []
     monkeypatch.setattr(setup, "run_pip", lambda step, again, place: ran.append(step.title))
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
@@ -232,6 +234,31 @@ def test_pip_that_fails_is_reported(tmp_path: Path) -> None:
         setup.run_pip(setup.Step("packages", [sys.executable, "-c", code]), "AGAIN", tmp_path)
 
 
+def test_a_damaged_installation_is_seen(tmp_path: Path) -> None:
+    def distribution(name: str, version: str, *requires: str) -> Path:
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        rows = "".join(f"Requires-Dist: {row}\n" for row in requires)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{rows}")
+        return folder
+
+    choice = Choice(("serve", "onnx"))
+    assert setup.lacks([tmp_path], choice)
+    rows = ('jinja2; extra == "serve"', 'onnxruntime; extra == "onnx"', 'torch; extra == "train"')
+    distribution("edge_tune", "0.1.0", "PyYAML", *rows)
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", setup.PINS.read_text(encoding="utf-8"), re.MULTILINE))
+    distribution("pyyaml", pins["pyyaml"])
+    distribution("Jinja2", pins["jinja2"] + "+local")
+    runtime = distribution("onnxruntime", pins["onnxruntime"])
+    assert setup.lacks([tmp_path], choice)  # llama.cpp
+    assert not setup.lacks([tmp_path], replace(choice, build=False))
+    assert setup.lacks([tmp_path], replace(choice, build=False, cuda=True))  # the other onnxruntime
+    distribution("llama_cpp_python", pins["llama-cpp-python"])
+    assert not setup.lacks([tmp_path], choice)
+    runtime.rename(tmp_path / "onnxruntime-1.0.dist-info")
+    assert setup.lacks([tmp_path], choice)
+
+
 def test_torch_is_told_by_its_own_file(tmp_path: Path) -> None:
     assert setup.torch_kind(tmp_path) == ""
     file = tmp_path / "torch" / "version.py"
@@ -250,6 +277,11 @@ def test_no_text_names_a_folder_or_a_distribution_that_is_not_there() -> None:
     for path in files:
         if path.suffix in (".py", ".md", ".sh", ".ps1", ".txt"):
             assert not wrong.search(path.read_text(encoding="utf-8")), path
+
+
+def test_an_old_python_can_read_it_and_say_so() -> None:
+    for name in ("__init__.py", "errors.py", "setup.py"):
+        ast.parse((ROOT / "edge" / name).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 @pytest.mark.slow
