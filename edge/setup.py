@@ -192,7 +192,7 @@ def packages_of(folder: Path) -> Path:
 
 
 def lacks(places: list[Path], choice: Choice) -> bool:
-    """Whether something that was chosen is missing in `places`, or has another version than the tested one."""
+    """Whether something that was chosen is missing in `places`, or is not of the tested version."""
     from importlib import metadata
 
     own = next(iter(metadata.distributions(name=DISTRIBUTION, path=[*map(str, places)])), None)
