@@ -20,6 +20,8 @@ from edge.reasoning import THINK, THINK_END
 ANSWERS = frozenset({THINK, THINK_END, "<tool_call>", "</tool_call>"})
 # GGUF files keep no flag: their converter takes these for control tokens, so they are everywhere.
 _CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+# Where a mark is longer than any model's, each text may be a part of it: a cut that none spans is not kept.
+_LOOKED = 256
 # Stands in front of a part that goes on from another: some tokenizers put a space before a text.
 _LEAD = "\n"
 # Cuts are held in a template by a character that nobody wrote: printable, for templates that print objects.
@@ -81,12 +83,16 @@ class Marks:
         self._mark = re.compile(any_of(self._marks))
         self._all = "\0".join(self._marks)
         self._words = frozenset(literals)
-        heads = tuple({mark[:i] for mark in self._marks for i in range(1, len(mark))})
+        self._longest = max(map(len, self._marks), default=0)
+        self._ordered = sorted(self._marks)
+        self._reversed = sorted(mark[::-1] for mark in self._marks)
         # Only behind such a text, or filled into one, can a user's go on to a mark that the template began.
         parts = itertools.chain.from_iterable(re.split("[%{]", word) for word in self._words)
-        self._begun = any(part.endswith(heads) for part in parts)
-        self._tails = frozenset(mark[i:] for mark in self._marks for i in range(1, len(mark)))
-        self._longest = max(map(len, self._marks), default=0)
+        self._begun = self._longest > _LOOKED or any(
+            _begins(self._ordered, part[-i:])
+            for part in parts
+            for i in range(1, min(len(part) + 1, self._longest))
+        )
         self._firsts = sorted({mark[0] for mark in self._marks})
         self._safe = self._looked_for() if self._firsts else set[str]()
 
@@ -146,7 +152,10 @@ class Marks:
         """Whether `text` may be the inner part of a mark, or begins with the end of one."""
         if not text or text in self._words:
             return False
-        return text in self._all or any(text[:i] in self._tails for i in range(1, self._longest))
+        if self._longest > _LOOKED:
+            return True
+        lengths = range(1, min(len(text) + 1, self._longest))
+        return text in self._all or any(_begins(self._reversed, text[:i][::-1]) for i in lengths)
 
     def prompt(self, text: str, cut: str) -> Prompt:
         """`text` without the character `cut`. It is cut there only where a mark would be."""
@@ -165,6 +174,12 @@ class Marks:
             # Marks may overlap.
             mark = self._mark.search(clean, start + 1)
         return Prompt(clean, tuple(kept))
+
+
+def _begins(ordered: list[str], text: str) -> bool:
+    """Whether `text` begins one of the longer texts in `ordered`."""
+    place = bisect.bisect_right(ordered, text)
+    return place < len(ordered) and ordered[place].startswith(text)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -199,16 +214,21 @@ def token_ids(
     return result
 
 
-def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for the longest of `texts`: what they begin with alike is written once."""
+def any_of(texts: Iterable[str], levels: int = 64) -> str:
+    """A regular expression for the longest of `texts`: what they begin with alike is written once.
+
+    levels: of groups in one another, of which Python compiles a few hundred.
+    """
     ordered = sorted(set(texts))
+    if not levels:
+        return f"(?:{'|'.join(map(re.escape, sorted(ordered, key=len, reverse=True)))})"
     branches = []
     for _, group in itertools.groupby(filter(None, ordered), key=lambda text: text[0]):
         members = list(group)
         # Of sorted texts the first and the last differ earliest.
         pairs = zip(members[0], members[-1], strict=False)
         prefix = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        branches.append(re.escape(prefix) + any_of(text[len(prefix) :] for text in members))
+        branches.append(re.escape(prefix) + any_of((text[len(prefix) :] for text in members), levels - 1))
     if not branches:
         return ""
     return f"(?:{'|'.join(branches)}){'?' if ordered[0] == '' else ''}"

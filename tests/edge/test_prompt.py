@@ -215,6 +215,21 @@ def test_values_that_are_nested_too_deeply_are_refused() -> None:
             compiled(CHATML.template).render([{"role": "user", "content": text, "name": value}])
 
 
+@pytest.mark.parametrize(
+    "marks",
+    [["<" + "a" * n for n in range(1, 600)], ["<|" + "a" * 200_000 + "|>"]],
+    ids=["one in another", "long"],
+)
+def test_marks_of_a_strangers_tokenizer_take_no_more_than_their_size(marks: list[str]) -> None:
+    began = time.process_time()
+    text = f"b{max(marks, key=len)}b<"
+    [message], _, cut = Marks(marks, ["<", "content"]).cut(user(text))
+    prompt = Marks(marks, ["<", "content"]).prompt(message["content"], cut)
+    assert (prompt.text, prompt.cuts) == (text, (2,))
+    assert re.fullmatch(any_of(marks), marks[-1]) and re.match(any_of(marks), marks[0])
+    assert time.process_time() - began < 2.0
+
+
 def test_many_texts_far_within_are_looked_through_in_linear_time() -> None:
     value: Any = [""] * 100_000
     for _ in range(900):
