@@ -9,7 +9,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from edge.setup import (
     requirements,
     shell,
     source_tree,
+    this_python,
     torch_kind,
 )
 
@@ -45,7 +46,9 @@ def items() -> list[Item]:
     """Everything that is checked, in the order it is shown."""
     gpus = hardware.gpus()
     groups = (_machine(hardware.describe()), _gpus(gpus), _llamacpp(gpus), _onnx(gpus), _packages(gpus))
-    return [item for group in groups for item in group]
+    # This environment's Python, which need not be the one that is called `python`.
+    own = BUILD.replace("python", shell([this_python()]), 1)
+    return [replace(item, todo=item.todo.replace(BUILD, own)) for group in groups for item in group]
 
 
 def _gib(size: int) -> str:

@@ -34,6 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "error": "",
         "version": {doctor.PACKAGE: "0.3.36"},
     }
+    monkeypatch.setattr(doctor, "this_python", lambda: "python")
     monkeypatch.setattr(build_llamacpp, "build_info", lambda: found["info"])
     monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "key")
     monkeypatch.setattr(build_llamacpp, "compiler", lambda: build_llamacpp.Compiler("gcc", "12"))
@@ -131,6 +132,9 @@ def test_another_environment_than_the_folders(
 ) -> None:
     monkeypatch.setattr(doctor, "source_tree", lambda: tmp_path)
     assert item("Python").todo == "" and sys.executable in item("Python").found
+    monkeypatch.setattr(doctor, "this_python", lambda: "my env/bin/python")
+    machine["info"] = {}
+    assert item(doctor.PACKAGE).todo == "'my env/bin/python' -m edge.machine.build_llamacpp"
     python = python_of(tmp_path / ".venv")
     python.parent.mkdir(parents=True)
     python.touch()
