@@ -130,9 +130,12 @@ def check(names: tuple[str, ...], usable: int, report: Report, *, strict: bool) 
         raise InputError(report.lines()[0], "correct these rows, or leave `strict` out to go on without them")
     if not usable:
         reasons = "; ".join(f"{source}: {reason}" for source, reason in report.bad[:3])
+        plain = bool(report.bad) and all("stage: pt" in reason for _, reason in report.bad)
         raise InputError(
             f"no usable row in {', '.join(names)}" + (f" ({reasons})" if reasons else ": no rows at all"),
-            "an alpaca row has `instruction` and `output`; dataset_info.json can name other columns",
+            "train with stage: pt"
+            if plain
+            else "an alpaca row has `instruction` and `output`; dataset_info.json can name other columns",
         )
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes by itself: it fetches no kernels from a hub, and gives no advice to install them.
+"""bitsandbytes by itself: no kernels from a hub, no advice to install them, no line for each 8-bit product.
 
 With the package `kernels` beside it, its backends for the CPU and for MPS fetch code from a hub and run it.
 """
@@ -12,4 +12,5 @@ import sys
 def alone() -> None:
     """To be called before bitsandbytes is imported or used: `import kernels` fails from then on."""
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)

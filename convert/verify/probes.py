@@ -89,7 +89,7 @@ def special_texts(tokens: list[str], count: int = 24) -> list[str]:
 def from_data(known: manifest.Manifest | None) -> Probes:
     """Rows of the data set behind a model: held out from training if some were, else trained on."""
     settings = adapter_settings(known)
-    if settings is None:
+    if settings is None or not settings.get("dataset"):
         return Probes(note="no adapter with a data set is known behind it")
     if settings.get("stage") == "pt":
         return Probes(note="it was tuned on plain text, which asks no questions")
