@@ -283,7 +283,7 @@ def _read(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no `key: value` lines", "see examples/smollm2_qlora.yaml")
@@ -293,8 +293,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _scalar(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{key}: {text!r} cannot be read as a value") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{key}: {text[:200]!r} cannot be read as a value") from error
 
 
 def _check_known(key: str) -> None:

@@ -46,7 +46,7 @@ def lines(text: str) -> list[dict[str, Any]]:
     for line in text.split("\n"):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             objects.append(value)

@@ -39,7 +39,7 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     """The data sets in the text of `path`. Raises InputError as `load`."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = (
             f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         )
@@ -65,7 +65,7 @@ def mended(text: str) -> str:
     try:
         # YAML's flow style is JSON that takes a comma before the bracket, and single quotes.
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError("it cannot be mended by itself: mend the line that is named by hand") from error
     if not isinstance(value, dict):
         raise InputError("it is not an object of names and data sets")
@@ -98,7 +98,7 @@ def first_row(path: Path) -> dict[str, Any]:
             line = next((line for line in text.splitlines() if line.strip()), "")
             row = json.loads(line if path.suffix == ".jsonl" else text)
             row = row[0] if isinstance(row, list) and row else row
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"{path.name} has no row with named columns")

@@ -141,7 +141,7 @@ def read_yaml(text: str) -> dict[str, Any]:
     """A configuration's keys and values. Raises InputError for what is no mapping."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"no YAML: {error}") from error
     if not isinstance(value, dict):
         raise InputError("no configuration: it has no keys and values")

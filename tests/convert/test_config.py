@@ -316,6 +316,11 @@ def test_files(tmp_path):
         load_train_config(write(tmp_path, text + "dataset: e\n"), [])
     with pytest.raises(InputError, match="not valid YAML"):
         load_train_config(write(tmp_path, "a: [1\n"), [])
+    deep = "[" * 5000
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_train_config(write(tmp_path, f"a: {deep}\n"), [])
+    with pytest.raises(UsageError, match=r"seed: .* cannot be read"):
+        load_train_config(write(tmp_path, text), [f"seed={deep}"])
     with pytest.raises(InputError, match="holds no"):
         load_train_config(write(tmp_path, ""), [])
     with pytest.raises(InputError, match="no such file"):

@@ -13,6 +13,10 @@ def test_lines_are_objects_of_one_line_each() -> None:
     assert json_file.lines(text) == [{"a": "one\u2028line"}, {"b": 2}]
 
 
+def test_lines_without_end_are_passed_over() -> None:
+    assert json_file.lines("[" * 100_000 + '\n{"a": 1}') == [{"a": 1}]
+
+
 def test_a_file_is_written_whole_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     json_file.write(path, {"name": "海螺"})

@@ -121,3 +121,13 @@ def test_an_uploaded_name_stays_in_the_folder_and_replaces_nothing(tmp_path: Pat
     for name in ("a.exe", ".json", "dataset_info.json"):
         with pytest.raises(InputError):
             datasets.free_name(tmp_path, name)
+
+
+def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    deep = "[" * 50_000
+    (tmp_path / "a.json").write_text(deep, encoding="utf-8")
+    for refused in (lambda: datasets.parse(deep, tmp_path), lambda: datasets.mended('{"a": ' + deep)):
+        with pytest.raises(InputError):
+            refused()
+    with pytest.raises(InputError, match=r"a\.json cannot be read"):
+        datasets.first_row(tmp_path / "a.json")

@@ -65,3 +65,8 @@ def test_a_verb_is_asked_and_its_message_comes_back(tmp_path: Path) -> None:
     with pytest.raises(EdgeError) as raised:
         space.ask("train", "a.yaml", "--print-config")
     assert "model_name_or_path" in raised.value.message
+
+
+def test_a_configuration_without_end_is_refused() -> None:
+    with pytest.raises(InputError, match="no YAML"):
+        read_yaml("a: " + "[" * 5000)
