@@ -18,8 +18,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.measure.workloads import WORKLOADS, Plan, counts
-from edge.console import add_progress_option, handling, result
+from edge.console import handling
 from edge.errors import UsageError
+from edge.progress import add_progress_option, result
 
 QUICK = Plan(tokens=32, rounds=2, budget_s=40.0)
 # What `bench.side_by_side.targets` makes. The first one named is what the others are compared with.

@@ -23,9 +23,9 @@ from bench.servers.target import Target, baseline, genai, ours, ours_onnx, stati
 from edge.artefact import find, manifest
 from edge.artefact.gguf_header import GGUFHeader
 from edge.artefact.onnx_header import OnnxHeader
-from edge.console import phase
 from edge.errors import InputError
 from edge.machine import hardware
+from edge.progress import phase
 
 # Tokens a slot must hold: the longest prompt of the workloads, a conversation, and the answer.
 PROMPT_ROOM = 1536

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from convert.model.hf_folder import SHARD, stage_folder
 from edge.artefact import manifest
-from edge.console import add_progress_option, phase, plain_console, result
+from edge.console import plain_console
 from edge.errors import UsageError
+from edge.progress import add_progress_option, phase, result
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,9 +22,10 @@ from convert.model.hf_folder import PATTERNS, Folder, check_folder, place, shell
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import read_header
-from edge.console import add_progress_option, phase, plain_console, result
+from edge.console import plain_console
 from edge.errors import InputError, UsageError
 from edge.machine import hardware, llamacpp_source
+from edge.progress import add_progress_option, phase, result
 from edge.setup import install_command
 
 if TYPE_CHECKING:

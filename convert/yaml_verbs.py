@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from convert import merge
 from convert.config import TrainConfig, load_train_config
 from edge.artefact import find, manifest
-from edge.console import add_progress_option, plain_console, result
+from edge.console import plain_console
 from edge.errors import InputError, UsageError
+from edge.progress import add_progress_option, result
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge.console import plain_table, report
+from edge.console import plain_table
+from edge.progress import report
 
 REFRESH_HZ = 2
 Case = tuple[str, int]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from convert.config import TrainConfig, load_train_config
-from edge.console import add_progress_option, result
+from edge.progress import add_progress_option, result
 
 _BARS = 12
 _WIDTH = 40

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from convert.export import gguf_split, llamacpp_tools, onnx_options
 from convert.model.hf_folder import shell
-from edge.console import add_progress_option, result
 from edge.errors import UsageError
+from edge.progress import add_progress_option, result
 
 
 def main(argv: list[str]) -> int:

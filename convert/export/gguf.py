@@ -39,8 +39,9 @@ from convert.verify.torch_reader import TorchReader
 from edge.artefact import manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.gguf_header import GGUFHeader, read_header
-from edge.console import phase, plain_console
+from edge.console import plain_console
 from edge.errors import InputError
+from edge.progress import phase
 
 _PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
 _PLAIN = "plain.gguf"  # rounded to the nearest, to compare with

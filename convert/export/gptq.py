@@ -26,9 +26,9 @@ from convert.export import calibration
 from convert.export.source import Source
 from convert.model.layerwise import Batch, LayeredModel
 from edge.artefact.gguf_header import GGUFTensor, read_header
-from edge.console import counted, phase
 from edge.errors import InputError
 from edge.machine import hardware
+from edge.progress import counted, phase
 
 # Added to each column's mean square, which is 1 on average: a few thousand tokens say little about how a
 # thousand columns correlate. With 0.1 and 1 a 135M model in Q4_0 was 1.29 and 1.06 times as far off.

@@ -26,8 +26,9 @@ from convert.verify.torch_reader import TorchReader
 from edge.artefact import json_file, manifest
 from edge.artefact.find import TEMPLATE
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, OnnxHeader, read_onnx
-from edge.console import phase, plain_console
+from edge.console import plain_console
 from edge.errors import InputError
+from edge.progress import phase
 
 # Values that share a scale: products of longer blocks are faster, and as near where activations are smoothed.
 BLOCK, LONG_BLOCK = 32, 64

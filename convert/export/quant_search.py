@@ -27,9 +27,10 @@ from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
 from edge.artefact import json_file, manifest
 from edge.artefact.gguf_header import read_header
-from edge.console import phase, plain_console, plain_table
+from edge.console import plain_console, plain_table
 from edge.errors import EdgeError, InputError
 from edge.machine import hardware
+from edge.progress import phase
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0")
 WITH_MATRIX = ("Q4_K_M", "IQ4_XS", "Q4_0")

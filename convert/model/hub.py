@@ -27,9 +27,9 @@ from rich.progress import (
 from convert.model import modelscope
 from convert.model.hf_folder import PATTERNS, check_folder, converts
 from edge.artefact import manifest
-from edge.console import report
 from edge.errors import EdgeError, InputError, UnavailableError
 from edge.machine import proxies
+from edge.progress import report
 
 DEFAULT = "smollm2-135m-instruct"  # the embedded model
 LARGE = 16 * 2**20  # bytes from which a file is worth resuming

@@ -17,7 +17,7 @@ import torch
 
 from convert.model.hf_folder import INDEX, SHARD
 from edge.artefact import json_file
-from edge.console import counted
+from edge.progress import counted
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

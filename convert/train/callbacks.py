@@ -24,7 +24,7 @@ from convert.train import checkpoint, plots, trackers
 from convert.train.trainer import Loop, steps_in_epoch
 from convert.train.trainer import Progress as State
 from edge.artefact import json_file
-from edge.console import report
+from edge.progress import report
 
 # Columns of the bar: on 80 of them the loss and the speed have room beside it.
 _BAR = 8

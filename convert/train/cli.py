@@ -19,7 +19,7 @@ from convert.config_schema import schema
 from convert.config_unused import UNUSED
 from convert.model.hf_folder import shell
 from convert.train import torchrun
-from edge.console import add_progress_option, result
+from edge.progress import add_progress_option, result
 
 
 def command(argv: list[str], *more: str) -> str:

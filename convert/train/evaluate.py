@@ -30,8 +30,8 @@ from convert.train import bleu_rouge, init_adapter, sample_answers, trainer
 from convert.train.load_model import Place, choose_place, grow, load_model
 from convert.train.losses import LossHead, reference
 from edge.artefact import json_file, manifest
-from edge.console import phase
 from edge.errors import InputError, UsageError
+from edge.progress import phase
 from edge.prompt import Prompt
 
 _SHOWN = 5

@@ -57,8 +57,8 @@ from convert.train.load_model import (
 )
 from convert.train.losses import Accuracy, Feedback, LossHead, Objective, Preference, reference
 from edge.artefact import json_file, manifest
-from edge.console import report
 from edge.errors import EdgeError, ExistsError, InputError
+from edge.progress import report
 from edge.prompt import Prompt
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from convert.data.dataset_info import Row
 from convert.data.encode import Rules
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode
-from edge.console import counted
+from edge.progress import counted
 from edge.prompt import Prompt
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from edge.console import stdout_of_child
+from edge.progress import stdout_of_child
 
 
 def is_asked() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edge.console import add_progress_option, result
+from edge.progress import add_progress_option, result
 
 
 def main(argv: list[str]) -> int:

@@ -27,8 +27,8 @@ from convert.verify.onnx_reader import OnnxReader
 from convert.verify.reader import Reader
 from convert.verify.torch_reader import TorchReader
 from edge.artefact import find, json_file, manifest
-from edge.console import phase
 from edge.errors import InputError
+from edge.progress import phase
 
 
 @dataclass(frozen=True)

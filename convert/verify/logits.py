@@ -19,7 +19,7 @@ from convert.verify.divergence import Divergence
 from convert.verify.reader import Reader
 from edge.artefact import manifest
 from edge.backends.base import Logits
-from edge.console import counted
+from edge.progress import counted
 
 GREEDY = 24  # tokens of a model's own answer
 LONGEST_PROMPT = 512

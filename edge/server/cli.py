@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from edge.arguments import PATH_HELP, add_loading_options
-from edge.console import add_progress_option, report
 from edge.errors import EdgeError, UsageError
+from edge.progress import add_progress_option, report
 from edge.server.access import (
     ADMIN_KEY_VARIABLE,
     BACKLOG,

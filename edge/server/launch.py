@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from edge.console import STOP_SIGNALS, handling, report
+from edge.console import STOP_SIGNALS, handling
 from edge.machine.llamacpp_source import PACKAGE, STOCK
+from edge.progress import report
 from edge.rendering.client import RENDERER
 from edge.server.access import BACKLOG, Access
 from edge.server.app import create_app
