@@ -34,11 +34,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="keys as in LLaMA-Factory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     if verb in _TALKS:
+        run: Callable[[list[str]], int] = importlib.import_module(_TALKS[verb]).main
+        if not {"-h", "--help"}.isdisjoint(rest):
+            return run(["--help"])
         words = [word for word in rest if not word.startswith("-") and (find_yaml([word]) or "=" in word)]
         options = parser.parse_args(words)
         config = _config(options)
         more = [word for word in rest if word not in words]
-        run: Callable[[list[str]], int] = importlib.import_module(_TALKS[verb]).main
         asked = _sampling(config) if verb == "chat" else []
         return run([str(served(config, plain_console())), *asked, *more])
     parser.add_argument("--overwrite", action="store_true", help="replace what export_dir holds")

@@ -120,6 +120,8 @@ def test_chat_and_serve_make_what_is_missing(
     monkeypatch.setattr("edge.chat_cli.main", lambda argv: asked.append(argv) or 0)
     monkeypatch.setattr("edge.server.cli.main", lambda argv: asked.append(argv) or 0)
     inference = {"export_dir": None, "infer_backend": "huggingface"}
+    assert cli.main(["chat", write(**inference), "--help"]) == 0
+    assert asked.pop() == ["--help"] and not exported
     assert cli.main(["chat", write(**inference), "temperature=0.5", "--ctx", "64"]) == 0
     merged = (run / "merged" / "edge.json").stat().st_mtime_ns
     assert cli.main(["serve", write(**inference), "--port", "0"]) == 0

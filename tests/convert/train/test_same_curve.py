@@ -76,23 +76,47 @@ def of_each(name: str, lines: list[dict[str, Any]]) -> list[float]:
     return [line[name] for line in lines]
 
 
-def test_the_curve_is_the_same(keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their line end and their first rate taken out: 32 losses, norms and rates, and the trained adapter."""
-    there = theirs(keys, tmp_path / "theirs", alike=True)
-    # A processor with bfloat16 would compute in it here.
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    finetune.run(parse({**keys, "output_dir": str(tmp_path / "ours")}))
-    here = history(tmp_path / "ours")
+def ours(keys: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        # A processor with bfloat16 would compute in it here.
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {})
+        finetune.run(parse({**keys, "output_dir": str(folder)}))
+    return history(folder)
+
+
+@pytest.fixture(scope="module")
+def both(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Output folders of ours and theirs, their line end and their first rate taken out."""
+    folder = tmp_path_factory.mktemp("both")
+    theirs(keys, folder / "theirs", alike=True)
+    ours(keys, folder / "ours")
+    return folder / "ours", folder / "theirs"
+
+
+def test_the_curve_is_the_same(both: tuple[Path, Path]) -> None:
+    """32 losses, norms and rates, and the trained adapter."""
+    here, there = map(history, both)
     assert len(here) == len(there) == 32
     assert of_each("loss", here) == pytest.approx(of_each("loss", there), rel=1e-5)
     assert of_each("grad_norm", here) == pytest.approx(of_each("grad_norm", there), rel=1e-3)
     assert of_each("lr", here) == pytest.approx(of_each("learning_rate", there), rel=1e-6)
     assert here[-1]["loss"] < 0.5 * here[0]["loss"]
     name = "adapter_model.safetensors"
-    ours, trained = load_file(tmp_path / "ours" / "adapter" / name), load_file(tmp_path / "theirs" / name)
-    assert set(ours) == set(trained)
-    for layer, weight in ours.items():
+    weights, trained = (load_file(folder / name) for folder in both)
+    assert set(weights) == set(trained)
+    for layer, weight in weights.items():
         torch.testing.assert_close(weight, trained[layer], rtol=0, atol=1e-3)
+
+
+def test_each_goes_on_from_the_others_output_dir(
+    keys: dict[str, Any], both: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for number, folder in enumerate(both):
+        more = {**keys, "adapter_name_or_path": str(folder), "max_steps": 6}
+        here = ours(more, tmp_path / f"ours {number}")
+        there = theirs(more, tmp_path / f"theirs {number}", alike=True)
+        assert of_each("loss", here) == pytest.approx(of_each("loss", there), rel=1e-5)
+        assert here[0]["loss"] < 0.5 * history(folder)[0]["loss"]
 
 
 def test_what_differs_is_the_line_end_and_the_first_rate(
