@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from convert.model import chat_format
 from convert.train import finetune
 from convert.train.losses import LossHead
 from tests.support import llamafactory_train
+from tests.support.toy import END_OF_TEXT
 from tests.support.training import plain
 
 pytestmark = [
@@ -45,7 +47,10 @@ def keys(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
         for n in range(126)
     ]
     (folder / "d.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.json"}}), encoding="utf-8")
+    texts = [{"text": f"第{n} line of text, {'more ' * (n % 4)}end."} for n in range(32)]
+    (folder / "t.json").write_text(json.dumps(texts), encoding="utf-8")
+    info = {"d": {"file_name": "d.json"}, "t": {"file_name": "t.json", "columns": {"prompt": "text"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return {
         "model_name_or_path": str(base), "stage": "sft", "do_train": True, "finetuning_type": "lora",
         "lora_rank": 16, "lora_target": "all", "dataset": "d", "dataset_dir": str(folder), "template": "qwen",
@@ -106,6 +111,26 @@ def test_the_curve_is_the_same(both: tuple[Path, Path]) -> None:
     assert set(weights) == set(trained)
     for layer, weight in weights.items():
         torch.testing.assert_close(weight, trained[layer], rtol=0, atol=1e-3)
+
+
+def test_the_curve_of_plain_text_is_the_same(keys: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """Over a tokenizer whose padding is not its end token, which theirs would not learn then.
+
+    Its trainer divides by all tokens of a step, with those that begin a row and that nothing predicts.
+    """
+    model = shutil.copytree(base, tmp_path / "model")
+    words = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    words["pad_token"] = END_OF_TEXT
+    (model / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    texts = {**keys, "stage": "pt", "dataset": "t", "template": "default", "packing": False}
+    texts["model_name_or_path"] = str(model)
+    here, there = ours(texts, tmp_path / "ours"), theirs(texts, tmp_path / "theirs", alike=True)
+    assert len(here) == 8 and here[-1]["loss"] < 0.8 * here[0]["loss"]
+    config = parse({**texts, "output_dir": str(tmp_path / "ours")})
+    items = prepare.prepare(config, prepare.chat_of(config, model)).train
+    sizes = [sum(item.size for item in items[first : first + 4]) for first in range(0, 32, 4)]
+    wanted = [loss * size / (size - 4) for loss, size in zip(of_each("loss", there), sizes, strict=True)]
+    assert of_each("loss", here) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_each_goes_on_from_the_others_output_dir(
