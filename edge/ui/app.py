@@ -13,9 +13,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from nicegui import ui
+from pygments.formatters import HtmlFormatter
 from starlette.responses import RedirectResponse
 
-from edge.ui import data, export, model, runs, train
+from edge.ui import chat, data, export, measure, model, runs, train
 from edge.ui.guard import Guard
 from edge.ui.texts import LANGUAGES, Texts
 from edge.ui.view import View
@@ -26,7 +27,9 @@ TABS: dict[str, tuple[str, Callable[[View], None]]] = {
     "Data": ("dataset", data.build),
     "Train": ("model_training", train.build),
     "Runs": ("show_chart", runs.build),
+    "Chat": ("chat", chat.build),
     "Export": ("output", export.build),
+    "Measure": ("speed", measure.build),
 }
 _LASTS = "path=/; SameSite=Strict; max-age=31536000"
 _THEMES = {"auto": None, "light": False, "dark": True}
@@ -53,12 +56,28 @@ body.body--dark { --q-primary: #8ab4f8 !important; }
 .edge-tokens > div { display: inline; opacity: 0.75; border-radius: 2px; }
 .edge-tokens > .edge-learnt { background: #2f9e5b55; opacity: 1; }
 .edge-tokens > .edge-learnt:nth-child(odd) { background: #2f9e5b88; }
+.edge-page, .edge-page .q-tab-panel, .edge-page .q-panel { overflow: visible; }
+.edge-chip { border: 1px solid #8886; border-radius: 6px; padding: 0 0.5rem; gap: 0.5rem; }
+.edge-composer { position: sticky; bottom: 0; z-index: 1; padding: 0.5rem 0; background: #fff; }
+.body--dark .edge-composer { background: var(--q-dark-page); }
+.edge-question { background: #2a5db01f; border-radius: 6px; padding: 0.4rem 0.75rem; }
+.edge-answers { display: grid; gap: 1rem; }
+.edge-answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.edge-answer, .edge-markdown { min-width: 0; overflow-wrap: anywhere; }
+.edge-markdown pre { overflow-x: auto; padding: 0.6rem; border-radius: 6px; background: #8882; }
+.edge-markdown :is(h1, h2, h3, h4) { font-size: 1.1rem; line-height: 1.4; font-weight: 600; }
+.edge-markdown table { border-collapse: collapse; }
+.edge-markdown :is(td, th) { border: 1px solid #8886; padding: 0.15rem 0.5rem; text-align: left; }
 .edge-warning { color: #8a5a00; }
 .body--dark .edge-warning { color: #f2c037; }
 .edge-title { margin-right: auto; }
 @media (min-width: 800px) { .edge-tabs { flex-grow: 1; } .edge-title { margin-right: 0; } }
 @media (max-width: 799px) { .edge-tabs { order: 3; flex-basis: 100%; } }
 """
+_CODE = "\n".join(
+    HtmlFormatter(nobackground=True, style=style).get_style_defs(f"body.body--{theme} .codehilite")
+    for theme, style in (("light", "default"), ("dark", "github-dark"))
+)
 
 
 def serve(listener: socket.socket, root: Path, *, keys: tuple[str, ...], root_path: str) -> None:
@@ -103,7 +122,7 @@ def _page(workspace: Workspace, language: str) -> Callable[[Request], None]:
 
 
 def _frame(workspace: Workspace, t: Texts, request: Request) -> None:
-    ui.add_css(_STYLE)
+    ui.add_css(_STYLE + _CODE)
     theme = request.cookies.get("edge-theme", "auto")
     dark = ui.dark_mode(_THEMES.get(theme))
     wanted = request.query_params.get("tab", "")

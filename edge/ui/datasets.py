@@ -17,7 +17,7 @@ INFO = "dataset_info.json"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # Of a mapping that the page asks for: LLaMA-Factory's names.
 COLUMNS = ("prompt", "query", "response", "system", "history", "chosen", "rejected")
-_OPENAI = {
+OPENAI = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
     "system_tag": "system",
 }  # fmt: skip
@@ -117,7 +117,7 @@ def entry_for(file: str, row: dict[str, Any]) -> dict[str, Any] | None:
         turn: Any = next(iter(row[talk]), None)
         entry |= {"formatting": "sharegpt", "columns": {"messages": talk}}
         if isinstance(turn, dict) and "role" in turn:
-            entry["tags"] = _OPENAI
+            entry["tags"] = OPENAI
         if pairs:
             entry["columns"] |= {"chosen": "chosen", "rejected": "rejected"}
         return entry

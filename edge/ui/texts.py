@@ -24,7 +24,7 @@ class Texts:
 
 CHINESE = {
     "Model": "模型", "Data": "数据", "Train": "训练", "Runs": "记录",
-    "Export": "导出",
+    "Export": "导出", "Chat": "对话", "Measure": "评测",
     "Language": "语言", "Light or dark": "浅色或深色",
     # A job
     "Waiting": "排队中", "Running": "运行中", "Stopping": "正在停止", "Done": "完成", "Failed": "失败",
@@ -85,7 +85,27 @@ CHINESE = {
         "{equal} 的最可能词元相同；平均 KL 散度为 {kl}",
     "type": "类型", "size": "大小", "recommended": "推荐",
     "Port": "端口", "A port is a number.": "端口是一个数字。", "Serve it": "启动服务",
+    # Chat
+    "Nothing to talk to yet: get a model in the Model tab.": "还没有可对话的模型，请先在“模型”页获取。",
+    "Model A": "模型 A", "Model B, or the same for two answers": "模型 B（选同一个则得到两个回答）",
+    "is being loaded": "正在加载", "Unload": "卸载", "Question": "问题", "Send": "发送",
+    "New chat": "新对话", "Save as JSON": "存为 JSON", "System prompt": "系统提示词",
+    "System prompt and sampling": "系统提示词与采样", "Temperature": "温度", "Tokens at most": "最多词元数",
+    "Reasoning": "思考过程", "A is better": "A 更好", "B is better": "B 更好", "Regenerate": "重新生成",
+    "A good answer": "回答好", "A bad answer": "回答不好", "Copy": "复制",
+    "Edit": "编辑", "Ask again": "重新提问",
+    "Train DPO on choices ({count})": "用选择训练 DPO（{count}）",
+    "Train KTO on thumbs ({count})": "用评价训练 KTO（{count}）",
+    # Measure
+    "Measure the speed": "测速度", "In a minute or two": "一两分钟内完成", "Evaluate": "评估",
+    "Speed is measured beside the slow baseline; evaluating scores answers to the held-out rows.":
+        "速度与慢速基线对比测量。评估会回答留出的数据并打分。",
+    "figure": "指标", "value": "数值", "This machine": "本机", "part": "部分", "name": "名称",
+    "what is there": "现状", "what to do": "要做什么",
     # Train
+    "These models are loaded, and leave the training too little memory.":
+        "以下模型已加载，留给训练的内存不足。",
+    "Start all the same": "仍然开始",
     "Steps and memory are being worked out …": "正在计算步数与内存……",
     "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free":
         "训练 {rows} 条，验证 {held} 条，在 {device} 上共 {steps} 步；需要内存 {memory}，可用 {free}",

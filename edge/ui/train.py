@@ -11,6 +11,7 @@ from nicegui import ui
 
 from edge.errors import EdgeError, InputError
 from edge.jobs.job import read
+from edge.ui import loaded
 from edge.ui import view as shared
 from edge.ui.texts import HELP
 from edge.ui.view import JobCard, View
@@ -240,8 +241,8 @@ class _Tab:
             ui.code(self.form.yaml(), language="yaml").classes("full-width")
             plan = shared.words(self._t("Steps and memory are being worked out …"))
         dialog.open()
-        if self.form.values.get("create_new_adapter"):
-            plan.set_visibility(False)  # to plan that is to merge the earlier adapter first
+        if self._merges():
+            plan.set_visibility(False)
             return
         try:
             found = await self._view.ask(*self._argv(path), "--plan")
@@ -261,7 +262,37 @@ class _Tab:
 
     async def _start(self) -> None:
         path = await self._write()
+        if loaded.servers(self._view.workspace) and not self._merges():
+            plan = await self._view.ask(*self._argv(path), "--plan")
+            if plan["memory"] > plan["free"]:
+                self._name_loaded(path)
+                return
+        self._begin(path)
+
+    def _begin(self, path: str) -> None:
         self._follow(self._view.workspace.start(self._argv(path)))
+
+    def _merges(self) -> bool:
+        """Whether to plan the training is to merge an earlier adapter first."""
+        return bool(self.form.values.get("create_new_adapter"))
+
+    def _name_loaded(self, path: str) -> None:
+        """Models that take the memory which the training needs, each to be unloaded."""
+        self._shown.clear()
+        with self._shown, ui.card().classes("full-width"):
+            shared.words(
+                self._t("These models are loaded, and leave the training too little memory.")
+            ).classes("edge-warning")
+            place = ui.row()
+
+            def show() -> None:
+                place.clear()
+                with place:
+                    for server in loaded.servers(self._view.workspace).values():
+                        shared.loaded_model(self._view, server, show)
+
+            show()
+            ui.button(self._t("Start all the same"), on_click=lambda: self._begin(path)).props("outline")
 
     def _follow(self, job: Any) -> None:
         folder = self._view.workspace.root / job.argv[2].removesuffix(".yaml")

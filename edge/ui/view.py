@@ -14,6 +14,7 @@ from edge.errors import EdgeError
 from edge.jobs.job import RUNNING, Job
 from edge.ui.curves import Curve, options
 from edge.ui.form import Form
+from edge.ui.loaded import Server
 from edge.ui.texts import Texts
 from edge.ui.workspace import Run, Workspace
 
@@ -85,6 +86,21 @@ def chart(view: View, curves: dict[str, Curve]) -> Any:
 
 def curve_names(view: View) -> tuple[str, str, str]:
     return view.t("loss"), view.t("loss, smoothed"), view.t("validation loss")
+
+
+def loaded_model(view: View, server: Server, changed: Callable[[], None]) -> None:
+    """A model that is loaded, what it takes, and a button that unloads it."""
+    t = view.t
+
+    def unload() -> None:
+        server.job.stop()
+        changed()
+
+    with ui.row().classes("edge-center edge-chip"):
+        ui.icon("memory").props("color=positive" if server.url else "color=grey")
+        state = size(server.memory) if server.url else t("is being loaded")
+        ui.label(f"{server.name} · {state}").classes("edge-mono")
+        ui.button(t("Unload"), on_click=unload).props("flat dense")
 
 
 class JobCard:

@@ -76,7 +76,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
          {"columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"}}),
         ({"text": "t"}, {"columns": {"prompt": "text"}}),
         ({"messages": TURNS},
-         {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": datasets._OPENAI}),
+         {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": datasets.OPENAI}),
         ({"conversations": [{"from": "human", "value": "q"}]},
          {"formatting": "sharegpt", "columns": {"messages": "conversations"}}),
     ],

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,112 +15,12 @@ import yaml
 
 from convert.config import as_yaml
 from edge.jobs import job as jobs
-from tests.support.browser import CHROMIUM, Browser, headless
-from tests.support.runs import ROWS, configure
-from tests.support.toy import make_model
+from tests.support.browser import CHROMIUM
+from tests.support.page import READY, Page, until
+from tests.support.runs import configure
 
 pytest.importorskip("nicegui")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")]
-
-ROOT = Path(__file__).parents[3]
-READY = "window.did_handshake && document.querySelector('.edge-page .q-tab-panel > *') !== null"
-
-
-class Page:
-    """`edge ui` in a folder of its own, and a browser that looks at it."""
-
-    def __init__(self, folder: Path, browser: Browser) -> None:
-        self.folder, self.browser = folder, browser
-        self.process: subprocess.Popen[str] | None = None
-        self.url = ""
-
-    def start(self, *options: str, **environment: str) -> str:
-        """Start the server; what it says."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "edge.cli", "ui", "--port", "0", *options],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        self.url = said.split("/  (")[0]
-        return said
-
-    def kill(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process is not None:
-            self.process.send_signal(how)
-            self.process.communicate(timeout=20)
-            self.process = None
-
-    def open(self, tab: str, language: str = "en") -> None:
-        self.browser.open(f"{self.url}/{language}?tab={tab}", READY)
-
-    def press(self, text: str) -> None:
-        """Click the visible button that reads `text`."""
-        reads = f"e.getClientRects().length && e.innerText.endsWith({json.dumps(text)})"
-        found = f"[...document.querySelectorAll('button')].find(e => {reads})"
-        self.browser.until(f"{found} !== undefined")
-        self.browser.ask(f"{found}.click()")
-
-    def field(self, label: str) -> str:
-        """The input with that label, as an expression."""
-        return f"document.querySelector('input[aria-label={json.dumps(label)}]')"
-
-    def type(self, label: str, text: str) -> None:
-        self.browser.until(f"{self.field(label)} !== null")
-        self.browser.ask(f"{self.field(label)}.focus(), {self.field(label)}.select()")
-        self.browser.type(text)
-
-    def choose(self, label: str, option: str) -> None:
-        """Take an option of a select, as a user does who types a part of it."""
-        self.type(label, option)
-        self.browser.press("Enter", 13)
-        self.browser.press("Escape", 27)
-
-    def upload(self, *paths: Path) -> None:
-        """Choose files for the first upload of the tab."""
-        root = self.browser.call("DOM.getDocument")["root"]["nodeId"]
-        self.browser.until("document.querySelector('input[type=file]') !== null")
-        found = self.browser.call("DOM.querySelector", nodeId=root, selector="input[type=file]")["nodeId"]
-        self.browser.call("DOM.setFileInputFiles", nodeId=found, files=[str(path) for path in paths])
-
-    def sees(self, text: str, seconds: float = 20) -> None:
-        self.browser.until(f"document.body?.innerText.includes({json.dumps(text)})", seconds)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with headless(tmp_path_factory.mktemp("profile")) as page:
-        yield page
-
-
-@pytest.fixture
-def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
-    folder = tmp_path / "工作 folder"
-    make_model(folder / "models" / "toy")
-    (folder / "data").mkdir()
-    (folder / "data" / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    (folder / "data" / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
-    made = Page(folder, browser)
-    yield made
-    browser.call("Page.navigate", url="about:blank")
-    browser.errors.clear()
-    made.kill()
-    for job in jobs.jobs(folder / "jobs"):
-        while job.state in jobs.RUNNING:
-            job.stop()
-            time.sleep(0.3)
-    for supervisor in jobs._started:
-        supervisor.wait(30)
-
-
-def until(true: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_train_by_clicks_through_a_reload_a_killed_server_a_stop_and_a_resume(page: Page) -> None:
