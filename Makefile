@@ -26,7 +26,7 @@ REPLACE := $(if $(OVERWRITE),--overwrite)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install everything demo test test-all check check-platforms conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: help install everything demo test test-ui test-all check check-platforms conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: fuzz data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -53,6 +53,7 @@ help:
 	@echo "make doctor        what this machine has, and what to install for more"
 	@echo "make check         lint, types and the quick tests"
 	@echo "make check-platforms   types as on Windows and macOS, a part of make check"
+	@echo "make test-ui       the page's tests: the whole road by clicks in a Chromium"
 	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
 	@echo "make conformance   other projects' clients and suites against a running server"
@@ -88,6 +89,10 @@ test: everything
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) transformers==5.6.0 peft==0.18.1 trl==0.24.0 \
 	    datasets==4.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3
 	@touch $@
+
+# Everything that is clicked, in a Chromium.
+test-ui: everything
+	$(ALONE) -m "slow or not slow" tests/edge/ui
 
 test-all: everything .peers/llamafactory-train/installed
 	$(ALONE) -m timing

@@ -1,6 +1,6 @@
 """A LoRA adapter as GGUF, which llama.cpp puts on top of a base GGUF without a merge.
 
-    RUN/adapter -> RUN/lora/<name>-lora.gguf
+    RUN/adapter -> RUN/lora/<name>-lora.gguf, and RUN/checkpoint-N -> RUN/checkpoint-N/lora/
 
 llama.cpp scales an adapter by alpha / r alone. A rank-stabilised one, or one whose layers have ranks of
 their own, would come out too weak or too strong: so every layer's scale is multiplied into B, and no alpha is
@@ -31,13 +31,18 @@ from edge.errors import InputError
 
 
 def run(run_folder: Path, *, base: Path | None = None, overwrite: bool = False) -> Path:
-    """Export run_folder/adapter to run_folder/lora; the path of the GGUF file.
+    """Export run_folder/adapter, or a checkpoint, to run_folder/lora; the path of the GGUF file.
 
     base: the model that it was trained on, in place of the one that it names.
     Raises InputError for an adapter that is more than low-rank updates of linear layers.
     """
     folder = stage_folder(run_folder, "adapter")
-    record = known_adapter(folder, base)
+    record = known_adapter(folder, base, checkpoint=True)
+    if record.stage == "checkpoint" and record.settings.get("pissa_init"):
+        raise InputError(
+            f"{folder} was trained with pissa_init, on a base that was changed",
+            "take the adapter that the training ends with",
+        )
     adapter = read_adapter(folder)
     others = {*adapter.whole, *adapter.tokens}
     others |= {name for name, lora in adapter.updates.items() if lora.magnitude is not None or lora.embedding}

@@ -31,6 +31,7 @@ _VIEW = re.compile(r".+\.(modules_to_save|original_module)\.weight")
 _MAGNITUDE = re.compile(r"(?P<layer>.+)\.lora_(?P<part>magnitude_vector)(\.weight)?")
 _AGAIN = "train again: edge train"
 CONFIG = "adapter_config.json"
+CHECKPOINT_WEIGHTS = "trained.safetensors"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -151,6 +152,8 @@ def scaling(config: dict[str, Any], layer: str) -> float:
 def read_adapter(folder: Path) -> Adapter:
     """The adapter in `folder`. Raises InputError for what is none, or cannot be merged."""
     path, weights = folder / CONFIG, folder / "adapter_model.safetensors"
+    if not weights.is_file() and (folder / CHECKPOINT_WEIGHTS).is_file():
+        weights = folder / CHECKPOINT_WEIGHTS
     if not path.is_file() or not weights.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise InputError(
@@ -172,7 +175,7 @@ def read_adapter(folder: Path) -> Adapter:
     tables: set[str] = set()
     with safe_open(weights, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
-            name = key.removeprefix("base_model.model.")
+            name = key.removeprefix("base_model.model.").replace(".default.", ".")
             name = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             if _VIEW.fullmatch(name):
                 continue
@@ -227,15 +230,16 @@ def check_fits(adapter: Adapter, base: Folder) -> None:
             )
 
 
-def known_adapter(folder: Path, base: Path | None = None) -> manifest.Manifest:
+def known_adapter(folder: Path, base: Path | None = None, *, checkpoint: bool = False) -> manifest.Manifest:
     """What is known of an adapter: its edge.json, or what one that was trained elsewhere says of its base.
 
-    base: the model under it, in place of the one that it names. Raises InputError for a folder of another
+    base: the model under it, in place of the one that it names. checkpoint: one of a training may be taken
+    too. Raises InputError for a folder of another
     stage, or an adapter that names no base.
     """
     if (folder / manifest.FILE).is_file() or not (folder / CONFIG).is_file():
         known = manifest.read(folder)
-        if known.stage != "adapter":
+        if known.stage not in ("adapter", "checkpoint" if checkpoint else ""):
             raise InputError(
                 f"{folder} is a {known.stage}, not an adapter", "give the run folder of edge train"
             )

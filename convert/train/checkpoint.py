@@ -1,6 +1,7 @@
 """Checkpoints: everything that decides how training goes on, written whole or not at all.
 
-    RUN/checkpoint-N/   weights, optimizer.safetensors, random.safetensors, trainer_state.json, edge.json
+    RUN/checkpoint-N/   weights, optimizer.safetensors, random.safetensors, trainer_state.json, edge.json;
+                        adapter_config.json where an adapter is trained
 
 A folder is written beside its place and renamed; edge.json holds size and digest of each file, so that one
 that was cut off later is recognised. No pickle is written or read.
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from convert.config import FIELDS, PATHS, TrainConfig, absolute, recorded
+from convert.model.lora_adapter import CHECKPOINT_WEIGHTS
 from convert.train.fsdp import plain
 from convert.train.load_model import dtype_name
 from convert.train.trainer import Loop, Progress
@@ -27,7 +29,7 @@ from edge.artefact import json_file, manifest
 from edge.errors import InputError, UsageError
 
 STATE, OPTIMIZER, RANDOM, WEIGHTS = (
-    "trainer_state.json", "optimizer.safetensors", "random.safetensors", "trained.safetensors",
+    "trainer_state.json", "optimizer.safetensors", "random.safetensors", CHECKPOINT_WEIGHTS,
 )  # fmt: skip
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Keys that a resumed run may change: they do not decide the weights at a step. All others must be the same.
@@ -96,6 +98,8 @@ def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) 
     )
     with manifest.publish(target, overwrite=True) as partial:
         save_file(weights, partial / WEIGHTS)
+        for adapter in getattr(loop.model, "peft_config", {}).values():
+            adapter.save_pretrained(partial)  # what `edge export lora` needs beside the weights
         if not config.save_only_model:
             tensors, scalars = _flat(loop.optimizer.state_dict()["state"])
             save_file(tensors, partial / OPTIMIZER, metadata={"scalars": json.dumps(scalars)})

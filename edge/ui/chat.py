@@ -142,21 +142,22 @@ class _Tab:
             if not serves:
                 JobCard(self._view, job)
         self._show_loaded()
+        url = ""
         try:
-            while job.state in RUNNING and not place.is_deleted:
+            while job.state in RUNNING and not url and not place.is_deleted:
                 line = job.last_line
                 if serves and line.get("stage") == "ready":
-                    return str(line["url"])
+                    url = str(line["url"])
                 await asyncio.sleep(_POLL_S)
         finally:
             if not place.is_deleted:
                 place.delete()
-        if job.state != "done" and not place.is_deleted:
+        if job.state in ("failed", "stopped", "lost"):
             line = job.last_line
             raise EdgeError(
                 str(line.get("error") or job.log()[-500:] or job.state), str(line.get("hint", ""))
             )
-        return ""
+        return url
 
     # Questions
 
@@ -182,16 +183,16 @@ class _Tab:
 
     async def _answer(self) -> None:
         """Have the last turn answered, by all sides at once, until that is done or stopped."""
-        self._answering = asyncio.create_task(self._sides(len(self.talk.turns) - 1))
-        self._show()
-        ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
-        done, _ = await asyncio.wait({self._answering})
-        self._answering = None
-        if self._turns.is_deleted:
-            return
-        self.talk.keep()
-        self._show()
-        for task in done:
+        self._answering = task = asyncio.create_task(self._sides(len(self.talk.turns) - 1))
+        with self._turns:  # the button that was pressed is drawn anew, and no place to speak from
+            self._show()
+            ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
+            await asyncio.wait({task})
+            self._answering = None
+            if self._turns.is_deleted:
+                return
+            self.talk.keep()
+            self._show()
             if not task.cancelled() and (error := task.exception()):
                 shared.complain(str(error))
                 if not isinstance(error, EdgeError):

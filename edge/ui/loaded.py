@@ -47,7 +47,8 @@ def names(workspace: Workspace) -> list[str]:
     found = [workspace.short(path) for path in workspace.models()]
     for run in workspace.runs():
         folder = workspace.short(run.folder)
-        found += [f"{folder}/{part}" for part in (*run.stages, *reversed(run.checkpoints))]
+        parts = [name for name in reversed(run.checkpoints) if (run.folder / name / _ADAPTER).is_file()]
+        found += [f"{folder}/{part}" for part in (*run.stages, *parts)]
     return found
 
 

@@ -68,7 +68,7 @@ def test_two_answers_a_choice_and_a_training_on_it(chat: Page) -> None:
 
     # It goes on from the answer that was chosen.
     ask(page, "And now?")
-    until(lambda: len(said(page)) == 2)
+    until(lambda: said(page)[-1]["question"] == "And now?" and said(page)[-1]["answers"][1]["content"])  # type: ignore[index]
     page.sees("Regenerate", 60)
     page.press("Train DPO on choices (1)")
     browser.until(f"{page.field('Base model')}?.value === 'models/small'")

@@ -35,6 +35,7 @@ def space(tmp_path: Path) -> Workspace:
     folder(run / "adapter", "adapter", "a", "adapter_config.json", model_name_or_path="models/base")
     folder(run / "merged", "merged", "w", "config.json")
     folder(run / "onnx", "onnx", "o", "model.onnx", parent="w")
+    (run / "checkpoint-15").mkdir()  # of all weights
     for step in (5, 10):
         (run / f"checkpoint-{step}").mkdir()
         (run / f"checkpoint-{step}" / "adapter_config.json").write_text(

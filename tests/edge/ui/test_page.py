@@ -20,6 +20,9 @@ from tests.support.page import READY, Page, until
 from tests.support.runs import configure
 
 pytest.importorskip("nicegui")
+
+from edge.ui.app import TABS
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")]
 
 
@@ -193,7 +196,7 @@ def test_a_run_is_merged_with_its_proof_and_served(page: Page) -> None:
 def test_two_languages_both_themes_a_phone_and_nothing_from_elsewhere(page: Page) -> None:
     page.start()
     browser = page.browser
-    for tab in ("Model", "Data", "Train", "Runs", "Export"):
+    for tab in TABS:
         page.open(tab, "zh")
         assert browser.ask("document.documentElement.lang").startswith("zh")
         for width in (390, 1200):
