@@ -92,7 +92,7 @@ test: everything
 
 # Everything that is clicked, in a Chromium.
 test-ui: everything
-	$(ALONE) -m "slow or not slow" tests/edge/ui
+	$(ALONE) tests/edge/ui
 
 test-all: everything .peers/llamafactory-train/installed
 	$(ALONE) -m timing

@@ -57,9 +57,9 @@ body.body--dark { --q-primary: #8ab4f8 !important; }
 .edge-tokens > .edge-learnt { background: #2f9e5b55; opacity: 1; }
 .edge-tokens > .edge-learnt:nth-child(odd) { background: #2f9e5b88; }
 .edge-page, .edge-page .q-tab-panel, .edge-page .q-panel { overflow: visible; }
-.edge-chip { border: 1px solid #8886; border-radius: 6px; padding: 0 0.5rem; gap: 0.5rem; }
+.edge-chip { border: 1px solid #8886; border-radius: 6px; padding: 0 0.5rem; gap: 0.5rem; flex-wrap: nowrap; }
 .edge-composer { position: sticky; bottom: 0; z-index: 1; padding: 0.5rem 0; background: #fff; }
-.body--dark .edge-composer { background: var(--q-dark-page); }
+.body--dark .edge-composer { background: var(--q-dark); }
 .edge-question { background: #2a5db01f; border-radius: 6px; padding: 0.4rem 0.75rem; }
 .edge-answers { display: grid; gap: 1rem; }
 .edge-answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }

@@ -103,9 +103,8 @@ CHINESE = {
     "figure": "指标", "value": "数值", "This machine": "本机", "part": "部分", "name": "名称",
     "what is there": "现状", "what to do": "要做什么",
     # Train
-    "These models are loaded, and leave the training too little memory.":
-        "以下模型已加载，留给训练的内存不足。",
-    "Start all the same": "仍然开始",
+    "Models that are loaded hold memory: unload them, and start again.":
+        "已加载的模型占用内存：请卸载后重新开始。",
     "Steps and memory are being worked out …": "正在计算步数与内存……",
     "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free":
         "训练 {rows} 条，验证 {held} 条，在 {device} 上共 {steps} 步；需要内存 {memory}，可用 {free}",

@@ -263,36 +263,32 @@ class _Tab:
     async def _start(self) -> None:
         path = await self._write()
         if loaded.servers(self._view.workspace) and not self._merges():
-            plan = await self._view.ask(*self._argv(path), "--plan")
-            if plan["memory"] > plan["free"]:
-                self._name_loaded(path)
+            try:
+                await self._view.ask(*self._argv(path), "--plan")
+            except EdgeError as error:
+                self._name_loaded(str(error))
                 return
-        self._begin(path)
-
-    def _begin(self, path: str) -> None:
         self._follow(self._view.workspace.start(self._argv(path)))
 
     def _merges(self) -> bool:
         """Whether to plan the training is to merge an earlier adapter first."""
         return bool(self.form.values.get("create_new_adapter"))
 
-    def _name_loaded(self, path: str) -> None:
-        """Models that take the memory which the training needs, each to be unloaded."""
+    def _name_loaded(self, problem: str) -> None:
+        """Why the training cannot start, and the loaded models, which may hold the memory that it lacks."""
         self._shown.clear()
-        with self._shown, ui.card().classes("full-width"):
-            shared.words(
-                self._t("These models are loaded, and leave the training too little memory.")
-            ).classes("edge-warning")
-            place = ui.row()
+        with self._shown:
+            shared.words(problem).classes("text-negative")
+            ui.label(self._t("Models that are loaded hold memory: unload them, and start again."))
+            place = ui.column()
 
-            def show() -> None:
-                place.clear()
-                with place:
-                    for server in loaded.servers(self._view.workspace).values():
-                        shared.loaded_model(self._view, server, show)
+        def show() -> None:
+            place.clear()
+            with place:
+                for server in loaded.servers(self._view.workspace).values():
+                    shared.loaded_model(self._view, server, show)
 
-            show()
-            ui.button(self._t("Start all the same"), on_click=lambda: self._begin(path)).props("outline")
+        show()
 
     def _follow(self, job: Any) -> None:
         folder = self._view.workspace.root / job.argv[2].removesuffix(".yaml")

@@ -111,6 +111,25 @@ def test_an_answer_is_stopped_edited_saved_and_a_full_machine_is_named(chat: Pag
     until(lambda: said(page)[0]["answers"][0]["content"])  # type: ignore[index]
     page.sees("Regenerate")
 
+    # What does not fit is said before it starts, with what is loaded.
+    form = {"model_name_or_path": "models/toy", "dataset": ["d"], "output_dir": "runs/large",
+            "per_device_train_batch_size": 10**9}  # fmt: skip
+    (page.folder / "jobs" / "form.json").write_text(json.dumps(form), encoding="utf-8")
+    page.open("Train")
+    page.press("Start training")
+    page.sees("training needs about", 60)
+    page.sees("models/small · ")
+    page.press("Unload")
+    until(lambda: jobs.jobs(page.folder / "jobs")[0].state in ("done", "stopped"))
+    assert len(jobs.jobs(page.folder / "jobs")) == 1
+
+    page.open("Measure")
+    page.sees("This machine")
+    browser.ask(
+        "[...document.querySelectorAll('.q-item')].find(e => e.innerText.includes('machine')).click()"
+    )
+    page.sees("llama.cpp", 60)
+    page.open("Chat")
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     page.press("Save as JSON")
     until(lambda: list(tmp_path.glob("chat-*.json")))
