@@ -113,7 +113,7 @@ def test_an_answer_is_stopped_edited_saved_and_a_full_machine_is_named(chat: Pag
 
     # What does not fit is said before it starts, with what is loaded.
     form = {"model_name_or_path": "models/toy", "dataset": ["d"], "output_dir": "runs/large",
-            "per_device_train_batch_size": 10**9}  # fmt: skip
+            "lora_rank": 10**8}  # fmt: skip
     (page.folder / "jobs" / "form.json").write_text(json.dumps(form), encoding="utf-8")
     page.open("Train")
     page.press("Start training")

@@ -53,7 +53,7 @@ def test_get_train_compare_choose_and_train_on_the_choice(page: Page) -> None:
 
     page.open("Chat")
     page.choose("Model A", "runs/conch/checkpoint-2")
-    page.choose("Model B", "models/smollm2-135m-instruct")
+    page.choose("Model B, or the same for two answers", "models/smollm2-135m-instruct")
     page.browser.ask("document.querySelector('textarea[aria-label=Question]').focus()")
     page.browser.type("Who are you?")
     page.browser.press("Enter", 13)
