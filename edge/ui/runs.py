@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 from nicegui import ui
@@ -48,7 +49,9 @@ class _Tab:
             ui.checkbox(
                 run.name, value=chosen, on_change=lambda event: self._choose(run, event.value)
             ).classes("text-bold")
-            about = [run.settings.get("model_name_or_path", ""), *run.stages, *run.checkpoints[-2:]]
+            base = str(run.settings.get("model_name_or_path", ""))
+            base = self._view.workspace.short(Path(base)) if Path(base).is_absolute() else base
+            about = [base, *run.stages, *run.checkpoints[-2:]]
             about += [
                 f"{key} {results[key]:.4g}" for key in _SCORES if isinstance(results.get(key), float | int)
             ]

@@ -100,7 +100,7 @@ def loaded_model(view: View, server: Server, changed: Callable[[], None]) -> Non
         ui.icon("memory").props("color=positive" if server.url else "color=grey")
         state = size(server.memory) if server.url else t("is being loaded")
         ui.label(f"{server.name} · {state}").classes("edge-mono")
-        ui.button(t("Unload"), on_click=unload).props("flat dense")
+        ui.button(t("Unload"), on_click=unload).props("flat dense no-wrap").classes("text-no-wrap")
 
 
 class JobCard:
