@@ -83,16 +83,19 @@ def commands(workspace: Workspace, name: str) -> list[list[str]]:
 
 
 def trained(workspace: Workspace, name: str) -> dict[str, str]:
-    """The keys of a configuration that trains `name` further."""
-    path = workspace.root / name
+    """The keys of a configuration that trains `name` further; of a checkpoint its run, as that ended.
+
+    Raises EdgeError for a checkpoint of a run that has not.
+    """
     if name.startswith("models/"):
         return {"model_name_or_path": name}
-    adapter = path if (path / _ADAPTER).is_file() else path.parent / "adapter"
-    if not adapter.is_dir():  # all weights were trained
-        return {"model_name_or_path": workspace.short(path.parent / "merged")}
-    folder = adapter.parent if adapter.name == "adapter" else adapter
-    base = workspace.short(_base(adapter, workspace))
-    return {"model_name_or_path": base, "adapter_name_or_path": workspace.short(folder)}
+    run = (workspace.root / name).parent
+    if (run / "adapter" / _ADAPTER).is_file():
+        base = workspace.short(_base(run / "adapter", workspace))
+        return {"model_name_or_path": base, "adapter_name_or_path": workspace.short(run)}
+    if not (run / "merged").is_dir():
+        raise EdgeError(f"the training of {workspace.short(run)} has not ended", "resume it first")
+    return {"model_name_or_path": workspace.short(run / "merged")}  # all weights were trained
 
 
 def _whole(path: Path, workspace: Workspace) -> tuple[list[list[str]], str]:

@@ -83,7 +83,10 @@ def test_an_adapter_is_put_on_its_base(space: Workspace, part: str, owner: str) 
     folder(space.root / owner / "lora", "lora", "l", "r-lora.gguf", parent="a")
     [serve] = loaded.commands(space, name)
     assert serve == ["serve", "models/base/gguf", "--lora", f"{name}={owner}/lora/r-lora.gguf", *SERVED]
-    assert loaded.trained(space, name) == {"model_name_or_path": "models/base", "adapter_name_or_path": owner}
+    assert loaded.trained(space, name) == {
+        "model_name_or_path": "models/base",
+        "adapter_name_or_path": "runs/r",
+    }
 
 
 def test_what_is_gone_is_named(space: Workspace) -> None:
@@ -100,6 +103,9 @@ def test_what_is_trained_further(space: Workspace) -> None:
     assert loaded.trained(space, "runs/r/gguf") == loaded.trained(space, "runs/r/adapter") == adapter
     (space.root / "runs" / "r" / "adapter").rename(space.root / "away")
     assert loaded.trained(space, "runs/r/gguf") == {"model_name_or_path": "runs/r/merged"}
+    (space.root / "runs" / "r" / "merged").rename(space.root / "gone")
+    with pytest.raises(EdgeError, match="the training of runs/r has not ended"):
+        loaded.trained(space, "runs/r/checkpoint-5")
 
 
 def test_servers_are_known_by_their_jobs(space: Workspace) -> None:

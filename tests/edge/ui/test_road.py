@@ -40,6 +40,16 @@ def train(page: Page, name: str, *, steps: int) -> Run:
     return Run(page.folder / "runs" / name)
 
 
+def pick(page: Page, label: str, option: str) -> None:
+    """Take an option by its name and the arrow."""
+    page.type(label, option)
+    listed = "[...document.querySelectorAll('.q-menu .q-item')].map(e => e.innerText).join()"
+    page.browser.until(f"{listed} === {json.dumps(option)}")
+    page.browser.press("ArrowDown", 40)
+    page.browser.press("Enter", 13)
+    page.browser.until("document.querySelector('.q-menu') === null")
+
+
 def test_get_train_compare_choose_and_train_on_the_choice(page: Page) -> None:
     shutil.rmtree(page.folder / "models" / "toy")
     page.start()
@@ -51,9 +61,10 @@ def test_get_train_compare_choose_and_train_on_the_choice(page: Page) -> None:
     run = train(page, "conch", steps=2)
     assert run.checkpoints == ["checkpoint-2"] and "adapter" in run.stages
 
+    (page.folder / "jobs" / "chat.json").write_text('{"max_tokens": 40}', encoding="utf-8")
     page.open("Chat")
-    page.choose("Model A", "runs/conch/checkpoint-2")
-    page.choose("Model B, or the same for two answers", "models/smollm2-135m-instruct")
+    pick(page, "Model A", "runs/conch/checkpoint-2")
+    pick(page, "Model B, or the same for two answers", "models/smollm2-135m-instruct")
     page.browser.ask("document.querySelector('textarea[aria-label=Question]').focus()")
     page.browser.type("Who are you?")
     page.browser.press("Enter", 13)
@@ -66,9 +77,8 @@ def test_get_train_compare_choose_and_train_on_the_choice(page: Page) -> None:
     page.sees("✓")
     [row] = (page.folder / "data" / "preferences_dpo.jsonl").read_text("utf-8").splitlines()
     assert json.loads(row)["chosen"]["content"] == turn["answers"][0]["content"]
-    while page.browser.ask("[...document.querySelectorAll('button')].some(e => e.innerText === 'Unload')"):
-        page.press("Unload")
     page.press("Train DPO on choices (1)")
     run = train(page, "better", steps=1)
-    # The checkpoint that was preferred goes on.
+    # The run that was preferred goes on.
+    assert run.settings["adapter_name_or_path"]
     assert run.settings["stage"] == "dpo" and run.log
