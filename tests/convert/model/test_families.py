@@ -28,7 +28,7 @@ def quiet() -> Console:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", few(FAMILIES, ("llama", "gemma3")))
+@pytest.mark.parametrize("family", few(FAMILIES, ("llama",)))
 def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: None, family: str) -> None:
     base = make_family(tmp_path / "base", family)
     run = tmp_path / "run"
@@ -43,6 +43,7 @@ def test_adapter_merged_and_gguf_are_one_model(tmp_path: Path, toy_converter: No
     assert ("output.weight" in read_header(path).tensors) is not family.startswith("gemma")
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("family", few(["llama", "qwen2"], ["qwen2"]))
 def test_a_folder_of_transformers_4(tmp_path: Path, toy_converter: None, family: str) -> None:
@@ -69,6 +70,7 @@ def test_a_folder_of_transformers_4(tmp_path: Path, toy_converter: None, family:
         assert header.chat_template == CHATML and header.metadata[f"{family}.rope.freq_base"] == 500.0
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "more"), few([("llama", {"use_rslora": True}), ("qwen2", {})], ["llama"]))
 def test_m8_an_adapter_on_top_of_a_base_in_gguf(

@@ -139,6 +139,7 @@ def test_what_modelscope_refuses_is_said_in_words(served, hasty, folder, tmp_pat
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.matrix
 @needs_it
 @pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(served, hasty, tmp_path, monkeypatch):

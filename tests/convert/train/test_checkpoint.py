@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from convert.train import checkpoint, cli, finetune, trainer
 from edge.artefact import manifest
 from edge.errors import EdgeError, ExistsError, InputError, UsageError
+from tests.support.matrix import few
 from tests.support.runs import ROWS, configure
 
 # Seconds of servers and training: left out of the quick part.
@@ -191,7 +192,7 @@ def test_save_total_limit_and_overwrite(made, tmp_path, quiet):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", few([signal.SIGINT, signal.SIGKILL], [signal.SIGKILL]))
 def test_a_killed_process(made, tmp_path, base, quiet, how):
     """Ctrl-C saves and says how to go on; after a kill the last checkpoint is whole."""
     config = made("killed", save_steps=1, num_train_epochs=400)

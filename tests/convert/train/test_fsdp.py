@@ -83,6 +83,7 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
     assert one.is_dir()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_spread_weights_are_whole_one_layer_at_a_time(tmp_path):
     folder = make_model(tmp_path / "m", layers=5)

@@ -207,6 +207,7 @@ class Peak(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [True, False])
 @pytest.mark.parametrize(("batch", "length"), [(8, 100), (2, 400), (4, 600)])
 @pytest.mark.parametrize("kind", ["lora", "dpo", "full"])

@@ -23,6 +23,7 @@ from edge.artefact import manifest
 from edge.errors import UsageError
 from tests.convert.train.test_checkpoint import same, stop_at
 from tests.support import llamafactory_rows
+from tests.support.matrix import few
 from tests.support.runs import configure
 from tests.support.toy import IM_END, IM_START, make_model
 from tests.support.training import logits, plain, sample
@@ -445,7 +446,7 @@ def test_rank_stabilised_adapters_of_every_start(made, base, tmp_path, start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", few(["lora", "full"], ["lora"]))
 def test_added_tokens_are_trained_merged_and_kept(made, tmp_path, tied, kind):
     """One id each, rows that begin as the mean with noise and are trained, in a tokenizer that knows."""
     base = make_model(tmp_path / "m", tied=tied)

@@ -87,6 +87,7 @@ def test_two_answers_a_choice_and_a_training_on_it(chat: Page) -> None:
     assert browser.errors == []
 
 
+@pytest.mark.matrix
 def test_an_answer_is_stopped_edited_saved_and_a_full_machine_is_named(chat: Page, tmp_path: Path) -> None:
     page, browser = chat, chat.browser
     path = page.folder / "jobs" / "chat.json"

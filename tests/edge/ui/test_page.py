@@ -147,6 +147,7 @@ def test_runs_are_compared_continued_and_deleted(page: Page) -> None:
     assert page.browser.errors == []
 
 
+@pytest.mark.matrix
 def test_a_run_is_merged_with_its_proof_and_served(page: Page) -> None:
     config = configure(page.folder / "data", Path("models/toy"))(max_steps=2)
     path = page.folder / "runs" / "conch.yaml"
