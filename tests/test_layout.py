@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "optimum", "trl")
 ROOT = Path(__file__).parent.parent
 TOPS = ("edge", "convert", "bench")
@@ -132,6 +134,7 @@ def test_no_module_of_edge_names_a_training_library() -> None:
                 assert not {name.split(".")[0] for name in names} & set(HEAVY), module
 
 
+@pytest.mark.slow
 def test_the_server_is_imported_without_them() -> None:
     modules = [
         "edge.server.cli",

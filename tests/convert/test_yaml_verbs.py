@@ -134,6 +134,7 @@ def test_chat_and_serve_make_what_is_missing(
     assert serve[1:] == ["--port", "0"]
 
 
+@pytest.mark.slow
 def test_what_is_refused_before_anything_is_loaded(write: Any) -> None:
     with pytest.raises(UsageError, match="export_dir is missing"):
         cli.main(["export", write(export_dir=None)])

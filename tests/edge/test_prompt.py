@@ -215,6 +215,7 @@ def test_values_that_are_nested_too_deeply_are_refused() -> None:
             compiled(CHATML.template).render([{"role": "user", "content": text, "name": value}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "marks",
     [["<" + "a" * n for n in range(1, 600)], ["<|" + "a" * 200_000 + "|>"]],

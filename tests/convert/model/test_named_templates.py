@@ -39,6 +39,7 @@ def chatml(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("m") / "chatml", template=CHATML)
 
 
+@pytest.mark.slow
 def test_a_base_model_gets_the_template_that_is_named(bare):
     with pytest.raises(InputError, match=r"(?s)has no chat template.*NAME \(default, alpaca, .*phi4\)"):
         chat_format.load(bare)

@@ -365,6 +365,7 @@ def test_some_layers(made, base, keys, moved):
         assert same != any(part in name for part in moved), name
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_there(made, base):
     for keys, words in (
         ({"freeze_trainable_layers": 3}, "freeze_trainable_layers: 3: the model has 2 layers"),

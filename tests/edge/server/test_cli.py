@@ -42,6 +42,7 @@ def server(run: Path) -> Iterator[Server]:
         yield started
 
 
+@pytest.mark.slow
 def test_it_says_what_it_serves(server: Server, run: Path) -> None:
     info = server.get("/info").json()
     assert info["model"] == "微小"
@@ -183,6 +184,7 @@ def test_adapters_are_asked_for_by_their_ids(tmp_path: Path) -> None:
         assert unknown.status_code == 404 and "'第二'" in unknown.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_adapters_that_cannot_be_served_are_said_at_once(tmp_path: Path, run: Path) -> None:
     lora = tiny_llama.write_lora(tmp_path / "x.gguf")
     for more, message in (

@@ -189,6 +189,7 @@ def test_headers_and_bodies_have_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     run(work)
 
 
+@pytest.mark.slow
 def test_a_late_second_request_leaves_the_answer_to_the_first_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.1)
 

@@ -30,6 +30,7 @@ def caller(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_a_call_streamed_or_not(caller: Server) -> None:
     body = {"messages": user("please"), "tools": TOOLS, "temperature": 0}
     choice = caller.post(CHAT, body).json()["choices"][0]

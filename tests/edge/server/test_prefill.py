@@ -44,6 +44,7 @@ def prompt_of(server: Server, messages: list[dict[str, Any]], model: str = "fake
     return bytes(answer["tokens"]).decode("utf-8")
 
 
+@pytest.mark.slow
 def test_the_prompt_ends_where_the_answer_was_left(server: Server) -> None:
     assert prompt_of(server, TURNS) == HEAD + "Once upon "
     assert prompt_of(server, [*user(), {"role": "assistant", "content": ""}]) == HEAD

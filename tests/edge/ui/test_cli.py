@@ -38,6 +38,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1 and "'nicegui'" in done.stderr and "--extras ui" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_module_of_the_page_brings_torch() -> None:
     pytest.importorskip("nicegui")
     code = "import sys; from edge.ui import app\n"

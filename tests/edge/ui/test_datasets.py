@@ -123,6 +123,7 @@ def test_an_uploaded_name_stays_in_the_folder_and_replaces_nothing(tmp_path: Pat
             datasets.free_name(tmp_path, name)
 
 
+@pytest.mark.slow
 def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     deep = "[" * 50_000
     (tmp_path / "a.json").write_text(deep, encoding="utf-8")

@@ -67,6 +67,7 @@ def test_a_verb_is_asked_and_its_message_comes_back(tmp_path: Path) -> None:
     assert "model_name_or_path" in raised.value.message
 
 
+@pytest.mark.slow
 def test_a_configuration_without_end_is_refused() -> None:
     with pytest.raises(InputError, match="no YAML"):
         read_yaml("a: " + "[" * 5000)

@@ -52,6 +52,7 @@ def test_s14_the_usage_chunk_comes_only_when_asked(spelling: Server) -> None:
         assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", range(1, 21, 3))
 def test_s1_a_stream_joins_to_the_whole_wherever_it_is_cut(emoji: Server, limit: int) -> None:
     body = {"messages": user(), "temperature": 0, "max_tokens": limit}
@@ -187,6 +188,7 @@ def test_s9_a_thought_that_the_template_opened_is_split_off() -> None:
         assert "".join(delta.get("content", "") for delta in deltas) == "b"
 
 
+@pytest.mark.slow
 def test_several_choices_differ_by_seed_and_count_the_prompt_once(server: Server) -> None:
     body = {"model": "chance", "messages": user(), "n": 3, "seed": 5, "max_tokens": 20, "ignore_eos": True}
     whole = server.post(CHAT, body).json()
