@@ -305,6 +305,7 @@ def test_a_run_from_a_gguf_needs_one(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_gguf_becomes_a_merged_folder_with_its_weights(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")

@@ -424,6 +424,7 @@ def test_a_real_export_is_served(real: Path) -> None:
         assert cached == first["usage"]["prompt_tokens"] - 1
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @toys("qwen2-untied")
 def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Path) -> None:
@@ -449,6 +450,7 @@ def test_a_file_for_a_card_is_served_by_a_processor_too(real: Path, tmp_path: Pa
     backend.close()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @toys("qwen2-untied")
 def test_four_bits_are_smaller_and_said_to_be_poor(real: Path, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_whole_types_have_no_matrix(tmp_path: Path) -> None:
         gguf.run(base, quant="F16", imatrix=True, console=quiet())
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_real_search(
     tmp_path: Path,

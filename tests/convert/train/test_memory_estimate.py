@@ -207,6 +207,7 @@ class Peak(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [True, False])
 @pytest.mark.parametrize(("batch", "length"), [(8, 100), (2, 400), (4, 600)])
