@@ -19,6 +19,7 @@ from convert.data.prepare import Prepared
 from convert.train import cuda_graphs, load_model, memory_estimate
 from convert.train.losses import LossHead
 from edge.errors import EdgeError
+from tests.support.matrix import few
 
 # Seconds of models without storage: left out of the quick part.
 pytestmark = pytest.mark.slow
@@ -207,11 +208,10 @@ class Peak(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [True, False])
 @pytest.mark.parametrize(("batch", "length"), [(8, 100), (2, 400), (4, 600)])
-@pytest.mark.parametrize("kind", ["lora", "dpo", "full"])
+@pytest.mark.parametrize("kind", few(["lora", "dpo", "full"], ["lora"]))
 def test_tensors_that_live_in_a_real_step(base, checkpoints, batch, length, kind):
     """Eager attention and torch's own, rows and pairs, an adapter and every weight."""
     how = {"lora": {}, "dpo": {"stage": "dpo"}, "full": {"finetuning_type": "full"}}[kind]
