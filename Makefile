@@ -68,9 +68,9 @@ demo:
 	@$(SETUP) --extras serve,train,bench
 	$(BIN)/edge demo "$(RUN)" --config "$(CONFIG)" --model "$(MODEL)" $(if $(QUANT),--quant $(QUANT))
 
-# Tests that measure time run alone, all others beside one another: many wait for a process that they started.
+# Tests that measure time run alone, all others two at once.
 ALONE := $(BIN)/python -m pytest -q
-BESIDE := $(BIN)/python -m pytest -q -n 3 --dist worksteal
+BESIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 everything:
 	@$(SETUP) --extras all

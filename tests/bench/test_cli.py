@@ -183,6 +183,7 @@ def _pair() -> list[Measured]:
     ]
 
 
+@pytest.mark.timing
 def test_a_whole_measurement(measured: list[Measured]) -> None:
     slow, fast = measured
     assert list(slow.rounds) == list(fast.rounds) == [("mixed", 1), ("mixed", 2)]
