@@ -104,7 +104,7 @@ def test_ctrl_c_at_any_moment_of_the_start_shows_no_traceback(line: int, seconds
         try:
             said, _ = process.communicate(timeout=15)
         except subprocess.TimeoutExpired:
-            # Python drops an interrupt that comes within a callback of its own; whoever sits there repeats it.
+            # Python drops an interrupt that comes within a callback of its own; a person repeats it.
             os.killpg(process.pid, signal.SIGINT)
             said, _ = process.communicate(timeout=60)
     assert "Traceback" not in said and "Interrupt" not in said
