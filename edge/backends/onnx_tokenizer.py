@@ -7,9 +7,11 @@ SentencePiece (a space is "▁", and `<0x0A>` is a byte). Another family is refu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +76,11 @@ class Vocabulary:
                 f"{path} is missing, or too large to be a tokenizer",
                 "export again: edge export onnx RUN --overwrite",
             )
-        try:
+        with _reading(path):
             text = exact(path.read_text(encoding="utf-8"))
             described: dict[str, Any] = json.loads(text)
             # The first parses control tokens, the second reads them as plain text.
             self._special, self._plain = Tokenizer.from_str(text), Tokenizer.from_str(text)
-        except Exception as error:  # the package raises plain Exception
-            raise InputError(
-                f"{path} cannot be read: {error}", "export again, with the base's tokenizer"
-            ) from error
         for tokenizer in (self._special, self._plain):
             tokenizer.no_padding()
             tokenizer.no_truncation()
@@ -98,7 +96,8 @@ class Vocabulary:
         self.bos_id: int | None = self._special.token_to_id(self.bos_text) if self.bos_text else None
         eos = self._special.token_to_id(self.eos_text) if self.eos_text else None
         self.ends = frozenset(() if eos is None else (eos,))
-        added = self._special.encode("a", add_special_tokens=True).ids
+        with _reading(path):
+            added = self._special.encode("a", add_special_tokens=True).ids
         self.add_bos = self.bos_id is not None and added[:1] == [self.bos_id]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -122,6 +121,18 @@ class Vocabulary:
     def decode(self, token: int) -> bytes:
         """The bytes of `token`; none for a control token."""
         return self._pieces[token]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the package raises plain Exception, and its panics are not even that
+        raise InputError(
+            f"{path} cannot be read: {error}", "export again, with the base's tokenizer"
+        ) from error
 
 
 def _shrinks(described: dict[str, Any]) -> int:

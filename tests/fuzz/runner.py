@@ -47,7 +47,7 @@ def run(name: str, part: Part, folder: Path, *, seconds: float, seed: int) -> Ou
     work = folder / name
     work.mkdir(parents=True, exist_ok=True)
 
-    def broken(error: Exception) -> None:
+    def broken(error: BaseException) -> None:
         outcome.failed += 1
         frame = traceback.extract_tb(error.__traceback__)[-1]
         # A server's log ends with what is broken.
@@ -67,7 +67,9 @@ def run(name: str, part: Part, folder: Path, *, seconds: float, seed: int) -> Ou
                 try:
                     with _bounds():
                         check(given)
-                except Exception as error:
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException as error:  # a panic of native code is no Exception
                     broken(error)
     except Exception as error:  # what a part looks at when it ends; its last case is as good as any
         broken(error)
@@ -76,7 +78,7 @@ def run(name: str, part: Part, folder: Path, *, seconds: float, seed: int) -> Ou
     return outcome
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """Where it was raised, and what it says: a server's log ends with what is broken."""
     where = "".join(traceback.format_tb(error.__traceback__)[-4:])
     text = f"{type(error).__name__}: {error}"

@@ -221,6 +221,13 @@ def test_a_vocabulary_whose_bytes_are_not_known_is_refused(tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read"):
         Vocabulary(tmp_path, 300)
+    # At its first use the package panics, by what is no Exception.
+    text = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": {}}
+    described = {**tiny_onnx.tokenizer(), "post_processor": template}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read"):
+        Vocabulary(tmp_path, 300)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_onnx.tokenizer()), encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}', encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer_config\.json cannot be read.*surrogates"):
