@@ -6,16 +6,21 @@ import subprocess
 import sys
 from typing import Any
 
+# Keywords of Popen for a group of its own: a terminal's Ctrl-C never reaches it.
+APART: dict[str, Any] = {
+    "start_new_session": True,
+    "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+}
+
 
 def start(module: str, **options: Any) -> subprocess.Popen[bytes]:
-    """`python -m module` with its standard input held open: it ends when this process does.
+    """`python -m module`, in a group of its own. Its standard input is held open: it ends when this one does.
 
-    In a group of its own, so that a terminal's Ctrl-C never reaches it. options: keywords of Popen.
+    options: keywords of Popen.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
-        start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        **APART,
         **options,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.markup import escape
 from bench.measure import metrics
 from bench.report import grid
 from bench.report.definitions import DEFINITIONS
+from edge.artefact import json_file
 from edge.console import plain_table
 
 # Characters that the terminal's table needs, for what and for each target.
@@ -295,12 +295,7 @@ def write_files(files: Mapping[str, str], folder: Path, *, keep: bool = True) ->
         target = folder / name
         if stamp and target.is_file():
             target.replace(target.with_stem(f"{target.stem}-{stamp}"))
-        partial = folder / f".{name}.partial-{os.getpid()}"
-        try:
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        json_file.write_text(target, content)
     return stamp
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,9 @@ import psutil
 from bench.measure.http1 import ProtocolError
 from bench.measure.load import Baseline, Dialect, Ours, get
 from bench.measure.process_probe import MemoryWatch, tree
+from edge.child_process import APART
 from edge.errors import EdgeError
+from edge.machine.hardware import free_port
 
 _LOG_LINES = 15
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -118,13 +119,6 @@ class Running:
         return "\n    ".join(lines[-_LOG_LINES:])
 
 
-def free_port() -> int:
-    """A port of the loopback address that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = True) -> Iterator[Running]:
     """The target as a running child in a process group of its own, ready to answer; stopped at the end.
@@ -150,8 +144,7 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", **target.environment},
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            start_new_session=True,
+            **APART,
         )
     try:
         memory = MemoryWatch(process.pid)

@@ -26,8 +26,29 @@ _BATCH = 512
 Pieces = list[tuple[Prompt, bool]]
 
 
+class _Sequences:
+    """What an item of training has by its sequences."""
+
+    __slots__ = ()
+
+    @property
+    def parts(self) -> tuple[Sample, ...]:
+        """The sequences that it is made of."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(part.ids) for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(part.ids) for part in self.parts)
+
+
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(_Sequences):
     """One sequence to train on.
 
     ids: token ids. spans: [start, end) of what is learnt, never a row's first token, for nothing predicts it.
@@ -54,36 +75,18 @@ class Sample:
         return sum(end - start for start, end in self.spans)
 
     @property
-    def size(self) -> int:
-        """Tokens of the longest sequence in it."""
-        return len(self.ids)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
-    @property
     def parts(self) -> tuple[Sample, ...]:
-        """The sequences that it is made of."""
         return (self,)
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(_Sequences):
     """One question with the answer that is preferred and the one that is not."""
 
     source: str
     chosen: Sample
     rejected: Sample
     row: int = 0
-
-    @property
-    def size(self) -> int:
-        return max(len(self.chosen.ids), len(self.rejected.ids))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.chosen.ids) + len(self.rejected.ids)
 
     @property
     def learnt(self) -> int:
@@ -95,7 +98,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class Judged(_Sequences):
     """A question with an answer that is good or not. other: the same question with another row's answer."""
 
     source: str
@@ -103,14 +106,6 @@ class Judged:
     other: Sample
     good: bool
     row: int = 0
-
-    @property
-    def size(self) -> int:
-        return max(len(part.ids) for part in self.parts)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(part.ids) for part in self.parts)
 
     @property
     def learnt(self) -> int:

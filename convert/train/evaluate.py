@@ -79,10 +79,7 @@ def run(
     base = find_base(about, stage)
     chat = load_format(stage, base, parse_control_tokens=config.parse_control_tokens)
     data = prepare.prepare(config, chat)
-    usable = {item.source for item in data.held}
-    # Plain text asks nothing.
-    asked = prepare.held_rows(config) if config.stage != "pt" else []
-    rows = [row for row in asked if row.source in usable]
+    usable, rows = _asked(config, data)
     for line in data.report.lines():
         console.print(f"note: {line}", style="yellow")
     trained = {item.source for item in data.train} & usable if dataset else set()
@@ -119,9 +116,7 @@ def predict(config: TrainConfig, *, trained: bool, console: Console | None = Non
     for line in (*config.warnings, *chat.warnings) if not trained else ():
         console.print(f"note: {line}", style="yellow")
     data = prepare.prepare(replace(config, packing=False, neat_packing=False), chat)
-    usable = {item.source for item in data.held}
-    asked = prepare.held_rows(config) if config.stage != "pt" else []
-    rows = [row for row in asked if row.source in usable]
+    _, rows = _asked(config, data)
     place = choose_place(config)
     console.print(f"{len(rows)} rows to answer, {stage} on {place.device}")
     how = (config.max_new_tokens, config.per_device_eval_batch_size, console, _sampling(config))
@@ -133,6 +128,14 @@ def predict(config: TrainConfig, *, trained: bool, console: Console | None = Non
     known = json_file.read(path) if trained else {}
     json_file.write(path, known | figures)
     return figures
+
+
+def _asked(config: TrainConfig, data: prepare.Prepared) -> tuple[set[str], list[Row]]:
+    """(sources of the held-out rows that were not left out, those of them to answer)"""
+    usable = {item.source for item in data.held}
+    # Plain text asks nothing.
+    rows = prepare.held_rows(config) if config.stage != "pt" else []
+    return usable, [row for row in rows if row.source in usable]
 
 
 def _sampling(config: TrainConfig) -> dict[str, Any]:

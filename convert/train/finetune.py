@@ -455,23 +455,20 @@ class Run:
 
     def measure(self) -> float:
         """The share of the held-out rows' learnt tokens that the model finds most probable."""
-        return trainer.evaluate(
-            self.model,
-            self.data.held,
-            size=self.config.per_device_eval_batch_size,
-            device=self.place.device,
-            objective=Accuracy(self.head),
-            world=self.world,
-        )
+        return self._mean(Accuracy(self.head))
 
     def evaluate(self) -> float:
         """The mean loss on the held-out rows."""
+        return self._mean(self.objective)
+
+    def _mean(self, objective: Objective) -> float:
+        """The mean of `objective` on the held-out rows."""
         return trainer.evaluate(
             self.model,
             self.data.held,
             size=self.config.per_device_eval_batch_size,
             device=self.place.device,
-            objective=self.objective,
+            objective=objective,
             world=self.world,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,8 @@ def shaped(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """
     assert config.adapter_name_or_path is not None
     folder = folder_of(config.adapter_name_or_path[-1])
+    adapter = json_file.read(folder / _CONFIG, required=True, hint="train it again")
     try:
-        adapter = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
         targets = adapter["target_modules"]
         shape: dict[str, Any] = {
             "lora_rank": int(adapter["r"]),

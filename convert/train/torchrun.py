@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
+from edge.machine.hardware import free_port
 from edge.progress import stdout_of_child
 
 
@@ -27,7 +27,7 @@ def command(argv: list[str]) -> list[str]:
         "--node-rank": os.environ.get("NODE_RANK", "0"),
         "--nproc-per-node": os.environ.get("NPROC_PER_NODE", str(max(1, torch.cuda.device_count()))),
         "--master-addr": os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        "--master-port": os.environ.get("MASTER_PORT") or str(_free_port()),
+        "--master-port": os.environ.get("MASTER_PORT") or str(free_port()),
     }
     options = [word for pair in settings.items() for word in pair]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "edge.cli", "train", *argv]
@@ -36,9 +36,3 @@ def command(argv: list[str]) -> list[str]:
 def launch(argv: list[str]) -> int:
     """Run `command` to its end; its exit code."""
     return subprocess.run(command(argv), stdout=stdout_of_child(), check=False).returncode
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

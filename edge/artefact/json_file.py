@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,23 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` as people read it: indented, and with its characters as they are.
+    """Write `data` as people read it: indented, and with its characters as they are. As `write_text`."""
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
 
-    Readers see the old file or the new one.
-    """
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write each of `rows` as a line. As `write_text`."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text. Readers see the old file or the new one, and nothing in part is left."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def token_text(token: Any) -> str:

@@ -144,15 +144,16 @@ class _Export:
         t = self._t
         titles = {"type": t("type"), "size": t("size"), "decode": t("tokens/s"), "kl": "KL", "": ""}
         rows = []
-        for rung in record["rungs"]:
-            name = f"{rung['quant']} + {rung['rounding']}" if rung["rounding"] else rung["quant"]
+        for candidate in record["rungs"]:
+            name = (
+                f"{candidate['quant']} + {candidate['rounding']}"
+                if candidate["rounding"]
+                else candidate["quant"]
+            )
             best = t("recommended") if name == record["chosen"] else ""
-            rows.append({"type": name, "size": size(rung["size"]), "decode": rung["decode"],
-                         "kl": f"{rung['kl']:.2e}", "": best})  # fmt: skip
-        columns = [
-            {"name": key, "label": label, "field": key, "align": "left"} for key, label in titles.items()
-        ]
-        ui.table(columns=columns, rows=rows, row_key="type").classes("full-width").props("dense flat")
+            rows.append({"type": name, "size": size(candidate["size"]), "decode": candidate["decode"],
+                         "kl": f"{candidate['kl']:.2e}", "": best})  # fmt: skip
+        shared.table(titles, rows)
 
     # Serving
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from nicegui import run as background
 from nicegui import ui
@@ -63,7 +62,7 @@ class _Measured:
         figures = read(run.folder / "predict_results.json") or {}
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         if numbers:
-            table({"key": t("figure"), "value": t("value")},
+            shared.table({"key": t("figure"), "value": t("value")},
                   [{"key": key, "value": f"{value:.4g}"} for key, value in numbers.items()])  # fmt: skip
         report = run.folder / "report.md"
         if report.is_file():
@@ -94,12 +93,7 @@ class _Machine:
     async def _look(self) -> None:
         t, items = self._t, await background.io_bound(doctor.items) or []
         with self._place:
-            table(
+            shared.table(
                 {"group": t("part"), "name": t("name"), "found": t("what is there"), "todo": t("what to do")},
                 [asdict(one) for one in items],
             )  # fmt: skip
-
-
-def table(titles: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    columns = [{"name": key, "label": title, "field": key, "align": "left"} for key, title in titles.items()]
-    ui.table(columns=columns, rows=rows).classes("full-width").props("dense flat wrap-cells")

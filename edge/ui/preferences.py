@@ -8,6 +8,7 @@ from typing import Any
 
 from edge.artefact import json_file
 from edge.ui import datasets
+from edge.ui.workspace import read_lines
 
 # Stage of the training -> its data set.
 NAMES = {"dpo": "preferences_dpo", "kto": "preferences_kto"}
@@ -27,7 +28,7 @@ def flag(folder: Path, messages: list[dict[str, str]], answer: str, good: bool) 
 
 def count(folder: Path, stage: str) -> int:
     """How many choices are kept for a stage."""
-    return len(_rows(_path(folder, stage)))
+    return len(read_lines(_path(folder, stage)))
 
 
 def _answer(text: str) -> dict[str, str]:
@@ -36,10 +37,6 @@ def _answer(text: str) -> dict[str, str]:
 
 def _path(folder: Path, stage: str) -> Path:
     return folder / f"{NAMES[stage]}.jsonl"
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return json_file.lines(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _keep(folder: Path, stage: str, row: dict[str, Any]) -> None:
@@ -52,10 +49,8 @@ def _keep(folder: Path, stage: str, row: dict[str, Any]) -> None:
     }  # fmt: skip
     if datasets.load(folder).get(NAMES[stage]) != entry:
         datasets.add(folder, NAMES[stage], entry)
-    rows = [one for one in _rows(path) if _subject(one) != _subject(row)] + [row]
-    partial = path.with_suffix(".part")
-    partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
-    partial.replace(path)
+    rows = [one for one in read_lines(path) if _subject(one) != _subject(row)] + [row]
+    json_file.write_lines(path, rows)
 
 
 def _subject(row: dict[str, Any]) -> tuple[str, list[str]]:

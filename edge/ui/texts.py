@@ -149,7 +149,7 @@ HELP: dict[str, tuple[str, str]] = {
         "每个数据集最多使用的条数。先用小数目可以很快看出是否一切正常。",
     ),
     "compute": (
-        "The numbers that are calculated with. bf16 suits newer cards, fp16 older ones; automatic chooses "
+        "The numbers that are calculated with. bf16 suits newer GPUs, fp16 older ones; automatic chooses "
         "for this machine.",
         "计算所用的数值类型。较新的显卡用 bf16，较旧的用 fp16；自动则按本机选择。",
     ),

@@ -88,6 +88,12 @@ def curve_names(view: View) -> tuple[str, str, str]:
     return view.t("loss"), view.t("loss, smoothed"), view.t("validation loss")
 
 
+def table(titles: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """A table of rows by key. titles: of the columns, by the same keys."""
+    columns = [{"name": key, "label": title, "field": key, "align": "left"} for key, title in titles.items()]
+    ui.table(columns=columns, rows=rows).classes("full-width").props("dense flat wrap-cells")
+
+
 def loaded_model(view: View, server: Server, changed: Callable[[], None]) -> None:
     """A model that is loaded, what it takes, and a button that unloads it."""
     t = view.t

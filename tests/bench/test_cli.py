@@ -27,10 +27,11 @@ from bench.measure.workloads import Job, Plan, counts
 from bench.report import build as report
 from bench.report import html, table, update_readme
 from bench.rounds import Measured, Round, measure, schedule
-from bench.servers.target import Target, free_port, started, stop
+from bench.servers.target import Target, started, stop
 from bench.side_by_side import check_same_model
 from edge.artefact import manifest
 from edge.errors import EdgeError, InputError, UsageError
+from edge.machine.hardware import free_port
 from tests.support.reports import build
 
 # Seconds of training or of other processes: left out of the quick part.

@@ -4,54 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.support.folder_server import FolderServer
 
 LARGE = 2**20  # bytes from which a file is kept as LFS, named by its sha256
 
 
-class FakeHub:
+class FakeHub(FolderServer):
     """repos: name -> folder; `org/gated`, `org/forbidden` and `org/broken` answer as they are called.
 
-    asked: paths. sent: bytes of large files. cut: bytes after which a large answer drops, 0 never.
-    connections: answers with large files that are still given, None without end. spoil: send other bytes.
+    asked: paths.
     """
 
     commit = "c0" * 20
 
     def __init__(self, repos: dict[str, Path]) -> None:
-        self.repos = repos
+        super().__init__(repos)
         self.asked: list[str] = []
-        self.sent = 0
-        self.cut = 0
-        self.connections: int | None = None
-        self.spoil = False
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path)

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.support.folder_server import FolderServer
 
-class FakeModelScope:
+
+class FakeModelScope(FolderServer):
     """repos: "models/ORG/NAME" or "datasets/ORG/NAME" -> folder; others are not there.
 
-    asked: (path, revision, file). sent: bytes of files. cut: bytes after which the answer with a file of at
-    least `large` bytes drops, 0 never. connections: such answers still given. spoil: send other bytes.
+    asked: (path, revision, file). large: bytes from which a file is a large one.
     """
 
     large = 2**20
 
     def __init__(self, repos: dict[str, Path]) -> None:
-        self.repos = repos
+        super().__init__(repos)
         self.asked: list[tuple[str, str, str]] = []
-        self.sent = self.cut = 0
-        self.connections: int | None = None
-        self.spoil = False
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(request.path)
