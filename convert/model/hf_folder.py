@@ -124,6 +124,11 @@ def stage_folder(given: Path, stage: str) -> Path:
     if (given / marker).is_file() and not (given / stage / manifest.FILE).is_file():
         return given
     if given.is_dir() and not (given / stage).is_dir():
+        if stage == "adapter" and (given / "merged" / manifest.FILE).is_file():
+            raise InputError(
+                f"{given} has no adapter: its training changed the weights themselves",
+                f"{given / 'merged'} is the whole model: edge export gguf {shell(given)}",
+            )
         raise InputError(f"{given} has no {name}", f"make it: {command}")
     return given / stage
 

@@ -133,6 +133,8 @@ def test_every_weight(made, base):
     assert (
         config["dtype"] == "float16" and chat_format.load(target).stop_ids == chat_format.load(base).stop_ids
     )
+    with pytest.raises(InputError, match="changed the weights themselves"):
+        merge.run(target.parent, console=QUIET)
 
 
 @pytest.mark.slow
