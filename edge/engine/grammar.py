@@ -7,9 +7,14 @@ size are capped in Python; llguidance itself bounds the time of each mask.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import threading
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,9 +28,18 @@ MAX_CHARACTERS = 65_536
 MAX_DEPTH = 64
 # Without a bound a model may write white space for ever; this is enough for any indentation.
 WHITESPACE = r"[ ]?|\n[ ]{0,32}"
-# llguidance recurses without end over this number, in a schema's values as in a grammar's %json.
-_ENDLESS = str(-(2**63))
 _OPENING, _CLOSING = "([{", ")]}"
+# llguidance reads numbers as doubles, and not always the nearest one; an integer that becomes the first of
+# these is recursed over until the process ends.
+_ENDLESS, _MOST = -(2.0**63), 2**63 - 1
+_VALUES, _LOWER, _UPPER = ("const", "enum"), ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+# An automaton for multiples of n has a state for each remainder, once n's twos and fives are taken out.
+_MOST_REMAINDERS = 10_000
+# llguidance recurses along chains of references: this holds the longest that MAX_CHARACTERS leave room for.
+_STACK_BYTES = 2**26
+_STACK_LOCK = threading.Lock()
+
+T = TypeVar("T")
 
 
 class Constraint(msgspec.Struct, frozen=True):
@@ -49,7 +63,6 @@ class Grammars:
 
     def compile(self, constraint: Constraint) -> Matcher:
         """A matcher at the beginning of an answer. Raises RequestError where it cannot be honoured."""
-        _check_size(constraint)
         try:
             import llguidance
         except ImportError as error:
@@ -59,9 +72,14 @@ class Grammars:
                 param=constraint.param,
                 hint=install_command("serve"),
             ) from error
+        _check(constraint)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(self._backend)
+        native = _with_stack(lambda: self._native(constraint, llguidance))
+        return Matcher(native, self._backend.info.vocab)
+
+    def _native(self, constraint: Constraint, llguidance: Any) -> Any:
         maker = llguidance.LLMatcher
         limits = llguidance.LLParserLimits(verbose_errors=False)
         options = {"json_schema": {"overrides": {"whitespace_pattern": WHITESPACE}}}.get(constraint.kind, {})
@@ -75,7 +93,7 @@ class Grammars:
         native = maker(self._tokenizer, grammar, log_level=0, limits=limits)
         if native.is_error():
             raise _refused(constraint, native.get_error())
-        return Matcher(native, self._backend.info.vocab)
+        return native
 
 
 class Matcher:
@@ -130,17 +148,31 @@ def fits(schema: dict[str, Any], value: Any) -> bool:
     For text that was not sampled under a mask. The order of an object's keys does not matter.
     """
     constraint = json_constraint(schema, "schema")
+    text = json.dumps(_ordered(schema, value), ensure_ascii=False)
     try:
-        import llguidance
-
-        _check_size(constraint)
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(constraint.text)
-        tokenizer = llguidance.LLTokenizer("byte")
+        _check(constraint)
+        return _with_stack(lambda: _takes(constraint.text, text))
     except (ImportError, ValueError, RequestError):
         return False
-    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
-    text = json.dumps(_ordered(schema, value), ensure_ascii=False).encode("utf-8")
-    return bool(matcher.consume_tokens(list(text)) and matcher.is_accepting())
+
+
+def _takes(schema: str, text: str) -> bool:
+    """Whether a JSON schema's text allows `text`. Raises ValueError where llguidance refuses the schema."""
+    import llguidance
+
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
+    return bool(matcher.consume_tokens(list(text.encode("utf-8"))) and matcher.is_accepting())
+
+
+def _with_stack(work: Callable[[], T]) -> T:
+    """What `work` returns, on a thread of its own whose stack has _STACK_BYTES."""
+    with ThreadPoolExecutor(1, "grammar") as pool:
+        with _STACK_LOCK:
+            before = threading.stack_size(_STACK_BYTES)
+            future = pool.submit(work)
+            threading.stack_size(before)
+        return future.result()
 
 
 def _ordered(schema: Any, value: Any) -> Any:
@@ -177,13 +209,11 @@ def _tokenizer(backend: Backend) -> Any:
     return LLTokenizer(TokenizerWrapper(Vocabulary()), n_vocab=info.vocab, eos_token=stops)
 
 
-def _check_size(constraint: Constraint) -> None:
-    """Native parsers recurse: what is too long or too deep never reaches them."""
+def _check(constraint: Constraint) -> None:
+    """Native parsers recurse: what is too long or too deep never reaches them, nor what they misread."""
     text = constraint.text
     if len(text) > MAX_CHARACTERS:
         raise _refused(constraint, f"it has {len(text)} characters, {MAX_CHARACTERS} are the limit")
-    if _ENDLESS in text:
-        raise _refused(constraint, f"it holds the number {_ENDLESS}")
     depth = 0
     for character in text:
         if character in _OPENING:
@@ -192,9 +222,96 @@ def _check_size(constraint: Constraint) -> None:
                 raise _refused(constraint, f"it is nested deeper than {MAX_DEPTH} levels")
         elif character in _CLOSING:
             depth = max(0, depth - 1)
+    for schema in _schemas(constraint):
+        _check_numbers(constraint, schema)
 
 
-def _refused(constraint: Constraint, why: str) -> RequestError:
-    return RequestError(
-        f"the {constraint.kind} cannot be honoured: {why}", code="invalid_grammar", param=constraint.param
+def _schemas(constraint: Constraint) -> Iterator[Any]:
+    """The JSON schemas in a constraint. Numbers with a point, an exponent or many digits are as spelled."""
+    decoder = json.JSONDecoder(
+        parse_float=Decimal, parse_int=lambda digits: int(digits) if len(digits) < 300 else Decimal(digits)
     )
+    try:
+        if constraint.kind == "json_schema":
+            yield decoder.decode(constraint.text)
+    except (ValueError, RecursionError) as error:
+        raise _refused(constraint, str(error)) from error
+    if constraint.kind == "lark":
+        for part in constraint.text.split("%json")[1:]:
+            # In a text or a comment it may be no schema; what is one for llguidance is one for Python.
+            with contextlib.suppress(ValueError, RecursionError):
+                yield decoder.raw_decode(part.lstrip())[0]
+
+
+def _numbers(schema: Any) -> Iterator[tuple[str, int | Decimal]]:
+    """(keyword, number) of every number in a schema."""
+    left = [("", schema)]
+    while left:
+        keyword, value = left.pop()
+        if isinstance(value, dict):
+            left += [(keyword if keyword in _VALUES else key, inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(keyword, inner) for inner in value]
+        elif isinstance(value, (int, Decimal)) and not isinstance(value, bool):
+            yield keyword, value
+
+
+def _check_numbers(constraint: Constraint, schema: Any) -> None:
+    """Refuse numbers that llguidance would take for others, or take too long over."""
+    multiple, asked = 1, []
+    for keyword, number in _numbers(schema):
+        if isinstance(number, Decimal):
+            if abs(number.adjusted()) > 330:
+                raise _misread(constraint, number)
+        elif -(2**63) <= number < 0 and float(number) == _ENDLESS:
+            raise _misread(constraint, number)
+        elif abs(number) <= 2**53 and keyword != "multipleOf":
+            continue
+        if keyword == "multipleOf" and number > 0:
+            multiple = math.lcm(multiple, _remainders(number))
+        elif keyword in _VALUES or keyword in _LOWER or (keyword in _UPPER and number < _MOST):
+            asked.append(number)
+    if multiple > _MOST_REMAINDERS:
+        raise _refused(constraint, f"its multipleOf have more than {_MOST_REMAINDERS} remainders together")
+    if asked and (misread := _with_stack(lambda: _first_misread(asked))) is not None:
+        raise _misread(constraint, misread)
+
+
+def _first_misread(numbers: list[int | Decimal]) -> int | Decimal | None:
+    """The first number that llguidance, asked for it, writes as another."""
+    written = ",".join(map(_plain, numbers))
+    if _takes(f'{{"const": [{",".join(map(str, numbers))}]}}', f"[{written}]"):
+        return None
+    if len(numbers) == 1:
+        return numbers[0]
+    half = len(numbers) // 2
+    found = _first_misread(numbers[:half])
+    return _first_misread(numbers[half:]) if found is None else found
+
+
+def _remainders(number: int | Decimal) -> int:
+    """A number above 0 without its decimal point, twos and fives."""
+    whole = int(f"{number:f}".replace(".", ""))
+    for factor in (2, 5):
+        while whole % factor == 0:
+            whole //= factor
+    return whole
+
+
+def _plain(number: int | Decimal) -> str:
+    """A number as llguidance writes it: without an exponent, or zeros that change nothing."""
+    text = f"{number:f}" if isinstance(number, Decimal) else str(number)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _misread(constraint: Constraint, number: int | Decimal) -> RequestError:
+    return _refused(
+        constraint,
+        f"the number {number!s:.40} would be rounded",
+        "write it as a string; a limit must be a number that 64-bit floating point holds",
+    )
+
+
+def _refused(constraint: Constraint, why: str, hint: str = "") -> RequestError:
+    message = f"the {constraint.kind} cannot be honoured: {why}"
+    return RequestError(message, code="invalid_grammar", param=constraint.param, hint=hint)

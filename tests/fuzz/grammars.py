@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +25,11 @@ Check = Callable[[Any], None]
 MOST_BYTES = 400
 _END = 256
 _FORMATS = ["date", "time", "date-time", "email", "uuid", "ipv4", "uri", "no-such-format"]
+# Within what floating point holds, at its edge and beyond it.
+_NUMBERS = [
+    -5, 0, 1, 3, 10, 2.5, 0.1, 1e30, 1e300, 1e-320, -0.0, 0.30000000000000004, 0.9697965044964699,
+    *(sign * (2**power + off) for sign in (1, -1) for power in (53, 55, 63, 64) for off in (-1, 0, 1, 2)),
+]  # fmt: skip
 _PATTERNS = ["^a+$", "[a-c]{2}", "^(x|yy)*z$", r"^\d{1,3}$", "(", "(?=a)", "^$", r"\p{L}", "a{1000,2000}"]
 
 
@@ -35,7 +41,7 @@ def schema(rng: Random, depth: int = 3) -> Any:
     kind = rng.randrange(10 if depth else 5)
     if kind == 0:
         limits = rng.choice(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"])
-        number = rng.choice((-5, 0, 1, 3, 10, 2.5, 1e30))
+        number = rng.choice(_NUMBERS)
         return {"type": rng.choice(["integer", "number"]), **({limits: number} if rng.random() < 0.7 else {})}
     if kind == 1:
         more = rng.choice([{"maxLength": small}, {"minLength": small}, {"pattern": rng.choice(_PATTERNS)},
@@ -44,9 +50,14 @@ def schema(rng: Random, depth: int = 3) -> Any:
     if kind == 2:
         return rng.choice([{"type": "boolean"}, {"type": "null"}, {}, True, {"type": ["string", "null"]}])
     if kind == 3:
-        return {"enum": [rng.choice((1, "a", None, 2.5, [1], {"a": "你"}, True)) for _ in range(1 + small)]}
+        return {
+            "enum": [
+                rng.choice((rng.choice(_NUMBERS), "a", None, [1], {"a": "你"}, True))
+                for _ in range(1 + small)
+            ]
+        }
     if kind == 4:
-        return {"const": rng.choice((1, 'a\n"', None, [], {"b": [1]}))}
+        return {"const": rng.choice((rng.choice(_NUMBERS), 'a\n"', None, [], {"b": [1]}))}
     if kind == 5:
         more = rng.choice(
             [{"minItems": small}, {"maxItems": small}, {"uniqueItems": True}, {"contains": {}}, {}]
@@ -176,11 +187,15 @@ def _answer(compiler: Grammars, constraint: Constraint, rng: Random) -> str | No
     return None
 
 
+def _exact(text: str) -> Any:
+    return json.loads(text, parse_float=Decimal)
+
+
 def _check_match(kind: str, asked: Any, text: str) -> None:
     if kind == "json":
         # llguidance takes some schemas that are none, and more regular expressions than Python.
         with contextlib.suppress(jsonschema.SchemaError, RecursionError):
-            jsonschema.validate(json.loads(text), asked, jsonschema.Draft202012Validator)
+            jsonschema.validate(_exact(text), _exact(json.dumps(asked)), jsonschema.Draft202012Validator)
     elif kind == "regex":
         with contextlib.suppress(re.error):
             assert re.fullmatch(asked, text, re.DOTALL), text

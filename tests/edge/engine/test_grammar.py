@@ -78,9 +78,16 @@ def test_min_tokens_and_ignore_eos_do_not_break_a_complete_answer() -> None:
         Constraint("json_schema", '{"type": "string", "format": "no-such-format"}'),
         Constraint("json_schema", '{"$ref": "http://127.0.0.1:9/schema.json"}'),
         Constraint("json_schema", '{"a": ' * 70 + "1" + "}" * 70),
-        # Over these llguidance would end the process.
+        # Over these llguidance would end the process, wherever they stand: a reference may lead there.
         Constraint("json_schema", json.dumps({"enum": [{"a": [-(2**63)]}]})),
-        Constraint("lark", 'start: %json {"const": -9223372036854775808}'),
+        Constraint("json_schema", json.dumps({"$ref": "#/default", "default": {"const": 512 - 2**63}})),
+        Constraint("lark", 'start: "%json {" %json\n{"const": -9223372036854775807}'),
+        # Of these it would write a neighbour.
+        Constraint("lark", 'start: "%json {" %json{"properties": {"a": {"enum": [9007199254740993]}}}'),
+        Constraint("lark", 'start: %json {"const": 9007199254740993.0}'),
+        # An automaton of so many states takes it minutes.
+        Constraint("json_schema", '{"type": "integer", "multipleOf": 999983}'),
+        Constraint("json_schema", '{"allOf": [{"multipleOf": 9.91}, {"items": {"multipleOf": 997}}]}'),
     ],
     ids=lambda c: f"{c.kind}-{c.text[:20]}",
 )
@@ -89,6 +96,76 @@ def test_what_cannot_be_honoured_is_refused(constraint: Constraint) -> None:
         Grammars(FakeBackend()).compile(constraint)
     assert caught.value.status == 400
     assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("keyword", ["const", "enum", "minimum", "maximum", "exclusiveMinimum"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        2**53 + 1, -(2**53) - 1, 2**55 + 2, -(2**63) - 1, 10**400, 10**5000,
+        # Floats that it takes for a neighbour.
+        0.9697965044964699, 262815942439728.78, float("inf"),
+    ],
+    ids=lambda number: str(number)[:20] if isinstance(number, float) or abs(number) < 2**64 else "large",
+)  # fmt: skip
+def test_a_number_that_would_be_rounded_is_refused(keyword: str, number: float) -> None:
+    text = f'{{"type": "number", "{keyword}": {"[1, %s]" if keyword == "enum" else "%s"}}}'
+    spelled = f"1{'0' * 5000}" if number == 10**5000 else json.dumps(number)
+    with pytest.raises(RequestError, match=r"would be rounded|expected value") as caught:
+        Grammars(FakeBackend()).compile(Constraint("json_schema", text % spelled, "format"))
+    assert (caught.value.status, caught.value.param) == (400, "format")
+    assert spelled[:10] in caught.value.message or number in (10**400, 10**5000, float("inf"))
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        ("9007199254740992", "9007199254740992"),
+        ("9223372036854775807", "9223372036854775807"),
+        ("1" + "0" * 30, "1" + "0" * 30),
+        ("1e300", "1" + "0" * 300),
+        ("0.1", "0.1"),
+        ("0.30000000000000004", "0.30000000000000004"),
+        ("-2.50", "-2.5"),
+        ("1.0", "1"),
+        ("-0.0", "-0"),
+        ("0E+5", "0"),
+        ("1e-320", "0." + "0" * 319 + "1"),
+    ],
+)
+def test_a_number_that_is_written_as_it_is_stays(number: str, text: str) -> None:
+    matcher = Grammars(FakeBackend()).compile(Constraint("json_schema", f'{{"const": {number}}}'))
+    for byte in text.encode():
+        assert matcher.mask()[byte]
+        matcher.accept(byte)
+    assert matcher.mask()[256]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        # What bounds nothing may be any number, and a limit may lie beyond all that is written.
+        {"type": "integer", "default": 2**53 + 1, "examples": [2**70], "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": -5, "exclusiveMaximum": 2**64 - 1},
+        {"anyOf": [{"multipleOf": 0.01}, {"type": "integer", "multipleOf": 25_000}], "minimum": 1e-10},
+    ],
+)
+def test_numbers_that_are_kept_to_are_taken(schema: dict[str, object]) -> None:
+    Grammars(FakeBackend()).compile(json_constraint(schema, "x"))
+
+
+def test_chains_of_references_have_room() -> None:
+    """As long as they can be; llguidance recurses along them, which ended the process."""
+    chain = {f"{i}": {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1_450)}
+    schema = {"$ref": "#/$defs/0", "$defs": {**chain, "1450": True}}
+    rules = "\n".join(f"r{i}: r{i + 1}" for i in range(4_200))
+    for constraint in (
+        json_constraint(schema, "x"),
+        Constraint("lark", f'start: r0\n{rules}\nr4200: "a"'),
+    ):
+        Grammars(FakeBackend()).compile(constraint)
+    assert fits(schema, [])
 
 
 def test_a_schema_must_be_an_object() -> None:
