@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from convert.model.hf_folder import shell
+from edge.artefact import json_file
 from edge.errors import InputError, UnavailableError
 from edge.setup import install_command
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _CHUNK = 2**20
-_COMMA = "Illegal trailing comma"
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -126,7 +126,7 @@ def parse(text: str, path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_pairs)
     except json.JSONDecodeError as error:
-        raise _no_json(text, error, path) from error
+        raise json_file.invalid(text, error, path) from error
     except RecursionError as error:
         raise InputError(f"{path}: not valid JSON: nested too deeply") from error
 
@@ -175,7 +175,7 @@ class _Buffer:
         moved = json.JSONDecodeError(error.msg, self.text, error.pos)
         moved.colno += self._column if moved.lineno == 1 else 0
         moved.lineno += self._line
-        return _no_json(self.text, moved, self.path)
+        return json_file.invalid(self.text, moved, self.path)
 
 
 def _list(buffer: _Buffer) -> Iterator[tuple[int, Any]]:
@@ -186,7 +186,7 @@ def _list(buffer: _Buffer) -> Iterator[tuple[int, Any]]:
         if buffer.text[buffer.at] == "]":
             if number == 0:
                 break
-            raise buffer.wrong(json.JSONDecodeError(_COMMA, buffer.text, buffer.at))
+            raise buffer.wrong(json.JSONDecodeError(json_file.TRAILING_COMMA, buffer.text, buffer.at))
         number += 1
         yield number, _value(buffer)
         if not buffer.skip():
@@ -298,11 +298,3 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(
             f"{path} cannot be read: {str(error).splitlines()[0]}", "get the file again"
         ) from error
-
-
-def _no_json(text: str, error: json.JSONDecodeError, path: Path) -> InputError:
-    before = text[: error.pos].rstrip()
-    where = f"line {error.lineno}, column {error.colno}"
-    if error.msg == _COMMA or (before.endswith(",") and text[error.pos : error.pos + 1] in ("]", "}")):
-        return InputError(f"{path}: a comma before the closing bracket ({where})", "remove it")
-    return InputError(f"{path}: not valid JSON: {error.msg} ({where})")

@@ -12,6 +12,9 @@ import msgspec
 
 from edge.errors import InputError
 
+# As Python says it, from 3.13 on.
+TRAILING_COMMA = "Illegal trailing comma"
+
 
 def read(
     path: Path,
@@ -38,6 +41,17 @@ def read(
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {error}", hint) from error
     return data
+
+
+def invalid(text: str, error: json.JSONDecodeError, path: Path) -> InputError:
+    """What is wrong with the JSON `text` of `path`, with line and column."""
+    before = text[: error.pos].rstrip()
+    where = f"line {error.lineno}, column {error.colno}"
+    if error.msg.startswith(TRAILING_COMMA) or (
+        before.endswith(",") and text[error.pos : error.pos + 1] in ("]", "}")
+    ):
+        return InputError(f"{path}: a comma before the closing bracket ({where})", "remove it")
+    return InputError(f"{path}: not valid JSON: {error.msg} ({where})")
 
 
 def lines(text: str) -> list[dict[str, Any]]:

@@ -58,8 +58,9 @@ body.body--dark { --q-primary: #8ab4f8 !important; }
 .edge-tokens > .edge-learnt:nth-child(odd) { background: #2f9e5b88; }
 .edge-page, .edge-page .q-tab-panel, .edge-page .q-panel { overflow: visible; }
 .edge-chip { border: 1px solid #8886; border-radius: 6px; padding: 0 0.5rem; gap: 0.5rem; flex-wrap: nowrap; }
-.edge-composer { position: sticky; bottom: 0; z-index: 1; padding: 0.5rem 0; background: #fff; }
-.body--dark .edge-composer { background: var(--q-dark); }
+.edge-composer, .edge-bar { bottom: 0; z-index: 1; padding: 0.5rem 0; background: #fff; }
+.edge-composer { position: sticky; }
+.body--dark :is(.edge-composer, .edge-bar) { background: var(--q-dark); }
 .edge-question { background: #2a5db01f; border-radius: 6px; padding: 0.4rem 0.75rem; }
 .edge-answers { display: grid; gap: 1rem; }
 .edge-answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
@@ -71,8 +72,17 @@ body.body--dark { --q-primary: #8ab4f8 !important; }
 .edge-warning { color: #8a5a00; }
 .body--dark .edge-warning { color: #f2c037; }
 .edge-title { margin-right: auto; }
-@media (min-width: 800px) { .edge-tabs { flex-grow: 1; } .edge-title { margin-right: 0; } }
-@media (max-width: 799px) { .edge-tabs { order: 3; flex-basis: 100%; } }
+@media (min-width: 800px) {
+  .edge-tabs { flex-grow: 1; }
+  .edge-title { margin-right: 0; }
+  .edge-bar { position: sticky; }
+}
+@media (max-width: 799px) {
+  .edge-tabs { order: 3; flex-basis: 100%; }
+  .edge-tabs .q-tab { flex: 1 1 0; min-width: 0; padding: 0 2px; }
+  .edge-tabs .q-tab__content { flex-direction: column; min-width: 0; padding: 4px 0; }
+  .edge-tabs .q-tab__label { margin: 0; padding: 0; font-size: 0.7rem; line-height: 1.1; }
+}
 """
 _CODE = "\n".join(
     HtmlFormatter(nobackground=True, style=style).get_style_defs(f"body.body--{theme} .codehilite")
@@ -148,9 +158,7 @@ def _frame(workspace: Workspace, t: Texts, request: Request) -> None:
 
     with ui.header().classes("edge-center q-py-none"):
         ui.label("edge").classes("text-h6 edge-title")
-        tabs = (
-            ui.tabs().classes("edge-tabs").props("dense inline-label outside-arrows mobile-arrows align=left")
-        )
+        tabs = ui.tabs().classes("edge-tabs").props("dense inline-label align=left")
         with tabs:
             for name, (icon, _) in TABS.items():
                 ui.tab(name, t(name), icon)

@@ -32,7 +32,7 @@ _RATE = 5e-6  # of a training on preferences
 def build(view: View) -> None:
     names = loaded.names(view.workspace)
     if not names:
-        ui.label(view.t("Nothing to talk to yet: get a model in the Model tab."))
+        shared.nothing(view, view.t("Nothing to talk to yet: get a model in the Model tab."), "Model")
         return
     _Tab(view, names)
 

@@ -58,7 +58,7 @@ def options(curves: dict[str, Curve], names: tuple[str, str, str]) -> dict[str, 
     for number, (run, curve) in enumerate(curves.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         for name, points, style in (
-            (names[0], curve.loss, {"lineStyle": {"width": 1, "opacity": 0.35, "color": colour}}),
+            (names[0], curve.loss, {"lineStyle": {"width": 1, "opacity": 0.5, "color": colour}}),
             (names[1], curve.smooth, {"lineStyle": {"width": 2, "color": colour}}),
             (
                 names[2],

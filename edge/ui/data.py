@@ -25,6 +25,8 @@ class _Tab:
     def __init__(self, view: View) -> None:
         self._view, self._t = view, view.t
         self._folder_name = str(view.form().values.get("dataset_dir", "data"))
+        # Outlives what `_show` makes anew.
+        self._dialogs = ui.element()
         self._all = ui.column().classes("full-width")
         self._show()
 
@@ -100,22 +102,49 @@ class _Tab:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = datasets.free_name(self._folder, event.file.name)
             await event.file.save(path)
-            if path.suffix == ".parquet":
-                row: dict[str, Any] = {}
-                entry: dict[str, Any] = {"file_name": path.name}
-            else:
-                row = dict(await run.io_bound(datasets.first_row, path) or {})
-                entry = datasets.entry_for(path.name, row) or {}
-            if not entry:
-                self._ask_for_columns(path, list(row))
-                return
-            datasets.add(self._folder, path.stem, entry)
         except (EdgeError, OSError) as error:
             shared.complain(str(error))
             return
+        try:
+            await self._add(path)
+        except (EdgeError, OSError) as error:
+            self._ask_to_mend(path, str(error))
+
+    async def _add(self, path: Path) -> None:
+        """Make a data set of a file. Raises InputError where it cannot be read."""
+        if path.suffix == ".parquet":
+            row: dict[str, Any] = {}
+            entry: dict[str, Any] = {"file_name": path.name}
+        else:
+            row = dict(await run.io_bound(datasets.first_row, path) or {})
+            entry = datasets.entry_for(path.name, row) or {}
+        if not entry:
+            self._ask_for_columns(path, list(row))
+            return
+        datasets.add(self._folder, path.stem, entry)
         with self._all:
             ui.notify(self._t("{name} was read.").format(name=path.name), type="positive")
             self._show()
+
+    def _ask_to_mend(self, path: Path, problem: str) -> None:
+        t = self._t
+
+        async def mend() -> None:
+            await run.io_bound(datasets.mend_rows, path)
+            await self._add(path)
+            dialog.close()
+
+        def leave() -> None:
+            path.unlink(missing_ok=True)
+            dialog.close()
+
+        with self._dialogs, ui.dialog().props("persistent") as dialog, ui.card():
+            shared.words(problem).classes("text-negative")
+            with ui.row():
+                if path.suffix in (".json", ".jsonl"):
+                    ui.button(t("Mend"), icon="auto_fix_high", on_click=shared.guarded(mend))
+                ui.button(t("Leave it out"), on_click=leave).props("outline")
+        dialog.open()
 
     def _ask_for_columns(self, path: Path, names: list[str]) -> None:
         """Which column is the question, which the answer."""

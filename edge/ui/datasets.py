@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from edge.artefact import json_file
 from edge.errors import InputError
 
 INFO = "dataset_info.json"
@@ -23,6 +24,7 @@ OPENAI = {
 }  # fmt: skip
 _QUESTIONS = ("instruction", "prompt", "question", "query", "input", "text", "问题")
 _ANSWERS = ("output", "response", "answer", "completion", "回答", "答案")
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 # Input methods leave these in place of ASCII.
 _WIDE = str.maketrans("“”，：｛｝［］\t", '"",:{}[] ')
 
@@ -37,39 +39,75 @@ def load(folder: Path) -> dict[str, Any]:
 
 def parse(text: str, path: Path) -> dict[str, Any]:
     """The data sets in the text of `path`. Raises InputError as `load`."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = (
-            f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        )
-        raise InputError(f"{path} is not valid JSON: {error.args[0].split(':')[0]}, {where}") from error
+    value = _parsed(text, path)
     if not isinstance(value, dict):
         raise InputError(f"{path} is not an object of names and data sets")
     return value
 
 
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise json_file.invalid(text, error, path) from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid JSON: nested too deeply") from error
+
+
 def mended(text: str) -> str:
-    """The text as JSON: commas too many or too few, wide punctuation, comments and open brackets mended.
+    """The text of a dataset_info.json as JSON: what `_structure` mends, wide and single quotes.
 
     Raises InputError where that does not suffice.
     """
-    text = text.lstrip("\ufeff").translate(_WIDE)
-    text = re.sub(r"^\s*(//|#).*$", "", text, flags=re.MULTILINE)
-    # A value at a line's end, and the next key: the comma between them is missing.
-    text = re.sub(r'(["}\]\d]|true|false|null)(\s*\n\s*["{])', r"\1,\2", text)
-    text = re.sub(r'([}\]])(\s*")', r"\1,\2", text)
-    text = re.sub(r",(\s*,)+", ",", text)
-    for left, right in ("[]", "{}"):
-        text += right * (text.count(left) - text.count(right))
+    text = re.sub(r"^\s*(//|#).*$", "", text.translate(_WIDE), flags=re.MULTILINE)
     try:
-        # YAML's flow style is JSON that takes a comma before the bracket, and single quotes.
-        value = yaml.safe_load(text)
+        # YAML's flow style is JSON that takes single quotes.
+        value = yaml.safe_load(_structure(text))
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError("it cannot be mended by itself: mend the line that is named by hand") from error
     if not isinstance(value, dict):
         raise InputError("it is not an object of names and data sets")
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+def mend_rows(path: Path) -> None:
+    """Mend a file of rows in place, as `_structure` does; every text in it stays as it is.
+
+    A file of a Chinese Windows becomes UTF-8. Raises InputError for another encoding.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        try:
+            text = path.read_text(encoding="gb18030")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path.name} is neither UTF-8 nor GB18030", "save it as UTF-8") from error
+    if path.suffix == ".jsonl":
+        rows = [line.rstrip().rstrip(",，") for line in text.split("\n") if line.strip(" \r\t,，[]")]
+        text = "\n".join(map(_structure, rows)) + "\n"
+    else:
+        text = _structure(text)
+        text = f"[{text}]" if text.lstrip().startswith("{") else text
+    json_file.write_text(path, text)
+
+
+def _structure(text: str) -> str:
+    """The text with JSON's brackets and commas mended: too many, too few, or wide ones, outside strings."""
+    strings: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        strings.append(match[0])
+        return f'"{len(strings) - 1}"'
+
+    text = _STRING.sub(hide, text.lstrip("\ufeff")).translate(_WIDE)
+    # A value at a line's end, and the next key: the comma between them is missing.
+    text = re.sub(r'(["}\]\d]|true|false|null)(\s*\n\s*["{])', r"\1,\2", text)
+    text = re.sub(r'([}\]])(\s*["{])', r"\1,\2", text)
+    text = re.sub(r",(\s*,)+", ",", text)
+    for left, right in ("[]", "{}"):
+        text += right * (text.count(left) - text.count(right))
+    text = re.sub(r",(\s*[}\]])", r"\1", text)
+    return _STRING.sub(lambda match: strings[int(match[0][1:-1])], text)
 
 
 def save(folder: Path, text: str) -> None:
@@ -96,9 +134,9 @@ def first_row(path: Path) -> dict[str, Any]:
         else:
             text = path.read_text(encoding="utf-8-sig")
             line = next((line for line in text.splitlines() if line.strip()), "")
-            row = json.loads(line if path.suffix == ".jsonl" else text)
+            row = _parsed(line if path.suffix == ".jsonl" and line else text, Path(path.name))
             row = row[0] if isinstance(row, list) and row else row
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"{path.name} has no row with named columns")

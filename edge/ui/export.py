@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
+import shlex
 from typing import Any
 
 from nicegui import ui
@@ -11,7 +14,8 @@ from nicegui import ui
 from edge.artefact import manifest
 from edge.errors import EdgeError
 from edge.jobs.job import RUNNING, Job, read
-from edge.server.access import KEY_VARIABLE
+from edge.server.access import KEY_VARIABLE, read_keys
+from edge.ui import proof
 from edge.ui import view as shared
 from edge.ui.view import JobCard, View, size
 from edge.ui.workspace import Run
@@ -26,7 +30,7 @@ _VERBS = ("merge", "export", "serve")
 def build(view: View) -> None:
     runs = [run for run in view.workspace.runs() if run.stages]
     if not runs:
-        ui.label(view.t("No run with a result yet: train first."))
+        shared.nothing(view, view.t("No run with a result yet: train first."), "Train")
         return
     names = [run.name for run in runs]
     place = ui.column().classes("full-width")
@@ -64,14 +68,23 @@ class _Export:
             self._button(t("Export LoRA"), functools.partial(self._export, "lora", needs=""))
             self._button(t("For Ollama"), functools.partial(self._export, "ollama", needs="gguf"))
             self._overwrite = ui.checkbox(t("Replace an earlier result"))
+        ui.label(
+            t(
+                "GGUF is what a laptop runs: here, in Ollama and in LM Studio. "
+                "What an export needs is merged first."
+            )
+        ).classes("edge-help")
         self._jobs = ui.column().classes("full-width")
-        for job in view.workspace.jobs():
-            if job.argv[1] in _VERBS and self._path in job.argv and job.state in (*RUNNING, "failed", "lost"):
-                self._follow(job)
         self._proofs()
         self._ladder()
         if {"gguf", "onnx"} & set(run.stages):
             self._serving()
+        else:
+            ui.label(t("What is exported as GGUF or ONNX can be served here.")).classes("edge-help")
+        self._served = ui.column().classes("full-width")
+        for job in view.workspace.jobs():
+            if job.argv[1] in _VERBS and self._path in job.argv and job.state in (*RUNNING, "failed", "lost"):
+                self._follow(job)
 
     def _button(self, text: str, action: Any) -> None:
         ui.button(text, on_click=shared.guarded(action)).props("outline")
@@ -80,8 +93,8 @@ class _Export:
         self._follow(self._view.workspace.start([*argv]))
 
     def _follow(self, job: Job) -> None:
-        with self._jobs:
-            serves = job.argv[1] == "serve"
+        serves = job.argv[1] == "serve"
+        with self._served if serves else self._jobs:
             JobCard(self._view, job, ended=lambda: None if serves else self._view.go("Export"))
             if serves and job.state in RUNNING:
                 self._snippets(job)
@@ -118,8 +131,7 @@ class _Export:
         """Each stage with what was compared, in plain words."""
         t = self._t
         for stage in self._run.stages:
-            folder = self._run.folder / stage
-            about = read(folder / manifest.FILE) or {}
+            about = read(self._run.folder / stage / manifest.FILE) or {}
             total = sum(file.get("size", 0) for file in (about.get("files") or {}).values())
             verify = about.get("verify") or {}
             with ui.row().classes("full-width edge-line"):
@@ -127,14 +139,11 @@ class _Export:
                 ui.label(" · ".join(filter(None, (size(total), str(verify.get("kind", "")))))).classes(
                     "edge-mono col"
                 )
-                for text, good in proof(verify):
-                    ui.badge(t(text)).props(f"color={'positive' if good else 'negative'}")
-            logits = verify.get("logits") or {}
-            if "kl_mean" in logits:
-                text = t(
-                    "{equal} of the most likely next tokens are the same; the mean KL divergence is {kl}"
-                )
-                shared.words(text.format(equal=f"{logits['top1']:.1%}", kl=f"{logits['kl_mean']:.1e}"))
+            if rows := proof.rows(verify, t):
+                before = str((verify.get("against") or {}).get("stage", ""))
+                titles = {"name": t("compared with {stage}").format(stage=before), "result": t("result"),
+                          "meaning": t("what it means")}  # fmt: skip
+                shared.table(titles, rows)
             shared.words("\n".join(map(str, verify.get("warnings") or []))).classes("edge-warning")
 
     def _ladder(self) -> None:
@@ -161,44 +170,49 @@ class _Export:
         t = self._t
         with ui.row().classes("full-width edge-center"):
             port = ui.input(t("Port"), value="8000").classes("col")
+            key = ui.input(t("API key, empty for none")).classes("col").props("autocomplete=off")
 
             async def serve() -> None:
-                if not str(port.value).isdecimal():
-                    raise EdgeError(t("A port is a number."))
-                self._start("serve", self._path, "--port", str(port.value))
+                if not str(port.value).isdecimal() or not 0 < int(port.value) < 2**16:
+                    raise EdgeError(t("A port is a number from 1 to 65535."))
+                options = ["--api-key-file", self._key_file(key.value)] if key.value else []
+                self._start("serve", self._path, "--port", str(port.value), *options)
 
             self._button(t("Serve it"), serve)
+
+    def _key_file(self, key: str) -> str:
+        """Keep the key where this user alone can read it, not in a command that all can see; its path."""
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise EdgeError(self._t("A key has ASCII letters, digits and signs, and no spaces."))
+        path = self._view.workspace.jobs_folder / f"key-{hashlib.sha256(key.encode()).hexdigest()[:12]}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(key + "\n", encoding="utf-8")
+        return self._view.workspace.short(path)
 
     def _snippets(self, job: Job) -> None:
         """How to ask what is served."""
         url = f"http://127.0.0.1:{job.argv[job.argv.index('--port') + 1]}"
-        body = '{"messages": [{"role": "user", "content": "Hello"}]}'
-        # The server has the page's environment, and so its key.
-        keyed = bool(os.environ.get(KEY_VARIABLE))
-        key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if keyed else ""
+        question = self._t("Hello!")
+        body = json.dumps({"messages": [{"role": "user", "content": question}]}, ensure_ascii=False)
+        curl = shlex.join(["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"])
+        secret = '"none"'
+        if "--api-key-file" in job.argv:
+            file = self._view.workspace.root / job.argv[job.argv.index("--api-key-file") + 1]
+            key = read_keys(file, "")[0]
+            curl += " -H " + shlex.quote(f"Authorization: Bearer {key}")
+            secret = json.dumps(key)
+        elif os.environ.get(KEY_VARIABLE):
+            # The server has the page's environment, and so its key.
+            curl += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+            secret = f'os.environ["{KEY_VARIABLE}"]'
         ui.link(url, url, new_tab=True)
-        ui.code(
-            f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
-            language="bash",
-        ).classes("full-width")
-        secret = f'os.environ["{KEY_VARIABLE}"]' if keyed else '"none"'
+        ui.code(f"{curl} -d {shlex.quote(body)}", language="bash").classes("full-width")
         ui.code(
             "import os\n\nfrom openai import OpenAI\n\n"
-            f"client = OpenAI(base_url='{url}/v1', api_key={secret})\n"
-            f"answer = client.chat.completions.create(model='{self._run.name}', "
-            "messages=[{'role': 'user', 'content': 'Hello'}])\n"
+            f'client = OpenAI(base_url="{url}/v1", api_key={secret})\n'
+            f'messages = [{{"role": "user", "content": "{question}"}}]\n'
+            f'answer = client.chat.completions.create(model="{self._run.name}", messages=messages)\n'
             "print(answer.choices[0].message.content)",
             language="python",
         ).classes("full-width")
-
-
-def proof(verify: dict[str, Any]) -> list[tuple[str, bool]]:
-    """(words, whether it is equal) of what was compared with the stage before."""
-    words = {
-        "chat_template": ("same chat template", "another chat template"),
-        "token_ids": ("same token ids", "other token ids"),
-        "stops": ("same stop tokens", "other stop tokens"),
-    }
-    return [
-        (pair[verify[key] != "equal"], verify[key] == "equal") for key, pair in words.items() if key in verify
-    ]

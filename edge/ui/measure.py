@@ -33,7 +33,7 @@ def build(view: View) -> None:
         place = ui.column().classes("full-width")
         choose(first)
     else:
-        ui.label(t("No run with a result yet: train first."))
+        shared.nothing(view, t("No run with a result yet: train first."), "Train")
     with ui.expansion(t("This machine"), icon="computer").classes("full-width"):
         _Machine(view)
 

@@ -30,16 +30,17 @@ class _Tab:
         t = self._t
         models = view.workspace.models()
         with ui.row().classes("full-width edge-center"):
-            self._name = ui.input(
-                t("Hub id (ORG/NAME), a folder or a GGUF file"), value="" if models else EMBEDDED
-            ).classes("col")
+            self._name = ui.input(t("Hub id, folder or GGUF file"), value="" if models else EMBEDDED).classes(
+                "col"
+            )
             self._hub = ui.select(_HUBS, label=t("Hub"), value="huggingface")
             ui.button(t("Get the model"), icon="download", on_click=shared.guarded(self._pull))
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         ui.label(
-            t("{name} is embedded and needs no hub. The hub is {url}; HF_ENDPOINT names another.").format(
-                name=EMBEDDED, url=endpoint
-            )
+            t(
+                "{name} is embedded and needs no hub; a hub id is ORG/NAME. "
+                "The hub is {url}; HF_ENDPOINT names another."
+            ).format(name=EMBEDDED, url=endpoint)
         ).classes("edge-help")
         self._shown = ui.column().classes("full-width")
         job = view.workspace.job("pull")

@@ -28,7 +28,7 @@ class _Tab:
         self._chosen: dict[str, Run] = {}
         runs = view.workspace.runs()
         if not runs:
-            ui.label(self._t("No training yet."))
+            shared.nothing(view, self._t("No training yet."), "Train")
         for run in runs:
             self._line(run, chosen=run is runs[0])
         self._compared = ui.column().classes("full-width")

@@ -14,6 +14,15 @@ class Texts:
     def __call__(self, text: str) -> str:
         return CHINESE[text] if self.language == "zh" else text
 
+    def key(self, key: str) -> str:
+        """A key of the configuration, behind its name in Chinese."""
+        return f"{NAMES[key]} {key}" if self.language == "zh" and key in NAMES else key
+
+    def progress(self, text: str) -> str:
+        """A stage of a command, or the unit that it counts in; of a stage that names files they stay."""
+        known = next((one for one in PROGRESS if f"{text} ".startswith(f"{one} ")), "")
+        return PROGRESS[known] + text[len(known) :] if known and self.language == "zh" else text
+
     def help(self, key: str) -> str:
         return HELP[key][self.language == "zh"]
 
@@ -40,11 +49,11 @@ CHINESE = {
     "The validation loss rises: the model learns the rows by heart. Stop earlier.":
         "验证损失上升：模型开始背诵数据，应更早停止。",
     # Model
-    "Hub id (ORG/NAME), a folder or a GGUF file": "模型库编号（组织/名称）、文件夹或 GGUF 文件",
+    "Hub id, folder or GGUF file": "模型编号、文件夹或 GGUF 文件",
     "Get the model": "获取模型", "Hub": "模型库",
     "No model is here yet.": "这里还没有模型。", "Name a model first.": "请先填写模型。",
-    "{name} is embedded and needs no hub. The hub is {url}; HF_ENDPOINT names another.":
-        "{name} 是内置模型，不需要模型库。当前模型库为 {url}，可用 HF_ENDPOINT 更换。",
+    "{name} is embedded and needs no hub; a hub id is ORG/NAME. The hub is {url}; HF_ENDPOINT names another.":
+        "{name} 是内置模型，无需联网；模型编号形如 组织/名称。当前模型库为 {url}，可用 HF_ENDPOINT 更换。",
     "fits for serving": "内存足够部署",
     "too large for serving here": "内存不足以部署",
     "Train it": "用它训练",
@@ -54,7 +63,7 @@ CHINESE = {
     "json, jsonl, csv or parquet; they are put into the folder.":
         "json、jsonl、csv 或 parquet；文件会放入该文件夹。",
     "No data set yet: upload a file.": "还没有数据集，请上传文件。",
-    "Mend": "修复",
+    "Mend": "修复", "Leave it out": "放弃",
     "Which column of {name} is what?": "{name} 的各列分别是什么？",
     "Choose a base model in the Train tab: its tokenizer and template are used.":
         "请先在“训练”页选择基座模型：将使用它的分词器和模板。",
@@ -78,13 +87,32 @@ CHINESE = {
     "measure several here": "在本机测量多种", "Export GGUF": "导出 GGUF", "Export ONNX": "导出 ONNX",
     "Merge": "合并",
     "Export LoRA": "导出 LoRA", "For Ollama": "用于 Ollama", "Export GGUF first.": "请先导出 GGUF。",
-    "same chat template": "对话模板相同", "another chat template": "对话模板不同",
-    "same token ids": "词元编号相同", "other token ids": "词元编号不同",
-    "same stop tokens": "停止词元相同", "other stop tokens": "停止词元不同",
-    "{equal} of the most likely next tokens are the same; the mean KL divergence is {kl}":
-        "{equal} 的最可能词元相同；平均 KL 散度为 {kl}",
+    "compared with {stage}": "与 {stage} 的对比", "result": "结果", "what it means": "含义",
+    "the same": "相同", "different": "不同",
+    "Chat template": "对话模板",
+    "The model is shown a conversation in the form that it was trained on.": "对话以训练时的格式送入模型。",
+    "Token ids": "词元编号", "A text becomes the same numbers.": "同样的文字变成同样的编号。",
+    "Text to ids and back": "文字与编号互转", "No sign is lost on the way.": "转换中不丢字符。",
+    "Stop tokens": "停止词元", "An answer ends where it should.": "回答会在该结束处结束。",
+    "Most likely next token": "最可能的下一个词元",
+    "How often both would go on with the same token.": "两者选出同一个词元的比例。",
+    "Tokens of whole answers": "整段回答的词元",
+    "How many are the same when both answer without chance.": "两者都不随机作答时，相同的词元数。",
+    "KL divergence, mean": "平均 KL 散度",
+    "How far all probabilities have moved: 0 is not at all, four bits are usually below 0.1.":
+        "全部概率的偏移程度：0 为毫无偏移，4 位通常低于 0.1。",
+    "Perplexity": "困惑度",
+    "How surprised the model is by the answers of the data set: nearly equal is good.":
+        "模型对数据集中的回答有多意外：前后接近就好。",
     "type": "类型", "size": "大小", "recommended": "推荐",
-    "Port": "端口", "A port is a number.": "端口是一个数字。", "Serve it": "启动服务",
+    "Port": "端口", "A port is a number from 1 to 65535.": "端口是 1 到 65535 的数字。",
+    "Serve it": "启动服务",
+    "GGUF is what a laptop runs: here, in Ollama and in LM Studio. What an export needs is merged first.":
+        "笔记本上通常用 GGUF：可用于本页、Ollama 和 LM Studio。导出前会自动完成所需的合并。",
+    "What is exported as GGUF or ONNX can be served here.": "导出为 GGUF 或 ONNX 后，可在此启动服务。",
+    "API key, empty for none": "API 密钥（留空则不需要）", "Hello!": "你好！",
+    "A key has ASCII letters, digits and signs, and no spaces.": "密钥只含英文字母、数字和符号，不含空格。",
+    "Stop serving": "停止服务",
     # Chat
     "Nothing to talk to yet: get a model in the Model tab.": "还没有可对话的模型，请先在“模型”页获取。",
     "Model A": "模型 A", "Model B, or the same for two answers": "模型 B（选同一个则得到两个回答）",
@@ -127,7 +155,35 @@ CHINESE = {
     "Choose a base model and at least one data set.": "请选择基座模型和至少一个数据集。",
 }  # fmt: skip
 
-# The keys that beginners are taught, in that order, each in two sentences.
+# How commands begin what they say of their progress, and their units.
+PROGRESS = {
+    "training": "训练", "evaluating": "验证", "planning": "规划", "reading the data": "读取数据",
+    "loading the model": "加载模型", "loading": "加载", "ready": "就绪",
+    "downloading": "下载", "getting": "获取", "converting": "转换", "building": "构建",
+    "merging into": "合并到", "quantising to": "量化为", "comparing logits:": "比较概率：",
+    "computing the merged model": "计算合并后的模型", "gathering the importance matrix": "收集重要性矩阵",
+    "measuring what": "测量", "smoothing the activations of": "平滑激活值：",
+    "steps": "步", "tensors": "个张量", "layers": "层", "texts": "段文字", "batches of answers": "批回答",
+}  # fmt: skip
+
+# The keys that beginners are taught, in that order, as Chinese calls them.
+NAMES = {
+    "learning_rate": "学习率",
+    "num_train_epochs": "训练轮数",
+    "max_grad_norm": "最大梯度范数",
+    "max_samples": "最大样本数",
+    "cutoff_len": "截断长度",
+    "per_device_train_batch_size": "批处理大小",
+    "gradient_accumulation_steps": "梯度累积",
+    "val_size": "验证集比例",
+    "lr_scheduler_type": "学习率调节器",
+    "lora_rank": "LoRA 秩",
+    "quantization_bit": "量化位数",
+    "adapter_name_or_path": "已有适配器",
+    "create_new_adapter": "新建适配器",
+}
+
+# What each means, in two sentences.
 HELP: dict[str, tuple[str, str]] = {
     "learning_rate": (
         "How far each step moves the weights. Too large and the loss jumps, too small and nothing is "

@@ -52,7 +52,7 @@ class _Tab:
             self._fill()
         upload = ui.upload(auto_upload=True, on_upload=self._load).props('accept=".yaml,.yml"')
         upload.classes("hidden")
-        with ui.row().classes("full-width edge-center"):
+        with ui.row().classes("full-width edge-center edge-bar"):
             ui.button(self._t("Start training"), icon="play_arrow", on_click=shared.guarded(self._start))
             ui.button(self._t("Preview"), icon="visibility", on_click=shared.guarded(self._preview)).props(
                 "outline"
@@ -145,18 +145,20 @@ class _Tab:
         kinds = about.get("type", ())
         if "boolean" in kinds and "string" not in kinds:
             on = bool(default if value is None else value)
-            ui.switch(key, value=on, on_change=lambda event: self._switch(key, event.value, default))
+            ui.switch(
+                self._t.key(key), value=on, on_change=lambda event: self._switch(key, event.value, default)
+            )
         elif "enum" in about and "type" not in about:
             plain = [one for one in about["enum"] if one not in (None, "None", "none", "4", False)]
             names = {one: str(one) for one in [*plain, *([value] if value not in (None, *plain) else [])]}
             ui.select(
-                names, label=key, value=value, clearable=True,
+                names, label=self._t.key(key), value=value, clearable=True,
                 on_change=lambda event: self.form.set(key, event.value),
             ).classes("full-width").props("stack-label")  # fmt: skip
         else:
             hint = "" if default is None else self._t("Default: {value}").format(value=default)
             ui.input(
-                key, value="" if value is None else shown(value), placeholder=hint,
+                self._t.key(key), value="" if value is None else shown(value), placeholder=hint,
                 on_change=lambda event: self.form.set(key, event.value),
             ).classes("full-width").props("stack-label")  # fmt: skip
 

@@ -70,6 +70,13 @@ def words(text: str = "") -> Any:
     return ui.label(text).classes("edge-words")
 
 
+def nothing(view: View, text: str, tab: str) -> None:
+    """Why a tab is empty, and the way to the tab where that changes."""
+    with ui.row().classes("full-width edge-center"):
+        ui.label(text)
+        ui.button(view.t(tab), icon="arrow_forward", on_click=lambda: view.go(tab)).props("outline dense")
+
+
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -168,7 +175,7 @@ class JobCard:
         self._badge.set_text(t(title))
         self._badge.props(f"color={colour} data-state={state}")
         self._stop.set_visibility(state in RUNNING)
-        self._stop.set_text(t("End at once") if state == "stopping" else t("Stop"))
+        self._stop.set_text(self._stops(state))
         self._again.set_visibility(state in ("failed", "stopped", "lost"))
         self._again.set_text(t("Resume") if self._run else t("Run again"))
         self._show_progress(state)
@@ -182,13 +189,19 @@ class JobCard:
             if state == "done":
                 self._ended()
 
+    def _stops(self, state: str) -> str:
+        t, serves = self._view.t, self._job.argv[1] == "serve"
+        return t("End at once") if state == "stopping" else t("Stop serving") if serves else t("Stop")
+
     def _show_progress(self, state: str) -> None:
         t, line = self._view.t, self._line
         done, total, left = (line.get(key) for key in ("done", "total", "seconds_left"))
         self._bar.set_value(done / total if done is not None and total else float(state == "done"))
-        parts = [str(line.get("stage", ""))]
-        if done is not None and total:
-            parts.append(f"{done:,} / {total:,} {line.get('unit', '')}")
+        parts = [t.progress(str(line.get("stage", "")))]
+        if done is not None and total and line.get("unit") == "bytes":
+            parts.append(f"{size(done)} / {size(total)}")
+        elif done is not None and total:
+            parts.append(f"{done:,} / {total:,} {t.progress(line.get('unit', ''))}")
         if left is not None and state in RUNNING:
             parts.append(t("{time} left").format(time=duration(left)))
         record = self._job.record

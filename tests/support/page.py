@@ -55,12 +55,42 @@ class Page:
         self.browser.until(f"{found} !== undefined")
         self.browser.ask(f"{found}.click()")
 
+    def tab(self, name: str) -> None:
+        """Go to a tab by its name, until it alone is shown."""
+        reads = f"e.querySelector('.q-tab__label').innerText === {json.dumps(name)}"
+        self.browser.ask(f"[...document.querySelectorAll('.q-tab')].find(e => {reads}).click()")
+        shown = "document.querySelectorAll('.q-tab-panel').length === 1"
+        active = f"document.querySelector('.q-tab--active')?.innerText.includes({json.dumps(name)})"
+        content = "document.querySelector('.q-tab-panel > .full-width > *') !== null"
+        self.browser.until(f"{shown} && {active} && {content}")
+
+    def select(self, label: str, option: str) -> None:
+        """Take an option of a list that has no field to type into."""
+        self.browser.until(f"{self.field(label)} !== null")
+        self.browser.ask(
+            f"{self.field(label)}.closest('.q-field').querySelector('.q-field__control').click()"
+        )
+        reads = f"e.innerText === {json.dumps(option)}"
+        item = f"[...document.querySelectorAll('.q-menu .q-item')].find(e => {reads})"
+        self.browser.until(f"{item} !== undefined")
+        self.browser.ask(f"{item}.click()")
+
+    def unfold(self, title: str) -> None:
+        """Open the folded part with that title."""
+        reads = f"e.innerText.includes({json.dumps(title)})"
+        self.browser.ask(
+            f"[...document.querySelectorAll('.q-expansion-item .q-item')].find(e => {reads}).click()"
+        )
+
     def field(self, label: str) -> str:
-        """The input with that label, as an expression."""
-        return f"document.querySelector('input[aria-label={json.dumps(label)}]')"
+        """The input with that label, or one that ends in it, as an expression."""
+        names = ",".join(
+            f"input[aria-label{end}={json.dumps(text)}]" for end, text in (("", label), ("$", f" {label}"))
+        )
+        return f"document.querySelector('{names}')"
 
     def type(self, label: str, text: str) -> None:
-        self.browser.until(f"{self.field(label)} !== null")
+        self.browser.until(f"{self.field(label)}?.getClientRects().length > 0")
         self.browser.ask(f"{self.field(label)}.focus(), {self.field(label)}.select()")
         self.browser.type(text)
 

@@ -42,6 +42,46 @@ def test_what_people_break_is_mended(broken: str) -> None:
     assert json.loads(datasets.mended(broken)) == GOOD
 
 
+WIDE = [{"q": "他说：“好，{走}”", "a": "x,\\n]"}, {"q": 'say "no"', "a": "1"}]
+ROWS = json.dumps(WIDE, ensure_ascii=False, indent=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("a.json", ROWS.replace("\n]", ",\n]")),
+        ("a.json", ROWS.replace(" },", " },,")),
+        ("a.json", ROWS.replace(" },", " }")),
+        ("a.json", ROWS.replace('"\n }', '",\n }')),
+        ("a.json", ROWS.replace(" },", " }，").replace("[", "［", 1)),
+        ("a.json", ROWS[:-2]),
+        ("a.json", "\n".join(map(json.dumps, WIDE))),
+        ("a.jsonl", "".join(json.dumps(row) + ",\n" for row in WIDE)),
+        ("a.jsonl", "[\n" + ",\n".join(map(json.dumps, WIDE)) + "\n]"),
+    ],
+)
+def test_rows_are_mended_and_their_texts_stay(tmp_path: Path, name: str, broken: str) -> None:
+    path = tmp_path / name
+    path.write_text(broken, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{name}: .*\(line \d+, column"):
+        datasets.first_row(path)
+    datasets.mend_rows(path)
+    text = path.read_text("utf-8")
+    assert (list(map(json.loads, text.splitlines())) if name == "a.jsonl" else json.loads(text)) == WIDE
+
+
+def test_a_file_of_a_chinese_windows_becomes_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(ROWS, encoding="gb18030")
+    with pytest.raises(InputError, match=r"a\.json cannot be read: 'utf-8'"):
+        datasets.first_row(path)
+    datasets.mend_rows(path)
+    assert json.loads(path.read_text("utf-8")) == WIDE
+    path.write_bytes(b"\xff\xff")
+    with pytest.raises(InputError, match=r"a\.json is neither UTF-8 nor GB18030"):
+        datasets.mend_rows(path)
+
+
 def test_what_cannot_be_mended_is_said() -> None:
     for text in ('{"a": {"file_name" "b"}}', "[]", "{{}"):
         with pytest.raises(InputError):
@@ -130,5 +170,5 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     for refused in (lambda: datasets.parse(deep, tmp_path), lambda: datasets.mended('{"a": ' + deep)):
         with pytest.raises(InputError):
             refused()
-    with pytest.raises(InputError, match=r"a\.json cannot be read"):
+    with pytest.raises(InputError, match=r"a\.json: not valid JSON: nested too deeply"):
         datasets.first_row(tmp_path / "a.json")

@@ -168,8 +168,7 @@ def test_a_run_is_merged_with_its_proof_and_served(page: Page) -> None:
     # What the command says of a toy's tokenizer stands in the page, and the proof of what was made.
     page.sees(export.last_line["hint"])
     page.open("Export")
-    page.sees("of the most likely next tokens are the same")
-    page.sees("same token ids")
+    page.sees("How often both would go on with the same token.")
 
     # A file that llama.cpp knows. Late: the quick tests read this module too.
     from convert.pull import embedded_gguf, pull
@@ -189,7 +188,7 @@ def test_a_run_is_merged_with_its_proof_and_served(page: Page) -> None:
     command = command.replace('{"messages"', '{"max_tokens": 8, "messages"')  # a small model talks long
     done = subprocess.run([*shlex.split(command), "-s"], capture_output=True, encoding="utf-8", check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
-    page.press("Stop")
+    page.press("Stop serving")
     until(lambda: served.state in ("stopped", "done"))
     assert page.browser.errors == []
 

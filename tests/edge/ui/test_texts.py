@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge.ui.texts import CHINESE, HELP, Texts
+from edge.ui.texts import CHINESE, HELP, NAMES, PROGRESS, Texts
 
 UI = Path(__file__).parents[3] / "edge" / "ui"
 PLACES = re.compile(r"\{\w+\}")
@@ -46,6 +46,23 @@ def test_both_languages_have_the_same_places() -> None:
         assert sorted(PLACES.findall(english)) == sorted(PLACES.findall(chinese)), english
         assert re.search(r"[\u4e00-\u9fff]", chinese), english
     assert all(len(re.findall(r"[.;]", english)) >= 2 for english, _ in HELP.values())
+
+
+def test_what_commands_say_of_their_progress_is_theirs() -> None:
+    root = UI.parents[1]
+    paths = [path for top in ("convert", "edge") for path in (root / top).rglob("*.py")]
+    sources = "\n".join(path.read_text("utf-8") for path in paths if path.name != "texts.py")
+    assert [text for text in PROGRESS if not re.search(rf'"{re.escape(text)}[ "]', sources)] == []
+    english, chinese = Texts("en"), Texts("zh")
+    assert english.progress("merging into a/b") == "merging into a/b"
+    assert chinese.progress("merging into a/b") == "合并到 a/b"
+    assert (chinese.progress("training"), chinese.progress("trainings")) == ("训练", "trainings")
+
+
+def test_keys_that_are_explained_have_a_name() -> None:
+    assert set(HELP) - set(NAMES) == {"compute"}
+    assert Texts("zh").key("lora_rank") == "LoRA 秩 lora_rank"
+    assert Texts("en").key("lora_rank") == Texts("zh").key("lora_rank")[-9:]
 
 
 def test_either_language() -> None:
