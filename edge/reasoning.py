@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 
 THINK, THINK_END = "<think>", "</think>"
+EMPTY = f"{THINK}\n\n{THINK_END}\n\n"
 
 
 def opens_reasoning(prompt: str) -> bool:

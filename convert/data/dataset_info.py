@@ -18,10 +18,12 @@ from convert.data import read_files
 from convert.data.read_files import BadRow, Twice
 from convert.model import modelscope
 from edge.errors import InputError, UnavailableError, UsageError
+from edge.reasoning import THINK_END
 from edge.setup import install_command
 
 INFO = "dataset_info.json"
 ONLINE = "ONLINE"
+_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _HALF = re.compile(r"[\ud800-\udfff]")
 
 _COLUMNS = {
@@ -290,7 +292,10 @@ class Entry:
         if not content.strip():
             raise BadRow(f"message {number} is empty")
         if role == "call":
-            return {"role": "assistant", "content": "", "tool_calls": _calls(_loads(content), number)}
+            head, end, rest = content.partition(THINK_END)
+            text, thought = (rest, f"{head}{end}\n\n") if end else (content, "")
+            given = [_loads(part) for part in _TAGGED.findall(text)] or _loads(text)
+            return {"role": "assistant", "content": thought, "tool_calls": _calls(given, number)}
         return {"role": role, "content": content}
 
     def _preferred(self, raw: dict[str, Any], column: str) -> str:
@@ -312,7 +317,11 @@ class Entry:
             return None
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise BadRow(f"`{column}` is no JSON list of tools")
-        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+        for function in (tool["function"] for tool in tools):
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise BadRow(f"`{column}` holds a tool without a name")
+        return tools
 
 
 def _wrong(name: str, what: str) -> UsageError:

@@ -17,7 +17,7 @@ from convert.data.dataset_info import Message, Row
 from convert.model.chat_format import ChatFormat, split_thought, thinking_mode, with_thought
 from edge.errors import InputError, UsageError
 from edge.prompt import Prompt
-from edge.reasoning import opens_reasoning
+from edge.reasoning import EMPTY, opens_reasoning
 
 IGNORED = -100
 _BATCH = 512
@@ -353,7 +353,7 @@ def _drafts(
     answers = []
     for at, prompt in zip(turns, prompts, strict=True):
         if "tool_calls" in messages[at]:
-            answers.append(chat.call(messages[: at + 1], prompt, mode, tools))
+            answers.append(_called(messages[: at + 1], prompt, chat, mode, tools, report=report))
         else:
             answers.append(chat.answer(_thoughtful(messages[at]["content"], prompt, mode, report)))
     if len(turns) > 1:
@@ -369,6 +369,28 @@ def _drafts(
             if [token for part in apart for token in part] == chat.encode([prompts[-1]])[0]:
                 return [pieces]
     return [[(prompt, False), (answer, True)] for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _called(
+    messages: list[Message],
+    prompt: Prompt,
+    chat: ChatFormat,
+    mode: str | None,
+    tools: list[dict[str, object]] | None,
+    *,
+    report: Report,
+) -> Prompt:
+    """The tool calls of the last of `messages` as they go on from `prompt`, behind the thought of `mode`."""
+    if mode is None:
+        return chat.call(messages, prompt, mode, tools)
+    content = messages[-1]["content"]
+    _, rest = split_thought(content)
+    call = chat.call([*messages[:-1], {**messages[-1], "content": rest}], prompt, mode, tools)
+    thought = _thoughtful(content.removesuffix(rest), prompt, mode, report)
+    if thought:
+        # Some templates write an empty one by themselves.
+        call = call.between(len(call.text) - len(call.text.removeprefix(EMPTY)), len(call.text))
+    return Prompt(thought) + call
 
 
 def _thoughtful(content: str, prompt: Prompt, mode: str | None, report: Report) -> str:

@@ -21,6 +21,7 @@ from edge.chat_template import ChatTemplate
 from edge.errors import InputError, RequestError, UsageError
 from edge.prompt import AddedTokens, Prompt, token_ids
 from edge.reasoning import THINK, THINK_END, opens_reasoning
+from edge.server.tool_dialects import Tool, dialect_of, explained, readable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -93,12 +94,18 @@ class ChatFormat:
     def prompt(
         self, messages: list[dict[str, Any]], thinking: str | None, tools: list[dict[str, Any]] | None = None
     ) -> Prompt:
-        """The prompt that serving renders for `messages`. Raises InputError with the template's message."""
+        """The prompt that serving renders for `messages`.
+
+        Raises InputError with the template's message, and where it does not show one of `tools`.
+        """
         extra = {"tools": tools} if tools else {}
         try:
-            return self.chat.render(messages, thinking=thinking, **extra)
+            prompt = self.chat.render(self._readable(messages, tools), thinking=thinking, **extra)
         except RequestError as error:
             raise InputError(error.message) from error
+        if any(tool["function"]["name"] not in prompt.text for tool in tools or ()):
+            raise InputError("the model's chat template does not show tools (template: NAME gives it one)")
+        return prompt
 
     def call(
         self,
@@ -113,8 +120,8 @@ class ChatFormat:
         """
         whole, start = self._finished(messages, "tool calls", thinking, tools), len(prompt.text)
         if not whole.text.startswith(prompt.text):
-            # An empty thought that only prompts have.
-            start = len(prompt.text.removesuffix(f"{THINK}\n\n{THINK_END}\n\n"))
+            # A thought that only prompts have, empty or begun.
+            start = len(prompt.text.removesuffix(f"\n{THINK_END}\n\n").removesuffix(f"{THINK}\n"))
         names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
         answer, end = whole.text, -1
         # What ends the turn is the template's: a text that looks like it is cut.
@@ -129,6 +136,16 @@ class ChatFormat:
             raise InputError("the model's chat template does not show tool calls")
         return whole.between(start, end + len(self.turn_tail))
 
+    def _readable(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> list[dict[str, Any]]:
+        """`messages` as serving hands them to this template."""
+        dialect = dialect_of(self.source)
+        messages = [readable(message, dialect) for message in messages]
+        if tools and dialect is not None and "tools" not in self.chat.variables:
+            messages = explained(messages, [_tool(tool["function"]) for tool in tools], dialect)
+        return messages
+
     def _finished(
         self,
         messages: list[dict[str, Any]],
@@ -142,7 +159,7 @@ class ChatFormat:
         if thinking is not None:
             extra["enable_thinking"] = thinking == "on"
         try:
-            return self.chat.render(messages, add_generation_prompt=False, **extra)
+            return self.chat.render(self._readable(messages, tools), add_generation_prompt=False, **extra)
         except RequestError as error:
             raise InputError(f"{self.folder}: {what}: {error.message}") from error
 
@@ -323,6 +340,11 @@ def with_thought(prompt: str, thought: str, rest: str) -> str:
     if not opens_reasoning(prompt):
         return f"{THINK}\n{body}"
     return body if prompt.endswith("\n") else "\n" + body
+
+
+def _tool(function: dict[str, Any]) -> Tool:
+    given = {key: function[key] for key in ("name", "description", "parameters") if function.get(key)}
+    return Tool(**given)
 
 
 def _find_turn_end(form: ChatFormat) -> None:

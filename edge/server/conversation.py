@@ -24,11 +24,11 @@ from edge.engine.grammar import Constraint
 from edge.engine.sampling import Params
 from edge.engine.thinking_budget import ReasoningOptions
 from edge.errors import RequestError
-from edge.prompt import Authored, Prompt
+from edge.prompt import Prompt
 from edge.reasoning import THINK, THINK_END, ReasoningSplitter, opens_reasoning
 from edge.server.served_model import ServedModel
 from edge.server.streaming import start_streams
-from edge.server.tool_dialects import LLAMA3, PROSE, Call, Tool, described, dialect_of, json_rule
+from edge.server.tool_dialects import LLAMA3, PROSE, Call, Tool, dialect_of, explained, json_rule, readable
 from edge.server.tool_parser import ToolParser
 
 Item = msg.Delta | msg.Done
@@ -146,14 +146,14 @@ class PreparedChat:
         asked, template = self._asked, self.model.template()
         if reserved := sorted(_RESERVED & set(asked.extra)):
             raise RequestError(f"chat_template_kwargs may not set {reserved}", param="chat_template_kwargs")
-        messages = [self._for_template(message) for message in asked.messages]
+        messages = [readable(message, self._dialect) for message in asked.messages]
         extra = dict(asked.extra)
         if self._tools:
             assert self._dialect is not None
             if "tools" in template.variables:
                 extra["tools"] = [tool.spec() for tool in self._tools]
             elif self._dialect.name == "deepseek":
-                messages = _with_system(messages, *described(self._tools, self._dialect))
+                messages = explained(messages, self._tools, self._dialect)
         mode = self.model.thinking
         if asked.thinking is not None:
             mode = "on" if asked.thinking else "off"
@@ -187,18 +187,6 @@ class PreparedChat:
         ):
             raise _dropped("an answer that is to be continued", "messages")
         return rendered.between(0, len(prompt))
-
-    def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message in the form that this template reads: past arguments as objects, or as text."""
-        calls = message.get("tool_calls")
-        if not calls:
-            return message
-        as_text = self._dialect is not None and self._dialect.as_text
-        if not as_text:
-            calls = [_with_object(call) for call in calls]
-        # DeepSeek's templates render calls only beside a content of None.
-        content = None if as_text and not message.get("content") else message.get("content")
-        return {**message, "content": content, "tool_calls": calls}
 
     def _check_rendered(self, prompt: str, messages: list[dict[str, Any]]) -> None:
         """Check that every tool and every past call is in the prompt: templates skip what they don't know."""
@@ -341,27 +329,6 @@ async def merged(streams: list[Stream]) -> AsyncIterator[tuple[int, Item]]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _with_system(messages: list[dict[str, Any]], text: str, own: str) -> list[dict[str, Any]]:
-    """Append a text to the first system message, or put a system message in front. own: our part of it."""
-    for i, message in enumerate(messages):
-        if message["role"] == "system":
-            longer = {**message, "content": _authored(f"{message['content']}\n\n{text}", own)}
-            return [*messages[:i], longer, *messages[i + 1 :]]
-    return [{"role": "system", "content": _authored(text, own)}, *messages]
-
-
-def _authored(text: str, own: str) -> Authored:
-    whole = Authored(text + own)
-    whole.own = len(own)
-    return whole
-
-
-def _with_object(call: dict[str, Any]) -> dict[str, Any]:
-    function = dict(call["function"])
-    function["arguments"] = json.loads(function["arguments"])
-    return {**call, "function": function}
 
 
 def _contains(prompt: str, content: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from edge.engine.grammar import WHITESPACE, Constraint
 from edge.errors import RequestError
+from edge.prompt import Authored
 
 MAX_TOOLS = 128
 # A forced answer has at most this many calls.
@@ -169,20 +170,50 @@ def chosen(tools: list[Tool], names: list[str]) -> list[Tool]:
     return [tool for tool in tools if tool.name in names]
 
 
-def described(tools: list[Tool], dialect: Dialect) -> tuple[str, str]:
-    """A system text that explains the tools, for templates that render calls but no definitions.
+def readable(message: dict[str, Any], dialect: Dialect | None) -> dict[str, Any]:
+    """`message` in the form that its template reads: past calls' arguments as objects, or as text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    as_text = dialect is not None and dialect.as_text
+    # DeepSeek's templates render calls only beside a content of None.
+    content = None if as_text and not message.get("content") else message.get("content")
+    return {**message, "content": content, "tool_calls": [_with_arguments(call, as_text) for call in calls]}
 
-    DeepSeek's distills have such a template. In two parts: what the user wrote is all in the first.
+
+def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    function = dict(call["function"])
+    arguments = function["arguments"]
+    if as_text and not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        function["arguments"] = json.loads(arguments)
+    return {**call, "function": function}
+
+
+def explained(messages: list[dict[str, Any]], tools: list[Tool], dialect: Dialect) -> list[dict[str, Any]]:
+    """`messages` with a system text about `tools`, for templates that render calls but no definitions.
+
+    DeepSeek's distills have such a template. What the user wrote stands before what is ours.
     """
     rows = "\n".join(json.dumps(tool.spec(), ensure_ascii=False) for tool in tools)
-    example = (
+    text = f"# Tools\n\nYou may call functions. Their definitions, one a line:\n{rows}\n\n"
+    own = (
+        "To call one, write exactly this and end your turn:\n"
         f"{dialect.before}{dialect.opening}function<｜tool▁sep｜>NAME\n"
         f"```json\n{{ARGUMENTS}}\n```{dialect.closing}{dialect.after}"
     )
-    return (
-        f"# Tools\n\nYou may call functions. Their definitions, one a line:\n{rows}\n\n",
-        f"To call one, write exactly this and end your turn:\n{example}",
-    )
+    for i, message in enumerate(messages):
+        if message["role"] == "system":
+            longer = {**message, "content": _authored(f"{message['content']}\n\n{text}", own)}
+            return [*messages[:i], longer, *messages[i + 1 :]]
+    return [{"role": "system", "content": _authored(text, own)}, *messages]
+
+
+def _authored(text: str, own: str) -> Authored:
+    whole = Authored(text + own)
+    whole.own = len(own)
+    return whole
 
 
 def json_rule(schema: dict[str, Any]) -> str:

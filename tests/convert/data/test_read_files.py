@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,11 @@ from convert.config import parse
 from convert.data import cli, dataset, dataset_info, encode, read_files
 from convert.data.dataset_info import read_info
 from convert.model import chat_format
+from convert.model.named_templates import jinja
 from edge.errors import InputError, UsageError
+from edge.server.conversation import Conversation, PreparedChat
+from edge.server.tool_dialects import Tool
+from tests.support.tool_templates import DISTILL
 from tests.support.toy import IM_END, make_stub
 
 ROW = {"instruction": "Who are you?", "output": "The conch."}
@@ -164,7 +169,7 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path):
     plain = chat_format.load(make_stub(tmp_path / "plain"))
     report = dataset.Report()
     assert encode.encode(found, plain, report) == []
-    assert "does not show tool calls" in report.bad[0][1]
+    assert "does not show tools" in report.bad[0][1]
 
 
 @pytest.mark.slow
@@ -373,6 +378,76 @@ def test_rows_of_the_demo_files(tmp_path, row, entry, roles):
     assert found.good is row.get("label", True)
     calls = [message for message in found.messages if "tool_calls" in message]
     assert [len(one["tool_calls"]) for one in calls] == ([roles.count("tool")] if calls else [])
+
+
+def test_a_thought_stands_before_a_call(tmp_path):
+    """Written behind it, or between tags; without one an empty thought is learnt, as before any answer."""
+    texts = [f"<think>\nt\n</think>\n\n{_CALL}", f"<think>t</think><tool_call>{_CALL}</tool_call>", _CALL]
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": text}],
+            "tools": json.dumps([WEATHER]),
+        }
+        for text in texts
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    found, report = load(tmp_path, formatting="sharegpt")
+    assert not report.bad and all(len(row.messages[1]["tool_calls"]) == 1 for row in found)
+    form = chat_format.load(make_stub(tmp_path / "m", template=jinja("qwen3")))
+    call = f"<tool_call>\n{_CALL}\n</tool_call>{IM_END}"
+
+    def learnt(mode):
+        samples = encode.encode(found, form, report, encode.Rules(enable_thinking=mode))
+        return [
+            form.tokenizer.decode(one.ids[slice(*one.spans[0])], skip_special_tokens=False) for one in samples
+        ]
+
+    thought, empty = "<think>\nt\n</think>\n\n", "<think>\n\n</think>\n\n"
+    assert learnt(True) == [thought + call, thought + call, empty + call]
+    assert learnt(False) == [call] * 3 and report.thoughts_removed == 2
+    assert learnt(None) == [thought + call, thought + call, call]
+
+
+def test_tools_are_trained_on_as_they_are_served(tmp_path):
+    """DeepSeek's distills have no place for definitions, read arguments as text, and open every thought."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+    talk = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    rows = [{"messages": talk, "tools": [{"type": "function", "function": WEATHER}]}]
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    [row], report = load(tmp_path, formatting="openai")
+    calls, answer = "{% endfor %}{% endif %}{% if m['role']", "<｜Assistant｜>{{ m['content'] }}"
+    opened = (
+        "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% else %}{# </think> #}{% endif %}"
+    )
+    template = DISTILL.removesuffix("<｜Assistant｜>").replace(answer, answer + IM_END) + opened
+    template = template.replace(calls, f"{{% endfor %}}<｜tool▁calls▁end｜>{IM_END}" + calls[12:])
+    form = chat_format.load(make_stub(tmp_path / "m", template=template))
+    model = SimpleNamespace(template=lambda: form.chat, thinking="on", reasons=True, name="m")
+    samples = encode.encode([row], form, report)
+    assert not report.bad
+    written = (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "北京"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    )
+    for sample, asked, answer in zip(samples, (talk[:1], talk[:3]), (written, "Sunny."), strict=True):
+        prompt = PreparedChat(model, Conversation(asked, [Tool(**WEATHER)])).prompt.text
+        text = form.tokenizer.decode(sample.ids, skip_special_tokens=False)
+        assert "weather" in prompt and text == f"{prompt}\n</think>\n\n{answer}{IM_END}"
+
+
+def test_tools_that_the_template_does_not_show_leave_their_row_out(tmp_path):
+    rows = [{**ROW, "tools": json.dumps([WEATHER])}, ROW]
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    found, report = load(tmp_path)
+    assert len(encode.encode(found, chat_format.load(make_stub(tmp_path / "m")), report)) == 1
+    assert report.bad == [
+        ("d, row 1", "the model's chat template does not show tools (template: NAME gives it one)")
+    ]
 
 
 def test_parallel_calls_are_learnt_as_the_template_writes_them(tmp_path):

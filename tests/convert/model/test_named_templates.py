@@ -147,20 +147,35 @@ ROWS = [
     row("Who are you?", "I am the conch."),
     row("请问你是谁？", "我是神奇海螺。", "a  3", "No.\n\nMaybe 12 times.", system="You are 神奇海螺."),
 ]
+_PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "of 中国", "enum": ["北京", "上海"]},
+        "items": {"type": "array", "items": {"type": "integer"}},
+        "n": {"type": ["integer", "null"]},
+    },
+    "required": ["city", "n"],
+}
 TOOLS = [
-    {"type": "function", "function": {"name": "天气", "description": "d", "parameters": {"type": "object"}}}
+    {"type": "function", "function": {"name": "天气", "description": "d", "parameters": _PARAMETERS}},
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
 ]
 _CALL = {"type": "function", "function": {"name": "天气", "arguments": {"city": "北京", "n": 3}}}
-CALLED = dataset_info.Row(
-    "d, row 3",
-    [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "tool_calls": [_CALL, _CALL]},
-        {"role": "tool", "content": "sunny"},
-        {"role": "assistant", "content": "Sunny."},
-    ],
-    TOOLS,
-)
+_ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+CALLED = [
+    dataset_info.Row("d, row 3", _ASKED, TOOLS),
+    dataset_info.Row("d, row 4", [{"role": "system", "content": "s"}, *_ASKED], TOOLS),
+    dataset_info.Row(
+        "d, row 5",
+        [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [_CALL, _CALL]},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "Sunny."},
+        ],
+        TOOLS,
+    ),
+]
 
 
 def demo_tokenizer(folder):
@@ -205,28 +220,24 @@ def test_the_package_llamafactory_makes_the_same_of_rows(tmp_path, thinking):
     if not (llamafactory_rows.PEERS / "llamafactory").is_dir():
         pytest.skip("the package llamafactory is not there: make .peers/installed")
     folder = demo_tokenizer(tmp_path / "m")
-    rows = {name: [*ROWS, CALLED] if form.tools else ROWS for name, form in FORMATS.items()}
-    answers = {}
-    for some in ([*ROWS], [*ROWS, CALLED]):
-        names = [name for name in FORMATS if len(rows[name]) == len(some)]
-        asked = {"tokenizer": str(folder), "templates": names, "rows": list(map(_theirs, some))}
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.support.llamafactory_rows"],
-            input=json.dumps({**asked, "thinking": thinking}),
-            capture_output=True, text=True, encoding="utf-8", check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        answers |= json.loads(done.stdout)
+    rows = [*ROWS, *CALLED]
+    asked = {"tokenizer": str(folder), "templates": list(FORMATS), "rows": list(map(_theirs, rows))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.llamafactory_rows"],
+        input=json.dumps({**asked, "thinking": thinking}),
+        capture_output=True, text=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     equal = 0
-    for name, theirs in answers.items():
+    for name, theirs in json.loads(done.stdout).items():
         form = chat_format.load(folder, template=name)
-        for one, (ids, labels) in zip(rows[name], theirs, strict=True):
+        for one, (ids, labels) in zip(rows, theirs, strict=True):
             samples = encode.encode([one], form, dataset.Report(), encode.Rules(enable_thinking=thinking))
             ours = samples[-1]
             # Theirs up to the last end token.
             last = max(n for n, token in enumerate(ids) if token == form.turn_end)
             whole, learnt_there = ids[: last + 1], labels[: last + 1]
-            if FORMATS[name].thinks and len(one.messages) > 2:
+            if FORMATS[name].thinks and sum(turn["role"] == "assistant" for turn in one.messages) > 1:
                 continue  # earlier turns keep their empty thoughts there
             assert text_of(form, ours.ids) == text_of(form, whole), name
             spans = [text_of(form, one.ids[a:b]) for one in samples for a, b in one.spans]
@@ -239,4 +250,4 @@ def test_the_package_llamafactory_makes_the_same_of_rows(tmp_path, thinking):
             ]
             assert spans == [text.rstrip("\n") for text in there], name
             equal += ours.ids.tolist() == whole
-    assert equal >= 20
+    assert equal >= 40
