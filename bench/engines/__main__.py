@@ -3,6 +3,7 @@
     python -m bench.engines MODEL.gguf                 our server, a bare llama.cpp loop, reference servers
     python -m bench.engines RUN --backend onnx         our engine, onnxruntime-genai's Generator, transformers
     python -m bench.engines RUN/gguf RUN/onnx --merged RUN/merged --gpu [--report docs/reports/serve-GPU]
+    python -m bench.engines RUN/onnx --gpu --only http --streams 1,8,32,128
     python -m bench.engines MODEL.gguf --only bare --streams 1,8 --kv-unified on,off --flash-attention on,off
 
 All sides make the same forced number of greedy tokens, without speculation. Against servers ours is a server
@@ -44,6 +45,8 @@ from edge.loading import load_plan
 from edge.machine import hardware
 
 TOKENS, CONTEXT, LONG_CONTEXT = 64, 512, 4096
+# Of each client, where requests join and leave.
+ANSWERS = 3
 # Bytes of weights between the two sizes of model that the goals are for, 135M and 1.5B.
 _LARGE = 400_000_000
 _PACKAGES = (
@@ -245,6 +248,30 @@ def libraries(bench: Bench) -> Rows:
             yield from bench.race(case)
 
 
+def http(bench: Bench) -> Rows:
+    """Our server beside our engine without HTTP: clients that ask for answer after answer."""
+    options, slots = bench.options, max(bench.options.streams)
+    device = "cuda" if options.gpu else "cpu"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            bench.edge("--slots", str(slots), "--ctx", str(CONTEXT), "--device", device)
+        )
+        backend = open_ours(bench.artefact, options, slots)
+        stack.callback(backend.close)
+        bench.settings[bench.artefact.path.name] = {"device": backend.info.device, **backend.info.settings}
+        for count in options.streams:
+            pair = sides.Server(server, count), sides.Ours(backend, "edge without HTTP", count)
+            tokens = (options.tokens or TOKENS,) * (ANSWERS * count)
+            case = Case(
+                f"{count} clients, {ANSWERS} answers each", tokens, "total", pair, backend.info.vocab,
+                options.prompt, goals={pair[1].name: 0.9},
+            )  # fmt: skip
+            yield from bench.race(case)
+    if options.gpu:
+        with bench.edge("--ctx", str(LONG_CONTEXT), "--device", device) as server:
+            yield features.long_prompt(server, streams=16, tokens=2000, rounds=options.rounds)
+
+
 def open_ours(
     artefact: find.Artefact, options: argparse.Namespace, streams: int, *, graphs: bool = True
 ) -> Backend:
@@ -264,7 +291,10 @@ def open_ours(
     return backend
 
 
-PARTS = {"streams": streams, "servers": servers, "features": ours_alone, "libraries": libraries, "bare": bare}
+PARTS = {
+    "streams": streams, "servers": servers, "features": ours_alone, "libraries": libraries, "http": http,
+    "bare": bare,
+}  # fmt: skip
 
 
 def switches(text: str) -> list[bool]:
@@ -281,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
         "paths", type=Path, nargs="+", help="runs, folders with a GGUF or ONNX model, or files"
     )
     options.add_argument("--backend", choices=tuple(find.SUFFIXES), help="of a run: which artefact")
-    options.add_argument("--gpu", action="store_true", help="engines without HTTP, on the GPU")
+    options.add_argument("--gpu", action="store_true", help="on the GPU; by default without HTTP")
     options.add_argument("--only", choices=tuple(PARTS), help="one part of the table")
     options.add_argument("--merged", type=Path, help="for transformers (default: that of a run)")
     options.add_argument("--streams", default="1,8,16,32", help="default: %(default)s")

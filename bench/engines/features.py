@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -107,6 +107,44 @@ def _gap(server: Running, context: int) -> Row:
         goal="under 2 x the quiet gap",
         reached=p95 < 2 * usual,
     )
+
+
+def long_prompt(server: Running, *, streams: int, tokens: int, rounds: int) -> Row:
+    """The first token of a long prompt beside running streams, and the longest gap in their texts then."""
+
+    async def run() -> tuple[list[float], list[float]]:
+        running = [asyncio.create_task(ask(server.url, Ours(), job)) for job in new_jobs(streams, 1500)]
+        await asyncio.sleep(2.0)
+        firsts, windows = list[float](), list[tuple[float, float]]()
+        for _ in range(rounds):
+            began = time.perf_counter()
+            firsts.append(_whole(await ask(server.url, Ours(), Job(_text(tokens), 0, 2)), server)[0])
+            windows.append((began, began + firsts[-1]))
+            await asyncio.sleep(0.2)
+        gaps = dict.fromkeys(windows, 0.0)
+        for stream in await asyncio.gather(*running):
+            for (moment, _), gap in zip(stream.events[1:], itl(stream), strict=True):
+                for window in windows:
+                    if moment > window[0] and moment - gap < window[1]:
+                        gaps[window] = max(gaps[window], gap)
+        return firsts, list(gaps.values())
+
+    firsts, gaps = asyncio.run(run())
+    if not all(gaps):
+        raise EdgeError(
+            "no stream ran beside the long prompt", "run it on a slower model, or with fewer rounds"
+        )
+    return Row(
+        f"first token of a {tokens}-token prompt beside {streams} streams",
+        f"{_spread(firsts)}; longest gap of the others {_spread(gaps)}",
+        goal="60 ms; 50 ms",
+        reached=statistics.median(firsts) <= 0.06 and statistics.median(gaps) <= 0.05,
+    )
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    low, middle, high = (1e3 * value for value in (min(seconds), statistics.median(seconds), max(seconds)))
+    return f"{middle:.0f} ms ({low:.0f} to {high:.0f})"
 
 
 def _overhead(server: Running) -> Row:

@@ -30,15 +30,19 @@ def new_jobs(count: int, tokens: int) -> list[workloads.Job]:
 
 
 class Server:
-    """A running server over HTTP. It reads prompts of its own, in words, of about the length asked for."""
+    """A running server over HTTP. It reads prompts of its own, in words, of about the length asked for.
 
-    def __init__(self, server: Running) -> None:
-        self.name, self.server = server.target.name, server
+    clients: how many ask at once, each for its next answer when it has the last one; None: all.
+    """
+
+    def __init__(self, server: Running, clients: int | None = None) -> None:
+        self.name, self.server, self._clients = server.target.name, server, clients
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
         """Ask for tokens[0] tokens in as many streams. Raises EdgeError where an answer is not whole."""
         jobs = new_jobs(len(tokens), tokens[0])
-        samples = asyncio.run(closed_loop(self.server.url, self.server.target.dialect, jobs, len(jobs)))
+        clients = self._clients or len(jobs)
+        samples = asyncio.run(closed_loop(self.server.url, self.server.target.dialect, jobs, clients))
         for sample in samples:
             if sample.state != "ok":
                 raise EdgeError(
@@ -49,10 +53,13 @@ class Server:
 
 
 class Ours:
-    """Our engine over a backend, driven as its process drives it, without speculation."""
+    """Our engine over a backend, driven as its process drives it, without speculation.
 
-    def __init__(self, backend: Backend, name: str = "edge") -> None:
-        self.name = name
+    clients: so many prompts at once, each next one when an answer is whole; None: all.
+    """
+
+    def __init__(self, backend: Backend, name: str = "edge", clients: int | None = None) -> None:
+        self.name, self._clients = name, clients
         self._events: list[tuple[float, msg.Event]] = []
         # One engine for all runs: it learns how long steps take.
         self._engine = Engine(backend, self._emit, speculate=False)
@@ -67,11 +74,17 @@ class Ours:
         self._events.clear()
         began = time.perf_counter()
         times: dict[int, list[float]] = {}
-        for prompt, count in zip(prompts, tokens, strict=True):
+        todo = list(zip(prompts, tokens, strict=True))[::-1]
+
+        def submit() -> None:
+            prompt, count = todo.pop()
             params = Params(temperature=0.0, max_tokens=count, ignore_eos=True)
             key = next(self._keys)
             self._engine.submit(msg.Submit(key, list(prompt), params, reuse=False))
             times[key] = []
+
+        for _ in range(self._clients or len(prompts)):
+            submit()
         done = read = total = 0
         while done < len(prompts):
             self._engine.turn()
@@ -82,6 +95,8 @@ class Ours:
                     times[event.key] += [moment - began] * event.tokens
                 if isinstance(event, msg.Done):
                     done, total = done + 1, total + event.completion_tokens
+                    if todo:
+                        submit()
             read = len(self._events)
         end = time.perf_counter()
         if total != sum(tokens):

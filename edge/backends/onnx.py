@@ -35,6 +35,9 @@ _BINDINGS = 64
 _TOGETHER, _TOGETHER_ON_GPU = 8, 32
 # How many times the tokens of such a run may be computed, padding included.
 _PADDED = 1.25
+# Tokens of a run on a GPU, padding included. The first run of each size takes 50 ms on an H200, the next 5:
+# so there are few sizes, and each is run once when the model is loaded.
+_WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
 # Lengths that differ in such a run: each of its rows outputs the last position of every one of them.
 _LASTS = 8
 
@@ -153,7 +156,11 @@ class Onnx(Backend):
         self._together = _TOGETHER_ON_GPU if on_gpu else _TOGETHER
         self._copied = on_gpu
         self._bindings: dict[tuple[int, int, bool], Binding] = {}
+        self._widths: tuple[int, ...] = ()
         self.info = self._describe(opened, extra_stop_ids)
+        if on_gpu:
+            self._widths = tuple(width for width in _WIDTHS if width <= min(settings.batch, settings.context))
+            self._run_each_width()
 
     def _describe(self, opened: onnx_providers.Opened, extra_stop_ids: frozenset[int]) -> BackendInfo:
         settings, header, vocabulary = self._settings, self._model.header, self._model.vocabulary
@@ -293,7 +300,7 @@ class Onnx(Backend):
 
     def _prefill(self, group: Sequence[Row], out: int, begin: dict[int, tuple[int, bool]]) -> int:
         """A chunk of a prompt, a draft, or beginnings of prompts; returns how many outputs were written."""
-        few, width = self._few(group), max(len(row.tokens) for row in group)
+        few, width = self._few(group), self._width(group)
         grid = self._ids.array[: len(group) * width].reshape(len(group), width)
         grid[:] = 0
         picks: set[int] = set()
@@ -307,10 +314,23 @@ class Onnx(Backend):
             if row.outputs:
                 first = wanted.index(len(row.tokens) - row.outputs)
                 begin[row.slot] = out + i * len(wanted) + first, few
-        totals = [row.pos + len(row.tokens) for row in group]
+        # Padding is computed as tokens that follow: nothing before them sees it, and it is overwritten.
+        totals = [row.pos + (width if self._widths else len(row.tokens)) for row in group]
         first_row = self._cache.row(group[0].slot)
         self._run(_Run(first_row, width, totals, self._picks, len(wanted), out, few))
         return len(group) * len(wanted)
+
+    def _width(self, group: Sequence[Row]) -> int:
+        """Tokens of each row in a run over `group`: the next of `_WIDTHS` on a GPU, where there is room."""
+        longest = max(len(row.tokens) for row in group)
+        width = next((width for width in self._widths if width >= longest), longest)
+        fits = max(row.pos for row in group) + width <= self.info.context
+        return width if fits and len(group) * width <= len(self._ids.flat) else longest
+
+    def _run_each_width(self) -> None:
+        """Let the GPU's libraries choose their kernels, and take the memory for the longest run."""
+        for width in self._widths:
+            self._prefill([Row(0, 0, [0] * width, 1, True)], 0, {})
 
     def _run(self, run: _Run) -> None:
         """Run the session over what is in `_ids`. Raises StepInterrupted."""

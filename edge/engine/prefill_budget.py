@@ -24,6 +24,9 @@ NEARLY_FREE = 1.3
 TWICE = 0.95
 # After each chunk, what the next larger size is known to add shrinks to this share, until it is tried again.
 FADE = 0.99
+# An untried chunk has at most this many times the tokens of the largest that was tried: a GPU reads thousands
+# in the time of a few, and a prompt would be over before small steps led there.
+GROWTH = 8
 # What one row adds to a step, as a share of it, where only steps of one width were seen.
 GUESSED_SHARE = 0.15
 # The sizes of small chunks: 4, 6, 8, 12, 16, 24 and so on.
@@ -111,15 +114,17 @@ class AddedTimes:
 
     def longest(self, seconds: float, bound: float, most: int) -> int:
         """The largest chunk, up to `most`, that adds no more than `seconds`, or no more than `bound` and
-        hardly more than the smallest one; 0 at first. A size larger than any that was seen is tried once.
+        hardly more than the smallest one; 0 at first. A size larger than any that was seen is tried once: its
+        tokens are taken to cost no more each than those of the largest that was.
         """
         if not self._seen:
             return 0
         chunk = SMALLEST_CHUNK
         seconds = max(seconds, min(NEARLY_FREE * self._of(chunk), bound))
         for larger in SIZES[1 : bisect.bisect_right(SIZES, most)]:
-            if larger > max(self._seen):
-                return larger
+            if larger > (largest := max(self._seen)):
+                allowed = min(most, GROWTH * largest, int(largest * seconds / self._seen[largest]))
+                return max(larger, SIZES[bisect.bisect_right(SIZES, allowed) - 1])
             if self._of(larger) > seconds:
                 break
             chunk = larger

@@ -14,7 +14,7 @@ from pathlib import Path
 from edge.artefact.find import SUFFIXES, Artefact, candidates
 from edge.artefact.gguf_header import GGUFHeader
 from edge.artefact.onnx_header import OnnxHeader
-from edge.backends import linux_memory, llamacpp, onnx
+from edge.backends import linux_memory, llamacpp, onnx, onnx_providers
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.loading import gpu_offload, tune_results
@@ -25,6 +25,9 @@ from edge.setup import install_command
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16
+# Most slots of an ONNX model on a GPU by default, where they fit into half of the memory beside the weights.
+# Many rows take a GPU hardly longer than few, and clients beyond the slots wait.
+GPU_SLOTS = 128
 # Size of a unified KV cache unless the options say otherwise: two whole contexts, or sixteen short ones. A
 # request that finds no free KV cell is computed later, it never fails.
 DEFAULT_CELLS = 8192
@@ -239,6 +242,9 @@ def _plan_onnx(artefact: Artefact, options: Options, size: _Size) -> LoadPlan:
     if options.device in ("auto", "cuda") and (gpus := hardware.gpus()):
         # The KV cache may come to lie there.
         memory = min(memory, gpus[0].memory_free)
+        if options.slots is None and _runs_on_cuda(artefact, options.device, gpus):
+            need = estimate(artefact, kv_type=options.kv_type, slots=GPU_SLOTS, batch=GPU_BATCH)
+            slots = max(slots, min(GPU_SLOTS, need.cells(memory) // 2 // context))
         wide = estimate(artefact, kv_type=options.kv_type, slots=slots, batch=GPU_BATCH)
         if wide.cells(memory) >= slots * context:
             batch = GPU_BATCH
@@ -258,6 +264,20 @@ def _plan_onnx(artefact: Artefact, options: Options, size: _Size) -> LoadPlan:
     )
     need = estimate(artefact, kv_type=options.kv_type, slots=settings.slots)
     return LoadPlan(settings, need.total(settings.slots * context))
+
+
+def _runs_on_cuda(artefact: Artefact, device: str, gpus: list[hardware.GPU]) -> bool:
+    """Whether onnxruntime will take the GPU, as far as can be told before a session is opened.
+
+    Raises UnavailableError where --device cuda asks for what this build of onnxruntime lacks.
+    """
+    available = list(onnx_providers.library().get_available_providers())
+    chosen, _ = onnx_providers.choose(device, available, gpus)
+    return (
+        chosen == "cuda"
+        and isinstance(artefact.header, OnnxHeader)
+        and artefact.header.cache_type == "float16"
+    )
 
 
 def _fitting_cells(need: Estimate, memory: int, context: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,21 @@ def test_ours_makes_what_was_asked_for_and_fails_otherwise() -> None:
     # A context that ends before the answer does.
     with pytest.raises(EdgeError, match="were asked for"):
         side.run([[65] * 60], (60,))
+
+
+def test_clients_ask_for_answer_after_answer() -> None:
+    backend = FakeBackend(slots=4, context=64, step_s=0.001)
+    most = 0
+    step = backend.step
+
+    def watched(rows: Sequence[Any]) -> Any:
+        nonlocal most
+        most = max(most, len(rows))
+        return step(rows)
+
+    backend.step = watched  # type: ignore[method-assign]
+    assert sides.Ours(backend, clients=2).run([[65] * 5] * 7, (4,) * 7).total > 0
+    assert most == 2
 
 
 def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:

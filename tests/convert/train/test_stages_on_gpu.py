@@ -36,11 +36,15 @@ WAYS: dict[str, dict[str, Any]] = {
 def losses(folder: Path, base: Path, **changes: Any) -> list[float]:
     """The loss of each of six steps, of a run in `folder`."""
     folder.mkdir()
-    made = configure(folder, base, max_steps=6, save_strategy="no", disable_shuffling=True, learning_rate=2e-3)
+    made = configure(
+        folder, base, max_steps=6, save_strategy="no", disable_shuffling=True, learning_rate=2e-3
+    )
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     info |= {"t": {"file_name": "t.txt"}, "k": {"file_name": "k.json", "columns": {"kto_tag": "label"}}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    (folder / "t.txt").write_text("\n".join(f"第{n} line of text, more, end." for n in range(30)), encoding="utf-8")
+    (folder / "t.txt").write_text(
+        "\n".join(f"第{n} line of text, more, end." for n in range(30)), encoding="utf-8"
+    )
     marked = [
         {"instruction": f"question {n}", "output": f"{'good' if n % 2 else 'bad'} {n}", "label": bool(n % 2)}
         for n in range(12)

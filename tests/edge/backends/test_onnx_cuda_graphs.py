@@ -124,6 +124,30 @@ def test_captured_steps_give_the_same_tokens(device: Maker, tmp_path: Path, few:
     plain.close()
 
 
+def test_prompts_run_in_few_sizes_and_give_the_same_logits(device: Maker, tmp_path: Path) -> None:
+    """Beginnings alone and together, later chunks, and one that the end of its context leaves no padding."""
+    plain = Onnx(
+        Model(tiny_onnx.write(tmp_path / "plain")), Settings(slots=4, context=128, batch=64, device="cpu")
+    )
+    backend: Any = device()
+    widths: list[int] = []
+    run = backend._run
+    backend._run = lambda one: widths.append(one.width) or run(one)
+    text = [7 * n % 250 for n in range(128)]
+    steps = [
+        [Row(0, 0, text[:13], 1), Row(1, 0, text[:11], 1), Row(3, 0, text[:30], 0)],
+        [Row(0, 13, text[13:54], 1), Row(1, 11, text[11:12], 1), Row(3, 30, text[30:33], 3)],
+        [Row(0, 54, text[54:111], 1), Row(1, 12, text[12:17], 2)],
+        [Row(0, 111, text[111:], 1), Row(1, 17, text[17:18], 1), Row(3, 33, text[33:34], 1)],
+    ]
+    for rows in steps:
+        want, got = plain.step(rows), backend.step(rows)
+        for one, other in zip(want, got, strict=True):
+            np.testing.assert_allclose(other, one, atol=1e-5)
+    assert [width for width in widths if width > 1] == [16, 32, 48, 4, 64, 6, 17]
+    plain.close()
+
+
 def test_a_step_that_cannot_be_captured_is_run_and_said(
     device: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

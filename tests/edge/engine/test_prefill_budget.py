@@ -48,6 +48,22 @@ def test_the_budget_takes_what_a_pass_of_its_own_costs_anyway() -> None:
         assert set(late) <= {16, 24, 32}
 
 
+@pytest.mark.parametrize(("fixed", "each", "steps"), [(0.004, 5e-6, 4), (0.0, 1e-3, 40)])
+def test_a_long_prompt_beside_streams_is_read_in_few_steps(fixed: float, each: float, steps: int) -> None:
+    """A GPU reads thousands of tokens hardly slower than four; a processor takes as long for each."""
+    budget = PrefillBudget(2048)
+    budget.learn(16, 0, 0.003)
+    left, chunks = 2000, []
+    budget.learn(16, 4, 0.003 + fixed + 4 * each)
+    while left:
+        chunks.append(min(left, budget.chunk(16, Newcomers(1, left, 1, 1))))
+        # The next size is tried once, whatever the last one took.
+        assert fixed + chunks[-1] * each <= 0.057 * 1.5
+        budget.learn(16, chunks[-1], 0.003 + fixed + chunks[-1] * each)
+        left -= chunks[-1]
+    assert len(chunks) <= steps + 5
+
+
 def test_the_budget_goes_back_where_a_longer_chunk_was_slow_by_chance() -> None:
     budget = PrefillBudget(512)
     budget.learn(4, 0, 0.100)

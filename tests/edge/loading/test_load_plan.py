@@ -16,7 +16,7 @@ from edge.errors import InputError, UnavailableError, UsageError
 from edge.loading import load_plan
 from edge.loading.load_plan import Options
 from edge.machine import build_llamacpp, hardware
-from edge.machine.hardware import Memory
+from edge.machine.hardware import GPU, Memory
 from tests.support import tiny_llama
 
 needs_onnx = pytest.mark.skipif(
@@ -154,6 +154,32 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
         choose()
     with pytest.raises(InputError, match="edge export gguf"):
         load_plan.choose_backend(found[1:], "llamacpp", lambda one: None)
+
+
+@needs_onnx
+@pytest.mark.parametrize(("dtype", "provider", "free", "slots"), [
+    ("float16", "CUDAExecutionProvider", 2**40, 128),
+    ("float16", "CUDAExecutionProvider", 40, 20),
+    ("float16", "CUDAExecutionProvider", 20, 16),
+    ("float32", "CUDAExecutionProvider", 2**40, 16),
+    ("float16", "CPUExecutionProvider", 2**40, 16),
+])  # fmt: skip
+def test_a_gpu_has_slots_by_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, provider: str, free: int, slots: int
+) -> None:
+    """free: whole contexts that fit beside the weights, where it is small."""
+    import onnxruntime
+
+    from tests.support import tiny_onnx
+
+    tiny = find.resolve(tiny_onnx.write(tmp_path, dtype=dtype))
+    need = load_plan.estimate(tiny, kv_type="f16", slots=128, batch=load_plan.GPU_BATCH)
+    memory = need.total(free * 512) if free < 100 else free
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, 2**40))
+    monkeypatch.setattr(hardware, "gpus", lambda: [GPU(0, "a GPU", memory, memory, "1", "9.0", "13.0")])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider])
+    assert load_plan.plan(tiny, Options()).settings.slots == slots
+    assert load_plan.plan(tiny, Options(slots=3)).settings.slots == 3
 
 
 @needs_onnx
