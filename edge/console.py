@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +75,35 @@ def handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+@contextlib.contextmanager
+def _lasting_interrupts() -> Iterator[None]:
+    """A Ctrl-C that Python drops, as in a weak reference's callback amid an import, comes once more."""
+    before = sys.unraisablehook
+
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            # No Thread: its start may wait for a lock that this thread holds.
+            _thread.start_new_thread(_interrupt, ())
+        else:
+            before(dropped)
+
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _interrupt() -> None:
+    """Ctrl-C for the main thread, a moment later."""
+    time.sleep(0.01)
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGINT)
+    else:
+        # To that thread, so that it wakes up.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a command; every error that a user can meet becomes a message and an exit code."""
     utf8_console()
@@ -99,7 +131,8 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         signal.signal(signal.SIGBREAK, signal.default_int_handler)
     try:
         try:
-            return run(argv)
+            with _lasting_interrupts():
+                return run(argv)
         except RuntimeError as error:
             # Python 3.11 wraps what is raised while a class of an imported module is made.
             if not isinstance(error.__cause__, KeyboardInterrupt):

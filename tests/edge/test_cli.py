@@ -91,6 +91,27 @@ console.guarded(run, [])
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+def test_a_ctrl_c_within_a_callback_is_not_lost() -> None:
+    code = """
+import signal, sys, time
+from edge import console
+
+class Leaving:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def run(argv):
+    Leaving()
+    for _ in range(200):
+        time.sleep(0.1)
+    return 0
+
+sys.exit(console.guarded(run, []))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr.startswith("error: stopped by Ctrl-C"), done.stderr
+
+
 def test_t6_the_console_never_raises_under_another_locale(tmp_path: Path) -> None:
     done = edge("serve", str(tmp_path / "模型🚀"), LC_ALL="C")
     assert done.returncode == 1

@@ -14,12 +14,14 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import psutil
 from fastapi.routing import APIRoute
 
 from edge.errors import RequestError
 from edge.server.app import FAMILIES
 from edge.server.error_body import ErrorBody
 from tests.fuzz import mutate
+from tests.fuzz.runner import Used
 from tests.support.fake_server import Server, launch
 
 Draw = Callable[[Random], Any]
@@ -36,6 +38,19 @@ class Watched:
         self.port = int(server.url.rsplit(":", 1)[1])
         self.client = httpx.Client(base_url=server.url, timeout=30, headers={"x-api-key": key} if key else {})
         self.log = log.open(encoding="utf-8", errors="replace")
+        self._processes: list[psutil.Process] = []
+
+    def used(self) -> dict[int, float]:
+        """CPU seconds of the server, its engine and its renderer."""
+        try:
+            return {process.pid: sum(process.cpu_times()[:2]) for process in self._processes}
+        except psutil.NoSuchProcess:
+            self.find_processes()
+            return self.used()
+
+    def find_processes(self) -> None:
+        server = psutil.Process(self.server.process.pid)
+        self._processes = [server, *server.children()]
 
     def check_log(self) -> None:
         text = self.log.read()
@@ -76,6 +91,7 @@ def watched(folder: Path, *, key: str = "", lasting: bool = True, **settings: An
             while watch.client.get("/ready").status_code != 200:
                 assert time.monotonic() < until
                 time.sleep(0.05)
+            watch.find_processes()
             yield watch
             if lasting:
                 watch.check_answers()
@@ -167,7 +183,7 @@ def _refused_by_host(rng: Random) -> list[str]:
 
 
 @contextlib.contextmanager
-def access(folder: Path) -> Iterator[tuple[Draw, Check]]:
+def access(folder: Path) -> Iterator[tuple[Draw, Check, Used]]:
     """Attempts to get in without a key, from another host's page, or by another spelling of a path."""
     (folder / "keyed").mkdir(exist_ok=True)
     (folder / "open").mkdir(exist_ok=True)
@@ -214,7 +230,7 @@ def access(folder: Path) -> Iterator[tuple[Draw, Check]]:
                 assert harmless or _is_open(kind, body), answer
             assert b"access-control-allow-origin" not in head.lower(), answer
 
-        yield draw, check
+        yield draw, check, lambda: keyed.used() | opened.used()
 
 
 def _is_open(kind: str, body: bytes) -> bool:
@@ -262,7 +278,7 @@ SMUGGLING = [
 
 
 @contextlib.contextmanager
-def smuggling(folder: Path) -> Iterator[tuple[Draw, Check]]:
+def smuggling(folder: Path) -> Iterator[tuple[Draw, Check, Used]]:
     """Messages of which a second one may be read out of the first; and heads that are damaged or too long."""
 
     def draw(rng: Random) -> tuple[str, bytes]:
@@ -314,7 +330,7 @@ def smuggling(folder: Path) -> Iterator[tuple[Draw, Check]]:
             if kind == "long":
                 assert statuses in ([431], []), answer
 
-        yield draw, check
+        yield draw, check, watch.used
 
 
 # -- bodies ----------------------------------------------------------------------------------------------
@@ -404,7 +420,7 @@ def _shape(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def bodies(folder: Path) -> Iterator[tuple[Draw, Check]]:
+def bodies(folder: Path) -> Iterator[tuple[Draw, Check, Used]]:
     """Every route of every API family with bodies and parameters of any kind, as JSON or nearly."""
     with watched(folder, key=ADMIN, keys=[KEY], admin_keys=[ADMIN]) as watch:
         document = watch.client.get("/openapi.json").json()
@@ -454,14 +470,14 @@ def bodies(folder: Path) -> Iterator[tuple[Draw, Check]]:
                 answer.text
             )
 
-        yield draw, check
+        yield draw, check, watch.used
 
 
 # -- clients that leave ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def leaving(folder: Path) -> Iterator[tuple[Draw, Check]]:
+def leaving(folder: Path) -> Iterator[tuple[Draw, Check, Used]]:
     """Clients that send less than they said, read less than they get, and go without a goodbye."""
 
     def draw(rng: Random) -> tuple[bytes, list[int], bool]:
@@ -484,4 +500,4 @@ def leaving(folder: Path) -> Iterator[tuple[Draw, Check]]:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             watch.check_log()
 
-        yield draw, check
+        yield draw, check, watch.used

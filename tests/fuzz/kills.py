@@ -14,13 +14,15 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
-
 from tests.fuzz.http import Watched, watched
+from tests.fuzz.runner import Used, bounds
+from tests.support.fake_server import CLIENT
 
 Draw = Callable[[Random], Any]
 Check = Callable[[Any], None]
 CLIENTS = 24
+# Of a core for the server, between the first request and the next engine's readiness; it takes 0.07.
+BUSY_S = 0.4
 _USER = [{"role": "user", "content": "x"}]
 STREAMS: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "x"},
@@ -35,7 +37,7 @@ STREAMS: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def engine(folder: Path) -> Iterator[tuple[Draw, Check]]:
+def engine(folder: Path) -> Iterator[tuple[Draw, Check, Used]]:
     """The engine is killed while 24 clients of all families wait: each is answered in its family's words."""
 
     def draw(rng: Random) -> tuple[float, list[tuple[str, bool]]]:
@@ -44,7 +46,7 @@ def engine(folder: Path) -> Iterator[tuple[Draw, Check]]:
 
     def ask(watch: Watched, path: str, stream: bool) -> None:
         body = {**STREAMS[path], **({} if path == "/tokenize" else {"stream": stream})}
-        answer = httpx.post(watch.server.url + path, json=body, timeout=20)
+        answer = CLIENT.post(watch.server.url + path, json=body)
         text = answer.text
         if answer.status_code == 200 and stream and path != "/tokenize":
             # Whole, or ended by an error; httpx raises where a chunk is torn.
@@ -56,8 +58,12 @@ def engine(folder: Path) -> Iterator[tuple[Draw, Check]]:
 
     def check(given: tuple[float, list[tuple[str, bool]]]) -> None:
         delay, asked = given
-        settings = {"reply": "w" * 200, "context": 1024, "slots": 8, "step_s": 0.002}
-        with watched(folder, lasting=False, **settings) as watch, ThreadPoolExecutor(CLIENTS) as pool:
+        settings = {"reply": "w" * 200, "context": 1024, "slots": 8, "step_s": 0.02}
+        with (
+            watched(folder, lasting=False, **settings) as watch,
+            ThreadPoolExecutor(CLIENTS) as pool,
+            bounds(watch.used, limit_s=BUSY_S),
+        ):
             answers = [pool.submit(ask, watch, path, stream) for path, stream in asked]
             time.sleep(delay)
             os.kill(watch.server.worker(), getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -67,7 +73,8 @@ def engine(folder: Path) -> Iterator[tuple[Draw, Check]]:
             assert watch.client.get("/info").json()["restarts"] == 1
             watch.check_log()
 
-    yield draw, check
+    # Each case has a server of its own; the clients' time is not the server's.
+    yield draw, check, dict
 
 
 @contextlib.contextmanager

@@ -24,8 +24,16 @@ LIMIT_BYTES = 512 * 2**20
 # A part that fails so often says nothing new.
 MOST_FAULTS = 20
 
-# draw(rng) -> an input; check(input) raises where the promise is broken.
-Part = Callable[[Path], AbstractContextManager[tuple[Callable[[Random], Any], Callable[[Any], None]]]]
+# CPU seconds by process.
+Used = Callable[[], dict[int, float]]
+# draw(rng) -> an input; check(input) raises where the promise is broken. Of a part that asks a server, used()
+# is what the server has taken; without it what this process has.
+Part = Callable[[Path], AbstractContextManager[Any]]
+
+
+def own() -> dict[int, float]:
+    """CPU seconds that this process has used."""
+    return {0: time.process_time()}
 
 
 @dataclass
@@ -58,14 +66,14 @@ def run(name: str, part: Part, folder: Path, *, seconds: float, seed: int) -> Ou
             outcome.faults.append((_told(error), kept))
 
     try:
-        with part(work) as (draw, check):
+        with part(work) as (draw, check, *used):
             until = time.monotonic() + seconds
             while outcome.cases == 0 or (time.monotonic() < until and outcome.failed < MOST_FAULTS):
                 given = draw(Random(f"{name} {seed} {outcome.cases}"))
                 current.write_text(repr(given), encoding="ascii", errors="backslashreplace")
                 outcome.cases += 1
                 try:
-                    with _bounds():
+                    with bounds(*used):
                         check(given)
                 except (KeyboardInterrupt, SystemExit):
                     raise
@@ -87,7 +95,7 @@ def _told(error: BaseException) -> str:
 
 def again(part: Part, folder: Path, file: Path) -> None:
     """Try the input in `file` once more; raises as the part's check does."""
-    with part(folder) as (_, check), _bounds():
+    with part(folder) as (_, check, *used), bounds(*used):
         check(ast.literal_eval(file.read_text(encoding="ascii")))
 
 
@@ -104,12 +112,17 @@ def sentences() -> Iterator[None]:
 
 
 @contextmanager
-def _bounds() -> Iterator[None]:
-    """Raises AssertionError where the block takes more time or memory than a case may."""
-    began, before = time.process_time(), _peak()
+def bounds(used: Used = own, *, limit_s: float | None = None) -> Iterator[None]:
+    """Raises AssertionError where the block takes more time or memory than a case may.
+
+    used: the processes whose time it is; one that begins or ends within the block does not count. The memory
+    is that of this process. limit_s: of time, LIMIT_S where it is not given.
+    """
+    began, before = used(), _peak()
     yield
-    taken, grown = time.process_time() - began, _peak() - before
-    assert taken <= LIMIT_S, f"it took {taken:.1f} s of a core"
+    taken = sum(now - began[process] for process, now in used().items() if process in began)
+    grown = _peak() - before
+    assert taken <= (limit_s or LIMIT_S), f"it took {taken:.1f} s of a core"
     assert grown <= LIMIT_BYTES, f"it took {grown / 2**20:.0f} MiB"
 
 
