@@ -69,6 +69,7 @@ body.body--dark { --q-primary: #8ab4f8 !important; }
 .edge-markdown :is(h1, h2, h3, h4) { font-size: 1.1rem; line-height: 1.4; font-weight: 600; }
 .edge-markdown table { border-collapse: collapse; }
 .edge-markdown :is(td, th) { border: 1px solid #8886; padding: 0.15rem 0.5rem; text-align: left; }
+.nicegui-code :is(pre, code) { white-space: pre-wrap; overflow-wrap: anywhere; }
 .edge-warning { color: #8a5a00; }
 .body--dark .edge-warning { color: #f2c037; }
 .edge-title { margin-right: auto; }

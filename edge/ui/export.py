@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shlex
@@ -151,17 +150,13 @@ class _Export:
         if record is None:
             return
         t = self._t
-        titles = {"type": t("type"), "size": t("size"), "decode": t("tokens/s"), "kl": "KL", "": ""}
+        titles = {"type": t("type"), "size": t("size"), "decode": t("tokens/s"), "kl": "KL"}
         rows = []
         for candidate in record["rungs"]:
-            name = (
-                f"{candidate['quant']} + {candidate['rounding']}"
-                if candidate["rounding"]
-                else candidate["quant"]
-            )
-            best = t("recommended") if name == record["chosen"] else ""
-            rows.append({"type": name, "size": size(candidate["size"]), "decode": candidate["decode"],
-                         "kl": f"{candidate['kl']:.2e}", "": best})  # fmt: skip
+            name = " + ".join(filter(None, (candidate["quant"], candidate["rounding"])))
+            best = f" ✓ {t('recommended')}" if name == record["chosen"] else ""
+            rows.append({"type": name + best, "size": size(candidate["size"]),
+                         "decode": f"{candidate['decode']:.0f}", "kl": f"{candidate['kl']:.2g}"})  # fmt: skip
         shared.table(titles, rows)
 
     # Serving
@@ -175,16 +170,16 @@ class _Export:
             async def serve() -> None:
                 if not str(port.value).isdecimal() or not 0 < int(port.value) < 2**16:
                     raise EdgeError(t("A port is a number from 1 to 65535."))
-                options = ["--api-key-file", self._key_file(key.value)] if key.value else []
+                options = ["--api-key-file", self._key_file(port.value, key.value)] if key.value else []
                 self._start("serve", self._path, "--port", str(port.value), *options)
 
             self._button(t("Serve it"), serve)
 
-    def _key_file(self, key: str) -> str:
+    def _key_file(self, port: str, key: str) -> str:
         """Keep the key where this user alone can read it, not in a command that all can see; its path."""
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise EdgeError(self._t("A key has ASCII letters, digits and signs, and no spaces."))
-        path = self._view.workspace.jobs_folder / f"key-{hashlib.sha256(key.encode()).hexdigest()[:12]}.txt"
+        path = self._view.workspace.jobs_folder / f"key-{port}.txt"
         path.parent.mkdir(exist_ok=True)
         path.touch(mode=0o600)
         path.write_text(key + "\n", encoding="utf-8")
@@ -196,7 +191,7 @@ class _Export:
         question = self._t("Hello!")
         body = json.dumps({"messages": [{"role": "user", "content": question}]}, ensure_ascii=False)
         curl = shlex.join(["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"])
-        secret = '"none"'
+        imports, secret = "", '"none"'
         if "--api-key-file" in job.argv:
             file = self._view.workspace.root / job.argv[job.argv.index("--api-key-file") + 1]
             key = read_keys(file, "")[0]
@@ -205,11 +200,11 @@ class _Export:
         elif os.environ.get(KEY_VARIABLE):
             # The server has the page's environment, and so its key.
             curl += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
-            secret = f'os.environ["{KEY_VARIABLE}"]'
+            imports, secret = "import os\n\n", f'os.environ["{KEY_VARIABLE}"]'
         ui.link(url, url, new_tab=True)
         ui.code(f"{curl} -d {shlex.quote(body)}", language="bash").classes("full-width")
         ui.code(
-            "import os\n\nfrom openai import OpenAI\n\n"
+            f"{imports}from openai import OpenAI\n\n"
             f'client = OpenAI(base_url="{url}/v1", api_key={secret})\n'
             f'messages = [{{"role": "user", "content": "{question}"}}]\n'
             f'answer = client.chat.completions.create(model="{self._run.name}", messages=messages)\n'

@@ -44,7 +44,7 @@ def _near(logits: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         equal = f"{logits['greedy_equal']} / {logits['greedy_tokens']}"
         yield "Tokens of whole answers", equal, "How many are the same when both answer without chance."
     yield (
-        "KL divergence, mean", f"{logits['kl_mean']:.1e}",
+        "KL divergence, mean", f"{logits['kl_mean']:.2g}",
         "How far all probabilities have moved: 0 is not at all, four bits are usually below 0.1.",
     )  # fmt: skip
     if "perplexity" in logits:

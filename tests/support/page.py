@@ -67,9 +67,8 @@ class Page:
     def select(self, label: str, option: str) -> None:
         """Take an option of a list that has no field to type into."""
         self.browser.until(f"{self.field(label)} !== null")
-        self.browser.ask(
-            f"{self.field(label)}.closest('.q-field').querySelector('.q-field__control').click()"
-        )
+        self.browser.ask(f"{self.field(label)}.focus()")
+        self.browser.press("ArrowDown", 40)
         reads = f"e.innerText === {json.dumps(option)}"
         item = f"[...document.querySelectorAll('.q-menu .q-item')].find(e => {reads})"
         self.browser.until(f"{item} !== undefined")

@@ -19,7 +19,7 @@ def test_each_comparison_is_a_row_with_its_meaning(language: str) -> None:
     rows = proof.rows(REPORT, Texts(language))
     results = [row["result"] for row in rows]
     same, different = (("the same", "different"), ("相同", "不同"))[language == "zh"]
-    assert results == [same, different, same, same, "96.8%", "30 / 32", "1.2e-02", "5.20 → 5.31"]
+    assert results == [same, different, same, same, "96.8%", "30 / 32", "0.012", "5.20 → 5.31"]
     assert all(row["meaning"] and row["name"] for row in rows)
 
 
