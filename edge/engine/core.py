@@ -33,6 +33,9 @@ Emit = Callable[[list[msg.Event]], None]
 # Tokens that come faster than an eye reads share an event; a request's first one never waits.
 FLUSH_S = 0.04
 STATS_S = 0.25
+# That a step waits for a constraint. Common ones take 25 ms over 152,000 tokens at worst; a regular
+# expression whose text is fixed for a million characters took 4 s, in which every answer stood still.
+SLOWEST_MASK_S = 0.25
 
 
 @dataclass(slots=True)
@@ -114,7 +117,7 @@ class Engine:
         self._draft_times = StepTimes(fade=0.998)
         self._grammars = Grammars(backend)
         # Masks are computed beside the model's step; llguidance lets go of the GIL.
-        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="mask")
+        self._mask_thread = ThreadPoolExecutor(1, "mask")
         # Where the model runs on a GPU, the CPU has cores to spare when a step ends.
         self._sampler = BatchSampler(parallel=info.device != "cpu")
         self._inbox: queue.SimpleQueue[Request | msg.Cancel | msg.Drain | msg.Embed] = queue.SimpleQueue()
@@ -375,9 +378,24 @@ class Engine:
                     self._finish(request, reason)
 
     def _mask(self, request: Request, step: Step) -> Mask | None:
-        if request.key in step.masks:
-            return step.masks[request.key].result()
-        return request.thinking_budget.mask() if request.thinking_budget is not None else None
+        if request.key not in step.masks:
+            return request.thinking_budget.mask() if request.thinking_budget is not None else None
+        assert request.matcher is not None
+        mask = step.masks[request.key]
+        if mask.cancelled():
+            mask = self._mask_thread.submit(request.matcher.mask)
+        try:
+            return mask.result(SLOWEST_MASK_S)
+        except TimeoutError as error:
+            # Its thread is left to it: other answers and their masks go on.
+            self._mask_thread.shutdown(wait=False, cancel_futures=True)
+            self._mask_thread = ThreadPoolExecutor(1, "mask")
+            raise RequestError(
+                f"the next token of the constraint takes more than {SLOWEST_MASK_S} s to find",
+                code="grammar_error",
+                param="response_format",
+                hint="a repetition of fixed text that is thousands of characters long is the usual reason",
+            ) from error
 
     def _verify(
         self, request: Request, draft: list[int], choice: Choice, reason: str | None, outputs: StepOutputs

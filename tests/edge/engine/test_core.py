@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ from hypothesis import strategies as st
 
 from edge.backends.base import Backend, Row, StepInterrupted
 from edge.backends.fake import FakeBackend
+from edge.engine import core
 from edge.engine import protocol as msg
+from edge.engine.grammar import Constraint, Grammars, Matcher
 from edge.engine.prefix_store import PrefixStore
 from tests.support.backends import Maker, counted, exactly, ids, only
 from tests.support.desk import Desk
@@ -401,3 +406,37 @@ def test_first_come_first_served(make: Maker) -> None:
         desk.submit(key, [97 + key], max_tokens=3, ignore_eos=True)
     desk.run()
     assert [e.key for e in desk.events if isinstance(e, msg.Done)] == [0, 1, 2, 3, 4]
+
+
+# -- constraints that take long ------------------------------------------------------------------------------
+
+
+def test_a_constraint_that_takes_too_long_ends_its_own_answer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "SLOWEST_MASK_S", 0.1)
+    go_on, begun = threading.Event(), threading.Event()
+    compiled = Grammars.compile
+
+    def compile_one(grammars: Grammars, constraint: Constraint) -> Matcher:
+        matcher = compiled(grammars, constraint)
+        if constraint.text == "slow":
+            monkeypatch.setattr(matcher, "mask", lambda: begun.set() or go_on.wait(30))
+        return matcher
+
+    monkeypatch.setattr(Grammars, "compile", compile_one)
+    desk = Desk(FakeBackend(slots=8))
+    try:
+        for key in range(6):
+            text = {1: "slow", 4: "slow", 5: None}.get(key, "[a-z]{12}")
+            constraint = Constraint("regex", text) if text is not None else None
+            desk.submit(key, f"{key}", max_tokens=20, ignore_eos=True, constraint=constraint)
+        began = time.monotonic()
+        desk.run()
+        assert begun.is_set() and time.monotonic() - began < 10
+    finally:
+        go_on.set()
+    assert desk.done(5).completion_tokens == 20
+    for key in (0, 2, 3):
+        assert re.fullmatch("[a-z]{12}", desk.text(key))
+    for key in (1, 4):
+        refused = desk.refused(key)
+        assert (refused.status, refused.code) == (400, "grammar_error")
