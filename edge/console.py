@@ -152,12 +152,17 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            place = error.filename or "while writing"
-            return _fail(f"the disk is full: {place}", 1, "free some space and run it again")
-        if error.filename is not None:
-            return _fail(f"{error.filename}: {error.strerror}", 1)
+        if known := explained(error):
+            return _fail(known.message, 1, known.hint)
         raise
+
+
+def explained(error: OSError) -> EdgeError | None:
+    """What a user can mend: a full disk, or a file that the system refuses."""
+    if error.errno == errno.ENOSPC:
+        place = error.filename or "while writing"
+        return EdgeError(f"the disk is full: {place}", "free some space and run it again")
+    return EdgeError(f"{error.filename}: {error.strerror}") if error.filename is not None else None
 
 
 def _fail(message: str, code: int, hint: str = "") -> int:

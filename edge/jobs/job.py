@@ -108,7 +108,7 @@ class Job:
 
     def again(self) -> list[str]:
         """The command that runs it once more; a training goes on from its last checkpoint."""
-        if self.argv[:2] != ["edge", "train"]:
+        if self.argv[:2] != ["edge", "train"] or "--plan" in self.argv:
             return self.argv
         return [*(word for word in self.argv if word not in ("--overwrite", "--resume")), "--resume"]
 

@@ -16,10 +16,10 @@ from nicegui import ui
 from pygments.formatters import HtmlFormatter
 from starlette.responses import RedirectResponse
 
-from edge.ui import chat, data, export, measure, model, runs, train
+from edge.ui import chat, data, export, measure, model, runs, take_home, train
 from edge.ui.guard import Guard
 from edge.ui.texts import LANGUAGES, Texts
-from edge.ui.view import View
+from edge.ui.view import View, complain
 from edge.ui.workspace import Workspace
 
 TABS: dict[str, tuple[str, Callable[[View], None]]] = {
@@ -115,6 +115,7 @@ def create_app(workspace: Workspace, keys: tuple[str, ...]) -> Guard:
         return RedirectResponse(f"{prefix}/{language}")
 
     api.get("/")(preferred)
+    take_home.add_route(api, workspace)
     for language, quasar in LANGUAGES.items():
         ui.page(f"/{language}", title="edge", language=quasar)(_page(workspace, language))
     # Nothing of the page is kept by NiceGUI; this is where it would look.
@@ -134,6 +135,7 @@ def _page(workspace: Workspace, language: str) -> Callable[[Request], None]:
 
 def _frame(workspace: Workspace, t: Texts, request: Request) -> None:
     ui.add_css(_STYLE + _CODE)
+    ui.on_exception(complain)
     theme = request.cookies.get("edge-theme", "auto")
     dark = ui.dark_mode(_THEMES.get(theme))
     wanted = request.query_params.get("tab", "")

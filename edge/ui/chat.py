@@ -17,6 +17,7 @@ from edge.jobs.job import RUNNING, Job
 from edge.ui import conversation as talk
 from edge.ui import loaded, preferences
 from edge.ui import view as shared
+from edge.ui.batch import Batch
 from edge.ui.conversation import Conversation
 from edge.ui.texts import Texts
 from edge.ui.view import JobCard, View
@@ -60,7 +61,9 @@ class _Tab:
         with ui.row().classes("full-width edge-center"):
             ui.button(t("New chat"), icon="add_comment", on_click=self._clear).props("flat dense")
             ui.button(t("Save as JSON"), icon="download", on_click=self._save).props("flat dense")
+            batch = Batch(view, self.talk)
             self._choices = ui.row().classes("edge-center")
+        batch.show()
         self._show_loaded()
         self._show()
         ui.timer(2.0, self._show_loaded)
@@ -194,7 +197,7 @@ class _Tab:
             self.talk.keep()
             self._show()
             if not task.cancelled() and (error := task.exception()):
-                shared.complain(str(error))
+                shared.complain(error)
                 if not isinstance(error, EdgeError):
                     raise error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from nicegui import run, ui
 from edge.errors import EdgeError, InputError
 from edge.ui import datasets
 from edge.ui import view as shared
+from edge.ui.row_editor import RowEditor
 from edge.ui.view import View
 
 # Rows that are shown token by token, and reasons that are listed.
 _ROWS, _REASONS, _BARS = 5, 50, 24
+_NUMBER = re.compile(r", row (\d+)")
 
 
 def build(view: View) -> None:
@@ -28,6 +31,7 @@ class _Tab:
         # Outlives what `_show` makes anew.
         self._dialogs = ui.element()
         self._all = ui.column().classes("full-width")
+        self._editors: dict[str, RowEditor] = {}
         self._show()
 
     @property
@@ -77,6 +81,11 @@ class _Tab:
                 ui.button(t("Preview"), icon="visibility").props("outline dense").on_click(
                     shared.guarded(functools.partial(self._preview, name))
                 )
+                if path := datasets.editable(self._folder, entry):
+                    editor = self._editors[name] = RowEditor(self._view, path, self._shown_is_old)
+                    ui.button(t("Edit rows"), icon="edit", on_click=shared.guarded(editor.open)).props(
+                        "outline dense"
+                    )
         with ui.expansion(datasets.INFO, icon="edit_note").classes("full-width"):
             self._editor()
 
@@ -103,7 +112,7 @@ class _Tab:
             path = datasets.free_name(self._folder, event.file.name)
             await event.file.save(path)
         except (EdgeError, OSError) as error:
-            shared.complain(str(error))
+            shared.complain(error)
             return
         try:
             await self._add(path)
@@ -197,7 +206,8 @@ class _Tab:
         ).classes("text-bold")  # fmt: skip
         if found["left_out"]:
             with ui.expansion(t("Rows that are left out"), icon="warning").classes("full-width"):
-                shared.words("\n".join(f"{row}: {why}" for row, why in found["left_out"][:_REASONS]))
+                for row, why in found["left_out"][:_REASONS]:
+                    self._row(name, row, shared.words(f"{row}: {why}"))
         shared.words("\n".join(found["notes"])).classes("edge-warning")
         ui.label(
             t("{tokens} tokens in an epoch, {learnt} of them with loss; {cut} rows are cut").format(
@@ -207,10 +217,25 @@ class _Tab:
         ui.echart(histogram(found["lengths"], t("tokens in a row"))).classes("full-width edge-chart")
         ui.label(t("The exact tokens; those with loss are coloured.")).classes("edge-help")
         for sample in found["samples"]:
-            ui.label(sample["source"]).classes("text-bold")
+            self._row(name, sample["source"], ui.label(sample["source"]).classes("text-bold"))
             with ui.element("div").classes("edge-tokens"):
                 for text, learnt in stretches(sample["tokens"]):
                     ui.label(text).classes("edge-learnt" if learnt else "")
+
+    def _row(self, name: str, source: str, label: Any) -> None:
+        """Put a button beside the label of a row, which opens that row. source: "NAME, row N" and more."""
+        number = _NUMBER.match(source.removeprefix(name))
+        if number is None or name not in self._editors:
+            return
+        with ui.row().classes("edge-center") as line:
+            label.move(line)
+            ui.button(
+                icon="edit",
+                on_click=shared.guarded(functools.partial(self._editors[name].open, int(number[1]))),
+            ).props(f'flat dense size=sm aria-label="{self._t("Edit")}"')
+
+    def _shown_is_old(self) -> None:
+        self._shown.clear()
 
 
 def stretches(tokens: list[dict[str, Any]]) -> list[tuple[str, bool]]:

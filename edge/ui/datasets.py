@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 
 from edge.artefact import json_file
 from edge.errors import InputError
+from edge.questions import ANSWERS, QUESTIONS
+from edge.ui import rows
 
 INFO = "dataset_info.json"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -22,8 +25,6 @@ OPENAI = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
     "system_tag": "system",
 }  # fmt: skip
-_QUESTIONS = ("instruction", "prompt", "question", "query", "input", "text", "问题")
-_ANSWERS = ("output", "response", "answer", "completion", "回答", "答案")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 # Input methods leave these in place of ASCII.
 _WIDE = str.maketrans("“”，：｛｝［］\t", '"",:{}[] ')
@@ -116,8 +117,8 @@ def save(folder: Path, text: str) -> None:
     parse(text, path)
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        path.replace(path.with_name(f"{INFO}.bak"))
-    path.write_text(text, encoding="utf-8")
+        shutil.copyfile(path, path.with_name(f"{INFO}.bak"))
+    json_file.write_text(path, text)
 
 
 def add(folder: Path, name: str, entry: dict[str, Any]) -> None:
@@ -159,8 +160,8 @@ def entry_for(file: str, row: dict[str, Any]) -> dict[str, Any] | None:
         if pairs:
             entry["columns"] |= {"chosen": "chosen", "rejected": "rejected"}
         return entry
-    question = next((key for key in _QUESTIONS if key in keys), None)
-    answer = next((key for key in _ANSWERS if key in keys), None)
+    question = next((key for key in QUESTIONS if key in keys), None)
+    answer = next((key for key in ANSWERS if key in keys), None)
     flag = next((key for key in ("kto_tag", "label") if isinstance(row.get(key), bool)), None)
     if question is None or (answer is None and not pairs and question != "text"):
         return None
@@ -174,14 +175,14 @@ def entry_for(file: str, row: dict[str, Any]) -> dict[str, Any] | None:
     return {**entry, "columns": columns}
 
 
-def free_name(folder: Path, name: str) -> Path:
+def free_name(folder: Path, name: str, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
     """A path for an uploaded file, under its own name or one with a number behind it.
 
     Raises InputError for a kind of file that is no data.
     """
     plain = Path(re.sub(r"[\x00-\x1f:*?\"<>|]", "_", re.split(r"[/\\]", name)[-1]))
-    if plain.suffix.lower() not in SUFFIXES or plain.name.startswith("."):
-        raise InputError(f"{name} is no data file", f"there are {', '.join(SUFFIXES)}")
+    if plain.suffix.lower() not in suffixes or plain.name.startswith("."):
+        raise InputError(f"{name} is no data file", f"there are {', '.join(suffixes)}")
     if plain.name == INFO:
         raise InputError(f"{INFO} is edited below", "paste its text there")
     names = itertools.chain([plain.name], (f"{plain.stem}-{n}{plain.suffix}" for n in itertools.count(2)))
@@ -192,6 +193,12 @@ def folders(root: Path) -> list[str]:
     """Folders with a dataset_info.json, and `data` in any case."""
     found = {path.parent.name for path in root.glob(f"*/{INFO}")}
     return sorted({"data", *found})
+
+
+def editable(folder: Path, entry: Any) -> Path | None:
+    """The file of a data set whose rows can be edited, or None."""
+    path = folder / str(entry.get("file_name", "")) if isinstance(entry, dict) else folder
+    return path if path.suffix.lower() in rows.SUFFIXES and path.is_file() else None
 
 
 def described(entry: Any) -> str:

@@ -59,8 +59,8 @@ def servers(workspace: Workspace) -> dict[str, Server]:
     return {name: Server(name, job) for job in jobs if (name := _name(job.argv))}
 
 
-def commands(workspace: Workspace, name: str) -> list[list[str]]:
-    """What makes the files that serving `name` needs, where they are missing; last the serving itself.
+def needed(workspace: Workspace, name: str) -> tuple[list[list[str]], str, str]:
+    """(what makes the files that `name` lacks, the path to load, the adapter on it or "")
 
     An adapter is put on its base at run time, so nothing is merged. Raises EdgeError where `name` or the
     adapter's base is gone.
@@ -69,17 +69,23 @@ def commands(workspace: Workspace, name: str) -> list[list[str]]:
     if not path.is_dir():
         raise EdgeError(f"no such folder: {name}")
     if not (path / _ADAPTER).is_file():
-        missing, served = _whole(path, workspace)
-        return [*missing, ["serve", served, "--name", name, *_OPTIONS]]
+        return *_whole(path, workspace), ""
     missing, base = _whole(_base(path, workspace), workspace)
     folder = path.parent if path.name == "adapter" else path
     target = folder / "lora"
     if not _made(target, path):
         replace = ["--overwrite"] if target.exists() else []
         missing = [*missing, ["export", "lora", workspace.short(folder), *replace]]
-    file = next(target.glob("*.gguf"), target)
-    lora = f"{name}={workspace.short(file)}"
-    return [*missing, ["serve", base, "--lora", lora, *_OPTIONS]]
+    return missing, base, workspace.short(next(target.glob("*.gguf"), target))
+
+
+def commands(workspace: Workspace, name: str) -> list[list[str]]:
+    """What makes the files that serving `name` needs; last the serving itself. Raises as `needed`."""
+    missing, path, lora = needed(workspace, name)
+    return [
+        *missing,
+        ["serve", path, *(["--lora", f"{name}={lora}"] if lora else ["--name", name]), *_OPTIONS],
+    ]
 
 
 def trained(workspace: Workspace, name: str) -> dict[str, str]:

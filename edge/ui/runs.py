@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nicegui import run as background
 from nicegui import ui
 
+from edge.errors import EdgeError
+from edge.ui import take_home
 from edge.ui import view as shared
 from edge.ui.curves import Curve
 from edge.ui.view import STATES, JobCard, View
@@ -60,6 +63,13 @@ class _Tab:
                 ui.button(t("Continue from"), icon="redo", on_click=lambda: self._continue(run)).props(
                     "outline dense"
                 )
+            if run.checkpoints:
+                with ui.dropdown_button(t("From a checkpoint"), auto_close=True).props("outline dense"):
+                    for name in reversed(run.checkpoints):
+                        ui.item(name, on_click=functools.partial(self._from_checkpoint, run, name))
+            ui.button(icon="download", on_click=shared.guarded(lambda: self._take_home(run))).props(
+                f'flat dense aria-label="{t("Take home")}"'
+            )
             ui.button(icon="delete", on_click=lambda: self._ask_to_delete(run)).props(
                 f'flat dense aria-label="{t("Delete")}"'
             )
@@ -102,11 +112,46 @@ class _Tab:
                       "adapter_name_or_path": self._view.workspace.short(run.folder)})  # fmt: skip
         self._view.go("Train")
 
+    def _from_checkpoint(self, run: Run, name: str) -> None:
+        """Fill the form in for a training that goes on from a checkpoint, in a folder of its own."""
+        space = self._view.workspace
+        self._view.form().replace({
+            **run.configuration,
+            "resume_from_checkpoint": f"{space.short(run.folder)}/{name}",
+            "output_dir": f"runs/{space.free_name(f'{run.name}-from-{name[11:]}')}",
+        })  # fmt: skip
+        self._view.go("Train")
+
+    async def _take_home(self, run: Run) -> None:
+        """The files that can be downloaded of a run, and the command that goes on with a broken download."""
+        t = self._t
+        found = await background.io_bound(take_home.archives, self._view.workspace, run.name) or {}
+        page = await ui.run_javascript("location.origin + window.path_prefix")
+        with ui.dialog() as dialog, ui.card().classes("edge-wide"):
+            ui.label(t("One file each; unpacked in runs/ it is the run again: tar -xf FILE -C runs"))
+            for name, archive in found.items():
+                path = take_home.link(run.name, name, archive)
+                with ui.row().classes("full-width edge-line"):
+                    ui.link(f"{name}.tar", path)
+                    ui.label(shared.size(archive.size)).classes("edge-mono col")
+                ui.code(f"curl -C - -O {page}{path}", language="bash").classes("full-width")
+            ui.label(
+                t("The command goes on where a download broke off; where the page has a key, add -u :KEY.")
+            ).classes("edge-help")
+        dialog.open()
+
     def _ask_to_delete(self, run: Run) -> None:
         with ui.dialog() as dialog, ui.card():
-            shared.words(self._t("Delete {name} with all its checkpoints and exports?").format(name=run.name))
+            shared.words(
+                self._t("To delete {name} with all its checkpoints and exports, type its name.").format(
+                    name=run.name
+                )
+            )
+            typed = ui.input(self._t("Name of the run")).classes("full-width")
 
             async def delete() -> None:
+                if typed.value != run.name:
+                    raise EdgeError(self._t("That is not its name; nothing was deleted."))
                 self._view.workspace.delete(run)
                 dialog.close()
                 self._view.go("Runs")

@@ -59,6 +59,9 @@ CHINESE = {
     "Train it": "用它训练",
     "for serving only": "只能部署", "chat template": "有对话模板", "no chat template": "无对话模板",
     # Data
+    "Edit rows": "编辑数据", "Earlier row": "上一条", "Later row": "下一条", "Row": "条", "Close": "关闭",
+    "{name}, row {number}": "{name}，第 {number} 条",
+    "This row is no JSON object: mend its text.": "这一条不是 JSON 对象，请修改其文本。",
     "Upload files": "上传文件",
     "json, jsonl, csv or parquet; they are put into the folder.":
         "json、jsonl、csv 或 parquet；文件会放入该文件夹。",
@@ -77,9 +80,17 @@ CHINESE = {
         "逐个词元；有颜色的计算损失。",
     # Runs
     "No training yet.": "还没有训练。", "Jobs": "任务", "Continue from": "接着训练",
+    "From a checkpoint": "从检查点继续",
     "Delete": "删除", "Keep": "保留",
     "What differs": "不同之处", "Settings and figures": "设置与结果",
-    "Delete {name} with all its checkpoints and exports?": "删除 {name} 及其所有检查点和导出？",
+    "To delete {name} with all its checkpoints and exports, type its name.":
+        "要删除 {name} 及其所有检查点和导出，请输入它的名称。",
+    "That is not its name; nothing was deleted.": "名称不符，未删除任何内容。",
+    "Take home": "下载带走",
+    "One file each; unpacked in runs/ it is the run again: tar -xf FILE -C runs":
+        "各为一个文件；在 runs/ 中解开即恢复该次训练：tar -xf 文件 -C runs",
+    "The command goes on where a download broke off; where the page has a key, add -u :KEY.":
+        "该命令会从中断处继续下载；若页面设有密钥，请加上 -u :密钥。",
     # Export
     "Run": "运行",
     "No run with a result yet: train first.": "还没有训练结果，请先训练。",
@@ -121,6 +132,10 @@ CHINESE = {
     "System prompt and sampling": "系统提示词与采样", "Temperature": "温度", "Tokens at most": "最多词元数",
     "Reasoning": "思考过程", "A is better": "A 更好", "B is better": "B 更好", "Regenerate": "重新生成",
     "A good answer": "回答好", "A bad answer": "回答不好", "Copy": "复制",
+    "Answer a file": "回答文件",
+    "json, jsonl or csv as for training, or txt with a question a line; model A and B answer all.":
+        "json、jsonl 或 csv（与训练数据相同），或每行一个问题的 txt；模型 A 和 B 都会回答。",
+    "Download the answers": "下载回答", "Answer": "回答", "hoped for": "参考回答",
     "Edit": "编辑", "Ask again": "重新提问",
     "Train DPO on choices ({count})": "用选择训练 DPO（{count}）",
     "Train KTO on thumbs ({count})": "用评价训练 KTO（{count}）",
@@ -133,7 +148,12 @@ CHINESE = {
     # Train
     "Models that are loaded hold memory: unload them, and start again.":
         "已加载的模型占用内存：请卸载后重新开始。",
-    "Steps and memory are being worked out …": "正在计算步数与内存……",
+    "Steps, memory and time are being worked out …": "正在计算步数、内存与时间……",
+    "How long it takes is not known: no training of this kind has ended here yet.":
+        "所需时间未知：本机还没有完成过同类训练。",
+    "About {time}, by the {speed} tokens/s of: {source}. Evaluations and checkpoints come on top.":
+        "约需 {time}，依据 {source} 的 {speed} 词元/秒；评估与保存检查点另计。",
+    "steps just tried": "刚试跑的几步", "Try a few steps": "试跑几步",
     "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free":
         "训练 {rows} 条，验证 {held} 条，在 {device} 上共 {steps} 步；需要内存 {memory}，可用 {free}",
     "Name of the run": "运行名称",
@@ -144,6 +164,9 @@ CHINESE = {
     "Preset": "预设", "LoRA, 16 bits": "LoRA，16 位", "QLoRA, 4 bits": "QLoRA，4 位",
     "All weights": "全参数", "DPO on preferences": "偏好 DPO",
     "Folder of the data sets": "数据集文件夹",
+    "Goes on from {name}: learning rate, schedule and length may change, nothing else.":
+        "从 {name} 接着训练：学习率、调度和训练长度可以改，其余设置保持不变。",
+    "Begin anew instead": "改为从头训练",
     "Base model": "基座模型", "Data sets": "数据集",
     "computation type": "计算类型", "automatic": "自动",
     "More settings": "更多设置", "Replace an earlier result": "覆盖之前的结果",

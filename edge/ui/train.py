@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,16 @@ class _Tab:
         """What is trained, on what, under which name."""
         t, values, workspace = self._t, self.form.values, self._view.workspace
         models = [workspace.short(path) for path in workspace.models()]
+        if resumed := values.get("resume_from_checkpoint"):
+            with ui.row().classes("full-width edge-center"):
+                shared.words(
+                    t(
+                        "Goes on from {name}: learning rate, schedule and length may change, nothing else."
+                    ).format(name=resumed)
+                ).classes("col")
+                ui.button(
+                    t("Begin anew instead"), on_click=lambda: self._change({"resume_from_checkpoint": None})
+                ).props("outline dense")
         with ui.element("div").classes("edge-grid full-width"):
             self._select("model_name_or_path", t("Base model"), models)
             folder = ui.input(t("Folder of the data sets"), value=values.get("dataset_dir", "data"))
@@ -205,7 +214,7 @@ class _Tab:
         if not all(self.form.values.get(key) for key in ("model_name_or_path", "dataset")):
             raise EdgeError(self._t("Choose a base model and at least one data set."))
         if "output_dir" not in self.form.values:
-            self._change({"output_dir": f"runs/{self._free_name()}"})
+            self._change({"output_dir": f"runs/{self._view.workspace.free_name('run')}"})
         try:
             name = self.form.name
         except InputError as error:
@@ -220,13 +229,6 @@ class _Tab:
         await self._view.ask("train", self._view.workspace.short(path), "--print-config")
         return self._view.workspace.short(path)
 
-    def _free_name(self) -> str:
-        runs = self._view.workspace.root / "runs"
-        names = (f"run-{number}" for number in itertools.count(1))
-        return next(
-            name for name in names if not (runs / name).exists() and not (runs / f"{name}.yaml").exists()
-        )
-
     def _argv(self, path: str) -> list[str]:
         return ["train", path, *(["--overwrite"] if self._overwrite.value else [])]
 
@@ -236,12 +238,12 @@ class _Tab:
 
     async def _preview(self) -> None:
         path = await self._write()
-        with ui.dialog() as dialog, ui.card().classes("edge-wide"):
+        with ui.dialog() as dialog, ui.card().classes("edge-wide") as card:
             ui.label(self._t("Command"))
             ui.code("edge " + shlex.join(self._argv(path)), language="bash").classes("full-width")
             ui.label(self._t("Configuration")).tooltip(path)
             ui.code(self.form.yaml(), language="yaml").classes("full-width")
-            plan = shared.words(self._t("Steps and memory are being worked out …"))
+            plan = shared.words(self._t("Steps, memory and time are being worked out …"))
         dialog.open()
         if self._merges():
             plan.set_visibility(False)
@@ -252,15 +254,43 @@ class _Tab:
             plan.set_text(str(error))
             plan.classes("text-negative")
             return
+        plan.set_text(self._planned(found))
+        if not found["seconds"]:
+            with card:
+                self._offer_to_try(path, plan)
+
+    def _planned(self, found: dict[str, Any]) -> str:
+        """Steps, memory and time in words, with where the time is from."""
         text = self._t(
             "{rows} rows, {held} held out, {steps} steps on {device}; {memory} of memory, {free} are free"
-        )
-        plan.set_text(
-            text.format(
-                rows=f"{found['rows']:,}", held=f"{found['held_out']:,}", steps=f"{found['steps']:,}",
-                device=found["device"], memory=shared.size(found["memory"]), free=shared.size(found["free"]),
-            )
+        ).format(
+            rows=f"{found['rows']:,}", held=f"{found['held_out']:,}", steps=f"{found['steps']:,}",
+            device=found["device"], memory=shared.size(found["memory"]), free=shared.size(found["free"]),
         )  # fmt: skip
+        if not found["seconds"]:
+            return f"{text}\n" + self._t(
+                "How long it takes is not known: no training of this kind has ended here yet."
+            )
+        source = Path(found["speed_of"])
+        where = self._view.workspace.short(source) if source.is_absolute() else self._t("steps just tried")
+        return f"{text}\n" + self._t(
+            "About {time}, by the {speed} tokens/s of: {source}. Evaluations and checkpoints come on top."
+        ).format(time=shared.duration(found["seconds"]), speed=f"{found['speed']:,.0f}", source=where)
+
+    def _offer_to_try(self, path: str, plan: Any) -> None:
+        """A button that has a few steps tried, as a job, and says then how long all of them take."""
+        place = ui.column().classes("full-width")
+
+        async def start() -> None:
+            job = self._view.workspace.start([*self._argv(path), "--plan", "--measure"])
+            place.clear()
+            with place:
+                JobCard(self._view, job, ended=lambda: plan.set_text(self._planned(job.last_line["result"])))
+
+        with place:
+            ui.button(self._t("Try a few steps"), icon="timer", on_click=shared.guarded(start)).props(
+                "outline"
+            )
 
     async def _start(self) -> None:
         path = await self._write()

@@ -10,6 +10,7 @@ from typing import Any
 
 from nicegui import run, ui
 
+from edge.console import explained
 from edge.errors import EdgeError
 from edge.jobs.job import RUNNING, Job
 from edge.ui.curves import Curve, options
@@ -54,13 +55,14 @@ def guarded(action: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[Non
         try:
             await action()
         except (EdgeError, OSError) as error:
-            complain(str(error))
+            complain(error)
 
     return act
 
 
-def complain(text: str) -> None:
-    """Show an error until it is closed."""
+def complain(error: BaseException | str) -> None:
+    """Show an error until it is closed, in the words of the commands."""
+    text = str((explained(error) if isinstance(error, OSError) else None) or error)
     ui.notify(text, type="negative", multi_line=True, timeout=0, close_button="✕", position="top",
               classes="edge-words")  # fmt: skip
 

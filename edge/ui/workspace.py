@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from edge.jobs.job import Job
 from edge.machine import hardware
 
 # Of these one at a time runs on a device.
-_HEAVY = ("train", "merge", "export", "verify", "eval", "bench")
+_HEAVY = ("train", "merge", "export", "verify", "eval", "bench", "predict")
 STAGES = ("adapter", "merged", "gguf", "onnx")
 
 
@@ -52,6 +53,19 @@ class Run:
         return read_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
+    def configuration(self) -> dict[str, Any]:
+        """The keys that make the same training again: those of its YAML, or of its settings."""
+        path = self.folder.with_name(f"{self.name}.yaml")
+        if path.is_file():
+            return read_yaml(path.read_text(encoding="utf-8"))
+        keys, settings = schema()["properties"], self.settings
+        return {
+            key: value
+            for key, value in settings.items()
+            if key in keys and value not in (None, keys[key].get("default"))
+        }
+
+    @property
     def results(self) -> dict[str, Any]:
         """Figures of the training and of `edge eval`."""
         files = ("all_results.json", "predict_results.json")
@@ -79,8 +93,9 @@ class Workspace:
         return jobs.jobs(self.jobs_folder)
 
     def job(self, verb: str, target: str = "") -> Job | None:
-        """The last job of a verb; target: among its arguments."""
-        found = [job for job in self.jobs() if job.argv[:2] == ["edge", verb] and target in (*job.argv, "")]
+        """The last job of a verb; target: among its arguments. A plan of a training is none."""
+        found = [job for job in self.jobs() if job.argv[:2] == ["edge", verb] and target in (*job.argv, "")
+                 and "--plan" not in job.argv]  # fmt: skip
         return found[-1] if found else None
 
     def start(self, argv: list[str]) -> Job:
@@ -99,17 +114,30 @@ class Workspace:
         order = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
         return [run for path in order if (run := Run(path)).log or run.stages or run.checkpoints]
 
+    def free_name(self, name: str) -> str:
+        """`name`, or it with a number behind it, that no run has yet."""
+        runs = self.root / "runs"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(one for one in names if not any((runs / path).exists() for path in (one, f"{one}.yaml")))
+
     def short(self, path: Path) -> str:
         """A path as a command of this folder would have it."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
+    def working(self, run: Run) -> list[Job]:
+        """Jobs on the run that have not ended; of the chat's servers those of its own files."""
+        own = self.short(run.folder)
+        config = f"{own}.yaml"
+        return [
+            job
+            for job in self.jobs()
+            if job.state in jobs.RUNNING
+            and any(word in (own, config) or f"{own}/" in word for word in job.argv)
+        ]
+
     def delete(self, run: Run) -> None:
         """Remove a run's folder and its configuration. Raises EdgeError while a job of it runs."""
-        config = self.short(run.folder.with_name(f"{run.name}.yaml"))
-        if any(
-            job.state in jobs.RUNNING and {config, self.short(run.folder)} & {*job.argv}
-            for job in self.jobs()
-        ):
+        if self.working(run):
             raise EdgeError(f"a job of {run.name} runs", "stop it first")
         shutil.rmtree(run.folder)
         run.folder.with_name(f"{run.name}.yaml").unlink(missing_ok=True)

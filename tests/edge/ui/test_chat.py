@@ -137,3 +137,28 @@ def test_an_answer_is_stopped_edited_saved_and_a_full_machine_is_named(chat: Pag
     [saved] = tmp_path.glob("chat-*.json")
     assert json.loads(saved.read_text("utf-8"))["turns"] == said(page)
     assert browser.errors == []
+
+
+def test_a_file_is_answered(chat: Page, tmp_path: Path) -> None:
+    page = chat
+    (tmp_path / "问题.txt").write_text("Who are you?\nSay <b>hi</b>.\n", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"answer": "a"}\n', encoding="utf-8")
+    page.upload(tmp_path / "bad.jsonl")
+    page.sees("line 1 asks nothing")
+    assert jobs.jobs(page.folder / "jobs") == []
+    page.open("Chat")
+    page.upload(tmp_path / "问题.txt")
+    page.sees("Download the answers", 60)
+    [job] = jobs.jobs(page.folder / "jobs")  # one model on both sides
+    assert job.argv[:4] == ["edge", "predict", "models/small", "answers/问题-1/问题.txt"]
+    file = page.folder / "answers" / "问题-1" / "models-small" / "generated_predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert ["Who are you?" in line["prompt"] and bool(line["predict"]) for line in lines] == [True, False]
+    assert "Say <b>hi</b>." in lines[1]["prompt"] and lines[1]["predict"]
+    assert page.browser.ask("document.querySelectorAll('td b').length") == 0
+    page.browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "got"))
+    page.press("Download the answers")
+    got = tmp_path / "got" / file.name
+    until(got.is_file)
+    assert got.read_bytes() == file.read_bytes()
+    assert page.browser.errors == []

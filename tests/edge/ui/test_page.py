@@ -96,7 +96,7 @@ def test_a_broken_data_file_is_mended_and_files_are_uploaded_and_looked_at(
     assert (page.folder / "data" / "new.jsonl").read_bytes() == (tmp_path / "new.jsonl").read_bytes()
 
     page.open("Data")
-    buttons = "[...document.querySelectorAll('.edge-line button')]"
+    buttons = "[...document.querySelectorAll('.edge-line button')].filter(e => /Preview$/.test(e.innerText))"
     page.browser.ask(f"{buttons}[1].click()")
     page.sees("Choose a base model in the Train tab")
     page.open("Model")
@@ -117,6 +117,20 @@ def test_a_broken_data_file_is_mended_and_files_are_uploaded_and_looked_at(
         "[...document.querySelectorAll('.edge-learnt')].map(e => e.textContent).join('')"
     )
     assert learnt.startswith("No.") and "img" not in learnt
+
+    # The row that was left out is mended, and its file holds it as it stood there.
+    page.browser.ask("document.querySelector('button[aria-label=Edit]').click()")
+    page.sees("new.jsonl, row 2")
+    field = "document.querySelector('textarea[aria-label=answer]')"
+    # A dialog takes the focus once it is open.
+    page.browser.until("document.activeElement.closest('.q-dialog') !== null")
+    page.browser.ask(f"{field}.focus()")
+    page.browser.type("答案是“B”。")
+    page.browser.until(f"{field}.value === '答案是“B”。'")
+    page.press("Save")
+    until(lambda: "答案是“B”。" in (page.folder / "data" / "new.jsonl").read_text("utf-8"))
+    first, second = (page.folder / "data" / "new.jsonl").read_text("utf-8").split("\n")
+    assert first == json.dumps(rows[0]) and json.loads(second) == {"question": "q", "answer": "答案是“B”。"}
     assert page.browser.errors == []
 
 
@@ -141,9 +155,15 @@ def test_runs_are_compared_continued_and_deleted(page: Page) -> None:
     assert form["adapter_name_or_path"].startswith("runs/run") and form["model_name_or_path"] == "models/toy"
     page.open("Runs")
     page.browser.ask("document.querySelector('button[aria-label=Delete]').click()")
-    page.sees("with all its checkpoints and exports?")
+    page.sees("with all its checkpoints and exports, type its name")
     page.press("Delete")
-    until(lambda: len(list((page.folder / "runs").iterdir())) == 1)
+    page.sees("That is not its name")
+    names = {path.name for path in (page.folder / "runs").iterdir()}
+    assert len(names) == 2
+    deleted = page.browser.ask("document.querySelector('.q-dialog').innerText.match(/run\\d/)[0]")
+    page.type("Name of the run", deleted)
+    page.press("Delete")
+    until(lambda: {path.name for path in (page.folder / "runs").iterdir()} == names - {deleted})
     assert page.browser.errors == []
 
 
