@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ui": ("edge.ui.cli", "tune, compare, export and serve in the browser"),
     "webui": ("edge.ui.cli", "the same"),
     "chat": ("edge.chat_cli", "talk to a run in the terminal"),
+    "predict": ("edge.predict_cli", "a model's answers to a file of questions"),
     "demo": ("bench.demo", "all stages on a small model, questions over HTTP and a measurement"),
     "bench": ("bench.cli", "measure this server against the baseline"),
     "tune": ("edge.loading.tune", "show or redo what was measured for this artefact on this machine"),
