@@ -221,7 +221,7 @@ class Watch:
         if state.step == self._began + 3 and state.total > state.step:
             self._print(
                 f"{state.remaining / (state.total - state.step):.2f} s a step after warming up: "
-                f"about {_duration(state.remaining)} for the {state.total - state.step} steps to come"
+                f"about {duration(state.remaining)} for the {state.total - state.step} steps to come"
             )
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -236,7 +236,7 @@ class Watch:
         if "loss" in line and not self._console.is_terminal:
             self._print(
                 f"step {state.step}/{state.total}  loss {state.loss:.4f}  "
-                f"{state.tokens_per_second:.0f} tokens/s  {_duration(state.remaining)} left"
+                f"{state.tokens_per_second:.0f} tokens/s  {duration(state.remaining)} left"
             )
 
     def _print(self, text: str) -> None:
@@ -282,7 +282,8 @@ def _fitting(parts: list[str], room: int) -> str:
     return line
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A length of time in words."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 100:

@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run made")
     parser.add_argument("--resume", action="store_true", help="resume from the last whole checkpoint")
     parser.add_argument("--print-config", action="store_true", help="show every key with its value, and stop")
-    parser.add_argument("--plan", action="store_true", help="say steps and memory, and stop")
+    parser.add_argument("--plan", action="store_true", help="say steps, memory and time, and stop")
+    parser.add_argument("--measure", action="store_true", help="with --plan: try a few steps for the time")
     parser.add_argument("--print-command", action="store_true", help="show this command, quoted, and stop")
     parser.add_argument(
         "--json-schema", action=_PrintSchema, nargs=0, help="show every key as a JSON Schema, and stop"
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> int:
         parser.error("the following arguments are required: CONFIG.yaml")
     config = load_train_config(*((None, words) if "=" in words[0] else (Path(words[0]), words[1:])))
     if options.resume:
-        config = dataclasses.replace(config, resume_from_checkpoint=config.resume_from_checkpoint or "auto")
+        # What began from another run's checkpoint goes on from its own.
+        first = None if any(Path(config.output_dir).glob("checkpoint-*")) else config.resume_from_checkpoint
+        config = dataclasses.replace(config, resume_from_checkpoint=first or "auto")
     if options.print_config:
         sys.stdout.write(as_yaml(config))
     if options.print_command:
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> int:
     if options.plan:
         from convert.train import finetune
 
-        result(**finetune.plan(config, overwrite=options.overwrite))
+        result(**finetune.plan(config, overwrite=options.overwrite, measure=options.measure))
         return 0
     if torchrun.is_asked():
         return torchrun.launch(argv)

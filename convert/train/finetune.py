@@ -39,10 +39,11 @@ from convert.train import (
     run_lock,
     sample_answers,
     signals,
+    time_estimate,
     trackers,
     trainer,
 )
-from convert.train.callbacks import Watch
+from convert.train.callbacks import Watch, duration
 from convert.train.load_model import (
     NF4_BLOCK,
     Place,
@@ -57,7 +58,7 @@ from convert.train.load_model import (
 )
 from convert.train.losses import Accuracy, Feedback, LossHead, Objective, Preference, reference
 from edge.artefact import json_file, manifest
-from edge.errors import EdgeError, ExistsError, InputError
+from edge.errors import EdgeError, ExistsError, InputError, UsageError
 from edge.progress import report
 from edge.prompt import Prompt
 
@@ -111,18 +112,35 @@ def run(
         distributed.leave()
 
 
-def plan(config: TrainConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Say what `run` would train and what memory that takes; the figures, memory in bytes.
+def plan(config: TrainConfig, *, overwrite: bool = False, measure: bool = False) -> dict[str, Any]:
+    """Say what `run` would train, and what memory and time that takes; the figures, in bytes and seconds.
 
-    Raises as `run`.
+    measure: load the model and try a few steps, where no earlier training tells the speed. Raises as `run`.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     job = Run.begin(config, overwrite=overwrite, console=console, again="")
+    steps = trainer.total_steps(config, len(job.data.train), job.world.size)
+    tokens = time_estimate.tokens(config, job.data.train, steps, job.world.size)
+    speed, source = time_estimate.earlier(job.folder, job.kind()) or (0.0, "")
+    if not speed and measure:
+        with trainer.out_of_memory(job.config):
+            speed, source = job.try_steps(), f"{time_estimate.TRIED - 1} steps that were tried"
+    if speed:
+        console.print(
+            f"time: about {duration(tokens / speed)}, by the {speed:.0f} tokens/s of {source} on this "
+            "machine; evaluations and checkpoints come on top"
+        )
+    else:
+        console.print("time: not known before the first steps; --measure tries a few")
     return {
         "rows": job.data.rows,
         "held_out": job.data.held_rows,
         "longest": job.data.longest,
-        "steps": trainer.total_steps(config, len(job.data.train), job.world.size),
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": tokens / speed if speed else None,
+        "speed": speed,
+        "speed_of": str(source),
         "device": job.place.device,
         "memory": job.need.total,
         "free": memory_estimate.free(job.place),
@@ -345,6 +363,33 @@ class Run:
                 logs = reference(head, items, self.place.device, config.per_device_eval_batch_size)
             self.objective = (Feedback if config.stage == "kto" else Preference)(head, config, logs)
 
+    def kind(self) -> dict[str, Any]:
+        """What the speed depends on."""
+        dtype = dtype_name(self.place.dtype)
+        return time_estimate.kind(self.config, self.place.device, dtype, self.world.size)
+
+    def try_steps(self) -> float:
+        """Tokens per second of a few steps on rows of all lengths. Nothing is written.
+
+        Raises UsageError where the base is to be made first.
+        """
+        if self.given != self.config:
+            raise UsageError("--measure needs the base as it is", "train a few steps: max_steps: 5")
+        config = replace(self.config, max_steps=time_estimate.TRIED)
+        self.data = replace(self.data, train=time_estimate.sample(config, self.data.train), held=[])
+        self.load()
+        self.build_objective()
+        loop = trainer.Loop(
+            self.model,
+            self.data.train,
+            config,
+            device=self.place.device,
+            dtype=self.place.dtype,
+            objective=self.objective,
+            world=self.world,
+        )
+        return time_estimate.tried(loop)
+
     def resume(self) -> None:
         """Make the training loop, and bring it to where the checkpoint was; else remove older checkpoints.
 
@@ -511,13 +556,11 @@ class Run:
         return {
             **recorded(self.config),
             "alpha": self.config.alpha,
-            "device": self.place.device,
-            "compute_dtype": dtype_name(self.place.dtype),
+            **self.kind(),
             "quantized": self.quantized,
             "quant_block": NF4_BLOCK,
             "data": self.data.report.numbers(),
             "data_digest": self.digest,
-            "processes": self.world.size,
             "steps": state.step,
             "seconds": round(state.seconds, 2),
             "tokens_per_second": round(state.tokens_per_second, 1),
