@@ -181,12 +181,13 @@ CHINESE = {
 # How commands begin what they say of their progress, and their units.
 PROGRESS = {
     "training": "训练", "evaluating": "验证", "planning": "规划", "reading the data": "读取数据",
-    "loading the model": "加载模型", "loading": "加载", "ready": "就绪",
+    "loading the model": "加载模型", "answering": "回答问题", "loading": "加载", "ready": "就绪",
     "downloading": "下载", "getting": "获取", "converting": "转换", "building": "构建",
     "merging into": "合并到", "quantising to": "量化为", "comparing logits:": "比较概率：",
     "computing the merged model": "计算合并后的模型", "gathering the importance matrix": "收集重要性矩阵",
     "measuring what": "测量", "smoothing the activations of": "平滑激活值：",
     "steps": "步", "tensors": "个张量", "layers": "层", "texts": "段文字", "batches of answers": "批回答",
+    "questions": "个问题",
 }  # fmt: skip
 
 # The keys that beginners are taught, in that order, as Chinese calls them.
