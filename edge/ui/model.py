@@ -16,8 +16,14 @@ from edge.ui.view import JobCard, View, size
 
 EMBEDDED = "smollm2-135m-instruct"
 _HUBS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
-# Serving takes about the file and a cache.
-_ROOM = 1.3
+# Bytes beside the weights: the process, a cache or activations.
+_BESIDE = 2**30
+# (share of 16-bit weights that a way of loading them takes, its name), the best first.
+SERVING = ((1.0, "fits for serving in 16 bits"), (0.55, "fits for serving in 8 bits"),
+           (0.33, "fits for serving in 4 bits"))  # fmt: skip
+TRAINING = ((1.0, "LoRA fits for training"), (0.33, "QLoRA fits for training"))
+# A processor without bfloat16 computes in 32 bits.
+TRAINING_IN_32 = ((2.0, TRAINING[0][1]), TRAINING[1])
 
 
 def build(view: View) -> None:
@@ -47,22 +53,27 @@ class _Tab:
         if job is not None and job.state != "done":
             self._follow(job)
         free = hardware.memory().available
+        gpus = hardware.gpus()
+        room = max(gpu.memory_free for gpu in gpus) if gpus else free
+        halves = gpus or {"avx512_bf16", "bf16"} & {*hardware.cpu_flags()}
         for path in models:
-            self._line(path, free)
+            self._line(path, free, room, TRAINING if halves else TRAINING_IN_32)
         if not models:
             ui.label(t("No model is here yet."))
 
-    def _line(self, path: Path, free: int) -> None:
+    def _line(self, path: Path, free: int, room: int, ways: tuple[tuple[float, str], ...]) -> None:
+        """free: memory that serving may take; room: that training may, in one of these ways."""
         t, name = self._t, self._view.workspace.short(path)
-        weights = [*path.glob("*.safetensors"), *path.glob("*.gguf")]
-        largest = max((file.stat().st_size for file in weights), default=0)
         with ui.row().classes("full-width edge-line"):
             ui.label(name).classes("text-bold")
             ui.label(" · ".join(filter(None, self._facts(path)))).classes("edge-mono col")
-            fits = _ROOM * largest < free
-            ui.badge(t("fits for serving") if fits else t("too large for serving here")).props(
-                f"color={'positive' if fits else 'warning'}"
-            )
+            told = [(fitting(path, free, SERVING), t("too large for serving here"))]
+            if trainable(path):
+                told.append((fitting(path, room, ways), t("too large for training here")))
+            for text, otherwise in told:
+                ui.badge(t(text) if text else otherwise).props(
+                    f"color={'positive' if text else 'warning'}"
+                ).tooltip(t("By the weights' size and the memory that is free now; a plan counts exactly."))
             if trainable(path):
                 ui.button(t("Train it"), icon="model_training", on_click=lambda: self._train(name)).props(
                     "outline dense"
@@ -103,3 +114,15 @@ class _Tab:
 
 def trainable(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def fitting(path: Path, free: int, ways: tuple[tuple[float, str], ...]) -> str:
+    """The best way in which a model's weights fit into `free` bytes; "" where none does.
+
+    A GGUF is served as it is; of several the largest counts.
+    """
+    whole = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if not whole:
+        whole = max((file.stat().st_size for file in path.glob("*.gguf")), default=0)
+        ways = ((1.0, "fits for serving"),)
+    return next((text for share, text in ways if whole * share + _BESIDE <= free), "")

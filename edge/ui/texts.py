@@ -56,6 +56,11 @@ CHINESE = {
         "{name} 是内置模型，无需联网；模型编号形如 组织/名称。当前模型库为 {url}，可用 HF_ENDPOINT 更换。",
     "fits for serving": "内存足够部署",
     "too large for serving here": "内存不足以部署",
+    "fits for serving in 16 bits": "可按 16 位部署", "fits for serving in 8 bits": "可按 8 位部署",
+    "fits for serving in 4 bits": "可按 4 位部署", "LoRA fits for training": "内存足够 LoRA 训练",
+    "QLoRA fits for training": "内存足够 QLoRA 训练", "too large for training here": "内存不足以训练",
+    "By the weights' size and the memory that is free now; a plan counts exactly.":
+        "依据权重大小和当前可用内存估计；训练页的预览会精确计算。",
     "Train it": "用它训练",
     "for serving only": "只能部署", "chat template": "有对话模板", "no chat template": "无对话模板",
     # Data

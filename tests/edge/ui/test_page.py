@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import tarfile
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from convert.config import as_yaml
 from edge.jobs import job as jobs
 from tests.support.browser import CHROMIUM
 from tests.support.page import READY, Page, until
+from tests.support.reverse_proxy import proxied
 from tests.support.runs import configure
 
 pytest.importorskip("nicegui")
@@ -244,17 +246,54 @@ def test_two_languages_both_themes_a_phone_and_nothing_from_elsewhere(page: Page
     assert browser.errors == []
 
 
-def test_behind_a_proxy_and_with_a_key(page: Page) -> None:
+def test_behind_a_proxy_with_a_key_and_a_run_is_taken_home(page: Page, tmp_path: Path) -> None:
+    run = page.folder / "runs" / "名"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "edge.json").write_text("{}", encoding="utf-8")
+    (run / "adapter" / "weights.bin").write_bytes(b"w" * 70_000)
     said = page.start("--root-path", "/page", EDGE_API_KEY="secret")
     assert said.startswith("http://127.0.0.1:") and "/page/" in said
-    url = page.url.removesuffix("/page")
+    port = int(page.url.split(":")[2].split("/")[0])
+    browser = page.browser
+    with proxied(port, "/page") as address:
+        host = address.removeprefix("http://")
+        page.url = f"http://me:secret@{host}"
+        page.open("Runs")  # which waits for the websocket
+        page.url = address  # from here on by the cookie
+        browser.open(f"{address}/", READY)
+        assert browser.ask("location.pathname") == "/page/en"
+        page.open("Runs")
+        assert browser.ask("[...new Set(performance.getEntriesByType('resource').map(e => "
+                           "e.name.startsWith(location.origin + '/page/')))]") == [True]  # fmt: skip
+        browser.ask("document.querySelector('button[aria-label=\"Take home\"]').click()")
+        page.sees("curl -C - -O " + address)
+        browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "home"))
+        browser.ask("[...document.querySelectorAll('.q-dialog a')][1].click()")
+        taken = tmp_path / "home" / "名-adapter.tar"
+        until(taken.is_file)
+        command = shlex.split(browser.ask("[...document.querySelectorAll('.q-dialog pre')][1].textContent"))
+        part = tmp_path / taken.name
+        part.write_bytes(taken.read_bytes()[:50_000])
+        done = subprocess.run([*command, "-s", "-u", "me:secret"], cwd=tmp_path, check=False)
+        assert done.returncode == 0 and part.read_bytes() == taken.read_bytes()
+        with tarfile.open(part) as file:
+            member = file.extractfile("名/adapter/weights.bin")
+            assert member is not None and member.read() == b"w" * 70_000
+        refused = subprocess.run([*command, "-s", "-o", "x", "-f"], cwd=tmp_path, check=False)
+        assert refused.returncode == 22 and browser.errors == []  # curl's code for 401
 
-    def get(path: str, *options: str) -> str:
-        return subprocess.run(
-            ["curl", "-s", "-i", *options, url + path], capture_output=True, text=True
-        ).stdout
 
-    assert "401 Unauthorized" in get("/")
-    assert "location: /page/en" in get("/", "-u", "me:secret")
-    text = get("/en", "-u", "me:secret")
-    assert "/page/_nicegui" in text and 'prefix: "/page"' in text
+def test_a_lost_server_is_said_and_the_page_comes_back(page: Page) -> None:
+    page.start()
+    page.open("Data", "zh")
+    lost = "document.getElementById('popup').ariaHidden === 'false'"
+    page.browser.ask("window.before = true")
+    page.kill(signal.SIGKILL)
+    page.browser.until(lost)
+    page.sees("连接丢失")
+    page.start("--port", page.url.rsplit(":", 1)[1])
+    page.browser.until(f"window.before === undefined && {READY}", 40)
+    assert page.browser.ask("location.search") == "?tab=Data"
+    assert not page.browser.ask(lost)
+    page.sees("d.json")
+    page.browser.errors.clear()  # the lost connection's
