@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import socket
+import socketserver
 import threading
 from collections.abc import Iterator
 
@@ -11,53 +12,49 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def proxied(port: int, prefix: str) -> Iterator[str]:
     """The address of a proxy before 127.0.0.1:port. What is not under `prefix` gets 404."""
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    there = (f"127.0.0.1:{port}", port, prefix)
+    handler = type("Handler", (_Handler,), {"there": there})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        except asyncio.IncompleteReadError:
-            writer.close()
+            yield f"http://127.0.0.1:{server.server_address[1]}{prefix}"
+        finally:
+            server.shutdown()
+            thread.join(10)
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    there = ("", 0, "")
+
+    def handle(self) -> None:
+        host, port, prefix = self.there
+        lines = []
+        while line := self.rfile.readline().decode("latin-1").rstrip("\r\n"):
+            lines.append(line)
+        if not lines:
             return
-        first, *lines = head.rstrip("\r\n").split("\r\n")
-        method, path, version = first.split(" ")
+        method, path, version = lines[0].split(" ")
         if not path.startswith(f"{prefix}/"):
-            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            writer.close()
+            self.wfile.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        changed = {"x-forwarded-host": headers["host"], "host": f"127.0.0.1:{port}"}
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+        changed = {"x-forwarded-host": headers["host"], "host": host}
         if "upgrade" not in headers:
             changed["connection"] = "close"  # so that each request is seen here
-        there = await asyncio.open_connection("127.0.0.1", port)
         request = [f"{method} {path.removeprefix(prefix)} {version}"]
         request += [f"{name}: {value}" for name, value in (headers | changed).items()]
-        there[1].write(("\r\n".join(request) + "\r\n\r\n").encode("latin-1"))
-        await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer))
+        with socket.create_connection(("127.0.0.1", port)) as upstream:
+            upstream.sendall(("\r\n".join(request) + "\r\n\r\n").encode("latin-1"))
+            back = threading.Thread(target=_pipe, args=(upstream, self.connection))
+            back.start()
+            _pipe(self.connection, upstream)
+            back.join()
 
-    async def main() -> None:
-        nonlocal address
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{prefix}"
-        started.set()
-        await ended.wait()
-        server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
 
-    address, started, ended, loop = "", threading.Event(), asyncio.Event(), asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
-    thread.start()
-    started.wait(10)
-    try:
-        yield address
-    finally:
-        loop.call_soon_threadsafe(ended.set)
-        thread.join(10)
-        loop.close()
+def _pipe(source: socket.socket, target: socket.socket) -> None:
+    """All bytes of one side to the other, then its end."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(2**16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_RDWR)

@@ -281,6 +281,7 @@ def test_behind_a_proxy_with_a_key_and_a_run_is_taken_home(page: Page, tmp_path:
             assert member is not None and member.read() == b"w" * 70_000
         refused = subprocess.run([*command, "-s", "-o", "x", "-f"], cwd=tmp_path, check=False)
         assert refused.returncode == 22 and browser.errors == []  # curl's code for 401
+        browser.call("Page.navigate", url="about:blank")  # which ends the websocket
 
 
 def test_a_lost_server_is_said_and_the_page_comes_back(page: Page) -> None:
