@@ -5,6 +5,7 @@ It depends on neither a page nor a terminal, and ignores the signals that end th
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     job = Job(Path(argv[0]))
     path = job.folder / "state.json"
     state: dict[str, Any] = {"supervisor": process(os.getpid())}
-    json_file.write(path, state)
+    record(path, state)
     code: int | None = None
     while code is None and waits(job):
         time.sleep(_POLL_S)
@@ -38,10 +39,22 @@ def main(argv: list[str]) -> int:
         with (job.folder / "progress.jsonl").open("wb") as out, (job.folder / "log.txt").open("wb") as log:
             environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
             verb = spawn(command(job.argv), out, log, cwd=job.cwd, env=environment)
-        json_file.write(path, state := {**state, "verb": process(verb.pid), "started": time.time()})
+        record(path, state := {**state, "verb": process(verb.pid), "started": time.time()})
         code = watch(job, verb)
-    json_file.write(path, {**state, "ended": time.time(), "exit_code": code})
+    record(path, {**state, "ended": time.time(), "exit_code": code})
     return 0
+
+
+def record(path: Path, state: dict[str, Any]) -> None:
+    """Write what is known of the job. Where the disk is full it waits for room: nobody else knows the end."""
+    while True:
+        try:
+            json_file.write(path, state)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            time.sleep(_POLL_S)
 
 
 def waits(job: Job) -> bool:

@@ -47,7 +47,8 @@ class Batch:
         try:
             path = datasets.free_name(self._folder(event.file.name), event.file.name, questions.SUFFIXES)
             path.parent.mkdir(parents=True)
-            await event.file.save(path)
+            with shared.whole(path):
+                await event.file.save(path)
             # What is wrong with the file is said before a model is loaded.
             await run.io_bound(questions.read, path)
             commands = predictions(self._view.workspace, self._talk, path)

@@ -110,7 +110,8 @@ class _Tab:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = datasets.free_name(self._folder, event.file.name)
-            await event.file.save(path)
+            with shared.whole(path):
+                await event.file.save(path)
         except (EdgeError, OSError) as error:
             shared.complain(error)
             return

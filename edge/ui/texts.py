@@ -40,6 +40,7 @@ CHINESE = {
     "Stopped": "已停止", "Lost": "中断", "Stop": "停止", "End at once": "立即结束", "Resume": "继续",
     "Run again": "重新运行", "Log": "日志", "{time} left": "剩余 {time}",
     "{time} so far": "已用 {time}", "took {time}": "用时 {time}",
+    "The disk is full: free some space, and run it again.": "磁盘已满：请清理空间后重新运行。",
     "Its process is gone: it was killed, or the machine went down.": "进程已不在：被终止，或机器曾关机。",
     "loss": "损失", "loss, smoothed": "平滑损失", "validation loss": "验证损失", "learning rate": "学习率",
     "gradient norm": "梯度范数", "tokens/s": "词元/秒", "memory": "内存", "Sample answers": "示例回答",

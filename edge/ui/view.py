@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nicegui import run, ui
@@ -20,6 +23,8 @@ from edge.ui.texts import Texts
 from edge.ui.workspace import Run, Workspace
 
 _EVERY_S = 1.0
+# Bytes; with less left on the disk, jobs fail.
+_ROOM = 16 * 2**20
 STATES = {
     "waiting": ("Waiting", "grey"),
     "running": ("Running", "primary"),
@@ -65,6 +70,16 @@ def complain(error: BaseException | str) -> None:
     text = str((explained(error) if isinstance(error, OSError) else None) or error)
     ui.notify(text, type="negative", multi_line=True, timeout=0, close_button="✕", position="top",
               classes="edge-words")  # fmt: skip
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Of a file that the block writes nothing stays where the disk is full."""
+    try:
+        yield
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def words(text: str = "") -> Any:
@@ -181,8 +196,12 @@ class JobCard:
         self._again.set_visibility(state in ("failed", "stopped", "lost"))
         self._again.set_text(t("Resume") if self._run else t("Run again"))
         self._show_progress(state)
-        self._error.set_text("\n".join(filter(None, (self._line.get("error"), self._line.get("hint")))))
-        self._error.set_visibility(state == "failed" and bool(self._line.get("error")))
+        failed = (self._line.get("error"), self._line.get("hint")) if state == "failed" else ()
+        # On a full disk a command cannot write down what ended it.
+        full = state not in ("done", "stopped") and shutil.disk_usage(self._job.folder).free < _ROOM
+        problem = [*failed, t("The disk is full: free some space, and run it again.") if full else None]
+        self._error.set_text("\n".join(filter(None, problem)))
+        self._error.set_visibility(any(problem))
         self._log.set_text(self._job.log())
         if self._run is not None:
             self._show_training(lines)

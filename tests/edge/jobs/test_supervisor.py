@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edge.artefact import json_file
 from edge.jobs import job as job_module
 from edge.jobs import supervisor
 from edge.jobs.job import start
@@ -31,3 +34,19 @@ def test_a_verb_writes_progress_and_its_error(tmp_path: Path, monkeypatch: pytes
     assert job.log().startswith("error: ")
     for process in job_module._started:
         process.wait(30)
+
+
+def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, failures = json_file.write, [OSError(errno.ENOSPC, "full"), OSError(errno.ENOSPC, "full")]
+
+    def full(path: Path, data: dict[str, Any]) -> None:
+        if failures:
+            raise failures.pop()
+        write(path, data)
+
+    monkeypatch.setattr(json_file, "write", full)
+    supervisor.record(tmp_path / "state.json", {"exit_code": 1})
+    assert failures == [] and json_file.read(tmp_path / "state.json") == {"exit_code": 1}
+    failures.append(OSError(errno.EACCES, "denied"))
+    with pytest.raises(OSError, match="denied"):
+        supervisor.record(tmp_path / "state.json", {})
