@@ -262,7 +262,7 @@ def _compare_tokenizers(source: Path, folder: Path, template: str) -> dict[str, 
     from convert.verify.gguf_reader import GgufReader
     from convert.verify.probes import TEXTS
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     texts = [*TEXTS, *(f"a {token}b\n{token} 你" for token in added), template]
     with contextlib.closing(GgufReader(source)) as reader:

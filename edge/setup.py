@@ -48,6 +48,8 @@ NATIVE = ("serve", "train", "bench")  # the extras that use llama.cpp
 # The index has only the CPU's torch for Windows.
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 _STATE = "edge-setup.json"
+# The exit code of edge.machine.build_llamacpp where there is neither a compiler nor a stock build.
+NO_LLAMACPP = 3
 
 
 @dataclass(frozen=True)
@@ -275,12 +277,14 @@ def digest(tree: Path | None, choice: Choice) -> str:
     machine = Path(__file__).parent / "machine"
     files = [
         PINS,
-        *(machine / name for name in ("build_llamacpp.py", "llamacpp_source.py", "build_check.py")),
+        *(machine / f"{name}_llamacpp.py" for name in ("build", "stock")),
+        *(machine / name for name in ("llamacpp_source.py", "build_check.py")),
     ]
     files += sorted(path for path in (Path(__file__).parent / "csrc").iterdir() if path.is_file())
     if tree:
         files.append(tree / "pyproject.toml")
-    total = hashlib.sha256(json.dumps(asdict(choice)).encode("utf-8"))
+    library = os.environ.get("LLAMA_CPP_LIB_PATH", "")
+    total = hashlib.sha256(json.dumps([asdict(choice), library]).encode("utf-8"))
     for path in files:
         total.update(path.read_bytes())
     return total.hexdigest()
@@ -460,6 +464,34 @@ def check_space(folder: Path, steps: list[Step], again: str) -> None:
         )
 
 
+def bring_llamacpp(step: Step, machine: Machine, choice: Choice, again: str) -> Choice:
+    """Run llama.cpp's step. Where none can be had ONNX Runtime takes its place: the choice that holds then.
+
+    Raises EdgeError.
+    """
+    code = subprocess.run(step.command, check=False).returncode
+    if code == 0:
+        return choice
+    if code == 130:
+        raise KeyboardInterrupt
+    again = again.replace(" --build", "")
+    if code != NO_LLAMACPP or choice.cuda:
+        raise EdgeError(
+            "llama.cpp could not be built, as the lines above say; all else is installed",
+            f"mend that, then: {again}; or serve ONNX alone: {again} --no-build",
+        )
+    needed = {*choice.extras, "onnx", *(["export-onnx"] if "train" in choice.extras else [])}
+    extras = tuple(name for name in EXTRAS if name in needed)
+    missing = tuple(name for name in extras if name not in choice.extras)
+    sys.stdout.write(
+        "no llama.cpp for this machine: models are served by ONNX Runtime, as `edge export onnx` makes them; "
+        f"when there is a compiler: {again} --build\n"
+    )
+    for step in plan(machine, Choice(missing, build=False)) if missing else []:
+        run_pip(step, again, Path(machine.python))
+    return replace(choice, extras=extras, build=False)
+
+
 def setup(options: argparse.Namespace, again: str) -> None:
     """Install what the options ask for. Raises EdgeError."""
     tree = source_tree()
@@ -486,12 +518,9 @@ def setup(options: argparse.Namespace, again: str) -> None:
         sys.stdout.flush()
         if step.title != "llama.cpp":
             run_pip(step, again, folder)
-        elif subprocess.run(step.command, check=False).returncode != 0:
-            raise EdgeError(
-                "llama.cpp could not be built, as the lines above say; all else is installed",
-                f"mend that, then: {again}; or serve ONNX alone: {again.replace(' --build', '')} --no-build",
-            )
-    write_state(folder, choice, wanted)
+        else:
+            choice = bring_llamacpp(step, machine, choice, again)
+    write_state(folder, choice, digest(tree, choice))
     command = folder / ("Scripts/edge.exe" if sys.platform == "win32" else "bin/edge")
     sys.stdout.write(
         f"installed in {clock(time.monotonic() - start)}; now: {shell([str(command), 'doctor'])}\n"

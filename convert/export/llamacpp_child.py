@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 
 import llama_cpp.llama_cpp as lib
@@ -31,7 +32,8 @@ def main() -> int:
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             entry.size = values.size
         params.imatrix = entries
-    return int(lib.llama_model_quantize(job["source"].encode("utf-8"), job["target"].encode("utf-8"), params))
+    source, target = os.fsencode(job["source"]), os.fsencode(job["target"])
+    return int(lib.llama_model_quantize(source, target, params))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
-    """Digest every file of `folder` and write `edge.json` there. Returns the completed manifest."""
+    """Digest every file of `folder` and write `edge.json` there. Returns the completed manifest.
+
+    Raises InputError for a file whose name is no text.
+    """
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest.files = {
         name: {"size": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
@@ -117,7 +120,13 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
         if name != FILE
     }
     rows = "".join(f"{name}\0{entry['sha256']}\n" for name, entry in manifest.files.items())
-    manifest.digest = "sha256:" + hashlib.sha256(rows.encode("utf-8")).hexdigest()
+    try:
+        manifest.digest = "sha256:" + hashlib.sha256(rows.encode("utf-8")).hexdigest()
+    except UnicodeEncodeError as error:
+        names = [name for name in manifest.files if not name.isprintable()]
+        raise InputError(
+            f"{folder}: the names {names!a} are no text in this locale", "rename them"
+        ) from error
     manifest.created = manifest.created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     json_file.write(folder / FILE, asdict(manifest))
     return manifest

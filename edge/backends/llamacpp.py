@@ -264,7 +264,7 @@ class LlamaCpp(Backend):
                 "batch": str(settings.batch),
                 "tuned": settings.tuned,
                 "gpu_layers": str(settings.gpu_layers),
-                "build": build if build_llamacpp.build_info() else f"stock ({build})",
+                "build": f"stock ({build})" if build_llamacpp.stock() else build,
             },
         )
 
@@ -459,7 +459,7 @@ def library() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise UnavailableError(
             f"llama-cpp-python cannot be loaded: {error}",
-            f"build it for this machine: {BUILD}",
+            f"build it for this machine: {BUILD}; or serve ONNX: edge export onnx RUN",
         ) from error
     if not _callbacks:
         _callbacks.append(lib.llama_log_callback(_append))

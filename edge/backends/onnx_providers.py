@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,28 @@ def open_session(
     return Opened(session, NAMES[name][0], device, why, "cuda" if name == "cuda" else "cpu", no_graphs)
 
 
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """The path for a library that writes every path in UTF-8, as Linux under a locale like GBK does not.
+
+    Raises InputError where the file's own name is written otherwise.
+    """
+    if os.fsencode(path) == str(path).encode("utf-8", "surrogateescape"):
+        yield str(path)
+        return
+    if not path.name.isascii():
+        encoding = sys.getfilesystemencoding()
+        raise InputError(
+            f"{path}: onnxruntime opens names in UTF-8 alone, and this locale writes them in {encoding}",
+            "give the file a name in ASCII, or use a locale of UTF-8: LC_ALL=C.UTF-8",
+        )
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> tuple[Any, str]:
     """The session, and why its runs cannot be captured; see Opened."""
     options = runtime.SessionOptions()
@@ -125,13 +149,15 @@ def _session(runtime: Any, path: Path, name: str, threads: int, spin: bool) -> t
     if name == "cuda":
         try:
             capturing = (NAMES[name][0], {"enable_cuda_graph": "1"})
-            return runtime.InferenceSession(str(path), options, providers=[capturing, *rest]), ""
+            with utf8_path(path) as file:
+                return runtime.InferenceSession(file, options, providers=[capturing, *rest]), ""
         except Exception as error:  # onnxruntime raises classes of its own, without a common base
             # A part of the graph that CUDA does not compute. Any other error comes again below.
             no_graphs = " ".join(str(error).split())[:200]
     try:
-        with linux_memory.use_huge_pages() if name == "cpu" else contextlib.nullcontext():
-            session = runtime.InferenceSession(str(path), options, providers=[NAMES[name][0], *rest])
+        huge = linux_memory.use_huge_pages() if name == "cpu" else contextlib.nullcontext()
+        with huge, utf8_path(path) as file:
+            session = runtime.InferenceSession(file, options, providers=[NAMES[name][0], *rest])
         return session, no_graphs
     except Exception as error:
         text = " ".join(str(error).split())[:400]

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         code = _INTERRUPTED if job.stops else None
     if code is None:
         with (job.folder / "progress.jsonl").open("wb") as out, (job.folder / "log.txt").open("wb") as log:
-            environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+            environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
             verb = spawn(command(job.argv), out, log, cwd=job.cwd, env=environment)
         record(path, state := {**state, "verb": process(verb.pid), "started": time.time()})
         code = watch(job, verb)

@@ -10,6 +10,7 @@ The model is written here: one llama layer of random weights, of the types that 
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def logits(path: Path, *, extra: bool, gpu: bool) -> np.ndarray[tuple[int, int],
     model_params = lib.llama_model_default_params()
     model_params.use_extra_bufts = extra
     model_params.n_gpu_layers = 99 if gpu else 0
-    model = lib.llama_model_load_from_file(str(path).encode("utf-8"), model_params)
+    model = lib.llama_model_load_from_file(os.fsencode(path), model_params)
     params = lib.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 128
     params.n_threads = params.n_threads_batch = 2

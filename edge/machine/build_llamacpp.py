@@ -1,10 +1,11 @@
 """Builds llama-cpp-python for this machine: `python -m edge.machine.build_llamacpp [--cuda] [--force]`.
 
-There is no wheel of it, and a build with default flags is wrong on some machines: it crashes on CPUs with
-AMX (see csrc/amx_tileconfig.h), and with OpenMP it becomes very slow beside a busy core. So the pinned sdist
-is built with flags of our own and, on x86, with attention and matrix products of our own (csrc). The wheel is
-kept in the user's cache under a key of everything that shapes it. The installed build is checked by some
-decodes in a child process; the outcome lies beside the build as JSON.
+A build with default flags is wrong on some machines: it crashes on CPUs with AMX (see csrc/amx_tileconfig.h),
+and with OpenMP it becomes very slow beside a busy core. So the pinned sdist is built with flags of our own
+and, on x86, with attention and matrix products of our own (csrc). The wheel is kept in the user's cache under
+a key of everything that shapes it. A library that LLAMA_CPP_LIB_PATH names goes before that; where nothing
+can be built, a stock wheel of the pinned version is taken. Whichever it is, it is checked by some decodes in
+a child process; the outcome lies beside it as JSON.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ import psutil
 
 from edge.artefact import json_file, manifest
 from edge.console import guarded, plain_console
-from edge.errors import EdgeError, UnavailableError
-from edge.machine import hardware
+from edge.errors import EdgeError, UnavailableError, UsageError
+from edge.machine import hardware, stock_llamacpp
 from edge.machine.llamacpp_source import (
     BUILD,
     PACKAGE,
+    STOCK,
     VERSION,
     install_tools,
     pip,
@@ -44,14 +46,15 @@ from edge.machine.llamacpp_source import (
     sdist,
     tail,
 )
-from edge.setup import PINS, clock
+from edge.setup import NO_LLAMACPP, PINS, clock
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 CSRC = Path(__file__).parent.parent / "csrc"
 HEADER = CSRC / "amx_tileconfig.h"
-RECORD = "edge_build.json"
+# What was checked: the package's own library, and the one that the user names.
+RECORD, LIBRARY_RECORD = "edge_build.json", "edge_library.json"
 OFF = (
     "LLAVA_BUILD",
     "LLAMA_OPENSSL",
@@ -63,6 +66,7 @@ OFF = (
     "GGML_OPENMP",  # its threads spin at barriers: beside a busy core decoding fell to a sixtieth
 )
 _SAID_EVERY_S = 15.0
+NO_REPACKING = "weights are not repacked (use_extra_bufts=False): slower than it could be"
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 COMPILER_HINTS = {
@@ -72,6 +76,12 @@ COMPILER_HINTS = {
     "win32": "winget install Microsoft.VisualStudio.2022.BuildTools --override "
     '"--passive --add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"',
 }
+
+
+class NoCompilerError(UnavailableError):
+    """Nothing can be built here."""
+
+    exit_code = NO_LLAMACPP
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Plan:
 
 
 def compiler() -> Compiler:
-    """The C++ compiler that CMake will find. Raises UnavailableError, saying what to install, without one."""
+    """The C++ compiler that CMake will find. Raises NoCompilerError, saying what to install, without one."""
     if sys.platform == "win32":
         programs = Path(os.environ.get("PROGRAMFILES(X86)", ""))
         where = programs / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
@@ -109,7 +119,7 @@ def compiler() -> Compiler:
             if text:
                 return Compiler("clang" if "clang" in text.lower() else "gcc", text.splitlines()[0])
     hint = COMPILER_HINTS.get(sys.platform, COMPILER_HINTS["linux"])
-    raise UnavailableError(f"{PACKAGE} is built on this machine, which has no C++ compiler", hint)
+    raise NoCompilerError(f"{PACKAGE} is built on this machine, which has no C++ compiler", hint)
 
 
 def nvcc() -> tuple[str, str]:
@@ -169,20 +179,29 @@ def cpu_key() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What `install` wrote about the installed build; empty without one, or where another build replaced it.
+    """What `install` wrote about the library that is used; empty without one, or where another replaced it.
 
     version, key, wanted (the key that was asked for), defines, cxx_flags, compiler, cpu, cpu_key, cuda,
-    created; check: mode -> outcome of its decodes (plain, extra, gpu); use_extra_bufts, gpu: may be used;
-    notes: what is switched off, as sentences. Loads no native code.
+    created; stock: as `stock` has it; check: mode -> outcome of its decodes (plain, extra, gpu);
+    use_extra_bufts, gpu: may be used; notes: what is switched off, as sentences. Loads no native code.
     """
-    folder = _package_folder()
-    if folder is None or not (folder / RECORD).is_file():
-        return {}
+    file = _record_file()
     try:
-        info = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError:
+        info = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (FileNotFoundError, ValueError):
         return {}
     return info if isinstance(info, dict) and info.get("record") == _record_digest() else {}
+
+
+def stock() -> str:
+    """What is known of a llama.cpp that lacks edge's kernels, as a clause; "" for a build of edge's own."""
+    info = build_info()
+    return str(info.get("stock", "")) if info else STOCK
+
+
+def _record_file() -> Path | None:
+    folder = _package_folder()
+    return folder / (LIBRARY_RECORD if stock_llamacpp.library_folder() else RECORD) if folder else None
 
 
 def _package_folder() -> Path | None:
@@ -195,7 +214,9 @@ def _record_digest() -> str:
         record = metadata.distribution(PACKAGE).read_text("RECORD") or ""
     except metadata.PackageNotFoundError:
         return ""
-    return hashlib.sha256(record.encode("utf-8")).hexdigest()
+    folder = stock_llamacpp.library_folder()
+    text = record + (stock_llamacpp.fingerprint(folder) if folder else "")
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
@@ -371,13 +392,78 @@ def probe() -> Probe:
 
 
 def install(*, cuda: bool = False, force: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Build (or take from the cache), install into this Python, check. Returns `build_info()`.
+    """Bring llama.cpp into this Python and check it. Returns `build_info()`.
 
-    A build that dies with repacked weights is replaced by one without AMX where the CPU has it, or limited to
-    ordinary buffers; `notes` says so. Raises UnavailableError where no build decodes, or where `cuda` was
-    asked for and the GPU does not decode.
+    The library that LLAMA_CPP_LIB_PATH names; a build for this machine, or its wheel from the cache; a stock
+    wheel. Raises NoCompilerError where there is neither a compiler nor a stock wheel, EdgeError where a build
+    fails and there is no stock wheel either, UsageError where the library cannot be taken, UnavailableError
+    where `cuda` was asked for and the GPU does not decode.
     """
     console = console or plain_console()
+    if folder := stock_llamacpp.library_folder():
+        stock_llamacpp.check_library(folder)
+        return _install_library(folder, force, console)
+    try:
+        return _install_build(cuda, force, console)
+    except EdgeError as error:
+        if cuda:
+            raise
+        console.print(f"llama.cpp: {error.message}", style="yellow")
+        return _install_stock(error, force, console)
+
+
+def _install_library(folder: Path, force: bool, console: Console) -> dict[str, Any]:
+    if info := {} if force else build_info():
+        console.print(f"llama.cpp: {PACKAGE} {VERSION} is {info['stock']}")
+        return info
+    stock_llamacpp.install_bindings()
+    importlib.invalidate_caches()
+    outcome = _check_all()
+    if outcome["plain"] != "ok":
+        raise UsageError(
+            f"{stock_llamacpp.VARIABLE}={folder}: its llama.cpp cannot decode: {outcome['plain']}",
+            f"it must be the one of {PACKAGE} {VERSION}; or unset it, then: {BUILD}",
+        )
+    return _record_stock(f"stock, the library in {folder}", outcome, console)
+
+
+def _install_stock(why: EdgeError, force: bool, console: Console) -> dict[str, Any]:
+    """The llama-cpp-python that is there, or a stock wheel. Raises as `install` where there is none."""
+    info = {} if force else build_info()
+    if info and info["cpu_key"] == cpu_key():
+        console.print(f"llama.cpp: {PACKAGE} {VERSION} is {info.get('stock') or 'built and checked already'}")
+        return info
+    outcome = {"plain": "not installed"}
+    if manifest.versions(PACKAGE).get(PACKAGE) == VERSION:
+        outcome = _check_all()
+    if outcome["plain"] != "ok":
+        console.print(f"llama.cpp: looking for a stock wheel of {PACKAGE} {VERSION}")
+        try:
+            stock_llamacpp.install_wheel()
+        except UnavailableError as error:
+            message = f"{why.message}; and no stock build is there: {error.message}"
+            raise type(why)(message, error.hint or why.hint) from error
+        importlib.invalidate_caches()
+        outcome = _check_all()
+    if outcome["plain"] != "ok":
+        raise UnavailableError(f"the stock build of {PACKAGE} cannot decode: {outcome['plain']}", why.hint)
+    return _record_stock("stock", outcome, console)
+
+
+def _record_stock(name: str, outcome: dict[str, str], console: Console) -> dict[str, Any]:
+    notes = [] if outcome["extra"] == "ok" else [NO_REPACKING]
+    clause = f"{name}: checked by decoding, without edge's kernels, so slower than a build of `{BUILD}`"
+    facts = {"key": "", "wanted": "", "defines": {}, "cxx_flags": "", "compiler": "", "stock": clause}
+    gpu = outcome.get("gpu") == "ok"
+    return _record(facts | {"cuda": gpu, "notes": notes}, outcome, console)
+
+
+def _install_build(cuda: bool, force: bool, console: Console) -> dict[str, Any]:
+    """Build (or take from the cache), install, check.
+
+    A build that dies with repacked weights is replaced by one without AMX where the CPU has it, or limited to
+    ordinary buffers; `notes` says so.
+    """
     wanted = plan(cuda=cuda)
     info = build_info()
     if not force and info.get("wanted") == wanted.key:
@@ -398,30 +484,26 @@ def install(*, cuda: bool = False, force: bool = False, console: Console | None 
             f"try another compiler (CXX=clang++ {BUILD} --force)",
         )
     if outcome["extra"] != "ok":
-        notes.append("weights are not repacked (use_extra_bufts=False): slower than it could be")
+        notes.append(NO_REPACKING)
     if cuda and outcome.get("gpu") != "ok":
         raise UnavailableError(
             f"the CUDA build cannot decode on the GPU: {outcome.get('gpu', 'it sees no GPU')}",
             f"check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: {BUILD}",
         )
-    info = _describe(chosen, outcome) | {"wanted": wanted.key, "cuda": cuda, "notes": notes}
-    folder = _package_folder()
-    assert folder is not None
-    json_file.write(folder / RECORD, info)
-    for note in notes:
-        console.print(f"llama.cpp: {note}", style="yellow")
-    checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
-    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; checked by decoding: {checks}")
-    return info
-
-
-def _describe(chosen: Plan, outcome: dict[str, str]) -> dict[str, Any]:
-    return {
-        "version": VERSION,
+    facts = {
         "key": chosen.key,
+        "wanted": wanted.key,
         "defines": chosen.defines,
         "cxx_flags": chosen.cxx_flags,
         "compiler": f"{chosen.compiler.kind}: {chosen.compiler.version}",
+    }
+    return _record(facts | {"cuda": cuda, "notes": notes}, outcome, console)
+
+
+def _record(facts: dict[str, Any], outcome: dict[str, str], console: Console) -> dict[str, Any]:
+    """Write what is known of the library beside it, and say it."""
+    info = facts | {
+        "version": VERSION,
         "cpu": hardware.cpu_model(),
         "cpu_key": cpu_key(),
         "check": outcome,
@@ -430,6 +512,16 @@ def _describe(chosen: Plan, outcome: dict[str, str]) -> dict[str, Any]:
         "record": _record_digest(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    file = _record_file()
+    assert file is not None
+    json_file.write(file, info)
+    for note in info["notes"]:
+        console.print(f"llama.cpp: {note}", style="yellow")
+    checks = ", ".join(f"{mode} {result}" for mode, result in outcome.items())
+    console.print(f"llama.cpp: {PACKAGE} {VERSION} installed; checked by decoding: {checks}")
+    if "stock" in info:
+        console.print(f"llama.cpp: it is {info['stock']}")
+    return info
 
 
 def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
@@ -437,8 +529,13 @@ def _install_and_check(path: Path, cuda: bool) -> dict[str, str]:
     pip(forced, "installing the wheel")
     pip(["install", "--quiet", "-c", str(PINS), str(path)], "installing what the wheel needs")
     importlib.invalidate_caches()
+    return _check_all(gpu=cuda)
+
+
+def _check_all(*, gpu: bool = False) -> dict[str, str]:
+    """Mode -> outcome of its decodes; the GPU's where it is asked for, or there."""
     outcome = {mode: check(mode) for mode in ("plain", "extra")}
-    if cuda or not probe().no_gpu:
+    if gpu or not probe().no_gpu:
         outcome["gpu"] = check("gpu")
     return outcome
 

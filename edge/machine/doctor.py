@@ -123,8 +123,9 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         return
     flags = [f"{name}={value}" for name, value in sorted(info["defines"].items()) if "LLAMA" not in name]
     moved = info["cpu_key"] != build_llamacpp.cpu_key()
-    todo = f"{BUILD}  (it was built on another CPU)" if moved else ""
-    yield Item(group, PACKAGE, f"{installed}, built for {info['cpu']} ({' '.join(flags)})", todo)
+    todo = f"{BUILD}  (it was made or checked on another CPU)" if moved else ""
+    text = info.get("stock") or f"built for {info['cpu']} ({' '.join(flags)})"
+    yield Item(group, PACKAGE, f"{installed}, {text}", todo)
     checks = ", ".join(f"{mode} {result}" for mode, result in info["check"].items())
     yield Item(group, "checked by decoding", checks, "; ".join(info["notes"]))
     if gpus and not info["gpu"]:

@@ -12,7 +12,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from edge.console import STOP_SIGNALS, handling
-from edge.machine.llamacpp_source import PACKAGE, STOCK
+from edge.machine import build_llamacpp
+from edge.machine.llamacpp_source import PACKAGE
 from edge.progress import report
 from edge.rendering.client import RENDERER
 from edge.server.access import BACKLOG, Access
@@ -114,12 +115,13 @@ async def _serve(listener: socket.socket, registry: Registry, config: uvicorn.Co
 
 def _ready_line(model: ServedModel) -> str:
     ready = model.ready
-    stock = f"\n{PACKAGE} is {STOCK}" if ready.settings.get("build", "").startswith("stock") else ""
+    stock = ready.settings.get("build", "").startswith("stock")
+    origin = f"\n{PACKAGE} is {build_llamacpp.stock()}" if stock else ""
     return (
         f"ready in {model.engine.load_s:.1f} s on {ready.device} ({ready.why}) "
         f"by {ready.settings.get('chosen', ready.kind)}, "
         f"{ready.settings.get('threads', '?')} threads, context {ready.context}, "
-        f"{ready.slots} requests at once{stock}"
+        f"{ready.slots} requests at once{origin}"
     )
 
 

@@ -217,6 +217,28 @@ def test_a_failed_build_leaves_the_rest_and_says_so(
     assert setup.main([]) == 0 and len(ran) == 4  # nothing is left to do, and what was chosen stays
 
 
+def test_without_llama_cpp_onnx_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(setup, "run_pip", lambda step, again, place: ran.append(" ".join(step.command)))
+    code = setup.NO_LLAMACPP
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    step = setup.Step("llama.cpp", ["build"])
+    after = setup.bring_llamacpp(step, LINUX, Choice(("serve", "train")), "AGAIN")
+    assert after == Choice(("serve", "onnx", "train", "export-onnx"), build=False)
+    assert ran[-1].endswith("-e /src[onnx,export-onnx]")
+    assert "served by ONNX Runtime" in capsys.readouterr().out
+    ran.clear()
+    assert setup.bring_llamacpp(step, LINUX, SERVE, "AGAIN --build") == replace(SERVE, build=False)
+    assert ran == [] and "AGAIN --build\n" in capsys.readouterr().out
+    with pytest.raises(EdgeError, match="could not be built"):
+        setup.bring_llamacpp(step, LINUX, replace(SERVE, cuda=True), "AGAIN")
+    code = 130
+    with pytest.raises(KeyboardInterrupt):
+        setup.bring_llamacpp(step, LINUX, SERVE, "AGAIN")
+
+
 def test_ctrl_c_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

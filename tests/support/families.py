@@ -91,9 +91,9 @@ def make_adapter(
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(base / name, folder / name)
     if added:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         assert tokenizer.add_special_tokens([f"<|added_{number}|>" for number in range(added)]) == added
-        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     config = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
     known = manifest.Manifest(
         "adapter",

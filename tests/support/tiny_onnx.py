@@ -5,6 +5,7 @@ Weights lie beside the graph; keys and values go through GroupQueryAttention. Lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,14 +45,16 @@ def write(
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
         ir_version=10,
     )
-    onnx.save_model(
-        model,
-        str(path),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{name}.data",
-        size_threshold=256,
-    )
+    # onnx takes paths in UTF-8 alone, whatever the locale.
+    with contextlib.chdir(folder):
+        onnx.save_model(
+            model,
+            name,
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=f"{name}.data",
+            size_threshold=256,
+        )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), ensure_ascii=False), encoding="utf-8")
     config = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

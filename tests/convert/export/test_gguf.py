@@ -56,7 +56,7 @@ def write_source(folder: Path, *, tied: bool = True, **config: Any) -> Path:
         "dtype": "float16",
     } | config
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer().to_str(), encoding="utf-8")
     (folder / "chat_template.jinja").write_bytes(TEMPLATE.encode("utf-8"))
     digest = manifest.text_digest(TEMPLATE)
     made = manifest.Manifest("merged", "贝壳: 1", "toy", chat_template=digest, stop_ids=[2], thinking="off")
@@ -265,7 +265,7 @@ def write_model(folder: Path, *, tied: bool) -> Path:
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer().to_str(), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False}
     settings |= {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -324,7 +324,7 @@ def test_m4_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
     merged = write_model(tmp_path / "run" / "merged", tied=True)
     changed = tokenizer()
     changed.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
-    changed.save(str(merged / "tokenizer.json"))
+    (merged / "tokenizer.json").write_text(changed.to_str(), encoding="utf-8")
     with pytest.raises(InputError, match=r"token ids: \d+ of \d+ texts, the first '<s>"):
         gguf.run(tmp_path / "run", quant="F16", console=quiet())
     assert leftovers(tmp_path / "run") == []

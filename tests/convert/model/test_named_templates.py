@@ -133,7 +133,7 @@ def test_every_end_token_ends_a_turn(tmp_path, bare):
     folder = make_model(tmp_path / "m", template=None)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(sorted({form.end for form in FORMATS.values() if form.end}))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     for name, shape in FORMATS.items():
         form = chat_format.load(folder, template=name)
         (sample, *_) = encode.encode(
@@ -189,7 +189,7 @@ def demo_tokenizer(folder):
             {form.end for form in FORMATS.values() if form.end and tokenizer.token_to_id(form.end) is None}
         )
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     chat_format.write_template(folder, "")
     (folder / "chat_template.jinja").unlink()
     return folder

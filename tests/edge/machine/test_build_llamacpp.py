@@ -213,10 +213,18 @@ def test_repacking_that_dies_is_switched_off_and_said(fake_install: Fake) -> Non
     assert any("use_extra_bufts=False" in note for note in info["notes"])
 
 
-def test_a_build_that_cannot_decode_is_refused(fake_install: Fake, tmp_path: Path) -> None:
+def test_a_build_that_cannot_decode_is_refused(
+    fake_install: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_wheel() -> None:
+        raise UnavailableError("there is no wheel")
+
+    monkeypatch.setattr(build_llamacpp, "check", lambda mode: "died with SIGILL")
+    monkeypatch.setattr(build_llamacpp, "probe", lambda: build_llamacpp.Probe("", "no GPU"))
+    monkeypatch.setattr(build_llamacpp.stock_llamacpp, "install_wheel", no_wheel)
     for flags in ("include-header", build_llamacpp.NO_AMX):
         fake_install[0][flags, "plain"] = "died with SIGILL"
-    with pytest.raises(UnavailableError, match="SIGILL"):
+    with pytest.raises(UnavailableError, match="SIGILL; and no stock build is there: there is no wheel"):
         build_llamacpp.install(console=quiet())
     assert not (tmp_path / build_llamacpp.RECORD).exists()
 

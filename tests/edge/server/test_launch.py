@@ -252,10 +252,11 @@ def test_a_model_that_cannot_load_ends_the_server_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize("build", ["stock (CPU : AVX2 = 1)", "CPU : AVX2 = 1"])
-def test_u31_a_build_from_elsewhere_is_said_at_the_start(build: str) -> None:
+def test_u31_a_build_from_elsewhere_is_said_at_the_start(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.build_llamacpp, "stock", lambda: "stock: checked")
     ready = SimpleNamespace(
         device="cpu", why="", kind="llamacpp", context=1, slots=1, settings={"build": build}
     )
     model: Any = SimpleNamespace(ready=ready, engine=SimpleNamespace(load_s=0.1))
     lines = launch._ready_line(model).splitlines()
-    assert lines[1:] == ([f"{launch.PACKAGE} is {launch.STOCK}"] if build.startswith("stock") else [])
+    assert lines[1:] == ([f"{launch.PACKAGE} is stock: checked"] if build.startswith("stock") else [])
