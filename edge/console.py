@@ -28,11 +28,11 @@ STOP_SIGNALS = tuple(
 
 
 def utf8_console() -> None:
-    """Make printing safe under any locale: a character that the console cannot show is escaped."""
+    """Make printing safe under any locale: UTF-8 into files and pipes, and to a terminal what it can show."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="backslashreplace")
+            reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def plain_console(*, quiet: bool = False) -> Console:

@@ -360,6 +360,11 @@ def problem(log: str, again: str, place: Path) -> EdgeError:
     """What pip's output says, as one sentence and the command that mends it."""
     if re.search(r"No space left|Errno 28|not enough space", log):
         return UnavailableError(f"the disk of {place} is full", f"free some space, then: {again}")
+    if "CERTIFICATE_VERIFY_FAILED" in log:
+        return UnavailableError(
+            "the package index's certificate is not trusted here, as behind a proxy that opens connections",
+            f"name that proxy's certificate (pip config set global.cert FILE), then: {again}",
+        )
     if re.search(r"resolve|ConnectionError|NewConnection|timed out|ProxyError|SSLError|Max retries", log):
         return UnavailableError(
             "the package index cannot be reached",

@@ -29,6 +29,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text("utf-8") or None
 
 
+@pytest.fixture(scope="session", autouse="EDGE_WINDOWS_RULES" in os.environ)
+def windows_rules() -> Iterator[None]:
+    """`make test-windows-rules`: the rules of Windows for files, in force for the whole run."""
+    from tests.support import windows
+
+    with pytest.MonkeyPatch.context() as patch:
+        windows.install(patch)
+        yield
+
+
 @pytest.fixture(scope="module", params=["fake", "fake-gpu", "llamacpp", "onnx", "onnx-device"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     """Makes backends; a test that takes it runs over every kind."""

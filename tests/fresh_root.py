@@ -5,7 +5,7 @@
 Makes FOLDER/root by debootstrap, installs the packages that README.md names, copies the last commit into it
 and runs the commands there (by default both). Every line of theirs is printed with the time since its command
 began, and the terminal as it stood after 30 s, 2 and 5 minutes is repeated at the end. pip's settings and
-proxies, and what --bind names (a mirror on this machine), are those outside. It takes an hour on two cores, so
+proxies, and what --bind names (a mirror on this machine), are those outside. It takes an hour on two cores:
 no suite runs it.
 """
 
@@ -76,17 +76,22 @@ def make_root(root: Path, binds: list[Path]) -> None:
         inside = root / path.relative_to("/")
         inside.mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", "--rbind", str(path), str(inside)], check=True)
-    for name in ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt", "/etc/xdg/pip"):
-        source, target = Path(name), root / name[1:]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        elif source.is_file():
-            shutil.copy(source, target)
     shutil.rmtree(root / "src", ignore_errors=True)
     (root / "src").mkdir()
     archive = subprocess.run(["git", "-C", str(SOURCES), "archive", "HEAD"], capture_output=True, check=True)
     subprocess.run(["tar", "-x", "-C", str(root / "src")], input=archive.stdout, check=True)
+
+
+def copy_settings(root: Path) -> None:
+    """The network's, pip's and the trusted certificates of this machine, which packages bring anew."""
+    files = [Path.home() / ".config/pip/pip.conf"]
+    files += map(
+        Path, ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf")
+    )
+    for file in filter(Path.is_file, files):
+        target = root / file.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
 
 
 def inside(root: Path, line: str) -> list[str]:
@@ -96,7 +101,7 @@ def inside(root: Path, line: str) -> list[str]:
         for name, value in os.environ.items()
         if name.startswith("PIP_") or name.lower().endswith("_proxy") or name == "SSL_CERT_FILE"
     ]
-    environment = ["HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *passed]
+    environment = [f"HOME={Path.home()}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *passed]
     return ["chroot", str(root), "env", "-i", *environment, "sh", "-c", f"cd /src && {line}"]
 
 
@@ -117,6 +122,7 @@ def main(argv: list[str]) -> int:
     steps = [f"apt-get update && apt-get install -y --no-install-recommends {packages}"]
     summary = []
     for line in [*steps, *(args.command or ["make demo", "make test"])]:
+        copy_settings(root)
         sys.stdout.write(f"== {line}\n")
         code, lines = run_timed(inside(root, line))
         summary += [f"== {line}: exit code {code}, {clock(lines[-1][0]).strip()}"]

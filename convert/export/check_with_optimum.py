@@ -27,6 +27,7 @@ from convert.export import onnx
 from convert.export.llamacpp_tools import tail
 from convert.export.onnx_options import Recipe
 from convert.export.source import open_source
+from convert.model.hf_folder import place
 from convert.verify import probes
 from convert.verify.onnx_reader import OnnxReader
 from edge.artefact import json_file
@@ -142,6 +143,10 @@ def _run(command: list[str], text: str = "") -> str:
     return process.stdout.decode("utf-8", "replace").strip()
 
 
+def _link(source: str, target: str) -> None:
+    place(Path(source), Path(target), link=True)
+
+
 def older_folder(source: Path, target: Path) -> None:
     """A folder of links to `source` whose config.json transformers 4 reads rightly.
 
@@ -149,7 +154,7 @@ def older_folder(source: Path, target: Path) -> None:
     their default without a word. Raises InputError for a rope that they cannot be told of.
     """
     ignore = shutil.ignore_patterns("config.json")
-    shutil.copytree(source.resolve(), target, ignore=ignore, copy_function=os.symlink)
+    shutil.copytree(source.resolve(), target, ignore=ignore, copy_function=_link)
     config = json_file.read(source / "config.json")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and rope.get("rope_type", "default") == "default":

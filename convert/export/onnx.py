@@ -10,6 +10,7 @@ what to take instead.
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def export(
     need = 9 if recipe.precision == "int8" else 5
     manifest.check_free(target.parent, need * parameters(source.weights, source.config))
     with manifest.publish(target, overwrite=overwrite) as partial:
-        final = partial / f"{source.file_name}-{recipe.precision}.onnx"
+        # onnxruntime writes names in UTF-8 alone, whatever the locale.
+        plain = source.file_name.isascii() or sys.getfilesystemencoding() == "utf-8"
+        final = partial / f"{source.file_name if plain else 'model'}-{recipe.precision}.onnx"
         weights, block, activations = _smoothed(source, recipe, partial / "smoothed", console)
         with phase(console, f"building {final.name} from {source.path}"):
             _build(weights, final, recipe, block)

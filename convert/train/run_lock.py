@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from edge.artefact import manifest
+from edge.artefact import manifest, windows_names
 from edge.errors import ExistsError
 
 FILE = "train.lock"
@@ -34,6 +34,7 @@ def hold(run: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield
         return
+    windows_names.check(run)
     absent = not run.exists()
     if not absent and not run.is_dir():
         raise ExistsError(f"output_dir: {run} is a file", "choose another folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from edge.errors import InputError
 
 # As Python says it, from 3.13 on.
 TRAILING_COMMA = "Illegal trailing comma"
+# A reader takes milliseconds.
+_TRIES, _PAUSE_S = 20, 0.05
 
 
 def read(
@@ -83,9 +86,20 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(path)
+        replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`source.replace(target)`; where a reader holds the target open, as Windows minds, it is waited for."""
+    for _ in range(_TRIES):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(_PAUSE_S)
+    source.replace(target)
 
 
 def token_text(token: Any) -> str:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 
 from edge import __version__
-from edge.artefact import json_file
+from edge.artefact import json_file, windows_names
 from edge.errors import ExistsError, InputError
 
 FILE = "edge.json"
@@ -208,8 +208,10 @@ def publish(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     On any exception the sibling is removed and what stood at `target` is untouched. What a killed process
     left of `target` is swept first. The manifest must have been written (`write`) before the block ends.
-    Raises what `check_target` raises.
+    Raises what `check_target` raises, UsageError for a name that Windows refuses, ExistsError where it holds
+    what stands at `target` open.
     """
+    windows_names.check(target)
     check_target(target, overwrite)
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +279,13 @@ def alive(pid: int, since: float) -> bool:
 def _swap(partial: Path, target: Path) -> None:
     old = _sibling(target, "old")
     if target.exists():
-        target.rename(old)
+        try:
+            target.rename(old)
+        except PermissionError as error:  # Windows, of a folder in which a file is open
+            raise ExistsError(
+                f"{target} cannot be replaced: another program has it open, or you may not write there",
+                "stop what serves or shows it, then run this again",
+            ) from error
     try:
         partial.rename(target)
     except OSError:

@@ -130,6 +130,10 @@ def test_an_old_or_narrow_python_is_named() -> None:
             "WARNING: Retrying: Failed to resolve 'x'\nERROR: No matching distribution found for a",
             "be reached",
         ),
+        (
+            "Retrying after 'SSLError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] self-signed')'",
+            "is not trusted here",
+        ),
         ("ERROR: No matching distribution found for torch==9", "has no torch==9"),
         (
             "ERROR: a (from versions: none)\nERROR: No matching distribution found for a",

@@ -95,7 +95,7 @@ def _onnx(folder: Path, patch: pytest.MonkeyPatch | None) -> Build:
         patch.setattr(onnx_cuda_graphs, "_AFTER", 1)
     # As for a GPU: with candidates, too.
     count = 64 if patch is not None else 0
-    model = onnx.Model(tiny_onnx.write(folder, name="тест.onnx", candidates=count))
+    model = onnx.Model(tiny_onnx.write(folder, name=tiny_onnx.FILE, candidates=count))
     return lambda given: onnx.Onnx(model, onnx.Settings(**given, device="cpu"))  # type: ignore[arg-type]
 
 

@@ -5,8 +5,8 @@ Weights lie beside the graph; keys and values go through GroupQueryAttention. Lo
 
 from __future__ import annotations
 
-import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from convert.export.onnx_graph import add_candidates
 from edge.artefact import manifest
 from edge.artefact.onnx_header import HIDDEN, OUTPUT_POSITIONS
+from edge.backends.onnx_providers import utf8_path
 from edge.backends.onnx_tokenizer import byte_table
 
 WIDTH, HEADS, KV_HEADS, HEAD, FEED, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 512
@@ -26,6 +27,9 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"
 )
+
+# Where the locale decides how names are written, onnxruntime opens those of ASCII.
+FILE = "微小.onnx" if sys.getfilesystemencoding() == "utf-8" else "tiny.onnx"
 
 
 def write(
@@ -45,11 +49,10 @@ def write(
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
         ir_version=10,
     )
-    # onnx takes paths in UTF-8 alone, whatever the locale.
-    with contextlib.chdir(folder):
+    with utf8_path(path) as file:
         onnx.save_model(
             model,
-            name,
+            file,
             save_as_external_data=True,
             all_tensors_to_one_file=True,
             location=f"{name}.data",
@@ -184,7 +187,7 @@ def _graph(rng: np.random.Generator, dtype: np.dtype[np.generic]) -> onnx.GraphP
 def publish(run: Path, **given: object) -> Path:
     """A run whose onnx stage holds the tiny model."""
     with manifest.publish(run / "onnx") as partial:
-        write(partial, name="微小.onnx")
+        write(partial, name=FILE)
         fields: dict[str, object] = {
             "stage": "onnx",
             "name": "微小",

@@ -27,7 +27,7 @@ from tests.support import tiny_onnx
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("模型 run") / "onnx"
-    tiny_onnx.write(made, name="微小.onnx")
+    tiny_onnx.write(made, name=tiny_onnx.FILE)
     manifest.write(made, manifest.Manifest("onnx", "微小", stop_ids=[tiny_onnx.END, 258], thinking="off"))
     return made
 

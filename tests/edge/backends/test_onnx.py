@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -38,15 +37,13 @@ from edge.machine.hardware import Memory
 from tests.support import tiny_onnx
 from tests.support.desk import Desk
 
-# Where the locale decides how names are written, onnxruntime opens those of ASCII.
-NAME = "тест.onnx" if sys.getfilesystemencoding() == "utf-8" else "test.onnx"
 SMALL = Settings(slots=4, context=128, batch=64, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("模型 目录")
-    tiny_onnx.write(made, name=NAME)
+    tiny_onnx.write(made, name=tiny_onnx.FILE)
     return made
 
 
@@ -54,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(folder: Path, tmp_path: Path) -> Path:
     """The model's path, in a folder that may be damaged."""
     shutil.copytree(folder, tmp_path / "m")
-    return tmp_path / "m" / NAME
+    return tmp_path / "m" / tiny_onnx.FILE
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -67,11 +64,11 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def test_the_header_says_what_planning_needs(folder: Path) -> None:
-    header = read_onnx(folder / NAME)
+    header = read_onnx(folder / tiny_onnx.FILE)
     assert (header.block_count, header.head_count, header.head_count_kv) == (2, 4, 2)
     assert (header.key_length, header.embedding_length) == (16, 64)
     assert (header.vocab_size, header.context_length, header.cache_type) == (tiny_onnx.VOCAB, 512, "float32")
-    assert header.files == (NAME, f"{NAME}.data")
+    assert header.files == (tiny_onnx.FILE, f"{tiny_onnx.FILE}.data")
     assert header.weights_bytes == sum((folder / name).stat().st_size for name in header.files)
     assert header.selects
     assert (header.hidden, header.candidates) == (64, 0)
@@ -94,7 +91,7 @@ def test_weights_outside_the_folder_are_refused(copy: Path, place: str) -> None:
 
 
 def test_a_link_that_leads_out_of_the_folder_is_refused(copy: Path) -> None:
-    data = copy.with_name(f"{NAME}.data")
+    data = copy.with_name(f"{tiny_onnx.FILE}.data")
     data.rename(copy.parent.parent / "elsewhere")
     data.symlink_to(copy.parent.parent / "elsewhere")
     with pytest.raises(InputError, match="not a file in its folder"):
@@ -102,7 +99,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(copy: Path) -> None:
 
 
 def test_weights_that_were_cut_off_are_named(copy: Path) -> None:
-    data = copy.with_name(f"{NAME}.data")
+    data = copy.with_name(f"{tiny_onnx.FILE}.data")
     data.write_bytes(data.read_bytes()[:-1000])
     with pytest.raises(InputError, match="cut off"):
         read_onnx(copy)
@@ -145,7 +142,7 @@ def test_a_cut_or_scrambled_graph_is_an_error_never_a_crash(copy: Path) -> None:
         try:
             read_onnx(copy)
         except InputError as error:
-            assert NAME in str(error) or "m" in str(error)
+            assert tiny_onnx.FILE in str(error) or "m" in str(error)
 
 
 def test_other_inputs_and_missing_ones_are_named(copy: Path) -> None:
@@ -301,9 +298,9 @@ def test_cells_of_another_length_do_not_fit() -> None:
 
 
 def test_what_it_says_of_itself(folder: Path) -> None:
-    made = Onnx(Model(folder / NAME), SMALL, extra_stop_ids=frozenset({tiny_onnx.END}))
+    made = Onnx(Model(folder / tiny_onnx.FILE), SMALL, extra_stop_ids=frozenset({tiny_onnx.END}))
     info = made.info
-    assert (info.kind, info.name, info.device, info.why) == ("onnx", NAME, "cpu", "asked for")
+    assert (info.kind, info.name, info.device, info.why) == ("onnx", tiny_onnx.FILE, "cpu", "asked for")
     assert (info.slots, info.context, info.capacity, info.shared) == (4, 128, 512, False)
     assert info.stop_ids == {tiny_onnx.END}
     assert info.chat_template == tiny_onnx.TEMPLATE
@@ -312,7 +309,7 @@ def test_what_it_says_of_itself(folder: Path) -> None:
 
 
 def test_the_default_position_is_the_last(folder: Path) -> None:
-    made = Onnx(Model(folder / NAME), SMALL)
+    made = Onnx(Model(folder / tiny_onnx.FILE), SMALL)
     tokens = list(b"abcde")
     feeds: dict[str, Any] = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 5), np.int64)}
     empty = np.zeros((1, 2, 0, 16), np.float32)
@@ -323,7 +320,7 @@ def test_the_default_position_is_the_last(folder: Path) -> None:
 
 
 def test_a_vector_is_the_mean_of_the_last_states(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Onnx(Model(folder / NAME), SMALL)
+    made = Onnx(Model(folder / tiny_onnx.FILE), SMALL)
     assert made.info.embedding == tiny_onnx.WIDTH
     tokens = list(b"a text that is read in several pieces")
     feeds = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
@@ -352,7 +349,7 @@ def test_a_graph_without_hidden_states_gives_no_vectors(copy: Path) -> None:
 
 
 def test_a_step_is_interrupted_between_its_runs_and_within_one(folder: Path) -> None:
-    model = Model(folder / NAME)
+    model = Model(folder / tiny_onnx.FILE)
     made = Onnx(model, Settings(slots=2, context=512, batch=512, device="cpu"))
     made.step([Row(0, 0, list(b"before"), 0)])
     want = made.step([Row(1, 0, list(b"y" * 50), 1)]).copy()

@@ -28,14 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_and_file_are_the_same_artefact(tmp_path: Path) -> None:
     publish(tmp_path)
     by_run = find.resolve(tmp_path)
-    assert by_run == find.resolve(tmp_path / "onnx") == find.resolve(tmp_path / "onnx" / "微小.onnx")
+    assert by_run == find.resolve(tmp_path / "onnx") == find.resolve(tmp_path / "onnx" / tiny_onnx.FILE)
     assert (by_run.kind, by_run.name, by_run.stop_ids) == ("onnx", "微小", frozenset({tiny_onnx.END}))
     assert by_run.digest == manifest.read(tmp_path / "onnx").digest
 
 
 def test_files_that_were_changed_after_the_export_are_refused(tmp_path: Path) -> None:
     publish(tmp_path)
-    path = tmp_path / "onnx" / "微小.onnx.data"
+    path = tmp_path / "onnx" / f"{tiny_onnx.FILE}.data"
     path.write_bytes(path.read_bytes() + b"\0" * 64)
     with pytest.raises(InputError, match=r"edge\.json says"):
         find.resolve(tmp_path)
