@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install everything demo test test-ui test-all check check-platforms conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
-.PHONY: fuzz data eval verify serve bench bench-train chat tune doctor clean
+.PHONY: test-gbk test-windows-rules fuzz data eval verify serve bench bench-train chat tune doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -54,6 +54,8 @@ help:
 	@echo "make check         lint, types and the quick tests"
 	@echo "make check-platforms   types as on Windows and macOS, a part of make check"
 	@echo "make test-ui       the page's tests: the whole road by clicks in a Chromium"
+	@echo "make test-gbk      the quick tests under the locale zh_CN.GBK, as Windows has it in Chinese"
+	@echo "make test-windows-rules   the quick tests with Windows' rules for files"
 	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
 	@echo "make conformance   other projects' clients and suites against a running server"
@@ -71,6 +73,7 @@ demo:
 # Tests that measure time run alone, all others two at once.
 ALONE := $(BIN)/python -m pytest -q
 BESIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+QUICK := "not slow and not gpu and not timing and not matrix"
 
 everything:
 	@$(SETUP) --extras all
@@ -102,11 +105,24 @@ check-platforms: everything
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 
+# As on Windows: text files that name no encoding would be read in GBK. The locale lies in the tree, not in the system.
+.locale/zh_CN.GBK: everything
+	@mkdir -p $(@D)
+	@test -e $@ || localedef --inputfile zh_CN --charmap GBK $@ || \
+	    { echo "no locale could be made: sudo apt-get install locales" >&2; exit 1; }
+
+test-gbk: .locale/zh_CN.GBK
+	LOCPATH=$(CURDIR)/.locale LC_ALL=zh_CN.GBK PYTHONUTF8=0 $(BESIDE) -m $(QUICK)
+
+# As on Windows: open files are neither replaced nor removed, there are no symbolic links, text has CRLF.
+test-windows-rules: everything
+	EDGE_WINDOWS_RULES=1 $(BESIDE) -m $(QUICK)
+
 check: everything check-platforms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BESIDE) -m "not slow and not gpu and not timing and not matrix"
+	$(BESIDE) -m $(QUICK)
 
 fuzz: everything
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)

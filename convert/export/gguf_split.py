@@ -21,6 +21,14 @@ def split(path: Path, most: int) -> Path:
 
     A file that is small enough stays as it is. Raises InputError for a tensor that is larger than a file.
     """
+    if not _write_parts(path, most):
+        return path
+    path.unlink()
+    return min(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def _write_parts(path: Path, most: int) -> bool:
+    """Write the parts beside `path`; False where it is small enough. Its mapping ends with this function."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -31,7 +39,7 @@ def split(path: Path, most: int) -> Path:
             "give a larger --split-max-size",
         )
     if sum(int(tensor.n_bytes) for tensor in reader.tensors) <= most:
-        return path
+        return False
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(str(path), architecture, split_max_size=most)
     for name, field in reader.fields.items():
@@ -46,5 +54,4 @@ def split(path: Path, most: int) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    path.unlink()
-    return min(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+    return True
