@@ -27,7 +27,6 @@ from edge.errors import EdgeError, UnavailableError, UsageError
 DISTRIBUTION = "edge-tune"
 PINS = Path(__file__).with_name("constraints.txt")
 PIP = "26.1"
-NEEDED = (3, 11)
 # Extra -> megabytes that its packages take to download, those of earlier lines left out.
 EXTRAS = {
     "serve": 5,
@@ -163,20 +162,17 @@ def driver_cuda() -> str:
     return version[1].decode() if done.returncode == 0 and version else ""
 
 
-def check_python(version: tuple[int, ...], *, wide: bool) -> None:
-    """Raise UnavailableError for a Python that is too old, or 32 bits wide."""
-    need = ".".join(map(str, NEEDED))
+def check_width(wide: bool) -> None:
+    """Raise UnavailableError for a Python of 32 bits; one that is too old ends in edge/__init__.py."""
+    if wide:
+        return
     hint = {
         "win32": "winget install Python.Python.3.13, then: py -3.13 -m edge.setup",
         "darwin": "brew install python@3.13, then: python3.13 -m edge.setup",
     }.get(
         sys.platform, "Debian, Ubuntu: sudo apt-get install python3 python3-venv, then: python3 -m edge.setup"
     )
-    if version[:2] < NEEDED:
-        shown = ".".join(map(str, version[:2]))
-        raise UnavailableError(f"this Python is {shown}, edge needs {need} or newer", hint)
-    if not wide:
-        raise UnavailableError("this Python is 32 bits wide, its packages exist for 64 bits alone", hint)
+    raise UnavailableError("this Python is 32 bits wide, its packages exist for 64 bits alone", hint)
 
 
 def environment(tree: Path | None) -> Path:
@@ -464,7 +460,7 @@ def check_space(folder: Path, steps: list[Step], again: str) -> None:
     free = shutil.disk_usage(there).free
     if free < need:
         raise UnavailableError(
-            f"the disk of {there} has {free / 1e9:.1f} GB free, about {need / 1e9:.1f} are needed",
+            f"the disk of {there} has {free / 1e9:.2f} GB free, about {need / 1e9:.2f} are needed",
             f"free some space, then: {again}",
         )
 
@@ -551,7 +547,7 @@ def main(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a folder's name that this console cannot show
     try:
-        check_python(sys.version_info[:3], wide=sys.maxsize > 2**32)
+        check_width(sys.maxsize > 2**32)
         setup(arguments(argv), again)
     except EdgeError as error:
         sys.stderr.write(f"error: {error}\n")
