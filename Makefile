@@ -66,8 +66,11 @@ help:
 install:
 	@$(SETUP) $(if $(EXTRAS),--extras $(EXTRAS))
 
-demo:
-	@$(SETUP) --extras serve,train,bench
+# What a stage needs, beside what is there.
+extras-%:
+	@$(SETUP) --extras $*
+
+demo: extras-serve,train,bench
 	$(BIN)/edge demo "$(RUN)" --config "$(CONFIG)" --model "$(MODEL)" $(if $(QUANT),--quant $(QUANT))
 
 # Tests that measure time run alone, all others two at once.
@@ -140,55 +143,55 @@ conformance: everything .venv-conformance/installed .venv-conformance-openai1/in
 	PYTHONPATH=. .venv-conformance-openai1/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . \
 	    -p no:asyncio tests/conformance/conform_openai.py
 
-ui: install
+ui: extras-serve,ui,train
 	$(BIN)/edge ui
 
-pull: install
+pull: extras-train
 	$(BIN)/edge pull $(MODEL) $(REPLACE)
 
-data: install
+data: extras-train
 	$(BIN)/edge data "$(CONFIG)"
 
-qlora: install
+qlora: extras-train
 	$(BIN)/edge train "$(CONFIG)" $(REPLACE)
 
-eval: install
+eval: extras-train
 	$(BIN)/edge eval "$(RUN)"
 
-merge: install
+merge: extras-train
 	$(BIN)/edge merge "$(RUN)" $(REPLACE)
 
-export-gguf: install
+export-gguf: extras-train
 	$(BIN)/edge export gguf "$(RUN)" $(if $(QUANT),--quant $(QUANT)) $(if $(GPTQ),--gptq) $(REPLACE)
 
-verify: install
+verify: extras-serve,onnx,train
 	$(BIN)/edge verify "$(RUN)/merged" "$(RUN)/gguf"
 
-export-onnx: install
+export-onnx: extras-train,onnx,export-onnx
 	$(BIN)/edge export onnx "$(RUN)" $(if $(PRECISION),--precision $(PRECISION)) $(REPLACE)
 
-onnx-optimum: install
+onnx-optimum: extras-train,onnx,export-onnx
 	$(BIN)/edge export onnx "$(RUN)" --check-with optimum
 
 onnx-alone: install
 	$(BIN)/python -m tests.support.onnx_alone "$(RUN)"
 
-serve: install
+serve: extras-serve,onnx
 	$(BIN)/edge serve "$(RUN)" --port $(PORT)
 
-chat: install
+chat: extras-serve,onnx
 	$(BIN)/edge chat "$(RUN)"
 
-bench: install
+bench: extras-serve,train,bench
 	$(BIN)/edge bench "$(RUN)"
 
 bench-train: everything
 	$(BIN)/edge bench train "$(CONFIG)"
 
-tune: install
+tune: extras-serve,onnx
 	$(BIN)/edge tune "$(RUN)"
 
-doctor: install
+doctor: extras-serve
 	$(BIN)/edge doctor
 
 clean:

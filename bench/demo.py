@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import signal
 import subprocess
@@ -32,8 +33,8 @@ from bench.side_by_side import run
 from convert.data.dataset_info import find_folder
 from edge.artefact import find, json_file, manifest
 from edge.console import handling, plain_console, plain_table
-from edge.errors import EdgeError, InputError
-from edge.setup import clock
+from edge.errors import EdgeError, InputError, UnavailableError
+from edge.setup import clock, install_command
 
 RUN, CONFIG, MODEL = Path("runs/magic-conch"), "examples/smollm2_qlora.yaml", "smollm2-135m-instruct"
 # What is done, in the run folder, while a demo is under way.
@@ -74,6 +75,12 @@ def main(argv: list[str]) -> int:
     if not Path(args.config).is_file():
         raise InputError(
             f"no such file: {args.config}", "call it in the folder of edge's sources, or name one"
+        )
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise UnavailableError(
+            "the demo compares GGUF files, and there is no llama.cpp here to serve them",
+            f"get it ({install_command('serve')} --build), or go by hand with ONNX: edge train, edge merge, "
+            "edge export onnx, edge serve",
         )
     console = plain_console()
     times = run_stages(console, stages(args), args.run / JOURNAL)

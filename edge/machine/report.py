@@ -26,7 +26,12 @@ _LIMIT_S = 1800
 def personal() -> list[str]:
     """Folders and names of this user and machine, longest first."""
     folders = [Path.cwd(), Path(sys.prefix), Path(sys.executable).parent, Path(tempfile.gettempdir())]
-    names = [platform.node(), os.environ.get("USERNAME", ""), os.environ.get("USER", "")]
+    names = [
+        platform.node(),
+        platform.node().split(".")[0],
+        os.environ.get("USERNAME", ""),
+        os.environ.get("USER", ""),
+    ]
     try:
         folders.append(Path.home())
         names += [Path.home().name, getpass.getuser()]
@@ -46,7 +51,9 @@ def impersonal(text: str, words: Iterable[str]) -> str:
     text = re.sub(r"\b\w+://[^\s'\"]+", "<address>", text)
     text = re.sub(r"\b[\w.+-]+@[\w-]+\.[\w.-]+", "<address>", text)
     text = re.sub(r"\b\d{1,3}(?:\.\d{1,3}){3}\b(?!\.)", "<address>", text)
-    text = re.sub(r"(?<![\w.])[A-Za-z]:[\\/][^\s'\";,)|]*", "<path>", text)
+    text = re.sub(r"(?<![\w:])(?:[0-9A-Fa-f]{1,4}:){3,7}[0-9A-Fa-f:]*", "<address>", text)
+    text = re.sub(r"(?<![\w:])[0-9A-Fa-f]{0,4}::[0-9A-Fa-f][0-9A-Fa-f:]*", "<address>", text)
+    text = re.sub(r"(?<![\w.])(?:[A-Za-z]:[\\/]|\\{2,4}\w)[^\s'\";,)|]*", "<path>", text)
     # A POSIX path has two parts: "and/or" and "ms/step" stay.
     text = re.sub(r"(?<![\w.<>])/[\w.~+@-]+(?:/[^\s'\";,)|]*)+", "<path>", text)
     return re.sub(r"<path>[/\\][^\s'\";,)|]+", "<path>", text)

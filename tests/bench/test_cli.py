@@ -30,7 +30,7 @@ from bench.rounds import Measured, Round, measure, schedule
 from bench.servers.target import Target, started, stop
 from bench.side_by_side import check_same_model
 from edge.artefact import manifest
-from edge.errors import EdgeError, InputError, UsageError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.machine.hardware import free_port
 from tests.support.reports import build
 
@@ -407,6 +407,17 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     args.config = "other.yaml"  # another demo begins anew
     demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
     assert len(ran) == 10 and ran[7] == "train other.yaml --overwrite"
+
+
+def test_a_demo_without_llama_cpp_ends_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match=r"no llama.cpp here to serve them"):
+        demo.main([str(tmp_path / "run"), "--config", str(config)])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_demos_stages_are_a_line_that_fills() -> None:

@@ -32,13 +32,32 @@ def test_nothing_personal_is_left(somebody: Path) -> None:
     text = (
         f"{somebody}/.cache/edge can be written; {sys.executable}, {somebody / 'my work'}/runs/x\n"
         "LIWEI-Laptop liwei: C:\\Users\\liwei\\x.py D:/data/a.json /srv/models/secret/x.gguf:12\n"
+        "\\\\nas\\team\\b.gguf and 'C:\\\\Users\\\\liwei\\\\y' fe80::1c2d:3 2001:db8:0:5::9 std::vector\n"
         "via http://user:word@proxy.corp:3128/ and li.wei@example.org at 10.1.2.3\n"
         "20 tokens/s, and/or, 3.11.7, driver 576.02, Intel(R) Core(TM) i7-1260P"
     )
     left = report.impersonal(text, report.personal())
-    for word in ("liwei", "李", "my work", "Users", "secret", "corp", "word@", "example", "10.1.2.3", "data"):
+    for word in (
+        "liwei",
+        "李",
+        "my work",
+        "Users",
+        "secret",
+        "corp",
+        "word@",
+        "example",
+        "10.1.2.3",
+        "data",
+        "nas",
+        "1c2d",
+        "db8",
+    ):
         assert word.lower() not in left.lower(), (word, left)
-    for word in ("can be written", "20 tokens/s, and/or, 3.11.7, driver 576.02, Intel(R) Core(TM) i7-1260P"):
+    for word in (
+        "can be written",
+        "std::vector",
+        "20 tokens/s, and/or, 3.11.7, driver 576.02, Intel(R) Core(TM) i7-1260P",
+    ):
         assert word in left
 
 
