@@ -304,6 +304,10 @@ def choose_device(asked: str) -> tuple[str, int, str]:
     if asked in DEVICES and asked not in ("auto", "cuda"):
         raise UnavailableError(f"--device {asked} is for ONNX", "serve with --backend onnx, or --device auto")
     problem = build_llamacpp.probe().no_gpu
+    if asked == "auto" and (chip := hardware.apple_gpu()) and not problem:
+        if build_llamacpp.build_info().get("gpu"):
+            return f"metal: {chip}", gpu_offload.ALL, "a GPU was found, and it shares the system's memory"
+        return "cpu", 0, "decoding on the GPU was not checked, or failed its check: `edge doctor`"
     gpus = hardware.gpus()
     missing = [*([] if gpus else ["no NVIDIA GPU was found"]), *filter(None, [problem])]
     if not missing:

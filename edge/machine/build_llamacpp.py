@@ -144,6 +144,8 @@ def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
     """The build that fits this machine. `amx` False switches those instructions off."""
     tool = compiler()
     defines = dict.fromkeys(OFF, "OFF") | {"GGML_NATIVE": "ON"}
+    if sys.platform == "darwin":
+        defines["GGML_METAL"] = "ON" if hardware.apple_gpu() else "OFF"
     cuda_version = ""
     if cuda:
         path, cuda_version = nvcc()
@@ -386,7 +388,8 @@ def probe() -> Probe:
     if match := re.search(r"failed to initialize (?:CUDA|HIP|MUSA): (.+)", log):
         return Probe("", f"{PACKAGE} is built for GPUs, but finds none that it can use: {match[1].strip()}")
     if done.returncode == 3:
-        return Probe("", f"{PACKAGE} was built without GPU support (python -m edge.setup --cuda builds it)")
+        again = f"{BUILD} --force" if hardware.apple_gpu() else "python -m edge.setup --cuda"
+        return Probe("", f"{PACKAGE} was built without GPU support ({again} builds it)")
     error = log.splitlines()[-1] if log else f"exit code {done.returncode}"
     return Probe(error, f"{PACKAGE} does not load: {error}")
 

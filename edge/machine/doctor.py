@@ -65,7 +65,8 @@ def _machine(machine: dict[str, Any]) -> Iterator[Item]:
     limit = f", the container allows {quota:g}" if quota is not None else ""
     yield Item("machine", "threads used", f"{machine['threads']} ({cores}{limit})")
     total, available = _gib(machine["memory_total"]), _gib(machine["memory_available"])
-    yield Item("machine", "memory", f"{total}, {available} available")
+    unified = ", unified: the GPU uses it too" if hardware.apple_gpu() else ""
+    yield Item("machine", "memory", f"{total}, {available} available{unified}")
     free = shutil.disk_usage(".").free
     todo = "" if free > 10 * 2**30 else "free some disk space: a run takes up to 10 GiB"
     yield Item("machine", "disk here", f"{_gib(free)} free", todo)
@@ -88,7 +89,9 @@ def _python(version: str) -> Item:
 
 
 def _gpus(gpus: list[hardware.GPU]) -> Iterator[Item]:
-    if not gpus:
+    if chip := hardware.apple_gpu():
+        yield Item("gpu", "Metal", f"{chip}, in the system's memory")
+    elif not gpus:
         yield Item("gpu", "NVIDIA", "none (nvidia-smi shows no GPU): everything runs on the CPU")
     for gpu in gpus:
         memory = f"{_gib(gpu.memory_total)} ({_gib(gpu.memory_free)} free)"
@@ -128,7 +131,11 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
     yield Item(group, PACKAGE, f"{installed}, {text}", todo)
     checks = ", ".join(f"{mode} {result}" for mode, result in info["check"].items())
     yield Item(group, "checked by decoding", checks, "; ".join(info["notes"]))
-    if gpus and not info["gpu"]:
+    if hardware.apple_gpu():
+        problem = outcome.no_gpu or f"its check: {info['check'].get('gpu', 'not made')}"
+        used = info["gpu"] and not outcome.no_gpu
+        yield Item(group, "GPU", "used" if used else problem, "" if used else f"{BUILD} --force")
+    elif gpus and not info["gpu"]:
         yield Item(group, "GPU", "not used by this build", f"{BUILD} --cuda")
     elif gpus:
         remedy = gpu_remedy(outcome.no_gpu, gpus) or f"{BUILD} --cuda --force"

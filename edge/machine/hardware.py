@@ -295,6 +295,11 @@ def writable_cache(name: str) -> Path:
     return folder
 
 
+def apple_gpu() -> str:
+    """The chip whose GPU Metal uses, which shares the system's memory; "" on any other machine."""
+    return cpu_model() if sys.platform == "darwin" and platform.machine() == "arm64" else ""
+
+
 def cpu_model() -> str:
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()

@@ -119,6 +119,18 @@ def test_a_device_that_is_not_there_is_an_error_only_if_asked_for(monkeypatch: p
     assert load_plan.choose_device("cpu") == ("cpu", 0, "asked for")
 
 
+def test_a_mac_takes_its_gpu_once_it_has_decoded(tiny: Artefact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [])
+    monkeypatch.setattr(hardware, "apple_gpu", lambda: "Apple M4")
+    monkeypatch.setattr(build_llamacpp, "probe", build_llamacpp.Probe)
+    monkeypatch.setattr(build_llamacpp, "build_info", lambda: {"gpu": False})
+    assert load_plan.choose_device("auto")[:2] == ("cpu", 0)
+    monkeypatch.setattr(build_llamacpp, "build_info", lambda: {"gpu": True})
+    settings = load_plan.plan(tiny, Options()).settings
+    assert (settings.device, settings.gpu_layers) == ("metal: Apple M4", -1)
+    assert load_plan.choose_device("cpu") == ("cpu", 0, "asked for")
+
+
 # -- ONNX and the choice ----------------------------------------------------------------------------------
 
 

@@ -229,6 +229,17 @@ def test_a_build_that_cannot_decode_is_refused(
     assert not (tmp_path / build_llamacpp.RECORD).exists()
 
 
+def test_a_mac_has_metal_in_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_llamacpp, "compiler", lambda: Compiler("clang", "17"))
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "Apple M4")
+    monkeypatch.setattr(hardware, "cpu_flags", lambda everything=False: [])
+    assert "GGML_METAL" not in build_llamacpp.plan().defines
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for machine, metal in (("arm64", "ON"), ("x86_64", "OFF")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert build_llamacpp.plan().defines["GGML_METAL"] == metal
+
+
 @pytest.mark.usefixtures("gcc_on_x86")
 def test_a_kept_wheel_is_taken(own_cache: Path) -> None:
     plan = build_llamacpp.plan()

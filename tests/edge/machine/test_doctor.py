@@ -87,6 +87,18 @@ def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest
     assert item("compiler") == doctor.Item("llama.cpp", "compiler", "none", "install one")
 
 
+def test_a_mac_is_named_with_its_unified_memory(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine["gpus"] = []
+    monkeypatch.setattr(hardware, "apple_gpu", lambda: "Apple M4")
+    assert "unified" in item("memory").found and item("Metal").found.startswith("Apple M4")
+    assert item("GPU").found == "its check: not made" and "--force" in item("GPU").todo
+    machine["info"] |= {"gpu": True, "check": {"gpu": "ok"}}
+    assert item("GPU") == doctor.Item("llama.cpp", "GPU", "used")
+    assert all(row.name != "NVIDIA" for row in doctor.items())
+
+
 def test_a_build_for_another_cpu(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "another")
     assert "another CPU" in item(doctor.PACKAGE).todo
