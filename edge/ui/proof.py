@@ -13,7 +13,7 @@ _EXACT = {
         "Chat template", "The model is shown a conversation in the form that it was trained on."
     ),
     "token_ids": ("Token ids", "A text becomes the same numbers."),
-    "round_trip": ("Text to ids and back", "No sign is lost on the way."),
+    "round_trip": ("Text to ids and back", "No character is lost on the way."),
     "stops": ("Stop tokens", "An answer ends where it should."),
 }  # fmt: skip
 

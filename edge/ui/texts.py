@@ -109,7 +109,7 @@ CHINESE = {
     "Chat template": "对话模板",
     "The model is shown a conversation in the form that it was trained on.": "对话以训练时的格式送入模型。",
     "Token ids": "词元编号", "A text becomes the same numbers.": "同样的文字变成同样的编号。",
-    "Text to ids and back": "文字与编号互转", "No sign is lost on the way.": "转换中不丢字符。",
+    "Text to ids and back": "文字与编号互转", "No character is lost on the way.": "转换中不丢字符。",
     "Stop tokens": "停止词元", "An answer ends where it should.": "回答会在该结束处结束。",
     "Most likely next token": "最可能的下一个词元",
     "How often both would go on with the same token.": "两者选出同一个词元的比例。",
