@@ -33,9 +33,9 @@ Emit = Callable[[list[msg.Event]], None]
 # Tokens that come faster than an eye reads share an event; a request's first one never waits.
 FLUSH_S = 0.04
 STATS_S = 0.25
-# That a step waits for a constraint. Common ones take 25 ms over 152,000 tokens at worst, several times that on a
-# machine whose cores others use; a regular
-# expression whose text is fixed for a million characters took 4 s, in which every answer stood still.
+# That a step waits for a constraint. Common ones take 25 ms over 152,000 tokens at worst, several times that
+# on a machine whose cores others use; a regular expression whose text is fixed for a million characters took
+# 4 s, in which every answer stood still.
 SLOWEST_MASK_S = 1.0
 
 
