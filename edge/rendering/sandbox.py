@@ -95,11 +95,12 @@ def render(source: str, context: dict[str, Any], cut: str = "") -> str:
             length += len(part)
             environment.check(length)
             parts.append(part)
+        # A part may be no text: {% filter list %}.
+        return "".join(parts)
     except (Refusal, MemoryError):
         raise
     except Exception as error:  # what a template, and jinja2's filters, raise for odd values
         raise Refusal(f"cannot be applied to these messages: {error}") from error
-    return "".join(parts)
 
 
 @functools.lru_cache(maxsize=16)

@@ -251,27 +251,66 @@ def test_vectors_need_memory_of_their_own(model: Model, monkeypatch: pytest.Monk
     backend.close()
 
 
+def write_bpe(folder: Path, letters: list[str], pre: str = "gpt-2") -> Path:
+    """A model with a BPE vocabulary of these letters, whose texts are parted as `pre` says."""
+    parts = tiny_gguf.Parts(tiny_llama.write(folder / "whole.gguf"))
+    count = len(parts.metadata["tokenizer.ggml.tokens"])
+    tokens = ["<s>", "</s>", *letters]
+    tokens += [f"<{n}>" for n in range(count - len(tokens))]
+    bpe = {"model": "gpt2", "pre": pre, "tokens": tokens, "merges": ["a b"]}
+    bpe["token_type"] = [3] * 2 + [1] * (count - 2)
+    rest = {"bos_token_id": 0, "eos_token_id": 1, "scores": None, "eot_token_id": None}
+    path = folder / "bpe.gguf"
+    path.write_bytes(
+        parts.changed(**{f"tokenizer__ggml__{name}": item for name, item in (bpe | rest).items()})
+    )
+    read_whole(path)
+    return path
+
+
 @pytest.mark.parametrize("kept", ["abc", ""])
 def test_a_bpe_vocabulary_without_byte_tokens_leaves_them_out_and_bounds_nothing(
     tmp_path: Path, kept: str
 ) -> None:
-    parts = tiny_gguf.Parts(tiny_llama.write(tmp_path / "whole.gguf"))
-    count = len(parts.metadata["tokenizer.ggml.tokens"])
-
-    def made(letters: list[str]) -> Model:
-        tokens = ["<s>", "</s>", *letters]
-        tokens += [f"<{n}>" for n in range(count - len(tokens))]
-        bpe = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": ["a b"]}
-        bpe["token_type"] = [3] * 2 + [1] * (count - 2)
-        rest = {"bos_token_id": 0, "eos_token_id": 1, "scores": None, "eot_token_id": None}
-        (tmp_path / "bpe.gguf").write_bytes(
-            parts.changed(**{f"tokenizer__ggml__{name}": item for name, item in (bpe | rest).items()})
-        )
-        read_whole(tmp_path / "bpe.gguf")
-        return Model(tmp_path / "bpe.gguf")
-
-    whole = made(list(byte_table()))
+    whole = Model(write_bpe(tmp_path, list(byte_table())))
     assert whole.vocabulary.token_bytes > 0 and len(whole.vocabulary.encode("好\n", special=True)) == 4
-    lacking = made(list(kept)).vocabulary
+    lacking = Model(write_bpe(tmp_path, list(kept))).vocabulary
     assert lacking.encode("好b\0\n c\xff" * 1000, special=True) == ([3, 4] * 1000 if kept else [])
     assert lacking.token_bytes == 0
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "default"])
+@pytest.mark.parametrize("part", ["a", " ", "1", "!", "_!", "1²", "，"])
+def test_words_without_end_are_tokenized(tmp_path: Path, pre: str, part: str) -> None:
+    """llama.cpp recurses along them, at 28,000 characters to the end of the process."""
+    vocabulary = Model(write_bpe(tmp_path, list(byte_table()), pre)).vocabulary
+    text = part * (200_000 // len(part))
+    assert len(vocabulary.encode(text, special=True)) == len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_characters_of_no_token_are_tokenized_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: bool
+) -> None:
+    """llama.cpp takes time in the square of their number: 31 s for 300,000."""
+    parts = tiny_gguf.Parts(tiny_llama.write(tmp_path / "whole.gguf", added=[("ab", False)]))
+    path = tmp_path / "spaced.gguf"
+    path.write_bytes(parts.changed(tokenizer__ggml__add_space_prefix=space))
+    vocabulary = Model(path).vocabulary
+    whole, longest = vocabulary._ids, []
+
+    def ids_of(text: str, *, special: bool) -> list[int]:
+        longest.append(len(text))
+        return whole(text, special=special)
+
+    for text in (
+        "\n" * 50_000,
+        "ab" + "\n" * 2047 + "ab",
+        "x\n\t" * 2000 + " ab",
+        "好😀" * 5000 + "<|end|>a",
+    ):
+        want = whole(text, special=True)
+        monkeypatch.setattr(vocabulary, "_ids", ids_of)
+        assert vocabulary.encode(text, special=True) == want
+        monkeypatch.undo()
+    assert max(longest) < 8000

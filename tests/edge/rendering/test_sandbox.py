@@ -173,6 +173,7 @@ def test_what_templates_use_is_rendered_as_by_jinja2(source: str, want: str) -> 
         ("{{ 1 + 'x' }}", "unsupported operand"),
         ("{{ 'a'|truncate(-1) }}", "expected length"),
         ("{% include 'a' %}", "cannot be applied"),
+        ("{% filter list %}a{% endfilter %}", "cannot be applied"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ cycler() }}", "at least one item"),
     ],
