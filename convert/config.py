@@ -34,6 +34,18 @@ PATHS = ("model_name_or_path", "dataset_dir", "output_dir")
 _RATES = {"lora": (1e-6, 5e-3), "full": (1e-7, 5e-4), "freeze": (1e-7, 5e-4)}
 _RATES |= dict.fromkeys(("dpo", "kto"), (1e-8, 1e-4))
 
+# What a key of other programs is here.
+_MEANT = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
+    "train_batch_size": "per_device_train_batch_size", "r": "lora_rank", "alpha": "lora_alpha",
+    "target_modules": "lora_target", "max_seq_length": "cutoff_len", "max_seq_len": "cutoff_len",
+    "model": "model_name_or_path", "base_model": "model_name_or_path", "data_path": "dataset_dir",
+    "load_in_4bit": "quantization_bit: 4", "load_in_8bit": "quantization_bit: 8", "attn": "flash_attn",
+    "attn_implementation": "flash_attn", "system": "default_system", "max_steps_per_epoch": "max_steps",
+}  # fmt: skip
+
+_QUOTES = re.compile("[‘’“”].*[‘’“”]$")
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice: the first would be lost without a word."""
@@ -284,10 +296,24 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}", "save it as UTF-8") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        what = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise InputError(f"{path} is not valid YAML: {what}", _yaml_hint(path, what)) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds no `key: value` lines", "see examples/smollm2_qlora.yaml")
+        hint = _yaml_hint(path, "") or "see examples/smollm2_qlora.yaml"
+        raise InputError(f"{path} holds no `key: value` lines", hint)
     return {str(key): value for key, value in data.items()}
+
+
+def _yaml_hint(path: Path, error: str) -> str:
+    """What to write in place of what YAML could not read."""
+    if "\\t" in error:
+        return "begin lines with spaces, not with a tab"
+    if "escape" in error:
+        return "a backslash in double quotes begins an escape: write the path without quotes"
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if re.match(r"\s*[\w-]+\s*(：|:[^\s:/\\])", line):
+            return f"line {number} wants `key: value`, with the colon : and a space behind it"
+    return ""
 
 
 def _scalar(key: str, text: str) -> Any:
@@ -306,9 +332,11 @@ def _check_known(key: str) -> None:
             "give training_args.yaml or llamaboard.yaml, which it writes when training starts",
         )
     # A proposal that is not meant would change the training.
-    near = difflib.get_close_matches(key, [*FIELDS, *UNUSED], n=1, cutoff=0.8)
+    near = [_MEANT[key]] if key in _MEANT else []
+    near += difflib.get_close_matches(key, [*FIELDS, *UNUSED], n=1, cutoff=0.8)
     raise UsageError(
-        f"unknown key '{key}'", f"did you mean '{near[0]}'?" if near else "keys: " + ", ".join(FIELDS)
+        f"unknown key '{key}'",
+        f"did you mean '{near[0]}'?" if near else "leave it out; edge train --json-schema shows every key",
     )
 
 
@@ -324,7 +352,9 @@ def _typed(name: str, value: Any) -> Any:
     if key.kind == "bool?" and value is None:
         return None  # a value of its own, not the default
     optional = key.default is None and key.kind != "bool?"
-    if value is None or (isinstance(value, str) and value.lower() == "none" and optional):
+    if isinstance(value, str) and _QUOTES.match(value):
+        raise UsageError(f"{name}: {value} has quotes that are none in YAML", "write it without them")
+    if value is None or (isinstance(value, str) and value.lower() in ("", "none") and optional):
         return None if key.default is MISSING else key.default
     typed = _convert(key.kind, value)
     if typed is None:
@@ -358,7 +388,7 @@ def _convert(kind: str, value: Any) -> Any:
     if kind in ("bool", "bool?"):
         return value if isinstance(value, bool) else None
     if kind in ("names", "floats"):
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = re.split("[,，]", value) if isinstance(value, str) else value
         if not isinstance(parts, list):
             return None
         if kind == "floats":

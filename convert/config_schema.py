@@ -65,7 +65,7 @@ def _values(key: Key) -> dict[str, Any]:
     if key.choices:
         allowed = [*key.choices, *(str(choice) for choice in key.choices if not isinstance(choice, str))]
         allowed += [False] if "no" in key.choices else []  # what YAML 1.1 makes of a bare `no`
-        allowed += ["none", "None"] if key.default is None else []
+        allowed += ["", "none", "None"] if key.default is None else []
         return {"enum": [*allowed, None] if null else allowed}
     types, more = _TYPES[key.kind]
     values: dict[str, Any] = {"type": [*types, "null"] if null else list(types)}
@@ -76,11 +76,15 @@ def _values(key: Key) -> dict[str, Any]:
         low = key.minimum if key.minimum is not None else key.exclusive_minimum
         sign = "[-+]?" if low is None or low < 0 else r"\+?"
         number = sign + (_WHOLE if key.kind == "int" else NUMBER)
-        values["pattern"] = rf"^\s*({number}{'|' + _NONE if key.default is None else ''})\s*$"
+        values["pattern"] = rf"^\s*{number}\s*$"
+        if key.default is None:
+            values["pattern"] = rf"^(\s*({number}|{_NONE})\s*)?$"
     if key.names:
         name = f"({'|'.join(key.names)})"
         values |= {"pattern": rf"^\s*{name}(\s*,\s*{name})*\s*$", "items": {"enum": list(key.names)}}
         return values
+    if key.default is None and "pattern" in more:
+        values["pattern"] = f"^$|{more['pattern']}"
     return {**more, **values}
 
 

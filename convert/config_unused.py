@@ -604,6 +604,12 @@ UNUSED: dict[str, Unused] = {
     **_taken(
         "belongs to task, which is refused",
         "属于 task，而后者不受支持",
-        "task_dir batch_size lang n_shot save_dir download_mode"
+        "task_dir lang n_shot save_dir download_mode"
+    ),
+    **_taken(
+        "it is one of task's; per_device_train_batch_size is that of training",
+        "它属于 task；训练的批大小是 per_device_train_batch_size",
+        "batch_size",
+        warn=True
     ),
 }  # fmt: skip

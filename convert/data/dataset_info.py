@@ -236,6 +236,8 @@ class Entry:
         column = self.columns["response"]
         answer = "" if self.ranking else _text(raw, column)
         if not answer.strip() and not self.ranking:
+            if column not in raw and self.columns["prompt"] != _COLUMNS["prompt"]:
+                raise BadRow(f"has no `{column}`: text alone is what stage: pt learns from")
             raise BadRow(f"`{column}` is missing or empty")
         messages = []
         column = self.columns["history"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import yaml
 
 from edge.artefact import json_file, manifest
 from edge.errors import InputError
@@ -26,9 +27,12 @@ from edge.errors import InputError
 INDEX = "model.safetensors.index.json"
 SHARD = 2 * 2**30  # bytes of a file of weights that is written, if no single tensor is larger
 # What a model needs; subfolders (other formats, original checkpoints) and pickles stay where they are.
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*")
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "README.md")
 # Below so many parameters four bits cost more than they gain; see docs/decisions.md.
 SMALL = 1_000_000_000
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What names of quantised models end with.
+_QUANTISED = re.compile(r"(?i)(-unsloth)?-(bnb-[48]bit|awq(-int4)?|gptq(-int[48])?|int[48]|[48]bit|fp8)$")
 _SAFETENSORS_HEADER = 100 * 2**20  # the format's own limit
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -166,7 +170,7 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
     config = read_config(folder)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
-        whole = _unquantised(folder, shown)
+        whole = _unquantised(folder, config, shown)
         raise InputError(
             f"{shown} is quantised already ({method})",
             "give the 16-bit model" + (f", {whole} by its files" if whole else "") + ": training quantises "
@@ -189,15 +193,27 @@ def check_folder(folder: Path, *, shown: str = "") -> Folder:
     return Folder(folder, config, weights, tensors)
 
 
-def _unquantised(folder: Path, shown: str) -> str:
-    """The model that a quantised one was made from, as its README or name tells; "" where neither does."""
+def _unquantised(folder: Path, config: dict[str, Any], shown: str) -> str:
+    """The model that a quantised one was made from, by its files or its hub id; "" where none tells."""
+    named = [*_card_bases(folder), config.get("_name_or_path"), shown if Path(shown) != folder else None]
+    for name in named:
+        # Cards written by hand have a link.
+        whole = _QUANTISED.sub("", re.sub(r"^https?://[^/]+/", "", str(name or "")).rstrip("/"))
+        if _HUB_ID.fullmatch(whole) and whole != shown:
+            return whole
+    return ""
+
+
+def _card_bases(folder: Path) -> list[Any]:
+    """`base_model` of the model card's header."""
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    header = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    if match := re.search(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w./-]+)", header, re.MULTILINE):
-        return match[1]
-    name = re.sub(r"(?i)(-unsloth)?-(bnb-[48]bit|awq|gptq(-int[48])?|int[48])$", "", shown)
-    return name if name != shown and name.count("/") == 1 else ""
+    text = readme.read_text(encoding="utf-8-sig", errors="replace") if readme.is_file() else ""
+    try:
+        card = yaml.safe_load(text.split("\n---", 1)[0]) if text.startswith("---\n") else None
+    except (yaml.YAMLError, RecursionError):
+        card = None
+    bases = card.get("base_model") if isinstance(card, dict) else None
+    return bases if isinstance(bases, list) else [bases]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -225,7 +225,8 @@ class PreparedChat:
             if self._dialect == LLAMA3:
                 return self._dialect.grammar(loose, many=asked.parallel, other=PROSE), after
             self._stops = []
-            return self._dialect.grammar(loose, many=asked.parallel, begun=True), self._dialect.opening
+            grammar = self._dialect.grammar(loose, many=asked.parallel, begun=True)
+            return grammar, self._dialect.opening or self._dialect.before
         return None, ""
 
     def _call_or(self, wanted: Constraint, tools: list[Tool]) -> Constraint:

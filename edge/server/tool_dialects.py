@@ -6,6 +6,8 @@ calls could not be told from prose.
     hermes    Qwen, Hermes, SmolLM3 ...   <tool_call>{"name": ..., "arguments": {...}}</tool_call>
     deepseek  V3, R1 and its distills     <｜tool▁call▁begin｜>function<｜tool▁sep｜>name ```json {...}```
     llama3    Llama 3.1 to 3.3            {"name": ..., "parameters": {...}} as the whole answer
+    mistral   Mistral 0.3                 [TOOL_CALLS] [{"name": ..., "arguments": {...}}]
+    action    LLaMA-Factory's default     Action: name, and in the next line Action Input: {...}
 """
 
 from __future__ import annotations
@@ -100,6 +102,10 @@ class Dialect:
         except ValueError:
             return None
 
+    def head(self, name: str) -> str:
+        """What stands before the arguments of a call of `name`, where that is no JSON; "" where it is."""
+        return f"Action: {name}\nAction Input: " if self.name == "action" else ""
+
     def rules(self, tool: Tool, rule: str) -> list[str]:
         """Lark lines for `rule`: the text between the marks of a call of `tool`."""
         arguments = f"{rule}_args: {json_rule({'type': 'object', **tool.parameters})}"
@@ -108,6 +114,9 @@ class Dialect:
             if self.fenced:
                 head, tail = f"function<｜tool▁sep｜>{tool.name}\n```json\n", ' "\\n```"'
             return [f"{rule}: {_quoted(head)} {rule}_args{tail}", arguments]
+        if self.name == "action":
+            head = self.head(tool.name).removeprefix(self.before)
+            return [f"{rule}: {_quoted(head)} {rule}_args", arguments]
         name = _quoted(f'{{"name": {json.dumps(tool.name)}, "{self.key}": ')
         return [f'{rule}: {name} {rule}_args "}}"', arguments]
 
@@ -149,6 +158,8 @@ DEEPSEEK = Dialect(
     fenced=True,
 )
 LLAMA3 = Dialect("llama3", between="; ", key="parameters")
+MISTRAL = Dialect("mistral", before="[TOOL_CALLS] [", between=", ", after="]")
+ACTION = Dialect("action", before="Action: ", between="\nAction: ")
 _LLAMA_TAG = "<|python_tag|>"
 
 
@@ -160,7 +171,10 @@ def dialect_of(source: str) -> Dialect | None:
         return HERMES
     if "<|start_header_id|>" in source and ("tools" in source or _LLAMA_TAG in source):
         return LLAMA3
-    return None
+    # Later ones write no list; Mistral's own template wants ids of nine letters.
+    if "[TOOL_CALLS]" in source and not any(sign in source for sign in ("[ARGS]", "length 9")):
+        return MISTRAL
+    return ACTION if "Action Input: " in source else None
 
 
 def chosen(tools: list[Tool], names: list[str]) -> list[Tool]:

@@ -18,6 +18,7 @@ from edge.server.tool_dialects import Call, Dialect, Tool, call_of, written
 _FENCE = "```"
 # What may stand before a bare object, blank space aside, and what closes it.
 _OPENINGS = {"": "", "```json": _FENCE, _FENCE: _FENCE, "<tools>": "</tools>", "<|python_tag|>": ""}
+_LISTS = ("[", "[TOOL_CALLS][")
 _TAGS = [opening for opening in _OPENINGS if opening.startswith("<")]
 _KINDS = ("", '"type":"function",')
 # How far a call's beginning is looked for, blank space included: a name has at most 128 characters.
@@ -35,7 +36,7 @@ class ToolParser:
 
     def __init__(self, dialect: Dialect, tools: list[Tool], *, parallel: bool = True) -> None:
         self._marks = _Marks(dialect) if dialect.opening else None
-        self._bare = _Bare(tools)
+        self._bare = _Bare(tools, dialect)
         self._parallel = parallel
         self._count = 0
 
@@ -124,16 +125,28 @@ def _without_mark(text: str, marks: Iterable[str], rest: str = "") -> str:
 
 
 class _Bare:
-    """Calls that stand in the text as plain JSON: at its beginning, after another, or in a fenced block."""
+    """Calls that stand in the text as plain JSON: at its beginning, after another, or in a fenced block.
 
-    def __init__(self, tools: list[Tool]) -> None:
+    Some stand in a list, some have their name in front.
+    """
+
+    def __init__(self, tools: list[Tool], dialect: Dialect) -> None:
         self._strict = {tool.name: tool.parameters for tool in tools if tool.strict}
         self._heads = {
             f'{opening}{{{kind}"name":"{tool.name}"': closing
             for tool in tools
-            for opening, closing in _OPENINGS.items()
+            for opening, closing in (_OPENINGS | dict.fromkeys(_LISTS, "")).items()
             for kind in _KINDS
         }
+        named = {"".join(dialect.head(tool.name).split()) + "{": tool.name for tool in tools}
+        self._named = {head: name for head, name in named.items() if head != "{"}
+        self._heads |= dict.fromkeys(self._named, "")
+        # What no prose begins with: left out where the limit of tokens cuts it off.
+        self._begun = [*_TAGS, *(f'[TOOL_CALLS] [{{"name": "{tool.name}"' for tool in tools)]
+        self._begun += [head + "{" for tool in tools if (head := dialect.head(tool.name))]
+        self._name = ""
+        # Behind a call of a list.
+        self._listed = False
         self._held = ""
         # At the beginning of the text, or behind a call.
         self._fresh = True
@@ -151,8 +164,9 @@ class _Bare:
                 continue
             if self._closing and not self._skipped_closing():
                 break
+            blank = _BLANK + ",]" * self._listed
             begin = (
-                len(self._held) - len(self._held.lstrip(_BLANK)) if self._fresh else self._held.find(_FENCE)
+                len(self._held) - len(self._held.lstrip(blank)) if self._fresh else self._held.find(_FENCE)
             )
             if begin < 0:
                 # A fence that may have begun, and blank space that may stand before a call, are held back.
@@ -162,19 +176,24 @@ class _Bare:
             compact = "".join(self._held[begin : begin + _LOOK].split())
             head = next((head for head in self._heads if compact.startswith(head)), None)
             if head is not None:
-                yield self._cut(begin).rstrip(_BLANK if self._fresh else None)
+                yield self._cut(begin).rstrip(blank if self._fresh else None)
                 self._closing, self._object = self._heads[head], _Braces(self._held.index("{"))
+                self._name = self._named.get(head, "")
+                self._listed = self._listed or head.startswith(_LISTS)
             elif any(head.startswith(compact) for head in self._heads):
                 yield self._cut(0 if self._fresh else len(self._held[:begin].rstrip()))
                 break
             elif self._fresh:
                 self._fresh = False
+                self._held = self._held[begin if self._listed else 0 :]
             else:
                 yield self._cut(begin + len(_FENCE))
         if last:
             held, begun = self._cut(len(self._held)), self._object is not None
+            if self._listed and self._fresh:
+                held = held.lstrip(_BLANK + ",]")
             if cut:
-                held = "" if begun else _without_mark(held, _TAGS)
+                held = "" if begun else _without_mark(held, self._begun)
             yield held
             self._object = None
 
@@ -199,7 +218,8 @@ class _Bare:
         body, raw = self._held[self._object.begin : end], self._held[:end]
         self._object, self._held = None, self._held[end:]
         try:
-            call = call_of(written(body), explicit=True)
+            value = written(body)
+            call = call_of({"name": self._name, "arguments": value} if self._name else value, explicit=True)
         except ValueError:
             call = None
         if call is not None and call.name in self._strict:

@@ -180,6 +180,46 @@ def test_unknown_key_names_the_nearest():
         parse({**NEEDED, "lora_rnak": 1})
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lr", "did you mean 'learning_rate'?"),
+        ("load_in_4bit", "did you mean 'quantization_bit: 4'?"),
+        ("colour", "leave it out; edge train --json-schema shows every key"),
+    ],
+)
+def test_unknown_keys_of_other_programs(key, hint):
+    with pytest.raises(UsageError, match=f"unknown key '{key}'") as caught:
+        parse({**NEEDED, key: 1})
+    assert caught.value.hint == hint
+    assert "batch_size is ignored" in parse({**NEEDED, "batch_size": 4}).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("a: b\n\tdataset: d\n", "begin lines with spaces, not with a tab"),
+        ("dataset: d\nlora_rank： 8\n", "line 2 wants `key: value`, with the colon : and a space behind it"),
+        ("dataset:d\n", "line 1 wants `key: value`, with the colon : and a space behind it"),
+        (
+            'output_dir: "C:\\Users\\me"\n',
+            "a backslash in double quotes begins an escape: write the path without",
+        ),
+    ],
+)
+def test_yaml_as_it_is_mistyped(tmp_path, text, hint):
+    with pytest.raises(InputError, match=r"t\.yaml") as caught:
+        load_train_config(write(tmp_path, text, name="t.yaml"), [])
+    assert caught.value.hint.startswith(hint)
+
+
+def test_chinese_punctuation_and_empty_values():
+    assert parse({**NEEDED, "dataset": "a，b, c"}).dataset == ("a", "b", "c")
+    with pytest.raises(UsageError, match="model_name_or_path: “m” has quotes that are none in YAML"):
+        parse({**NEEDED, "model_name_or_path": "“m”"})
+    assert parse({**NEEDED, "eval_dataset": "", "template": ""}) == parse(NEEDED)
+
+
 def test_bf16_and_fp16_exclude_each_other():
     with pytest.raises(UsageError, match="bf16 and fp16"):
         parse({**NEEDED, "bf16": True, "fp16": True})

@@ -32,6 +32,20 @@ LLAMA = (
     "{{ c.function.arguments | tojson }}}{% endfor %}{% endfor %}"
     "<|start_header_id|>assistant<|end_header_id|>"
 )
+MISTRAL = (
+    "{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.role == 'tool' %}"
+    "[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]{% else %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}"
+    '[TOOL_CALLS] [{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}]'
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+ACTION = (
+    "{% for t in tools or [] %}> Tool Name: {{ t.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "Action: {{ c.function.name }}\nAction Input: {{ c.function.arguments | tojson }}{% endfor %}\n"
+    "{% endfor %}assistant:"
+)
 ANSWERS = {
     "hermes": ('<tool_call>\n{"name": "f", "arguments": {"k": "你"}}\n</tool_call>', QWEN),
     "deepseek": (
@@ -40,6 +54,8 @@ ANSWERS = {
         DISTILL,
     ),
     "llama3": ('{"name": "f", "parameters": {"k": "你"}}', LLAMA),
+    "mistral": ('[TOOL_CALLS] [{"name": "f", "arguments": {"k": "你"}}]', MISTRAL),
+    "action": ('Action: f\nAction Input: {"k": "你"}', ACTION),
 }
 SCHEMA = {
     "type": "object",

@@ -522,6 +522,8 @@ def test_plain_text_files(tmp_path):
         match=r"(?s)d, row 1: is plain text, which stage: pt learns from.*\n.*train with stage: pt",
     ):
         load(tmp_path, "d.txt")
+    with pytest.raises(InputError, match=r"(?s)has no `output`: text alone is .*\n.*train with stage: pt"):
+        load(tmp_path, "d.txt", columns={"prompt": "text"})
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.csv", "d.txt", "dataset_info.json"])

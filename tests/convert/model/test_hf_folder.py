@@ -184,17 +184,23 @@ def test_a_chat_template_of_another_encoding_is_named(toy_folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("readme", "shown", "whole"),
+    ("readme", "source", "shown", "whole"),
     [
-        ("---\nbase_model: Qwen/Qwen2.5-1.5B\n---\n", "x", "Qwen/Qwen2.5-1.5B"),
-        ("---\ntags: [a]\nbase_model:\n- meta-llama/Llama-3.2-1B\n---\n", "x", "meta-llama/Llama-3.2-1B"),
-        ("", "unsloth/Qwen2.5-7B-unsloth-bnb-4bit", "unsloth/Qwen2.5-7B"),
-        ("", "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-7B-Instruct"),
-        ("base_model: no/header", "models/some-awq-like", ""),
+        ("---\nbase_model: Qwen/Qwen2.5-1.5B\n---\n", "", "x", "Qwen/Qwen2.5-1.5B"),
+        ("---\ntags: [a]\nbase_model:\n- meta-llama/Llama-3.2-1B\n---\n", "", "x", "meta-llama/Llama-3.2-1B"),
+        ("---\nbase_model: https://huggingface.co/org/m\nquantized_by: x\n---\n", "", "x/m-GPTQ", "org/m"),
+        ("---\nbase_model: [org/m-bnb-4bit]\n---\n", "", "me/tuned-bnb-4bit", "org/m"),
+        ("---\nbase_model: {\n---\n", "", "org/m-AWQ", "org/m"),
+        ("", "", "unsloth/Qwen2.5-7B-unsloth-bnb-4bit", "unsloth/Qwen2.5-7B"),
+        ("", "", "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-7B-Instruct"),
+        ("---\nlicense: mit\n---\n", "org/source", "me/m-AWQ", "org/source"),
+        ("", "/root/.cache/source", "me/m-AWQ", "me/m"),
+        ("base_model: no/header", "", "models/some-awq-like", ""),
     ],
 )
-def test_a_quantised_base_tells_what_it_was_made_from(tmp_path, readme, shown, whole):
+def test_a_quantised_base_tells_what_it_was_made_from(tmp_path, readme, source, shown, whole):
     config = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}
+    config["_name_or_path"] = source
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "README.md").write_text(readme, encoding="utf-8")
     with pytest.raises(InputError, match=r"is quantised already \(bitsandbytes\)") as caught:

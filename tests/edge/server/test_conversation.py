@@ -12,16 +12,18 @@ from tests.support.fake_server import CHAT, Server, fake_server, user
 from tests.support.tool_templates import ANSWERS, SCHEMA
 
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}]
+# How a tool's result is marked.
+RESULTS = ["output▁begin", "tool\n5", "tool<|end", "[TOOL_RESULTS] 5", "tool: 5"]
 
 
 @pytest.fixture(
     scope="module",
-    params=["hermes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek", "llama3"))],
+    params=["hermes", *(pytest.param(name, marks=pytest.mark.slow) for name in [*ANSWERS][1:])],
 )
 def caller(request: pytest.FixtureRequest) -> Iterator[Server]:
     answer, template = ANSWERS[request.param]
     with fake_server(
-        script=[["output▁begin", "done"], ["tool\n5", "done"], ["tool<|end", "done"], ["please", answer]],
+        script=[*([mark, "done"] for mark in RESULTS), ["please", answer]],
         reply="I will not.",
         chat_template=template,
         context=2048,
@@ -47,7 +49,7 @@ def test_a_call_streamed_or_not(caller: Server) -> None:
     assert "".join(d["delta"].get("content") or "" for d in deltas) == ""
 
 
-@pytest.mark.parametrize("limit", [5, 12, 20, 38])
+@pytest.mark.parametrize("limit", [5, 12, 20, 33])
 def test_u22_a_call_that_is_cut_off_is_no_call_and_leaves_no_mark(caller: Server, limit: int) -> None:
     body = {"messages": user("please"), "tools": TOOLS, "temperature": 0, "max_tokens": limit}
     choice = caller.post(CHAT, body).json()["choices"][0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge.reasoning import ReasoningSplitter
 from edge.server.conversation import AnswerReader
-from edge.server.tool_dialects import DEEPSEEK, HERMES, LLAMA3, Dialect, Tool
+from edge.server.tool_dialects import ACTION, DEEPSEEK, HERMES, LLAMA3, MISTRAL, Dialect, Tool
 from edge.server.tool_parser import ToolParser
 from tests.support.tool_templates import ANSWERS, SCHEMA
 
@@ -98,6 +98,20 @@ def test_a_call_that_the_limit_cuts_off_leaves_no_mark(dialect: Dialect, text: s
         (DEEPSEEK, DEEP % ("f", '{"k": "你"}') + DEEP % ("g", "{}"), ("", [F, ("g", {})])),
         (DEEPSEEK, "so\n" + DEEP % ("f", "{broken") + " x", ("so" + DEEP % ("f", "{broken") + " x", [])),
         (DEEPSEEK, (DEEP % ("f", '{"k": "你"}'))[:-30], ((DEEP % ("f", '{"k": "你"}'))[:-30], [])),
+        # Several calls as one list, with a mark before it or without.
+        (MISTRAL, ANSWERS["mistral"][0], ("", [F])),
+        (MISTRAL, f"[TOOL_CALLS] [{BARE}, {BARE}]", ("", [F, F])),
+        (MISTRAL, f"[{BARE},{BARE}] Done.", ("Done.", [F, F])),
+        (LLAMA3, f"[{BARE}, {BARE}]", ("", [F, F])),
+        (MISTRAL, "[1, 2] and [TOOL_C", ("[1, 2] and [TOOL_C", [])),
+        (MISTRAL, f'[{BARE}, {{"name": "g"}}]', ('{"name": "g"}]', [F])),
+        # A name in front of the arguments.
+        (ACTION, ANSWERS["action"][0], ("", [F])),
+        (ACTION, "\n".join([ANSWERS["action"][0]] * 2) + "\n", ("", [F, F])),
+        (ACTION, "Action: f is what I would do", ("Action: f is what I would do", [])),
+        (ACTION, 'Action: g\nAction Input: {"k": 1}', ('Action: g\nAction Input: {"k": 1}', [])),
+        (ACTION, "Action: f\nAction Input: " + json.dumps(HARD), ("", [("f", HARD)])),
+        (HERMES, ANSWERS["action"][0], (ANSWERS["action"][0], [])),
         # A small Qwen model forgets the marks.
         (HERMES, BARE, ("", [F])),
         (HERMES, BARE + "\n" + BARE + "\n", ("", [F, F])),
@@ -130,6 +144,10 @@ def test_calls_are_told_from_prose(dialect: Dialect, text: str, want: tuple[str,
                 "```",
                 "json",
                 BARE[:20],
+                "[",
+                "]",
+                ",",
+                ANSWERS["action"][0],
             ]
         ),
         max_size=9,
@@ -138,11 +156,12 @@ def test_calls_are_told_from_prose(dialect: Dialect, text: str, want: tuple[str,
 )
 def test_any_chunking_reads_the_same(parts: list[str], size: int) -> None:
     text = "".join(parts)
-    assert read(HERMES, text, size) == read(HERMES, text, 1000)
+    for dialect in (HERMES, ACTION):
+        assert read(dialect, text, size) == read(dialect, text, 1000)
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
-@pytest.mark.parametrize("dialect", [HERMES, DEEPSEEK, LLAMA3], ids=lambda one: one.name)
+@pytest.mark.parametrize("dialect", [HERMES, DEEPSEEK, LLAMA3, MISTRAL, ACTION], ids=lambda one: one.name)
 def test_a_call_in_a_thought_is_thought_and_one_behind_it_is_a_call(dialect: Dialect, size: int) -> None:
     call = ANSWERS[dialect.name][0]
     text = f"I could write ```json\n{BARE}\n``` or {call}.</think>\n\n{call}"
@@ -171,7 +190,7 @@ ODD = ["NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '{"\\udfff": 1}', "
 
 
 @pytest.mark.parametrize("value", ODD, ids=["nan", "infinity", "float", "int", "half", "key", "deep"])
-@pytest.mark.parametrize("dialect", [HERMES, DEEPSEEK, LLAMA3], ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("dialect", [HERMES, DEEPSEEK, LLAMA3, MISTRAL, ACTION], ids=lambda one: one.name)
 @pytest.mark.parametrize("strict", [False, True])
 def test_arguments_that_no_client_can_read_are_text(dialect: Dialect, value: str, *, strict: bool) -> None:
     text = ANSWERS[dialect.name][0].replace('"你"', value)
