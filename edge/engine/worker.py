@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from edge.artefact.find import Artefact
     from edge.backends import llamacpp, onnx
 
+# Characters or ids of a request that is read within milliseconds.
+_QUICK = 2**14
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -145,34 +148,42 @@ class Link:
 
 class Router:
     """Reads requests and routes them, on a thread that does nothing else: what has to be tokenized waits on
-    the tokenizer's thread, where it can be cancelled.
+    a tokenizer's thread, where it can be cancelled.
     """
 
     def __init__(self, link: Link, engine: Engine, backend: Backend) -> None:
         self._link, self._engine, self._backend = link, engine, backend
-        self.tokenizer = TokenizerThread(self._tokenize, self._refuse, engine.cancel)
+        # One for what is done within milliseconds, one for what may not be: a text of megabytes is read, and a
+        # constraint compiled, by a single call of native code.
+        self._quick, self._slow = (
+            TokenizerThread(self._tokenize, self._refuse, engine.cancel) for _ in range(2)
+        )
+
+    @property
+    def busy(self) -> bool:
+        return self._quick.busy or self._slow.busy
 
     def run(self) -> None:
         """Until the other side has closed."""
         while (request := self._link.receive()) is not None:
             match request:
                 case msg.Cancel(key):
-                    if not self.tokenizer.end(
-                        key, RequestError("cancelled", status=499, code="client_closed")
-                    ):
+                    error = RequestError("cancelled", status=499, code="client_closed")
+                    if not (self._quick.end(key, error) or self._slow.end(key, error)):
                         self._engine.cancel(key)
                 case msg.Drain(seconds):
                     self._drain(seconds)
                 case msg.Ping():
                     self._link.send([msg.Pong()])
                 case _:
-                    self.tokenizer.put(request, request.size)
+                    compiled = isinstance(request, msg.Submit) and request.constraint is not None
+                    thread = self._slow if compiled or request.size > _QUICK else self._quick
+                    thread.put(request, request.size)
         self._drain(0.0)
 
     def _drain(self, seconds: float) -> None:
-        self.tokenizer.close(
-            RequestError("the server is shutting down", status=503, code="shutting_down"),
-        )
+        for thread in (self._quick, self._slow):
+            thread.close(RequestError("the server is shutting down", status=503, code="shutting_down"))
         self._engine.drain(seconds)
 
     def _refuse(self, key: int, error: RequestError) -> None:
@@ -241,7 +252,7 @@ def main() -> int:
         link.send([msg.Failed(error.message, error.hint, again=True)])
         return error.exit_code
     backend.close()
-    if router.tokenizer.busy:
+    if router.busy:
         # Native code would go on while the interpreter ends.
         os._exit(0)
     return 0

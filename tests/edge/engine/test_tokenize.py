@@ -19,6 +19,7 @@ from edge.backends.fake import FakeBackend
 from edge.engine import protocol as msg
 from edge.engine import tokenize
 from edge.engine.core import Engine
+from edge.engine.grammar import Constraint
 from edge.engine.request import prompt_tokens
 from edge.engine.sampling import Params
 from edge.engine.tokenize import BLOCK, COUNTED_BYTES, TokenizerThread, blocks
@@ -286,6 +287,36 @@ def lender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     maker = Maker(request.param, tmp_path_factory.mktemp("lender"))
     yield maker()
     maker.close()
+
+
+def test_a_short_request_waits_for_no_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text without marks is one call of native code, and so is the compiling of a constraint."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
+    backend = FakeBackend(slots=4, context=2**16)
+    encode = backend.encode
+
+    def slow(text: str, *, special: bool) -> list[int]:
+        if len(text) > 20_000:
+            begun.release()
+            assert go_on.wait(30.0)
+        return encode(text, special=special)
+
+    monkeypatch.setattr(backend, "encode", slow)
+    bench = Bench(backend)
+    bench.ask(msg.Encode(2, "x" * 30_000, special=True), msg.Encode(3, "x" * 30_000, special=True))
+    try:
+        assert begun.acquire(timeout=30.0)
+        constraint = Constraint("regex", "a")
+        bench.ask(msg.Submit(4, "x", Params(max_tokens=1), constraint=constraint))
+        bench.ask(msg.Encode(5, "short", special=True), msg.Submit(6, "x", Params(max_tokens=1)))
+        assert {event.key for _, event in bench.answers(2)} == {5, 6}  # type: ignore[union-attr]
+        bench.ask(msg.Cancel(2), msg.Cancel(3))
+        [(_, waiting)] = bench.answers(1)
+        assert isinstance(waiting, msg.Refused) and (waiting.key, waiting.code) == (3, "client_closed")
+    finally:
+        go_on.set()
+    assert {event.key for _, event in bench.answers(2)} == {2, 4}  # type: ignore[union-attr]
+    bench.close()
 
 
 @pytest.mark.timing
