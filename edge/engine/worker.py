@@ -153,8 +153,8 @@ class Router:
 
     def __init__(self, link: Link, engine: Engine, backend: Backend) -> None:
         self._link, self._engine, self._backend = link, engine, backend
-        # One for what is done within milliseconds, one for what may not be: a text of megabytes is read, and a
-        # constraint compiled, by a single call of native code.
+        # One for what is done within milliseconds, one for what may not be: a text of megabytes is read by a
+        # single call of native code, and so is a constraint compiled.
         self._quick, self._slow = (
             TokenizerThread(self._tokenize, self._refuse, engine.cancel) for _ in range(2)
         )
