@@ -6,6 +6,7 @@ one token more than the tokenizer knows of.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from functools import cache
@@ -130,5 +131,7 @@ def make_model(
                 torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config = GenerationConfig(eos_token_id=[end, more], pad_token_id=end)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # The package tokenizers takes paths in UTF-8 alone, whatever the locale.
+    with contextlib.chdir(folder):
+        tokenizer.save_pretrained(".")
     return folder

@@ -131,7 +131,7 @@ def test_training_goes_on_with_the_adapters_template(tmp_path, chatml):
 def test_every_end_token_ends_a_turn(tmp_path, bare):
     """All formats over a tokenizer that has their end tokens, which are learnt at the end of an answer."""
     folder = make_model(tmp_path / "m", template=None)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer.add_special_tokens(sorted({form.end for form in FORMATS.values() if form.end}))
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     for name, shape in FORMATS.items():
@@ -183,7 +183,7 @@ def demo_tokenizer(folder):
     if not (hardware.cache_dir() / "models" / Path(pull.MEMBER).name).is_file():
         pytest.skip("the embedded model was never fetched (edge pull)")
     pull.pull(hub.DEFAULT, out=folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer.add_special_tokens(
         sorted(
             {form.end for form in FORMATS.values() if form.end and tokenizer.token_to_id(form.end) is None}

@@ -45,10 +45,10 @@ def bare(tmp_path_factory):
 def begin_with(folder):
     """Let the tokenizer in `folder` put its begin token before each text."""
     path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     begin = (IM_START, tokenizer.token_to_id(IM_START))
     tokenizer.post_processor = TemplateProcessing(single=f"{IM_START} $A", special_tokens=[begin])
-    tokenizer.save(str(path))
+    path.write_text(tokenizer.to_str(), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "add_bos_token": True}), encoding="utf-8")
@@ -93,7 +93,7 @@ def test_control_tokens_in_plain_text_are_text(made, bare, tmp_path):
 def test_a_tokenizer_with_a_begin_token_begins_each_sequence(made, tmp_path):
     folder = make_model(tmp_path / "m", template=None)
     begin_with(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     begin = tokenizer.token_to_id(IM_START)
     form = chat_format.load(folder, plain=True)
     packed = prepare.prepare(made(stage="pt", dataset="t", cutoff_len=32), form).train

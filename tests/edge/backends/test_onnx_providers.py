@@ -19,6 +19,7 @@ def test_s16_a_folder_whose_name_is_not_written_in_utf8_is_opened(
     folder = tmp_path / "模型"
     folder.mkdir()
     (folder / "a.onnx").write_bytes(b"graph")
+    monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("utf-8"))
     with onnx_providers.utf8_path(folder / "a.onnx") as file:
         assert file == str(folder / "a.onnx")
     monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("gbk"))

@@ -20,7 +20,7 @@ from tests.support import tiny_onnx
 def test_tuning_measures_threads_and_spinning_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(tune_trials, "BUDGET_S", 60.0)
-    model = Model(tiny_onnx.write(tmp_path / "模型 目录", name="тест.onnx"))
+    model = Model(tiny_onnx.write(tmp_path / "模型 目录", name=tiny_onnx.FILE))
     asked = Settings(slots=4, context=512, threads=1, device="cpu")
     first = tune_onnx.settings(model, asked)
     assert first.tuned.startswith("measured")
