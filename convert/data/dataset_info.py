@@ -17,6 +17,7 @@ from typing import Any
 from convert.data import read_files
 from convert.data.read_files import BadRow, Twice
 from convert.model import modelscope
+from convert.model.hf_folder import shell
 from edge.errors import InputError, UnavailableError, UsageError
 from edge.reasoning import THINK_END
 from edge.setup import install_command
@@ -74,6 +75,12 @@ def read_info(folder: str, names: tuple[str, ...], *, plain: bool = False) -> di
         key = "ms_hub_url" if modelscope.asked() else "hf_hub_url"
         return {name: Entry.of(name, {key: name}, Path(), plain=plain) for name in names}
     path = Path(folder) / INFO
+    if folder.startswith("REMOTE:"):
+        name = folder.removeprefix("REMOTE:")
+        raise UsageError(
+            f"dataset_dir: {folder}: a folder of data sets on the hub is not read from there",
+            f"hf download --repo-type dataset {shell(name)} --local-dir data, then dataset_dir: data",
+        )
     if not path.is_file():
         raise InputError(f"no such file: {path}", "dataset_dir names the folder that holds dataset_info.json")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from edge.errors import UsageError
 from edge.progress import add_progress_option, result
 
 
@@ -21,6 +22,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-base", action="store_true", help="the tuned model alone: half the time")
     add_progress_option(parser)
     options = parser.parse_args(argv)
+    if options.run.suffix in (".yaml", ".yml"):
+        raise UsageError(
+            f"{options.run} is a configuration, and edge eval takes a run",
+            "edge eval OUTPUT_DIR; answers to eval_dataset: edge train CONFIG.yaml with do_predict: true",
+        )
     from convert.train import evaluate
 
     figures = evaluate.run(

@@ -187,6 +187,8 @@ def test_the_hub_is_asked_with_subset_and_split(tmp_path, monkeypatch):
     found, _ = dataset.load(("d",), tmp_path)
     how = {"name": "zh", "data_dir": "f", "split": "test", "streaming": True}
     assert len(found) == 2 and asked == [("me/rows", how)]
+    with pytest.raises(UsageError, match=r"(?s)REMOTE:me/data.*hf download --repo-type dataset me/data"):
+        read_info("REMOTE:me/data", ("d",))
     entry = read_info("ONLINE", ("me/other",))["me/other"]
     assert list(entry.rows()) == [(1, ROW), (2, ROW)] and asked[1][0] == "me/other"
 

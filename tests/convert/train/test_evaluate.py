@@ -74,6 +74,8 @@ def ran(tmp_path_factory):
 @pytest.mark.slow
 def test_both_models_on_what_was_held_out(ran, capsys):
     folder, _ = ran
+    with pytest.raises(UsageError, match=r"x\.yaml is a configuration"):
+        eval_cli.main(["x.yaml"])
     assert eval_cli.main([str(folder / "run"), "--max-new-tokens", "40"]) == 0
     results = json.loads((folder / "run" / "predict_results.json").read_text(encoding="utf-8"))
     assert results["eval_loss"] < 0.2 and results["base_eval_loss"] > 3
