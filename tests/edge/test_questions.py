@@ -36,7 +36,7 @@ def test_rows_of_every_form(tmp_path: Path, row: dict[str, Any], messages: Any, 
 
 def test_lines_of_text_and_of_csv(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("你好？\r\n\n  b\n", encoding="utf-8")
+    path.write_bytes("你好？\r\n\n  b\n".encode())
     assert read(path, "s") == [
         Question(f"line {line}", [{"role": "system", "content": "s"}, {"role": "user", "content": text}])
         for line, text in ((1, "你好？"), (3, "b"))

@@ -93,7 +93,10 @@ def test_weights_outside_the_folder_are_refused(copy: Path, place: str) -> None:
 def test_a_link_that_leads_out_of_the_folder_is_refused(copy: Path) -> None:
     data = copy.with_name(f"{tiny_onnx.FILE}.data")
     data.rename(copy.parent.parent / "elsewhere")
-    data.symlink_to(copy.parent.parent / "elsewhere")
+    try:
+        data.symlink_to(copy.parent.parent / "elsewhere")
+    except OSError:
+        pytest.skip("links need a privilege here")
     with pytest.raises(InputError, match="not a file in its folder"):
         read_onnx(copy)
 
