@@ -52,13 +52,17 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     requests = sys.stdin.buffer
-    _write({"limited": limit_memory(MEMORY)})
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        while (request := read_frame(requests)) is not None:
-            faulthandler.dump_traceback_later(RENDER_S, exit=True, file=nowhere)
-            reply = answer(request)
-            faulthandler.cancel_dump_traceback_later()
-            _write(reply)
+    try:
+        _write({"limited": limit_memory(MEMORY)})
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            while (request := read_frame(requests)) is not None:
+                faulthandler.dump_traceback_later(RENDER_S, exit=True, file=nowhere)
+                reply = answer(request)
+                faulthandler.cancel_dump_traceback_later()
+                _write(reply)
+    except OSError:
+        # The process that asks has ended; nor could the interpreter write what is left.
+        os._exit(0)
     return 0
 
 

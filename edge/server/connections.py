@@ -24,6 +24,8 @@ log = logging.getLogger("edge.http")
 
 # Bytes of a request line and its headers, and of what stands around a body (trailers, chunk extensions).
 MAX_HEAD = 64 * 1024
+# Requests that may wait behind one that is being answered: uvicorn reads on for as long as answers are sent.
+PIPELINED = 64
 HEAD_S = 10.0
 BODY_S = 60.0
 # A refused client may still be sending: its input is dropped for so long, that it can read the answer.
@@ -142,6 +144,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD:
             raise self._too_large()
+        if len(self.pipeline) >= PIPELINED:
+            message = f"over {PIPELINED} requests wait on one connection"
+            raise RequestError(message, status=429, code="too_many_requests")
         self._in_head = False
         self._progress += 1
         super().on_headers_complete()

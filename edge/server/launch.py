@@ -44,7 +44,10 @@ def serve(
     """
     registry = Registry(models, default=default, budget=budget, keep_alive=keep_alive, accept_any=accept_any)
     app = create_app(registry, access or Access())
-    return asyncio.run(_serve(listener, registry, config(app, drain, max_connections)))
+    server = Server(config(app, drain, max_connections))
+    # From before an engine is started, which has to be ended.
+    with server.capture_signals():
+        return asyncio.run(_serve(listener, registry, server))
 
 
 def config(app: ASGIApp, drain: float, max_connections: int | None = None) -> uvicorn.Config:
@@ -85,9 +88,8 @@ class Server(uvicorn.Server):
             yield
 
 
-async def _serve(listener: socket.socket, registry: Registry, config: uvicorn.Config) -> int:
+async def _serve(listener: socket.socket, registry: Registry, server: Server) -> int:
     asyncio.get_running_loop().set_exception_handler(loop_error)
-    server = Server(config)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     names = ", ".join(registry.entries)

@@ -162,3 +162,14 @@ def test_it_ends_when_the_process_that_asks_is_killed(source: str) -> None:
         time.sleep(0.2)
         asks.kill()
     assert not psutil.wait_procs([child], timeout=5)[1]
+
+
+@pytest.mark.slow
+def test_it_ends_in_silence_when_nobody_reads_it() -> None:
+    child = [sys.executable, "-m", "edge.rendering.child"]
+    with subprocess.Popen(
+        child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.wait(30), process.stderr.read()) == (0, b"")

@@ -150,6 +150,20 @@ def test_what_is_within_the_bounds_is_answered() -> None:
     run(work)
 
 
+@pytest.mark.slow
+def test_requests_that_wait_behind_another_are_few() -> None:
+    """uvicorn keeps 1.4 KiB for each, and reads on while it answers."""
+
+    async def ask(count: int) -> int:
+        async with served() as port:
+            first = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+            last = GET + b"Connection: close\r\n\r\n"
+            return (await talk(port, first + (GET + b"\r\n") * count + last)).count(b"HTTP/1.1 200")
+
+    assert asyncio.run(ask(connections.PIPELINED - 2)) == connections.PIPELINED
+    assert asyncio.run(ask(5000)) < connections.PIPELINED
+
+
 @pytest.mark.timing
 def test_headers_and_bodies_have_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.3)

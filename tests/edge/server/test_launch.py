@@ -20,6 +20,7 @@ import pytest
 
 from edge.server import launch
 from tests.support.fake_server import CHAT, CLIENT, error, fake_server, user
+from tests.support.fake_server import launch as launch_command
 
 
 @pytest.mark.slow
@@ -65,6 +66,17 @@ def test_sigterm_drains_and_exits_with_zero(group: bool) -> None:
         assert "".join(json.loads(row).get("text", "") for row in rows) == "w" * 30
         assert server.process.wait(10) == 0
         assert not psutil.pid_exists(worker)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_sigterm_while_the_model_is_loaded_ends_the_engine_and_exits_with_zero() -> None:
+    command = [sys.executable, "-m", "tests.support.fake_server", "{}"]
+    with launch_command(command) as server:
+        children = psutil.Process(server.process.pid).children()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 0
+        assert not psutil.wait_procs(children, timeout=5)[1]
 
 
 # As a command of ours, which says when it has begun.
