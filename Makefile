@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install everything demo test test-ui test-all check check-platforms conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
-.PHONY: test-gbk test-windows-rules fuzz data eval verify serve bench bench-train chat tune doctor clean
+.PHONY: test-gbk test-windows-rules fuzz web-libraries data eval verify serve bench bench-train chat tune doctor clean
 
 help:
 	@echo "make demo          everything: environment, model, training, merge, export, server, measurement"
@@ -58,6 +58,7 @@ help:
 	@echo "make test-windows-rules   the quick tests with Windows' rules for files"
 	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
+	@echo "make web-libraries  the chat page's libraries anew, with npm"
 	@echo "make conformance   other projects' clients and suites against a running server"
 	@echo "make clean         remove caches (models, runs and .venv stay)"
 	@echo
@@ -126,6 +127,10 @@ check: everything check-platforms
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BESIDE) -m $(QUICK)
+
+# The chat page's libraries, in the versions of their table.
+web-libraries: everything
+	$(BIN)/python -m tests.support.web_libraries
 
 fuzz: everything
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)

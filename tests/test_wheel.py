@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -99,6 +100,11 @@ def test_it_serves(programs: Path, tmp_path: Path) -> None:
     with onnx_alone.served(programs, tmp_path / "模型") as url:
         assert onnx_alone.ask(f"{url}/info")["backend"] == "onnx"
         assert onnx_alone.ask(f"{url}/generate", {"prompt": "a", "max_tokens": 4})["usage"]
+        # The chat page, with its libraries and what their licenses ask for.
+        for library in onnx_alone.ask(f"{url}/web/libraries/libraries.json"):
+            for name in library["files"]:
+                with urllib.request.urlopen(f"{url}/web/libraries/{name}", timeout=30) as answer:
+                    assert answer.read(), name
 
 
 def test_setup_runs_from_it_without_a_network(programs: Path, tmp_path: Path) -> None:
