@@ -86,6 +86,12 @@ class _Tab:
                     ui.button(t("Edit rows"), icon="edit", on_click=shared.guarded(editor.open)).props(
                         "outline dense"
                     )
+        for path in datasets.unlisted(self._folder, sets):
+            with ui.row().classes("full-width edge-line"):
+                ui.label(path.name).classes("edge-mono col")
+                ui.button(t("Use it"), icon="add").props("outline dense").on_click(
+                    functools.partial(self._use, path)
+                )
         with ui.expansion(datasets.INFO, icon="edit_note").classes("full-width"):
             self._editor()
 
@@ -115,10 +121,14 @@ class _Tab:
         except (EdgeError, OSError) as error:
             shared.complain(error)
             return
+        await self._use(path, uploaded=True)
+
+    async def _use(self, path: Path, *, uploaded: bool = False) -> None:
+        """Make a data set of a file, or say what is wrong with it."""
         try:
             await self._add(path)
         except (EdgeError, OSError) as error:
-            self._ask_to_mend(path, str(error))
+            self._ask_to_mend(path, str(error), uploaded=uploaded)
 
     async def _add(self, path: Path) -> None:
         """Make a data set of a file. Raises InputError where it cannot be read."""
@@ -136,7 +146,7 @@ class _Tab:
             ui.notify(self._t("{name} was read.").format(name=path.name), type="positive")
             self._show()
 
-    def _ask_to_mend(self, path: Path, problem: str) -> None:
+    def _ask_to_mend(self, path: Path, problem: str, *, uploaded: bool) -> None:
         t = self._t
 
         async def mend() -> None:
@@ -145,7 +155,8 @@ class _Tab:
             dialog.close()
 
         def leave() -> None:
-            path.unlink(missing_ok=True)
+            if uploaded:
+                path.unlink(missing_ok=True)
             dialog.close()
 
         with self._dialogs, ui.dialog().props("persistent") as dialog, ui.card():

@@ -195,6 +195,13 @@ def folders(root: Path) -> list[str]:
     return sorted({"data", *found})
 
 
+def unlisted(folder: Path, sets: dict[str, Any]) -> list[Path]:
+    """Data files in a folder that none of its data sets names."""
+    known = {INFO, *(entry.get("file_name") for entry in sets.values() if isinstance(entry, dict))}
+    files = (path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in files if path.name not in known)
+
+
 def editable(folder: Path, entry: Any) -> Path | None:
     """The file of a data set whose rows can be edited, or None."""
     path = folder / str(entry.get("file_name", "")) if isinstance(entry, dict) else folder

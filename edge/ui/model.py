@@ -83,15 +83,17 @@ class _Tab:
 
     def _facts(self, path: Path) -> list[str]:
         config, about = read(path / "config.json") or {}, read(path / "edge.json") or {}
+        licence = licence_of(path)
         total = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         facts = [size(total), str(config.get("model_type", ""))]
         if not config and (file := next(path.glob("*.gguf"), None)):
             header = read_header(file)
+            licence = licence or str(header.metadata.get("general.license", ""))
             facts[1] = f"{header.metadata.get('general.architecture', '')} {header.file_type}"
         facts.append(str((about.get("settings") or {}).get("source", "")))
         template = (path / "chat_template.jinja").is_file() or about.get("chat_template")
         facts.append(self._t("chat template") if template else self._t("no chat template"))
-        return [*facts, *(file.name for file in sorted(path.glob("LICENSE*")))]
+        return [*facts, licence]
 
     def _train(self, name: str) -> None:
         self._view.form().set("model_name_or_path", name)
@@ -114,6 +116,14 @@ class _Tab:
 
 def trainable(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def licence_of(path: Path) -> str:
+    """The first line of the model's licence; "" where no file of one came with it."""
+    for file in sorted(path.glob("LICENSE*")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        return next((line.strip() for line in text.splitlines() if line.strip()), file.name)
+    return ""
 
 
 def fitting(path: Path, free: int, ways: tuple[tuple[float, str], ...]) -> str:

@@ -65,7 +65,8 @@ CHINESE = {
     "Train it": "用它训练",
     "for serving only": "只能部署", "chat template": "有对话模板", "no chat template": "无对话模板",
     # Data
-    "Edit rows": "编辑数据", "Earlier row": "上一条", "Later row": "下一条", "Row": "条", "Close": "关闭",
+    "Use it": "使用", "Edit rows": "编辑数据",
+    "Earlier row": "上一条", "Later row": "下一条", "Row": "条", "Close": "关闭",
     "{name}, row {number}": "{name}，第 {number} 条",
     "This row is no JSON object: mend its text.": "这一条不是 JSON 对象，请修改其文本。",
     "Upload files": "上传文件",

@@ -172,3 +172,16 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
             refused()
     with pytest.raises(InputError, match=r"a\.json: not valid JSON: nested too deeply"):
         datasets.first_row(tmp_path / "a.json")
+
+
+def test_files_that_no_data_set_names(tmp_path: Path) -> None:
+    for name in ("a.json", "b.csv", ".c.json", "d.txt", "dataset_info.json", "e.jsonl"):
+        (tmp_path / name).touch()
+    found = datasets.unlisted(
+        tmp_path, {"a": {"file_name": "a.json"}, "x": "no entry", "h": {"hf_hub_url": "o/n"}}
+    )
+    assert [path.name for path in found] == ["b.csv", "e.jsonl"]
+    assert datasets.unlisted(tmp_path / "none", {}) == []
+    assert datasets.editable(tmp_path, {"file_name": "a.json"}) == tmp_path / "a.json"
+    for entry in ({"file_name": "none.json"}, {"file_name": "d.txt"}, {"hf_hub_url": "o/n"}, "no entry"):
+        assert datasets.editable(tmp_path, entry) is None

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("nicegui")
 
-from edge.ui.model import SERVING, TRAINING, TRAINING_IN_32, fitting
+from edge.ui.model import SERVING, TRAINING, TRAINING_IN_32, fitting, licence_of
 
 GIB = 2**30
 
@@ -33,3 +33,9 @@ def test_a_gguf_is_served_as_it_is(tmp_path: Path) -> None:
     sparse(tmp_path / "a.gguf", 3 * GIB)
     assert fitting(tmp_path, 4 * GIB, SERVING) == "fits for serving"
     assert fitting(tmp_path, 3 * GIB, SERVING) == ""
+
+
+def test_the_licence_is_named_by_its_first_line(tmp_path: Path) -> None:
+    assert licence_of(tmp_path) == ""
+    (tmp_path / "LICENSE.txt").write_text("\n   Apache License\n  Version 2.0\n", encoding="utf-8")
+    assert licence_of(tmp_path) == "Apache License"
