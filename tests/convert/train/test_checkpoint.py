@@ -100,6 +100,16 @@ def test_t13_more_epochs_and_nothing_left_to_do(made, quiet):
     assert [one[0] for one in lines(first.parent)] == list(range(1, 13))
 
 
+def test_another_run_goes_on_from_a_checkpoint_and_leaves_it(made, tmp_path, quiet):
+    first = finetune.run(made("first"), console=quiet)
+    before = {path: path.stat().st_mtime_ns for path in first.parent.rglob("*")}
+    other = made("other", resume_from_checkpoint=str(first.parent / "checkpoint-4"))
+    second = finetune.run(other, console=quiet)
+    same(first, second)
+    assert second.parent == tmp_path / "other" and lines(second.parent) == lines(first.parent)
+    assert {path: path.stat().st_mtime_ns for path in first.parent.rglob("*")} == before
+
+
 def test_t13_other_data_is_another_run(made, tmp_path, quiet):
     finetune.run(made(max_steps=2), console=quiet)
     with pytest.raises(UsageError, match="lora_rank is 4, checkpoint-2 was trained with 8"):

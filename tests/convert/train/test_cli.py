@@ -22,6 +22,20 @@ FLAGS = (
 )
 
 
+def test_what_began_from_another_runs_checkpoint_goes_on_from_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*FLAGS.replace(" o ", f" {tmp_path} ").split(), "resume_from_checkpoint=x/checkpoint-5"]
+
+    def begins() -> Any:
+        assert train_cli.main([*words, "--resume", "--print-config"]) == 0
+        return yaml.safe_load(capsys.readouterr().out)["resume_from_checkpoint"]
+
+    assert begins() == "x/checkpoint-5"
+    (tmp_path / "checkpoint-6").mkdir()
+    assert begins() is True
+
+
 def test_keys_as_options_as_in_llamafactorys_scripts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,12 +42,16 @@ def test_train_by_clicks_through_a_reload_a_killed_server_a_stop_and_a_resume(pa
     config = yaml.safe_load((page.folder / "runs" / "conch.yaml").read_text("utf-8"))
     assert config["model_name_or_path"] == "models/toy" and config["dataset"] == ["d"]
     page.sees("8 rows, 2 held out, 400 steps on cpu", 60)
+    page.sees("How long it takes is not known")
+    page.press("Try a few steps")
+    page.sees("tokens/s of: steps just tried", 60)
     assert config["learning_rate"] == 0.005 and config["val_size"] == 2
     page.browser.press("Escape", 27)
     page.press("Start training")
     page.sees("/ 400 steps", 60)
-    [job] = jobs.jobs(page.folder / "jobs")
+    tried, job = jobs.jobs(page.folder / "jobs")
     assert job.argv == ["edge", "train", "runs/conch.yaml"]
+    assert tried.argv == [*job.argv, "--plan", "--measure"] and tried.state == "done"
     verb = job.record["verb"]["pid"]
 
     page.kill(signal.SIGKILL)
@@ -65,8 +69,8 @@ def test_train_by_clicks_through_a_reload_a_killed_server_a_stop_and_a_resume(pa
     assert list((page.folder / "runs" / "conch").glob("checkpoint-*"))
     page.sees("Stopped")
     page.press("Resume")
-    until(lambda: len(jobs.jobs(page.folder / "jobs")) == 2)
-    resumed = jobs.jobs(page.folder / "jobs")[1]
+    until(lambda: len(jobs.jobs(page.folder / "jobs")) == 3)
+    resumed = jobs.jobs(page.folder / "jobs")[2]
     assert resumed.argv == ["edge", "train", "runs/conch.yaml", "--resume"]
     until(lambda: resumed.last_line.get("step", 0) >= steps)
     page.press("Stop")
@@ -144,6 +148,8 @@ def test_runs_are_compared_continued_and_deleted(page: Page) -> None:
         (folder / "adapter" / "edge.json").write_text(json.dumps(about), encoding="utf-8")
         lines = [json.dumps({"current_steps": step, "loss": 5 - step / 10}) for step in range(1, 20)]
         (folder / "trainer_log.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for step in (5, 10):
+        (page.folder / "runs" / "run0" / f"checkpoint-{step}").mkdir()
     page.start()
     page.open("Runs")
     page.browser.until("document.querySelectorAll('.q-checkbox[aria-checked=false]').length === 1")
@@ -155,6 +161,18 @@ def test_runs_are_compared_continued_and_deleted(page: Page) -> None:
     page.browser.until(f"{page.field('adapter_name_or_path')} !== null")
     form = json.loads((page.folder / "jobs" / "form.json").read_text("utf-8"))
     assert form["adapter_name_or_path"].startswith("runs/run") and form["model_name_or_path"] == "models/toy"
+    page.open("Runs")
+    page.press("arrow_drop_down")
+    page.browser.until("document.querySelector('.q-menu .q-item') !== null")
+    page.browser.ask("document.querySelector('.q-menu .q-item').click()")
+    page.sees("Goes on from runs/run0/checkpoint-10:")
+    form = json.loads((page.folder / "jobs" / "form.json").read_text("utf-8"))
+    # The settings of that run, but for those that are the default.
+    assert form == {"lora_rank": 4, "model_name_or_path": "models/toy", "seed": 1,
+                    "resume_from_checkpoint": "runs/run0/checkpoint-10",
+                    "output_dir": "runs/run0-from-10"}  # fmt: skip
+    page.press("Begin anew instead")
+    until(lambda: "resume_from_checkpoint" not in (page.folder / "jobs" / "form.json").read_text("utf-8"))
     page.open("Runs")
     page.browser.ask("document.querySelector('button[aria-label=Delete]').click()")
     page.sees("with all its checkpoints and exports, type its name")
