@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         artefact = find.with_lora(artefact, args.lora)
     load = Load.of(artefact, load_plan.plan(artefact, options).settings)
     params = Params(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
-    asked = [artefact.digest, load.lora and Path(load.lora).stat().st_mtime_ns, msgspec.to_builtins(params)]
-    asked.append([(one.messages, one.label) for one in questions])
+    files = [(path, Path(path).stat().st_mtime_ns) for path in filter(None, (load.path, load.lora))]
+    asked = [files, msgspec.to_builtins(params), [(one.messages, one.label) for one in questions]]
     known = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     args.out.mkdir(parents=True, exist_ok=True)
     partial = args.out / f".{FILE}.{known}"
