@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nicegui import run as background
 from nicegui import ui
 
 from edge.artefact.gguf_header import read_header
@@ -52,14 +53,21 @@ class _Tab:
         job = view.workspace.job("pull")
         if job is not None and job.state != "done":
             self._follow(job)
+        self._lines = ui.column().classes("full-width")
+        if models:
+            ui.timer(0.01, self._list, once=True)
+        else:
+            ui.label(t("No model is here yet."))
+
+    async def _list(self) -> None:
+        """The models, once the GPUs have answered, which takes a second where there are some."""
+        gpus = await background.io_bound(hardware.gpus) or []
         free = hardware.memory().available
-        gpus = hardware.gpus()
         room = max(gpu.memory_free for gpu in gpus) if gpus else free
         halves = gpus or {"avx512_bf16", "bf16"} & {*hardware.cpu_flags()}
-        for path in models:
-            self._line(path, free, room, TRAINING if halves else TRAINING_IN_32)
-        if not models:
-            ui.label(t("No model is here yet."))
+        with self._lines:
+            for path in self._view.workspace.models():
+                self._line(path, free, room, TRAINING if halves else TRAINING_IN_32)
 
     def _line(self, path: Path, free: int, room: int, ways: tuple[tuple[float, str], ...]) -> None:
         """free: memory that serving may take; room: that training may, in one of these ways."""
