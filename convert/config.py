@@ -44,6 +44,7 @@ _MEANT = {
     "attn_implementation": "flash_attn", "system": "default_system", "max_steps_per_epoch": "max_steps",
 }  # fmt: skip
 
+_ESCAPES = "a backslash in double quotes begins an escape: write the path without quotes"
 _QUOTES = re.compile("[‘’“”].*[‘’“”]$")
 
 
@@ -130,6 +131,8 @@ def parse(given: dict[str, Any], needs: tuple[str, ...] = REQUIRED) -> TrainConf
             raise UsageError(f"{key} is missing", f"{key}: {FIELDS[key].help}")
         values.setdefault(key, () if FIELDS[key].kind == "names" else "")
     for key in PATHS:
+        if any(ord(character) < 32 for character in values.get(key) or ""):
+            raise UsageError(f"{key}: {values[key]!r} holds a control character", _ESCAPES)
         if isinstance(values.get(key), str) and "\\" in values[key] and os.name != "nt":
             values[key], note = _from_windows(key, values[key])
             warnings.append(note)
@@ -309,7 +312,7 @@ def _yaml_hint(path: Path, error: str) -> str:
     if "\\t" in error:
         return "begin lines with spaces, not with a tab"
     if "escape" in error:
-        return "a backslash in double quotes begins an escape: write the path without quotes"
+        return _ESCAPES
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if re.match(r"\s*[\w-]+\s*(：|:[^\s:/\\])", line):
             return f"line {number} wants `key: value`, with the colon : and a space behind it"

@@ -213,6 +213,12 @@ def test_yaml_as_it_is_mistyped(tmp_path, text, hint):
     assert caught.value.hint.startswith(hint)
 
 
+def test_a_path_in_double_quotes_that_became_another(tmp_path):
+    text = 'model_name_or_path: "models\\toy"\ndataset: d\noutput_dir: o\n'
+    with pytest.raises(UsageError, match=r"model_name_or_path: 'models\\toy' holds a control character"):
+        load_train_config(write(tmp_path, text), [])
+
+
 def test_chinese_punctuation_and_empty_values():
     assert parse({**NEEDED, "dataset": "a，b, c"}).dataset == ("a", "b", "c")
     with pytest.raises(UsageError, match="model_name_or_path: “m” has quotes that are none in YAML"):
