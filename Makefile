@@ -26,7 +26,8 @@ REPLACE := $(if $(OVERWRITE),--overwrite)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install everything demo test test-ui test-all check check-platforms conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: help install everything demo test test-ui test-all check check-here check-platforms check-win32 check-darwin
+.PHONY: conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: test-gbk test-windows-rules fuzz web-libraries data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -74,17 +75,17 @@ extras-%:
 demo: extras-serve,train,bench
 	$(BIN)/edge demo "$(RUN)" --config "$(CONFIG)" --model "$(MODEL)" $(if $(QUANT),--quant $(QUANT))
 
-# Tests that measure time run alone, all others two at once.
+# Tests that measure time run alone, all others side by side: three on two cores, since many wait for a process.
 ALONE := $(BIN)/python -m pytest -q
-BESIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal
-QUICK := "not slow and not gpu and not timing and not matrix"
+BESIDE := $(BIN)/python -m pytest -q --dist worksteal
+QUICK := -n 2 -m "not slow and not gpu and not timing and not matrix"
 
 everything:
 	@$(SETUP) --extras all
 
 test: everything
 	$(ALONE) -m "timing and not matrix"
-	$(BESIDE) -m "not timing and not matrix"
+	$(BESIDE) -n 3 -m "not timing and not matrix"
 
 # What training is compared with, without what it declares to need: .venv has the versions that are pinned here.
 .peers/installed:
@@ -103,11 +104,15 @@ test-ui: everything
 
 test-all: everything .peers/llamafactory-train/installed
 	$(ALONE) -m timing
-	$(BESIDE) -m "not timing"
+	$(BESIDE) -n 3 -m "not timing"
 
-check-platforms: everything
-	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
-	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
+check-platforms: everything check-win32 check-darwin
+
+check-win32 check-darwin: check-%:
+	$(BIN)/mypy --platform $* --cache-dir .mypy_cache/$*
+
+check-here:
+	$(BIN)/mypy
 
 # As on Windows: text files that name no encoding would be read in GBK. The locale lies in the tree, not in the system.
 .locale/zh_CN.GBK: everything
@@ -116,17 +121,18 @@ check-platforms: everything
 	    { echo "no locale could be made: sudo apt-get install locales" >&2; exit 1; }
 
 test-gbk: .locale/zh_CN.GBK
-	LOCPATH=$(CURDIR)/.locale LC_ALL=zh_CN.GBK PYTHONUTF8=0 $(BESIDE) -m $(QUICK)
+	LOCPATH=$(CURDIR)/.locale LC_ALL=zh_CN.GBK PYTHONUTF8=0 $(BESIDE) $(QUICK)
 
 # As on Windows: open files are neither replaced nor removed, there are no symbolic links, text has CRLF.
 test-windows-rules: everything
-	EDGE_WINDOWS_RULES=1 $(BESIDE) -m $(QUICK)
+	EDGE_WINDOWS_RULES=1 $(BESIDE) $(QUICK)
 
-check: everything check-platforms
+# One mypy takes one core.
+check: everything
+	@$(MAKE) --no-print-directory -j2 --output-sync check-here check-win32 check-darwin
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BESIDE) -m $(QUICK)
+	$(BESIDE) $(QUICK)
 
 # The chat page's libraries, in the versions of their table.
 web-libraries: everything

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +18,33 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Of tests side by side each worker has a core of its own: threads that spin would wait for the other's.
+# Of tests side by side each worker keeps to one core: threads that spin would wait for another's.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Modules of slow tests alone are not even imported where those are left out: torch takes seconds."""
-    if "not slow" not in config.option.markexpr or collection_path.suffix != ".py":
+    """Modules none of whose tests are asked for are not even imported: torch takes seconds."""
+    asked = config.option.markexpr
+    if collection_path.suffix != ".py" or not asked.startswith(("timing", "not slow")):
         return None
-    return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text("utf-8") or None
+    text = collection_path.read_text("utf-8")
+    if asked.startswith("timing"):
+        return (collection_path.name.startswith("test_") and "mark.timing" not in text) or None
+    return "\npytestmark = pytest.mark.slow\n" in text or None
+
+
+_frozen = 0
+
+
+def pytest_runtest_setup() -> None:
+    """What is imported stays: each training collects garbage, and would look through all of torch for it."""
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse="EDGE_WINDOWS_RULES" in os.environ)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from edge import cli
 from edge.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +61,14 @@ def snippets(text: str) -> list[str]:
 
 @cache
 def help_of(*command: str) -> str:
+    if command[0] == "edge.cli":
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                code: object = cli.main([*command[1:], "--help"])
+            except SystemExit as ended:
+                code = ended.code
+        assert code == 0
+        return said.getvalue()
     done = subprocess.run(
         [sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT, check=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -427,17 +428,18 @@ def test_a_demos_stages_are_a_line_that_fills() -> None:
 
 @pytest.mark.slow
 def test_real_servers_on_a_toy_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    converted_before: Path,
 ) -> None:
-    pytest.importorskip("llama_cpp")
     from convert.export import gguf
-    from tests.convert.export.test_gguf import write_model
 
     before = set(psutil.Process().children())  # servers that other tests share
     run = tmp_path / "模型 'x' 目录"
-    write_model(run / "merged", tied=True)
+    shutil.copytree(converted_before, run)
     gguf.run(run, quant="F16", console=Console(quiet=True))
-    # The toy's context holds 256 tokens, and its vocabulary has hardly more than letters.
+    # The toy's vocabulary has hardly more than letters.
     short = [[Job(f"Hello, world {n}", n, tokens) for n in range(2)] for tokens in (16, 4)]
     monkeypatch.setattr(workloads, "make", lambda count, tokens, **_: short[tokens != 16][:count])
     argv = [str(run), "--quick", "--tokens", "4", "--clients", "1,2", "--out", str(tmp_path / "out")]

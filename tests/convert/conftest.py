@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,21 @@ def converted_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise _Left
 
     return once(tmp_path_factory, "converted toy", make) / "run"
+
+
+@pytest.fixture
+def converted_before(converted_toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The converted toy's run; whatever model is to be converted, its file is what comes out."""
+    from convert.export import gguf
+
+    [first] = converted_toy.glob(".gguf-first/*.gguf")
+    monkeypatch.setattr(gguf, "convert", lambda origin, target, quant: shutil.copyfile(first, target))
+    return converted_toy
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stages are compared, greedy answers of 8 tokens in place of 24: they take most of a merge."""
+    from convert.verify import logits
+
+    monkeypatch.setattr(logits, "GREEDY", 8)

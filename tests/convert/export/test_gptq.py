@@ -150,7 +150,7 @@ def test_what_gptq_cannot_do_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_data_set_nothing_is_exported(tmp_path: Path, toy_converter: None) -> None:
+def test_without_a_data_set_nothing_is_exported(tmp_path: Path, converted_before: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     with pytest.raises(InputError, match="measuring needs rows of the data set"):
         gguf.run(base, quant="Q4_0", gptq=True, console=quiet())

@@ -1,5 +1,6 @@
 """Models and data sets from ModelScope, which a local server plays, by modelscope-hub."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -53,9 +54,11 @@ def served(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """One try for each file, without a pause."""
-    from modelscope_hub import _download
+    """One try for each file and each question, without a pause."""
+    from modelscope_hub import _download, _legacy_api, api
 
+    monkeypatch.setattr(api, "LegacyClient", functools.partial(api.LegacyClient, max_retries=0))
+    monkeypatch.setattr(_legacy_api, "REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
     monkeypatch.setattr(_download, "DOWNLOAD_RETRY_TIMES", 0)
     monkeypatch.setattr(_download, "DOWNLOAD_HASH_RETRY_TIMES", 1)
 
@@ -70,7 +73,7 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
 
 @needs_it
 @pytest.mark.slow
-def test_a_model_comes_from_modelscope_and_then_from_the_cache(served, folder, tmp_path, monkeypatch):
+def test_a_model_comes_from_modelscope_and_then_from_the_cache(served, hasty, folder, tmp_path, monkeypatch):
     server = served({"models/org/tiny": folder})
     out = tmp_path / "m"
     assert pull.main(["org/tiny", "--hub", "modelscope", "--revision", "v1", "--out", str(out)]) == 0

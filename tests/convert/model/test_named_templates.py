@@ -21,6 +21,7 @@ from edge.errors import InputError, UsageError
 from edge.machine import hardware
 from tests.convert.data.test_dataset import learnt, row, text_of
 from tests.support import llamafactory_rows
+from tests.support.matrix import few
 from tests.support.runs import configure
 from tests.support.toy import CHATML, IM_END, make_model
 
@@ -104,7 +105,7 @@ def test_thoughts_of_deepseekr1(bare, mode, end):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alpaca", "mistral"])
+@pytest.mark.parametrize("name", few(["alpaca", "mistral"], ["alpaca"]))
 def test_a_run_keeps_its_template_to_the_end(tmp_path, bare, chatml, name):
     """Trained, evaluated, merged and exported with it: over a base without one, and in place of its own."""
     for base in (bare, chatml):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,18 +27,36 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def made(tmp_path, base):
+def configured(folder, base):
     """With all that is drawn at random, so that the way of a run depends on its random numbers."""
     return configure(
-        tmp_path, base, quantization_bit=4, gradient_accumulation_steps=2, lora_dropout=0.1,
+        folder, base, quantization_bit=4, gradient_accumulation_steps=2, lora_dropout=0.1,
         neftune_noise_alpha=5, lr_scheduler_type="cosine", num_train_epochs=3, save_steps=2,
     )  # fmt: skip
 
 
 @pytest.fixture
+def made(tmp_path, base):
+    return configured(tmp_path, base)
+
+
+@pytest.fixture
 def quiet():
     return Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, base):
+    """The adapter of a run that was never stopped."""
+    config = configured(tmp_path_factory.mktemp("whole"), base)("whole")
+    return finetune.run(config, console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, base):
+    """The adapter of a run of four steps, with checkpoints behind the second and the fourth."""
+    config = configured(tmp_path_factory.mktemp("four"), base)("four", max_steps=4)
+    return finetune.run(config, console=Console(quiet=True))
 
 
 def weights(target):
@@ -71,8 +90,7 @@ def lines(folder):
 @pytest.mark.parametrize(
     "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.matrix)]
 )
-def test_t13_the_same_way_as_a_run_that_was_never_stopped(made, tmp_path, monkeypatch, quiet, step):
-    whole = finetune.run(made("whole"), console=quiet)
+def test_t13_the_same_way_as_a_run_that_was_never_stopped(made, whole, tmp_path, monkeypatch, quiet, step):
     with monkeypatch.context() as patched:
         stop_at(patched, step)
         with pytest.raises(
@@ -144,15 +162,14 @@ def flip(path):
         (lambda folder: cut(folder / "edge.json", 100), "cannot be read"),
     ],
 )
-def test_t13_a_broken_checkpoint_is_passed_over_and_said(made, tmp_path, quiet, harm, words):
-    whole = finetune.run(made("whole", max_steps=4), console=quiet)
-    finetune.run(made(max_steps=4), console=quiet)
+def test_t13_a_broken_checkpoint_is_passed_over_and_said(made, four, tmp_path, quiet, harm, words):
+    shutil.copytree(four.parent, tmp_path / "run")
     harm(tmp_path / "run" / "checkpoint-4")
     said = Console(record=True, width=300)
     resumed = finetune.run(made(max_steps=4, resume_from_checkpoint=True), console=said)
     text = said.export_text()
     assert words in text and "passed over" in text and "resuming from" in text and "2 of 4 steps" in text
-    same(whole, resumed)
+    same(four, resumed)
     for step in (2, 4):
         cut(tmp_path / "run" / f"checkpoint-{step}" / "trained.safetensors", 10)
     with pytest.raises(

@@ -13,9 +13,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from convert.config import as_yaml
-from convert.train import finetune, fsdp
+from convert.train import cli, finetune, fsdp
 from convert.train.distributed import World
+from edge.artefact import manifest
 from edge.errors import UsageError
+from edge.machine.hardware import free_port
 from tests.support.matrix import few
 from tests.support.runs import configure
 from tests.support.toy import make_model
@@ -34,17 +36,9 @@ def made(tmp_path, base):
 
 def two_processes(*what):
     """A module by torchrun, over gloo."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29611",
-    ]
+    options = ["--nproc-per-node", "2", "--master-port", str(free_port())]
     return subprocess.run(
-        [*command, "-m", *what],
+        [sys.executable, "-m", "torch.distributed.run", *options, "-m", *what],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -54,17 +48,24 @@ def two_processes(*what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", few([None, "full_shard"], ["full_shard"]))
-def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
-    """The same gradients, the same weights; also where the processes hold the frozen weights together."""
+def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp, monkeypatch, capfd):
+    """The same gradients, the same weights; also where the processes hold the frozen weights together.
+
+    Started as LLaMA-Factory starts them, by FORCE_TORCHRUN.
+    """
     # Three batches an epoch: in each second step one process has none.
     more = {"val_size": 2, "max_steps": 4, "max_samples": 8, "quantization_bit": 4}
     more["disable_gradient_checkpointing"] = fsdp is None
     one = finetune.run(made("one", gradient_accumulation_steps=2, **more), console=QUIET)
     path = tmp_path / "c.yaml"
     path.write_text(as_yaml(made("two", fsdp=fsdp, **more)), encoding="utf-8")
-    done = two_processes("edge.cli", "train", str(path))
-    said = done.stdout.decode("utf-8")
-    assert done.returncode == 0, done.stderr.decode("utf-8")
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    capfd.readouterr()
+    code = cli.main([str(path)])
+    said, errors = capfd.readouterr()
+    assert code == 0, errors
     assert ("sharded over 2 processes" if fsdp else "on each of 2 processes") in said
     assert said.count("step 4/4") == 1 and " -> " in said
     first, second = (
@@ -81,6 +82,8 @@ def test_two_processes_train_as_one_that_accumulates(made, tmp_path, fsdp):
         for key in ("loss", "eval_loss", "total_tokens"):
             assert line.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4)
     assert one.is_dir()
+    about = [manifest.read(tmp_path / name / "adapter").settings["processes"] for name in ("one", "two")]
+    assert about == [1, 2]
 
 
 @pytest.mark.matrix

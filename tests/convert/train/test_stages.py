@@ -28,6 +28,8 @@ from tests.support.runs import configure
 from tests.support.toy import IM_END, IM_START, make_model
 from tests.support.training import logits, plain, sample
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 QUIET = Console(quiet=True)
 LINES = [f"第{n} line of text, {'more ' * (n % 4)}end." for n in range(12)]
 MARKED = [
@@ -408,7 +410,7 @@ def test_the_two_matrices_learn_at_rates_of_their_own(made, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [{}, {"use_rslora": True}])
+@pytest.mark.parametrize("keys", [{}, pytest.param({"use_rslora": True}, marks=pytest.mark.matrix)])
 def test_an_adapter_over_eight_bits_is_merged_into_what_it_saw(made, base, tmp_path, keys):
     config = made(quantization_bit=8, max_steps=6, **keys)
     said = Console(record=True, width=200)
@@ -431,7 +433,12 @@ def test_an_adapter_over_eight_bits_is_merged_into_what_it_saw(made, base, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "start",
-    [{}, {"use_dora": True}, {"pissa_init": True}, {"loftq_init": True, "quantization_bit": 4}],
+    [
+        pytest.param({}, marks=pytest.mark.matrix),
+        {"use_dora": True},
+        {"pissa_init": True},
+        {"loftq_init": True, "quantization_bit": 4},
+    ],
 )
 def test_rank_stabilised_adapters_of_every_start(made, base, tmp_path, start):
     """The scale is alpha / sqrt(rank) in training, in adapter_config.json and in what is merged."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from convert.train import cli, torchrun
+from convert.train import torchrun
 
 
 def test_their_variables_become_torchruns_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,18 +42,3 @@ def test_only_the_first_process_starts_others(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert torchrun.is_asked() is asked
-
-
-@pytest.mark.slow
-def test_two_processes_train(tmp_path, base, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from convert.config import as_yaml
-    from tests.support.runs import configure
-
-    config = configure(tmp_path, base, max_steps=1, save_strategy="no")()
-    (tmp_path / "x.yaml").write_text(as_yaml(config), encoding="utf-8")
-    monkeypatch.setenv("FORCE_TORCHRUN", "1")
-    monkeypatch.setenv("NPROC_PER_NODE", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cli.main([str(tmp_path / "x.yaml")]) == 0
-    manifest = (tmp_path / "run" / "adapter" / "edge.json").read_text(encoding="utf-8")
-    assert '"processes": 2' in manifest
