@@ -39,6 +39,8 @@ body { font-family: system-ui, "Noto Sans CJK SC", "Microsoft YaHei", "PingFang 
 body.body--dark { --q-primary: #8ab4f8 !important; }
 .body--dark .q-header, .body--dark .q-btn--standard { --q-primary: #2a5db0; }
 .q-tab, .q-btn { text-transform: none; }
+.q-badge.bg-positive { background: #1e7d37 !important; }
+.q-badge.bg-warning { color: #222; }
 .edge-page { width: 100%; max-width: 72rem; margin: 0 auto; }
 .edge-grid { display: grid; gap: 0.75rem 1.25rem; }
 .edge-grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }

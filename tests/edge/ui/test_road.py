@@ -76,7 +76,8 @@ def test_without_torch_what_is_missing_is_said_and_the_rest_works(page: Page, tm
         page.sees("'edge train' needs the package 'torch', which is not installed", 60)
         page.sees("-m edge.setup --extras train")
         page.browser.press("Escape", 27)
-    until(lambda: all_jobs(page, "train")[0].state == "failed")
+        page.browser.until("document.querySelector('.q-dialog') === null")
+    assert [job.state for job in all_jobs(page, "train")] == ["failed"]
     page.open("Chat")
     pick(page, "Model A", "models/conch")
     page.unfold("System prompt and sampling")
