@@ -27,16 +27,12 @@ class RowEditor:
         self._at = 0
         t = view.t
         with ui.dialog() as self._dialog, ui.card().classes("edge-wide"):
-            with ui.row().classes("full-width edge-center"):
-                self._title = ui.label().classes("text-bold col")
-                for step, icon, text in (
-                    (-1, "chevron_left", t("Earlier row")),
-                    (1, "chevron_right", t("Later row")),
-                ):
-                    ui.button(icon=icon, on_click=functools.partial(self._move, step)).props(
-                        f'flat dense aria-label="{text}"'
-                    )
-                self._number = ui.input(t("Row"), on_change=lambda event: self._go(event.value))
+            self._title = ui.label().classes("text-bold")
+            with ui.row().classes("edge-center no-wrap"):
+                self._step(-1, "chevron_left", t("Earlier row"))
+                self._number = ui.input(t("Row"))
+                self._number.on("change", lambda: self._go(self._number.value))
+                self._step(1, "chevron_right", t("Later row"))
             self._fields = ui.column().classes("full-width")
             with ui.row():
                 ui.button(t("Save"), icon="save", on_click=shared.guarded(self._save))
@@ -47,8 +43,13 @@ class RowEditor:
         self._rows = await run.io_bound(rows.rows, self._path) or []
         if not self._rows:
             raise InputError(f"{self._path.name} has no row")
+        self._at = 0
         self._go(str(number))
         self._dialog.open()
+
+    def _step(self, step: int, icon: str, text: str) -> None:
+        move = functools.partial(self._move, step)
+        ui.button(icon=icon, on_click=move).props(f'flat dense aria-label="{text}"')
 
     def _move(self, step: int) -> None:
         self._at = max(0, min(len(self._rows) - 1, self._at + step))

@@ -128,6 +128,11 @@ def test_a_broken_data_file_is_mended_and_files_are_uploaded_and_looked_at(
     page.browser.ask("document.querySelector('button[aria-label=Edit]').click()")
     page.sees("new.jsonl, row 2")
     field = "document.querySelector('textarea[aria-label=answer]')"
+    page.browser.ask("document.querySelector('button[aria-label=\"Earlier row\"]').click()")
+    page.sees("new.jsonl, row 1")
+    page.type("Row", "9")
+    page.browser.press("Enter", 13)
+    page.sees("new.jsonl, row 2")
     # A dialog takes the focus once it is open.
     page.browser.until("document.activeElement.closest('.q-dialog') !== null")
     page.browser.ask(f"{field}.focus()")
