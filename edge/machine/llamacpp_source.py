@@ -82,7 +82,9 @@ def sdist() -> Path:
     hardware.writable_cache("sdist")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            # The archive is the pinned one. Debian 12 has a Python 3.11.2, which knows no filters.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(folder)
         publish_folder(Path(folder) / SDIST, target)
     return target
 

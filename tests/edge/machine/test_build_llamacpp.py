@@ -139,6 +139,19 @@ def test_sdist_is_fetched_once_and_checked(
     ]
 
 
+def test_the_sdist_is_unpacked_by_a_python_without_filters(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_cache: Path
+) -> None:
+    file = tmp_path / "sdist.tar.gz"
+    file.write_bytes(archive(tmp_path))
+    monkeypatch.setattr(llamacpp_source, "sdist_archive", lambda: file)
+    whole = tarfile.TarFile.extractall
+    # As Debian 12 has it, 3.11.2.
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda tar, path: whole(tar, path))
+    monkeypatch.delattr(tarfile, "data_filter")
+    assert (llamacpp_source.sdist() / "vendor/llama.cpp/convert_hf_to_gguf.py").is_file()
+
+
 def test_pip_failure_is_one_message() -> None:
     with pytest.raises(UnavailableError, match="doing it failed"):
         llamacpp_source.pip(["no-such-command"], "doing it")
