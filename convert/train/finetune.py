@@ -144,6 +144,7 @@ def plan(config: TrainConfig, *, overwrite: bool = False, measure: bool = False)
         "device": job.place.device,
         "memory": job.need.total,
         "free": memory_estimate.free(job.place),
+        "notes": [*job.notes(), *job.data.report.lines()],
     }
 
 

@@ -255,6 +255,8 @@ class _Tab:
             plan.classes("text-negative")
             return
         plan.set_text(self._planned(found))
+        with card:
+            shared.words("\n".join(found["notes"])).classes("edge-warning")
         if not found["seconds"]:
             with card:
                 self._offer_to_try(path, plan)

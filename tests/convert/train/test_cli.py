@@ -93,6 +93,8 @@ def test_the_plan_says_steps_and_memory_and_trains_nothing(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = configure(tmp_path, base)(num_train_epochs=2, val_size=2)
+    rows = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
+    (tmp_path / "d.json").write_text(json.dumps([*rows, {"instruction": "q"}]), encoding="utf-8")
     path = tmp_path / "plan.yaml"
     path.write_text(as_yaml(config), encoding="utf-8")
     assert guarded(cli.main, ["train", str(path), "--plan", "--progress", "json"]) == 0
@@ -100,4 +102,5 @@ def test_the_plan_says_steps_and_memory_and_trains_nothing(
     # 8 rows, 2 at a time, twice.
     assert (found["rows"], found["held_out"], found["steps"], found["device"]) == (8, 2, 8, "cpu")
     assert 2**20 < found["memory"] < found["free"]
+    assert any(line.startswith("1 of 11 rows are left out") for line in found["notes"])
     assert not (tmp_path / "run").exists()

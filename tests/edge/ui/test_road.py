@@ -150,7 +150,7 @@ def preview(page: Page) -> None:
     page.choose("Data sets", "conch")
     for key, value in (
         ("Name of the run", "conch"), ("num_train_epochs", "1"), ("per_device_train_batch_size", "2"),
-        ("gradient_accumulation_steps", "4"), ("val_size", "1"), ("cutoff_len", "64"),
+        ("gradient_accumulation_steps", "4"), ("val_size", "1"), ("cutoff_len", "128"),
     ):  # fmt: skip
         page.type(key, value)
     page.press("Preview")
@@ -197,12 +197,15 @@ def prefer(page: Page, run: Run) -> None:
     page.type("Tokens at most", "12")
     page.type("Temperature", "1.2")
     for number, question in enumerate(QUESTIONS):
-        turn = ask(page, number, question)
+        turn = ask(page, 0, question)
         side = number % 2
         page.press(f"{'AB'[side]} is better")
         until(lambda number=number: len(choices(page)) == number + 1)
         assert choices(page)[-1]["chosen"]["content"] == turn["answers"][side]["content"]
         assert choices(page)[-1]["rejected"]["content"] == turn["answers"][1 - side]["content"]
+        assert choices(page)[-1]["messages"] == [{"role": "user", "content": question}]
+        page.press("New chat")
+        page.browser.until("document.querySelector('.edge-question') === null")
     served = [job.argv for job in all_jobs(page, "serve")]
     assert ["--lora" in argv for argv in served] == [True, False]
     assert [answer["model"] for answer in turn["answers"]] == [tuned, MODEL]
@@ -236,7 +239,10 @@ def choices(page: Page) -> list[dict[str, Any]]:
 def train_on_choices(page: Page, run: Run) -> Run:
     page.press("Train DPO on choices (10)")
     page.type("Name of the run", "better")
-    page.type("gradient_accumulation_steps", "2")
+    page.press("Preview")
+    page.sees("9 rows, 1 held out, 2 steps on", 60)
+    page.browser.press("Escape", 27)
+    page.browser.until("document.querySelector('.q-dialog') === null")
     page.press("Start training")
     until(lambda: len(all_jobs(page, "train")) == 3)
     finished(all_jobs(page, "train")[2])
