@@ -14,12 +14,15 @@ endfunction()
 
 function(edge_sources)
     target_sources(ggml-cpu PRIVATE
-        ${EDGE_CSRC}/products.cpp ${EDGE_CSRC}/graph.cpp ${EDGE_CSRC}/attention.cpp ${EDGE_CSRC}/pages.cpp)
+        ${EDGE_CSRC}/products.cpp ${EDGE_CSRC}/weights.cpp ${EDGE_CSRC}/graph.cpp ${EDGE_CSRC}/attention.cpp
+        ${EDGE_CSRC}/pages.cpp)
     edge_replace(amx/mmq.cpp
         ggml_backend_amx_mul_mat=edge_upstream_mul_mat
         ggml_backend_amx_desired_wsize=edge_upstream_desired_wsize)
     edge_replace(ggml-cpu.c ggml_cpu_extra_compute_forward=edge_extra_compute_forward)
-    edge_replace(ggml-cpu.cpp ggml_graph_compute=edge_graph_compute)
+    edge_replace(ggml-cpu.cpp
+        ggml_graph_compute=edge_graph_compute
+        ggml_backend_cpu_repack_buffer_type=edge_buffer_type)
     edge_replace(amx/amx.cpp ggml_aligned_malloc=edge_aligned_malloc)
     edge_replace(repack.cpp ggml_backend_buft_alloc_buffer=edge_alloc_buffer)
     edge_replace(ops.cpp ggml_compute_forward_flash_attn_ext=edge_upstream_flash_attn_ext)

@@ -13,6 +13,7 @@
 
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
+#include "products.h"
 #include "traits.h"
 
 extern "C" {
@@ -20,9 +21,7 @@ ggml_status edge_graph_compute(ggml_cgraph * graph, ggml_cplan * plan);
 bool edge_extra_compute_forward(ggml_compute_params * params, ggml_tensor * node);
 }
 
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__GNUC__)
-
-#include "products.h"
+#if EDGE_PRODUCTS
 
 #include "ops.h"
 

@@ -1,534 +1,45 @@
-// Products of activations with quantised weights, for CPUs with AVX512-VNNI and AMX.
+// Products of activations with quantised weights, for CPUs with AVX2, AVX-VNNI, AVX512-VNNI or AMX.
 //
-// It takes the place of llama.cpp's own products over weights that its AMX buffers have repacked (see
-// build.cmake), for the types that matter here; its layout of the weights and its arithmetic stay: activations
-// are rounded to 8 bits a block at a time, blocks are added up in order. So a row's result is the same to the bit
-// whatever rows are multiplied beside it. What is new:
+// With AMX it takes the place of llama.cpp's own products over weights that its AMX buffers have repacked (see
+// build.cmake), for the types that matter here; without, weights.cpp lays weights out in the same way. Activations are
+// rounded to 8 bits a block at a time, as llama.cpp does it, and blocks are added up in order. So a row's result is the
+// same to the bit whatever rows are multiplied beside it, and of Q4_0 and Q8_0 on every processor. What is new:
 //   - weights are read in one sweep, in the order they lie in memory, and asked for 8 KiB ahead, beyond the
 //     end of what a thread took where it goes on, a few lines at a time between products: few rows of activations are
 //     then bound by memory, where four columns at once were bound by its latency;
-//   - up to seven rows are multiplied while a tile's weights are in registers, without AMX, whose tiles cost as much
-//     for three rows as for sixteen;
-//   - beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
+//   - a tile's weights stay in registers while rows are multiplied, as unsigned numbers: what they are too large by is
+//     taken out of the sum at once. Rows are read as they lie, each four values for all columns;
+//   - up to seven rows are multiplied like that where there is AMX, whose tiles cost as much for three rows as for
+//     sixteen. Beyond that, tiles are spread, multiplied and gathered strip by strip, with as many rows as there are;
 //   - Q6_K, whose 16 values to a scale leave AMX half empty, never goes there.
 //
 // Terms: a tile is 16 columns of the weights over one block of 32 or 256 values; a group is up to 16 rows of
-// activations.
-
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__GNUC__)
+// activations, or four with AVX2.
 
 #include "products.h"
 
+#if EDGE_PRODUCTS
+
+#if defined(__AVX512VNNI__) && !defined(EDGE_AVX2)
+#include "products_avx512.h"
+#else
+#include "products_avx2.h"
+#endif
+
+#if EDGE_AMX
 #include "amx/amx.h"
 #include "amx/mmq.h"
-#include "vec.h"
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
-
-#include <immintrin.h>
+#endif
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
-
-// llama.cpp's own, renamed by build.cmake: they serve the other types.
-void edge_upstream_mul_mat(const ggml_compute_params * params, ggml_tensor * dst);
-size_t edge_upstream_desired_wsize(const ggml_tensor * dst);
-
-#define INLINE static inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int COLUMNS = 16;  // of a tile
-constexpr int ROWS = 16;     // of a group
-constexpr int TOGETHER = 4;  // groups that share what a tile's weights were spread to
 constexpr int CHUNK = 16;    // tiles that a thread takes at once, at most
 constexpr int AGAIN = 4;     // the same where they are read again and again, for one group after the other
-constexpr int AHEAD = 8192;  // bytes, into the second cache
-constexpr int NEAR = 2048;   // bytes, into the first, which is worth asking again
-constexpr int BOUND = 4;     // for so few rows, whose products wait for memory
 constexpr int ALONE = 4096;  // values that each thread rounds for itself sooner than threads wait for one another
-
-// ---- activations
-
-// A block of M rows. sums: what takes the weights' zero point or minimum out again, see each type.
-template <int VALUES, int SUMS, int M> struct Block {
-    static constexpr int values_in_row = VALUES;
-    int8_t values[M][VALUES];
-    float scales[M];
-    int32_t sums[SUMS][M];
-};
-template <int M> using Small = Block<32, 1, M>;
-template <int M> using Large = Block<256, 16, M>;
-
-// ---- vectors
-
-INLINE __m512 halves(const char * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
-
-INLINE __m512 bytes(const char * p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
-}
-
-INLINE void nibbles(const char * p, __m512i & low, __m512i & high) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    __m512i both = _mm512_loadu_si512(p);
-    asm("" : "+v"(both));  // or it is loaded twice
-    low = _mm512_and_si512(both, mask);
-    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-}
-
-// 32 values of each column
-INLINE void nibbles_of_32(const char * p, __m512i * weights) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-        nibbles(p + 64 * k, weights[2 * k], weights[2 * k + 1]);
-    }
-}
-
-// Four values of a row. Read where they lie, they are spread to all columns as they are loaded; by way of a copy, the
-// units that multiply would have to spread them.
-using Four = int32_t __attribute__((may_alias, aligned(1)));
-
-// start + the products of 4 * N values of a row with unsigned weights, for each column; two sums, where many would wait
-// for one another.
-template <int N> INLINE __m512i dots(__m512i start, const __m512i * weights, const int8_t * values) {
-    constexpr int SUMS = N > 4 ? 2 : 1;
-    const Four * const fours = (const Four *) values;
-    __m512i sums[2] = {start, _mm512_setzero_si512()};
-#pragma GCC unroll 8
-    for (int k = 0; k < N; ++k) {
-        sums[k % SUMS] = _mm512_dpbusd_epi32(sums[k % SUMS], weights[k], _mm512_set1_epi32(fours[k]));
-    }
-    return SUMS > 1 ? _mm512_add_epi32(sums[0], sums[1]) : sums[0];
-}
-
-INLINE void add(__m512 & sum, __m512i dot, __m512 scale) {
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum);
-}
-
-INLINE void add(__m512 & sum, __m512i dot, __m512 scale, float other) {
-    add(sum, dot, _mm512_mul_ps(scale, _mm512_set1_ps(other)));
-}
-
-// Of a block in units, whose own scales are in `part`: a row's scale comes last, once.
-template <int M> INLINE void add_parts(const __m512 * part, const float * scales, __m512 * sum) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-        sum[m] = _mm512_fmadd_ps(part[m], _mm512_set1_ps(scales[m]), sum[m]);
-    }
-}
-
-template <int M> INLINE void add_dots(const Small<M> & a, const __m512i * weights, __m512 scale, __m512 * sum) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-        add(sum[m], dots<8>(_mm512_set1_epi32(a.sums[0][m]), weights, a.values[m]), scale, a.scales[m]);
-    }
-}
-
-// ---- AMX's tiles: weights in register 0, activations in 2, products in 4
-//
-// The same three for all. Their writers do not wait for their readers as long as a core has registers to rename them
-// to, and it has so few, which it shares with its other thread, that each further one makes them wait.
-
-using Weights = int8_t[512];     // 32 values by 16 columns, four values of a column side by side
-using Products = int32_t[ROWS][COLUMNS];
-
-INLINE void configure(int rows) {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, none[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } tiles;
-    for (int t = 0; t < 8; ++t) {
-        tiles.bytes[t] = t == 2 || t == 3 ? 32 : 64;
-        tiles.rows[t] = t < 2 ? 8 : rows;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(tiles));
-}
-
-template <bool SIGNED>
-INLINE void multiply_tile(const void * weights, const int8_t * values, long stride, Products & to) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(weights), "r"(64L) : "memory");
-    asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(values), "r"(stride) : "memory");
-    asm volatile("tilezero %tmm4");
-    if constexpr (SIGNED) {
-        asm volatile("tdpbssd %tmm0, %tmm2, %tmm4");
-    } else {
-        asm volatile("tdpbsud %tmm0, %tmm2, %tmm4");
-    }
-    asm volatile("tilestored %%tmm4, (%0,%1,1)" ::"r"(&to), "r"(64L) : "memory");
-}
-
-template <int M> INLINE void add_products(const Products & c, __m512 scale, const float * others, __m512 * sum) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-        add(sum[m], _mm512_load_si512(c[m]), scale, others[m]);
-    }
-}
-
-// ---- what is read next
-
-// Where the weights that a thread reads end, and how far from there it goes on.
-struct Way {
-    const char * end;
-    ptrdiff_t jump;
-};
-
-template <int BYTES> INLINE const char * ahead(const char * p, const Way & way) {
-    p += BYTES;
-    return p + (p < way.end ? 0 : way.jump);
-}
-
-// Lines of memory in a tile, and for each of its units. A core waits for 16 at most: asked for a few at a time they
-// come while others are multiplied, where a tile's at once would make it stand still.
-template <class W> constexpr int of_tile = (W::SIZE + 63) / 64;
-template <class W> constexpr int lines = of_tile<W> / W::UNITS;
-
-template <int LINES> INLINE void ask(const char * far) {
-#pragma GCC unroll 64
-    for (int line = 0; line < LINES; ++line) {
-        _mm_prefetch(far + 64 * line, _MM_HINT_T1);
-    }
-}
-
-// What vectors read later, and soon.
-struct Next {
-    const char *far, *near;
-};
-
-template <int LINES, int M> INLINE void ask(const Next & next, int first) {
-    ask<LINES>(next.far + 64 * first);
-    if constexpr (M <= BOUND) {
-#pragma GCC unroll 64
-        for (int line = 0; line < LINES; ++line) {
-            _mm_prefetch(next.near + 64 * (first + line), _MM_HINT_T0);
-        }
-    }
-}
-
-// ---- the types: where their parts lie in a tile, and how they are multiplied
-//
-// FEW: rows that are quicker without AMX. ZERO: what an unsigned weight stands for 0 at. UNITS: parts of a tile with a
-// scale of their own. STRIP: tiles between spreading and gathering. SIGNED, DIRECT: spread weights are signed; they are
-// multiplied where they lie.
-
-struct Q4_0 {
-    template <int M> using Act = Small<M>;
-    static constexpr int FEW = 7, SIZE = 288, ZERO = 8, UNITS = 1, STRIP = 8;
-    static constexpr bool SIGNED = true, DIRECT = false;
-
-    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
-        __m512i weights[8];
-        ask<lines<Q4_0>, M>(next, 0);
-        nibbles_of_32(p, weights);
-        add_dots<M>(a, weights, halves(p + 256), sum);
-    }
-
-    INLINE void spread(const char * p, Weights * b) {
-        const __m512i zero = _mm512_set1_epi8(ZERO);
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-            __m512i low, high;
-            nibbles(p + 64 * k, low, high);
-            _mm512_store_si512(b[0] + 128 * k, _mm512_sub_epi8(low, zero));
-            _mm512_store_si512(b[0] + 128 * k + 64, _mm512_sub_epi8(high, zero));
-        }
-    }
-
-    template <int M> INLINE void gather(const char * p, const Act<M> & a, const Products * c, __m512 * sum) {
-        add_products<M>(c[0], halves(p + 256), a.scales, sum);
-    }
-};
-
-struct Q8_0 {
-    template <int M> using Act = Small<M>;
-    static constexpr int FEW = 7, SIZE = 608, ZERO = 128, UNITS = 1, STRIP = 8;
-    static constexpr bool SIGNED = true, DIRECT = true;
-
-    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
-        const __m512i flip = _mm512_set1_epi8((char) 0x80);  // signed to unsigned: plus 128
-        __m512i weights[8];
-        ask<lines<Q8_0>, M>(next, 0);
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; ++k) {
-            weights[k] = _mm512_xor_si512(_mm512_loadu_si512(p + 64 * k), flip);
-        }
-        add_dots<M>(a, weights, halves(p + 512), sum);
-    }
-
-    INLINE void spread(const char *, Weights *) {}
-
-    template <int M> INLINE void gather(const char * p, const Act<M> & a, const Products * c, __m512 * sum) {
-        add_products<M>(c[0], halves(p + 512), a.scales, sum);
-    }
-};
-
-struct Q6_K {
-    template <int M> using Act = Large<M>;
-    static constexpr int FEW = ROWS, SIZE = 3360, ZERO = 32, UNITS = 16;
-
-    // 16 values of each column: four low bits, and two high ones
-    INLINE void unpack(const char * p, int unit, __m512i * weights) {
-        constexpr int A_OR_B_AND_C = 0xF8;
-        const __m512i two = _mm512_set1_epi8(0x30), high = _mm512_loadu_si512(p + 2048 + 64 * unit);
-        nibbles(p + 128 * unit, weights[0], weights[1]);
-        nibbles(p + 128 * unit + 64, weights[2], weights[3]);
-        weights[0] = _mm512_ternarylogic_epi32(weights[0], _mm512_slli_epi16(high, 4), two, A_OR_B_AND_C);
-        weights[1] = _mm512_ternarylogic_epi32(weights[1], _mm512_slli_epi16(high, 2), two, A_OR_B_AND_C);
-        weights[2] = _mm512_ternarylogic_epi32(weights[2], high, two, A_OR_B_AND_C);
-        weights[3] = _mm512_ternarylogic_epi32(weights[3], _mm512_srli_epi16(high, 2), two, A_OR_B_AND_C);
-    }
-
-    INLINE __m512 scale(const char * p, int unit) {
-        return _mm512_mul_ps(halves(p + 3328), bytes(p + 3072 + 16 * unit));
-    }
-
-    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
-        __m512 part[M] = {};
-        for (int unit = 0; unit < UNITS; ++unit) {
-            __m512i weights[4];
-            ask<lines<Q6_K>, M>(next, lines<Q6_K> * unit);
-            unpack(p, unit, weights);
-            const __m512 factor = scale(p, unit);
-#pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                const __m512i start = _mm512_set1_epi32(a.sums[unit][m]);
-                add(part[m], dots<4>(start, weights, a.values[m] + 16 * unit), factor);
-            }
-        }
-        add_parts<M>(part, a.scales, sum);
-    }
-};
-
-struct Q4_K {
-    template <int M> using Act = Large<M>;
-    static constexpr int FEW = 7, SIZE = 2368, ZERO = 0, UNITS = 8, STRIP = 1;
-    static constexpr bool SIGNED = false, DIRECT = false;
-
-    INLINE __m512 scale(const char * p, int unit) {
-        return _mm512_mul_ps(halves(p + 2304), bytes(p + 2048 + 16 * unit));
-    }
-
-    // sums: of the values of two units, in 16 bits each
-    template <int M> INLINE void minima(const char * p, const Act<M> & a, __m512 * sum) {
-        const __m512 factor = halves(p + 2336);
-        __m512i least[4];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-            least[k] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *) (p + 2176 + 32 * k)));
-        }
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            __m512i dot = _mm512_setzero_si512();
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) {
-                dot = _mm512_dpwssd_epi32(dot, least[k], _mm512_set1_epi32(a.sums[k][m]));
-            }
-            const __m512 other = _mm512_mul_ps(factor, _mm512_set1_ps(a.scales[m]));
-            sum[m] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(dot), other, sum[m]);
-        }
-    }
-
-    template <int M> INLINE void vector(const char * p, const Next & next, const Act<M> & a, __m512 * sum) {
-        __m512 part[M] = {};
-        for (int unit = 0; unit < UNITS; ++unit) {
-            __m512i weights[8];
-            ask<lines<Q4_K>, M>(next, lines<Q4_K> * unit);
-            nibbles_of_32(p + 256 * unit, weights);
-            const __m512 factor = scale(p, unit);
-#pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                add(part[m], dots<8>(_mm512_setzero_si512(), weights, a.values[m] + 32 * unit), factor);
-            }
-        }
-        add_parts<M>(part, a.scales, sum);
-        minima<M>(p, a, sum);
-    }
-
-    INLINE void spread(const char * p, Weights * b) {
-        for (int unit = 0; unit < UNITS; ++unit) {
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) {
-                __m512i low, high;
-                nibbles(p + 256 * unit + 64 * k, low, high);
-                _mm512_store_si512(b[unit] + 128 * k, low);
-                _mm512_store_si512(b[unit] + 128 * k + 64, high);
-            }
-        }
-    }
-
-    template <int M> INLINE void gather(const char * p, const Act<M> & a, const Products * c, __m512 * sum) {
-        __m512 part[M] = {};
-        for (int unit = 0; unit < UNITS; ++unit) {
-            const __m512 factor = scale(p, unit);
-#pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                add(part[m], _mm512_load_si512(c[unit][m]), factor);
-            }
-        }
-        add_parts<M>(part, a.scales, sum);
-        minima<M>(p, a, sum);
-    }
-};
-
-// ---- 16 columns, all of a row's blocks
-
-// Where they go: pointers to a tile's columns of the first row.
-struct Out {
-    float * to;
-    size_t stride;
-    const float * plus;
-    size_t plus_stride;
-    bool gated;
-};
-
-INLINE void put(const Out & out, size_t m, __m512 sum) {
-    float * const to = out.to + m * out.stride;
-    if (out.gated) {
-        sum = _mm512_mul_ps(ggml_v_silu(_mm512_loadu_ps(to)), sum);
-    }
-    if (out.plus != nullptr) {
-        sum = _mm512_add_ps(sum, _mm512_loadu_ps(out.plus + m * out.plus_stride));
-    }
-    _mm512_storeu_ps(to, sum);
-}
-
-template <class W, int M> void vectors(int blocks, const void * work, const char * p, Way way, const Out & out) {
-    auto a = (const typename W::template Act<M> *) work;
-    __m512 sum[M];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-        sum[m] = _mm512_setzero_ps();
-    }
-    for (int i = 0; i < blocks; ++i, p += W::SIZE) {
-        const Next next = {ahead<AHEAD>(p, way), ahead<NEAR>(p, way)};
-        W::template vector<M>(p, next, a[i], sum);
-        ask<of_tile<W> % W::UNITS, M>(next, lines<W> * W::UNITS);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-        put(out, m, sum[m]);
-    }
-}
-
-template <class W, int M>
-void matrices(int groups, int blocks, const void * work, const char * p, Way way, const Out & out) {
-    using Act = typename W::template Act<M>;
-    constexpr int UNITS = W::UNITS, WIDE = Act::values_in_row, STEP = WIDE / UNITS;
-    // Of a tile's lines, those asked for while a unit is multiplied; the others are, while the tile is gathered.
-    constexpr int EARLY = UNITS > 1 ? lines<W> : lines<W> / 2;
-    alignas(64) Weights weights[W::STRIP * UNITS];
-    alignas(64) Products products[W::STRIP * UNITS];
-    __m512 sums[TOGETHER][M];
-    for (int i = 0; i < blocks; i += W::STRIP, p += W::STRIP * W::SIZE) {
-        const int strip = std::min(W::STRIP, blocks - i);
-        for (int j = 0; j < strip; ++j) {
-            W::spread(p + j * W::SIZE, weights + j * UNITS);
-        }
-        for (int group = 0; group < groups; ++group) {
-            const Act * const a = (const Act *) work + (size_t) group * blocks + i;
-            for (int u = 0; u < strip * UNITS; ++u) {
-                if (group == 0) {
-                    ask<EARLY>(ahead<AHEAD>(p + u / UNITS * W::SIZE, way) + 64 * EARLY * (u % UNITS));
-                }
-                const void * b = W::DIRECT ? (const void *) (p + u * W::SIZE) : weights[u];
-                multiply_tile<W::SIGNED>(b, a[u / UNITS].values[0] + u % UNITS * STEP, WIDE, products[u]);
-            }
-            __m512 sum[M] = {};
-            if (i > 0) {
-                memcpy(sum, sums[group], sizeof sum);
-            }
-            for (int j = 0; j < strip; ++j) {
-                if (group == 0) {
-                    ask<of_tile<W> - EARLY * UNITS>(ahead<AHEAD>(p + j * W::SIZE, way) + 64 * EARLY * UNITS);
-                }
-                W::template gather<M>(p + j * W::SIZE, a[j], products + j * UNITS, sum);
-            }
-            memcpy(sums[group], sum, sizeof sum);
-        }
-    }
-    for (int group = 0; group < groups; ++group) {
-        for (int m = 0; m < M; ++m) {
-            put(out, group * (size_t) ROWS + m, sums[group][m]);
-        }
-    }
-}
-
-// Groups of `rows` rows each; several at once only where they are whole.
-template <class W, int M = ROWS>
-void columns(int rows, int groups, int blocks, const void * work, const char * p, Way way, const Out & out) {
-    if constexpr (M > 0) {
-        if (rows != M) {
-            columns<W, M - 1>(rows, groups, blocks, work, p, way, out);
-        } else if constexpr (M > W::FEW) {
-            matrices<W, M>(groups, blocks, work, p, way, out);
-        } else {
-            vectors<W, M>(blocks, work, p, way, out);
-        }
-    }
-}
-
-// ---- activations, rounded to 8 bits as llama.cpp does it
-
-// Sixteen values times `by`; returns their sum.
-INLINE int32_t rounded(const float * x, __m512 by, int8_t * to) {
-    const __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), by));
-    _mm_storeu_si128((__m128i *) to, _mm512_cvtepi32_epi8(values));
-    return _mm512_reduce_add_epi32(values);
-}
-
-// A row's block; its scale and sums are `rows` apart from one another.
-template <class W> INLINE void quantise(const float * x, int8_t * values, float * scale, int32_t * sums, int rows) {
-    if constexpr (std::is_same_v<typename W::template Act<1>, Small<1>>) {
-        const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
-        const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
-        const __m512 by = _mm512_set1_ps(most != 0 ? 127 / most : 0);
-        *scale = _cvtsh_ss(_cvtss_sh(most / 127, 0));
-        *sums = -W::ZERO * (rounded(x, by, values) + rounded(x + 16, by, values + 16));
-    } else {
-        __m512 highest = _mm512_loadu_ps(x), lowest = highest;
-        for (int k = 16; k < QK_K; k += 16) {
-            highest = _mm512_max_ps(highest, _mm512_loadu_ps(x + k));
-            lowest = _mm512_min_ps(lowest, _mm512_loadu_ps(x + k));
-        }
-        const float most = std::max(_mm512_reduce_max_ps(highest), -_mm512_reduce_min_ps(lowest));
-        const __m512 by = _mm512_set1_ps(most != 0 ? 127 / most : 0);
-        *scale = most / 127;
-        int32_t of_16[QK_K / 16];
-        for (int k = 0; k < QK_K / 16; ++k) {
-            of_16[k] = rounded(x + 16 * k, by, values + 16 * k);
-        }
-        if constexpr (W::ZERO != 0) {
-            for (int k = 0; k < QK_K / 16; ++k) {
-                sums[k * rows] = -W::ZERO * of_16[k];
-            }
-        } else {
-            for (int k = 0; k < QK_K / 64; ++k) {
-                const int32_t * s = of_16 + 4 * k;
-                const int16_t both[2] = {(int16_t) (s[0] + s[1]), (int16_t) (s[2] + s[3])};
-                memcpy(&sums[k * rows], both, sizeof both);
-            }
-        }
-    }
-}
-
-// RMS norm, as llama.cpp's: squares are added up in doubles.
-void normalise(const float * x, const float * weight, float eps, int width, float * to) {
-    __m512d sums[2] = {};
-    for (int i = 0; i < width; i += 16) {
-        const __m512 v = _mm512_loadu_ps(x + i), square = _mm512_mul_ps(v, v);
-        sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(square)));
-        sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(square, 1)));
-    }
-    const float mean = (float) (_mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1])) / width);
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(mean + eps));
-    for (int i = 0; i < width; i += 16) {
-        const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
-        _mm512_storeu_ps(to + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
-    }
-}
 
 // ---- a stage
 
@@ -554,14 +65,7 @@ size_t rounded_row(const ggml_tensor * weight) {
     return bytes;
 }
 
-size_t tile_bytes(const ggml_tensor * weight) {
-    size_t bytes = 0;
-    with(weight->type, [&](auto type) {
-        using W = decltype(type);
-        bytes = (size_t) W::SIZE * (weight->ne[0] / W::template Act<1>::values_in_row);
-    });
-    return bytes;
-}
+size_t tile_bytes(const ggml_tensor * weight) { return edge::tile_size(weight->type, weight->ne[0]); }
 
 // How many tiles a thread takes at once: about a quarter of its share, and no more than `most`; of the sizes near that,
 // the one with which the thread that has most to do has least.
@@ -628,8 +132,14 @@ const char * start_of(const Stage * stage, int chunk) {
     return parts[0].weights(parts[0].first);
 }
 
-const float * row_of(const ggml_tensor * input, int m) {
-    return (const float *) ((const char *) input->data + m * input->nb[1]);
+const float * row_of(const ggml_tensor * input, int64_t m) {
+    const char * plane = (const char *) input->data;
+    if (m >= input->ne[1]) {
+        const int64_t second = m / input->ne[1], third = second / input->ne[2];
+        plane += second % input->ne[2] * input->nb[2] + third * input->nb[3];
+        m %= input->ne[1];
+    }
+    return (const float *) (plane + m * input->nb[1]);
 }
 
 // A thread's share of the input's rounding, or all of it where it works for itself.
@@ -700,7 +210,8 @@ void multiply(const Stage & stage, const Part & part, const char * next, const c
                 plus != nullptr ? (const float *) plus->data + first * plus_stride + column : nullptr;
             const Out out = {(float *) result->data + first * stride + column, stride, others, plus_stride,
                              part.product->gated};
-            columns<W>(M, groups, blocks, work + part.product->at + first * row, part.weights(tile), way, out);
+            columns<W>(M, groups, blocks, work + part.product->at + first * row, part.weights(tile), way, out,
+                       first > 0);
         }
         first += groups * ROWS;
     }
@@ -734,19 +245,37 @@ template <class Take> void run(const Stage & stage, const ggml_compute_params * 
     }
 }
 
-bool served(const ggml_tensor * dst) {
-    const ggml_type type = dst->src[0]->type;
-    const bool known =
-        type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
-    return known && dst->ne[2] * dst->ne[3] == 1;
-}
-
 }  // namespace
 
+size_t edge::tile_size(ggml_type type, int64_t width) {
+    size_t bytes = 0;
+    with(type, [&](auto one) {
+        using W = decltype(one);
+        bytes = (size_t) W::SIZE * (width / W::template Act<1>::values_in_row);
+    });
+    return bytes;
+}
+
 bool edge::is_product(const ggml_tensor * node) {
-    static const ggml_backend_buffer_type_t type = ggml_backend_amx_buffer_type();
-    return node->op == GGML_OP_MUL_MAT && node->src[0]->buffer != nullptr &&
-           ggml_backend_buffer_get_type(node->src[0]->buffer) == type && served(node);
+    return node->op == GGML_OP_MUL_MAT && node->ne[2] * node->ne[3] == 1 && is_laid_out(node->src[0]);
+}
+
+size_t edge::work_size(const ggml_tensor * product) {
+    return ggml_nrows(product->src[1]) * rounded_row(product->src[0]);
+}
+
+void edge::multiply(const ggml_compute_params * params, ggml_tensor * product) {
+    Stage stage;
+    stage.input = product->src[1];
+    stage.rows = ggml_nrows(product->src[1]);
+    stage.count = 1;
+    stage.products[0] = {product->src[0], product};
+    stage.work = (char *) params->wdata;
+    cut(stage, params->nth);
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    run(stage, params, [&] { return ggml_threadpool_chunk_add(params->threadpool, 1); });
 }
 
 size_t edge::Stage::divide(int threads) {
@@ -769,26 +298,31 @@ void edge::Stage::run(const ggml_compute_params * params) const {
     ::run(*this, params, [&] { return params->nth + taken.fetch_add(1, std::memory_order_relaxed); });
 }
 
+#if EDGE_AMX
+
+// llama.cpp's own, renamed by build.cmake: they serve the other types.
+void edge_upstream_mul_mat(const ggml_compute_params * params, ggml_tensor * dst);
+size_t edge_upstream_desired_wsize(const ggml_tensor * dst);
+
+namespace {
+
+bool served(const ggml_tensor * dst) { return edge::is_known(dst->src[0]->type) && dst->ne[2] * dst->ne[3] == 1; }
+
+}  // namespace
+
+bool edge::is_laid_out(const ggml_tensor * weight) {
+    static const ggml_backend_buffer_type_t type = ggml_backend_amx_buffer_type();
+    return is_known(weight->type) && weight->buffer != nullptr && ggml_backend_buffer_get_type(weight->buffer) == type;
+}
+
 size_t ggml_backend_amx_desired_wsize(const ggml_tensor * dst) {
-    return served(dst) ? dst->ne[1] * rounded_row(dst->src[0]) : edge_upstream_desired_wsize(dst);
+    return served(dst) ? edge::work_size(dst) : edge_upstream_desired_wsize(dst);
 }
 
 void ggml_backend_amx_mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
-    if (!served(dst)) {
-        edge_upstream_mul_mat(params, dst);
-        return;
-    }
-    Stage stage;
-    stage.input = dst->src[1];
-    stage.rows = dst->ne[1];
-    stage.count = 1;
-    stage.products[0] = {dst->src[0], dst};
-    stage.work = (char *) params->wdata;
-    cut(stage, params->nth);
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
-    }
-    run(stage, params, [&] { return ggml_threadpool_chunk_add(params->threadpool, 1); });
+    served(dst) ? edge::multiply(params, dst) : edge_upstream_mul_mat(params, dst);
 }
+
+#endif
 
 #endif

@@ -1,4 +1,5 @@
-// Products of the same activations with several weights in one go: what graph.cpp makes of llama.cpp's nodes.
+// Products with weights that are laid out for them. A stage is those of the same activations with several weights in
+// one go: what graph.cpp makes of llama.cpp's nodes.
 
 #pragma once
 
@@ -6,6 +7,18 @@
 #include "ggml-impl.h"
 
 #include <atomic>
+
+#if defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define EDGE_PRODUCTS 1
+#else
+#define EDGE_PRODUCTS 0
+#endif
+
+#if EDGE_PRODUCTS && defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+#define EDGE_AMX 1
+#else
+#define EDGE_AMX 0
+#endif
 
 namespace edge {
 
@@ -43,7 +56,21 @@ struct Stage {
     void run(const ggml_compute_params * params) const;
 };
 
+inline bool is_known(ggml_type type) {
+    return type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
+}
+
+// Whether weights lie in tiles, as products read them: by llama.cpp's hand with AMX, by that of weights.cpp without.
+bool is_laid_out(const ggml_tensor * weight);
+
+// Bytes of 16 columns of so many values each.
+size_t tile_size(ggml_type type, int64_t width);
+
 // Whether a node is a product that a stage can hold.
 bool is_product(const ggml_tensor * node);
+
+// One product of any shape, and the bytes of work that it takes.
+void multiply(const ggml_compute_params * params, ggml_tensor * product);
+size_t work_size(const ggml_tensor * product);
 
 }  // namespace edge

@@ -3,17 +3,20 @@
 It reads jobs, one a line, and ends what it writes about each with a line `end`:
 
     products TYPE ROWS [ROWS ...]
+    exact TYPE ROWS
     stages TYPE TYPE_OF_VALUES ROWS [ROWS ...]
     attention WIDTH HEADS CACHED_HEADS TOKENS STREAMS CELLS MASK
     pages
 
 Products: for every number of rows `"ROWS ERROR ALIKE"`, the largest error as a share of the largest result,
 and whether each row is, to the bit, what it is alone. Values are whole numbers, and each block holds 127, so
-that rounding them to 8 bits changes nothing. `"none"` where no weights are repacked for AMX.
+that rounding them to 8 bits changes nothing. Of Q4_1, `"none"` where no weights are repacked for AMX.
+
+Exact: of rows of any numbers, whether results are, to the bit, what llama.cpp's arithmetic of blocks gives.
 
 Stages: a layer without its attention, for every number of rows `"ROWS NODES ALIKE"`: how many nodes llama.cpp
 computed, and whether results and caches are, to the bit, those of nodes that are computed one by one, since
-each is asked for. `"none"` as above.
+each is asked for.
 
 Attention: `"ERROR ALIKE"`, the same error, and whether two and three threads, and each token alone, give the
 same to the bit. MASK: none, causal, holes. Cells that no token sees hold no numbers.
@@ -103,6 +106,11 @@ class Ggml:
         return {
             self._base.ggml_backend_buft_name(ctypes.c_void_p(kind)): ctypes.c_void_p(kind) for kind in kinds
         }
+
+    def laid_out(self) -> ctypes.c_void_p:
+        """Where weights go that our products read."""
+        kinds = self.buffer_types()
+        return kinds.get(b"AMX", kinds[b"CPU_REPACK"])
 
     def _tensor(
         self, kind: int, shape: tuple[int, ...], where: ctypes.c_void_p, data: bytes
@@ -287,12 +295,11 @@ def attention(width: int, heads: int, cached: int, tokens: int, streams: int, ce
 def products(name: str, *counts: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     ggml = Ggml()
-    where = ggml.buffer_types().get(b"AMX")
-    if where is None:
+    if name == "Q4_1" and b"AMX" not in ggml.buffer_types():
         sys.stdout.write("none\n")
         return
     stored, meant = weights(kind)
-    weight = ggml.weight(kind.value, stored, where)
+    weight = ggml.weight(kind.value, stored, ggml.laid_out())
     values = inputs(max(map(int, counts)))
     alone = np.concatenate([ggml.product(weight, values[row : row + 1]) for row in range(len(values))])
     for count in map(int, counts):
@@ -302,17 +309,42 @@ def products(name: str, *counts: str) -> None:
         sys.stdout.write(f"{count} {error:.3e} {np.array_equal(found, alone[:count])}\n")
 
 
+def in_order(name: str, stored: NDArray[np.uint8], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Products of blocks of 32 that are rounded to 8 bits, added up in order and rounded to float32 each."""
+    blocks = stored.reshape(COLUMNS, WIDTH // 32, -1)
+    scales = blocks[:, :, :2].copy().view("<f2")[:, :, 0].astype(np.float32)
+    codes = blocks[:, :, 2:]
+    if name == "Q4_0":
+        numbers = np.concatenate([codes & 15, codes >> 4], axis=2).astype(np.int64) - 8
+    else:
+        numbers = codes.view(np.int8).astype(np.int64)
+    parts = values.reshape(len(values), WIDTH // 32, 32)
+    most = np.abs(parts).max(axis=2)
+    rounded = np.rint(parts * (np.float32(127) / most)[:, :, None]).astype(np.int64)
+    by = (most / np.float32(127)).astype(np.float16).astype(np.float32)
+    total = np.zeros((len(values), COLUMNS), np.float32)
+    for i in range(WIDTH // 32):
+        dots = (rounded[:, i] @ numbers[:, i].T).astype(np.longdouble)
+        total = (dots * (by[:, i, None] * scales[:, i]).astype(np.longdouble) + total).astype(np.float32)
+    return total
+
+
+def exact(name: str, count: str) -> None:
+    ggml = Ggml()
+    kind = gguf.GGMLQuantizationType[name]
+    stored, _ = weights(kind)
+    values = np.random.default_rng(10).normal(0, 1, (int(count), WIDTH)).astype(np.float32)
+    found = ggml.product(ggml.weight(kind.value, stored, ggml.laid_out()), values)
+    sys.stdout.write(f"{np.array_equal(found, in_order(name, stored, values))}\n")
+
+
 def stages(name: str, name_of_values: str, *counts: str) -> None:
     ggml = Ggml()
-    where = ggml.buffer_types().get(b"AMX")
-    if where is None:
-        sys.stdout.write("none\n")
-        return
     weights_ = {}
     for seed, one in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
         kind = gguf.GGMLQuantizationType[name_of_values if one == "v" else name]
         stored, _ = weights(kind, COLUMNS if one in ("k", "v") else WIDTH, seed)
-        weights_[one] = ggml.weight(kind.value, stored, where)
+        weights_[one] = ggml.weight(kind.value, stored, ggml.laid_out())
     values = np.random.default_rng(9).normal(0, 1, (max(map(int, counts)), WIDTH)).astype(np.float32)
     for count in map(int, counts):
         _, right = ggml.layer(weights_, values[:count], one_by_one=True)
@@ -344,6 +376,6 @@ if __name__ == "__main__":
         if job == "attention":
             attention(*map(int, given[:6]), given[6])
         else:
-            {"products": products, "stages": stages, "pages": pages}[job](*given)
+            {"products": products, "exact": exact, "stages": stages, "pages": pages}[job](*given)
         sys.stdout.write("end\n")
         sys.stdout.flush()

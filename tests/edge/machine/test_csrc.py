@@ -12,7 +12,13 @@ from edge.machine import hardware
 
 pytest.importorskip("llama_cpp")
 
-COUNTS = ("1", "2", "7", "8", "9", "15", "16", "17", "31", "64", "80", "150")
+COUNTS = ("1", "2", "3", "4", "5", "7", "8", "9", "15", "16", "17", "31", "64", "80", "150")
+ours = pytest.mark.skipif(
+    sys.platform == "win32"
+    or platform.machine() not in ("x86_64", "AMD64")
+    or "avx2" not in hardware.cpu_flags(everything=True),
+    reason="attention and products of our own are for CPUs with AVX2, and not for Windows",
+)
 
 
 class Native:
@@ -63,6 +69,7 @@ def test_a_job_that_ends_the_process_is_told_and_the_next_has_another(run: Nativ
     assert run("attention", "64", "9", "3", "1", "1", "1", "none")
 
 
+@ours
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q4_1"])
 def test_products_are_right_and_rows_do_not_depend_on_their_neighbours(run: Native, kind: str) -> None:
     """For few rows, several groups of 16, and a last group that is not whole; Q4_1 is llama.cpp's own."""
@@ -74,6 +81,13 @@ def test_products_are_right_and_rows_do_not_depend_on_their_neighbours(run: Nati
     assert all(alike == "True" for _, _, alike in found)
 
 
+@ours
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_products_are_the_sums_of_their_blocks_to_the_bit(run: Native, kind: str) -> None:
+    assert run("exact", kind, "21") == [["True"]]
+
+
+@ours
 @pytest.mark.parametrize(
     "kinds", [("Q4_0", "Q4_0"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q4_0", "Q8_0")], ids="-".join
 )
@@ -82,18 +96,11 @@ def test_nodes_that_are_put_together_give_what_they_give_one_by_one(
 ) -> None:
     """21 nodes: three products with a norm and biases, rotations and caches, a sum, gate and up, a sum."""
     found = run("stages", *kinds, "1", "2", "5", "9", "16", "17", "40")
-    if found == [["none"]]:
-        pytest.skip("no weights are repacked for AMX here")
     assert [nodes for _, nodes, _ in found] == ["5"] * 5 + ["8"] * 2
     assert all(alike == "True" for _, _, alike in found)
 
 
-@pytest.mark.skipif(
-    sys.platform == "win32"
-    or platform.machine() not in ("x86_64", "AMD64")
-    or "avx2" not in hardware.cpu_flags(everything=True),
-    reason="attention of our own is for CPUs with AVX2, and not for Windows",
-)
+@ours
 @pytest.mark.parametrize(
     "case",
     [
