@@ -285,6 +285,7 @@ def test_rows_beyond_cutoff_len_are_not_counted_as_trained(tmp_path, val_size, s
     assert f"3 rows read, 1 left out, {rows} rows to train on, {held} held out" in said.export_text()
 
 
+@pytest.mark.slow
 def test_a_parquet_text_that_is_no_utf8_leaves_its_row_out(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -89,6 +89,7 @@ def test_progress_as_json_lines(base: Path, tmp_path: Path, capfd: pytest.Captur
     assert "steps to train" not in out and "rows to train on" in err
 
 
+@pytest.mark.slow
 def test_the_plan_says_steps_and_memory_and_trains_nothing(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

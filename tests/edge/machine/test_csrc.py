@@ -70,7 +70,10 @@ def test_a_job_that_ends_the_process_is_told_and_the_next_has_another(run: Nativ
 
 
 @ours
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q4_1"])
+@pytest.mark.parametrize(
+    "kind",
+    ["Q4_0", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q8_0", "Q4_K", "Q6_K", "Q4_1"))],
+)
 def test_products_are_right_and_rows_do_not_depend_on_their_neighbours(run: Native, kind: str) -> None:
     """For few rows, several groups of 16, and a last group that is not whole; Q4_1 is llama.cpp's own."""
     found = run("products", kind, *COUNTS)
@@ -88,6 +91,7 @@ def test_products_are_the_sums_of_their_blocks_to_the_bit(run: Native, kind: str
 
 
 @ours
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [("Q4_0", "Q4_0"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q4_0", "Q8_0")], ids="-".join
 )
