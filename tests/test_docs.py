@@ -178,6 +178,7 @@ def messages() -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_the_messages_in_troubleshooting_are_those_of_the_program() -> None:
     texts = [text.replace("`", "") for text in messages()]
     rows = re.findall(r"^\| ([^|]+) \|", prose(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)

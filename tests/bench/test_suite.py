@@ -52,6 +52,7 @@ def test_what_workloads_are_about() -> None:
     assert edit[1] == edit[2]
 
 
+@pytest.mark.slow
 def test_the_open_loop_sends_whether_or_not_answers_have_come() -> None:
     mock = Mock(first=0.25, gap=0.0)
 
@@ -219,6 +220,7 @@ def test_the_page_stands_alone() -> None:
     assert "(10.0 x" in text
 
 
+@pytest.mark.slow
 def test_compare_tells_change_from_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same, slower = compare.compare(made_report(), made_report()), made_report(scale=1.5)
     assert {row["verdict"] for row in same} == {"within noise"}

@@ -195,6 +195,7 @@ def test_the_verb_prints_it_without_a_configuration(capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(schema()))
 
 
+@pytest.mark.slow
 def test_neither_the_schema_nor_help_imports_torch() -> None:
     code = (
         "import sys\nfrom edge.cli import main\n"

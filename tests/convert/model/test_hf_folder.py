@@ -77,6 +77,7 @@ def test_damage_is_named(tmp_path: Path, data: bytes, message: str) -> None:
 WHOLE = file(HEADER)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 17), st.integers(0, 255)), min_size=1, max_size=6))
 def test_any_mutation_loads_or_is_refused(tmp_path: Path, changes: list[tuple[int, int]]) -> None:

@@ -180,6 +180,7 @@ def test_large_vocabularies_are_fast(tmp_path: Path) -> None:
     assert time.process_time() - start < 0.5
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(4, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=8))
 def test_any_mutation_parses_or_is_refused(tmp_path: Path, changes: list[tuple[int, int]]) -> None:

@@ -279,6 +279,7 @@ def test_a_bpe_vocabulary_without_byte_tokens_leaves_them_out_and_bounds_nothing
     assert lacking.token_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", ["deepseek-llm", "default"])
 @pytest.mark.parametrize("part", ["a", " ", "1", "!", "_!", "1²", "，"])
 def test_words_without_end_are_tokenized(tmp_path: Path, pre: str, part: str) -> None:

@@ -215,6 +215,7 @@ def test_sentencepiece_spaces_and_bytes(tmp_path: Path) -> None:
     assert not vocabulary.add_bos
 
 
+@pytest.mark.slow
 def test_a_vocabulary_whose_bytes_are_not_known_is_refused(tmp_path: Path) -> None:
     described = tiny_onnx.tokenizer()
     described["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}

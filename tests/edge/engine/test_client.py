@@ -69,6 +69,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_PAUSES_S", (0.05,))
 
 
+@pytest.mark.slow
 def test_requests_of_every_kind_are_answered() -> None:
     ended: list[msg.Done] = []
 
@@ -126,6 +127,7 @@ def test_a_stream_that_is_left_or_cancelled_frees_its_slot() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_crash_answers_what_was_in_flight_and_starts_another_worker() -> None:
     async def test() -> None:
         async with engine(reply="z" * 3000, context=4096, step_s=0.005) as process:

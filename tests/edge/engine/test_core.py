@@ -67,6 +67,7 @@ def test_rows_come_in_the_order_of_their_slots() -> None:
     assert max(map(len, ran)) == 4
 
 
+@pytest.mark.slow
 # A unified KV cache of 64 cells is too small for four requests of 44 tokens: they are preempted.
 @settings(
     deadline=None,

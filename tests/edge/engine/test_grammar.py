@@ -155,6 +155,7 @@ def test_numbers_that_are_kept_to_are_taken(schema: dict[str, object]) -> None:
     Grammars(FakeBackend()).compile(json_constraint(schema, "x"))
 
 
+@pytest.mark.slow
 def test_chains_of_references_have_room() -> None:
     """As long as they can be; llguidance recurses along them, which ended the process."""
     chain = {f"{i}": {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1_450)}

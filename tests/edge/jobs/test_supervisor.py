@@ -36,6 +36,7 @@ def test_a_verb_writes_progress_and_its_error(tmp_path: Path, monkeypatch: pytes
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, failures = json_file.write, [OSError(errno.ENOSPC, "full"), OSError(errno.ENOSPC, "full")]
 

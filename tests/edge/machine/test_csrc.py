@@ -63,6 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
     native.close()
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_the_process_is_told_and_the_next_has_another(run: Native) -> None:
     with pytest.raises(AssertionError, match="KeyError: 'nonsense'"):
         run("nonsense")
@@ -70,10 +71,8 @@ def test_a_job_that_ends_the_process_is_told_and_the_next_has_another(run: Nativ
 
 
 @ours
-@pytest.mark.parametrize(
-    "kind",
-    ["Q4_0", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Q8_0", "Q4_K", "Q6_K", "Q4_1"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q4_1"])
 def test_products_are_right_and_rows_do_not_depend_on_their_neighbours(run: Native, kind: str) -> None:
     """For few rows, several groups of 16, and a last group that is not whole; Q4_1 is llama.cpp's own."""
     found = run("products", kind, *COUNTS)

@@ -37,6 +37,7 @@ def test_what_can_be_used_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None
     assert proxies.problem("os") == ""  # the package is there
 
 
+@pytest.mark.slow
 def test_pip_fails_with_the_name_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9/")
     with pytest.raises(llamacpp_source.UnavailableError, match="trying failed") as caught:

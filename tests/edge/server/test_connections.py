@@ -216,6 +216,7 @@ def test_a_late_second_request_leaves_the_answer_to_the_first_whole(monkeypatch:
     run(work)
 
 
+@pytest.mark.slow
 def test_connections_above_the_limit_are_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

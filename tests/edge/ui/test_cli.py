@@ -29,6 +29,7 @@ def test_the_lines_for_here_and_for_another_machine() -> None:
     assert "ssh" not in cli.addresses("0.0.0.0", 7860, "")
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['nicegui'] = None; from edge import cli, console\n"
     code += "sys.exit(console.guarded(cli.main, ['ui', '--port', '0']))"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.fake_server import Server, error, user
 
 
@@ -15,6 +17,7 @@ def test_tokens_and_back(spelling: Server) -> None:
     assert spelling.post("/tokenize", {}).status_code == 400
 
 
+@pytest.mark.slow
 def test_a_text_has_a_size(spelling: Server) -> None:
     limit = 2**20
     assert spelling.post("/tokenize", {"text": "é" * (limit // 2)}).json()["count"] == limit
