@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1]
-MIRROR = "http://deb.debian.org/debian"
 SNAPSHOTS_S = (30, 120, 300)
 SHOWN = 20
 # What begins a stage: of the setup, of its build, and of the demo, whose running stage stands in brackets.
@@ -69,7 +68,7 @@ def stages(lines: list[tuple[float, str]]) -> list[tuple[str, float]]:
 def make_root(root: Path, binds: list[Path]) -> None:
     """A minimal Debian with the prerequisites and the sources in /src. Needs root."""
     if not (root / "etc").is_dir():
-        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root), MIRROR], check=True)
+        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True)
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "proc", "proc", str(root / "proc")], check=True)
     for path in (Path("/dev"), *binds):

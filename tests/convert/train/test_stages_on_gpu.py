@@ -1,4 +1,4 @@
-"""Each way to train on a CUDA card: the losses of the processor in float32, and an adapter that merges."""
+"""Each way to train on a CUDA GPU: the losses of the processor in float32, and an adapter that merges."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def losses(folder: Path, base: Path, **changes: Any) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_card_trains_as_the_processor_does(tmp_path: Path, base: Path, way: str) -> None:
+def test_a_gpu_trains_as_the_processor_does(tmp_path: Path, base: Path, way: str) -> None:
     changes = WAYS[way]
-    card = losses(tmp_path / "card", base, use_cpu=False, **changes)
+    gpu = losses(tmp_path / "gpu", base, use_cpu=False, **changes)
     processor = losses(tmp_path / "processor", base, use_cpu=True, **changes)
-    assert len(card) == 6
-    assert card == pytest.approx(processor, rel=0.03)
+    assert len(gpu) == 6
+    assert gpu == pytest.approx(processor, rel=0.03)
     if changes.get("finetuning_type", "lora") == "lora":
-        proof = manifest.read(merge.run(tmp_path / "card" / "run", console=QUIET)).verify
+        proof = manifest.read(merge.run(tmp_path / "gpu" / "run", console=QUIET)).verify
         assert proof["logits"]["kl_mean"] < 1e-2
