@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from edge.backends.base import Backend
+from edge.engine.deep_stack import deep_stack
 from edge.engine.sampling import Mask
 from edge.errors import RequestError
 from edge.setup import install_command
@@ -35,9 +36,6 @@ _ENDLESS, _MOST = -(2.0**63), 2**63 - 1
 _VALUES, _LOWER, _UPPER = ("const", "enum"), ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 # An automaton for multiples of n has a state for each remainder, once n's twos and fives are taken out.
 _MOST_REMAINDERS = 10_000
-# llguidance recurses along chains of references: this holds the longest that MAX_CHARACTERS leave room for.
-_STACK_BYTES = 2**26
-_STACK_LOCK = threading.Lock()
 
 T = TypeVar("T")
 
@@ -166,12 +164,10 @@ def _takes(schema: str, text: str) -> bool:
 
 
 def _with_stack(work: Callable[[], T]) -> T:
-    """What `work` returns, on a thread of its own whose stack has _STACK_BYTES."""
+    """What `work` returns, on a thread that holds the longest chain of references in MAX_CHARACTERS."""
     with ThreadPoolExecutor(1, "grammar") as pool:
-        with _STACK_LOCK:
-            before = threading.stack_size(_STACK_BYTES)
+        with deep_stack():
             future = pool.submit(work)
-            threading.stack_size(before)
         return future.result()
 
 

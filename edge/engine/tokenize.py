@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from edge.backends.base import Backend, BackendInfo, nothing
+from edge.engine.deep_stack import deep_stack
 from edge.errors import RequestError
 from edge.prompt import Prompt, any_of, token_ids
 
@@ -26,8 +27,6 @@ COUNTED_BYTES = 2**15
 # Requests wait in the order of their size in these, then of their arrival: a short text never waits for all
 # of the long ones.
 _LANE_BYTES = 2**16
-# Of the thread: llama.cpp's and grammars' recursions need megabytes, and some systems give half of one.
-_STACK_BYTES = 2**26
 
 
 def blocks(text: str, marks: tuple[str, ...]) -> Iterator[str]:
@@ -148,9 +147,8 @@ class TokenizerThread(Generic[K]):
         self._errors: dict[int, RequestError | None] = {}
         self._current: int | None = None
         self._closed: RequestError | None = None
-        before = threading.stack_size(_STACK_BYTES)
-        threading.Thread(target=self._run, name="tokenizer", daemon=True).start()
-        threading.stack_size(before)
+        with deep_stack():
+            threading.Thread(target=self._run, name="tokenizer", daemon=True).start()
 
     @property
     def busy(self) -> bool:
