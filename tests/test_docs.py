@@ -21,7 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 # Verbs whose second word chooses the command that takes the options.
 NESTED = {
-    "export": ("gguf", "lora", "ollama", "onnx"),
+    "export": ("deploy", "gguf", "lora", "ollama", "onnx"),
     "bench": ("train", "compare"),
 }
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from convert.export import deploy as deploy_targets
 from convert.export import gguf_split, llamacpp_tools, onnx_options
 from convert.model.hf_folder import shell
 from edge.errors import UsageError
@@ -15,7 +16,8 @@ from edge.progress import add_progress_option, result
 def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     # Each imports its format's modules itself: they take seconds, and a wrong option is refused before.
-    {"gguf": _gguf, "lora": _lora, "ollama": _ollama, "onnx": _onnx}[options.format](options)
+    formats = {"gguf": _gguf, "lora": _lora, "ollama": _ollama, "onnx": _onnx, "deploy": _deploy}
+    formats[options.format](options)
     return 0
 
 
@@ -50,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     add_progress_option(ollama)
     ollama.add_argument("run", type=Path, metavar="RUN", help="a run, a folder with a GGUF, or the file")
     ollama.add_argument("--ctx", type=int, default=4096, help="tokens of a conversation (%(default)s)")
+
+    deploy = formats.add_parser(
+        "deploy",
+        help="the files with which another engine serves a run: RUN/deploy/ENGINE",
+        parents=[replace],
+    )
+    deploy.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    deploy.add_argument("--to", choices=tuple(deploy_targets.TARGETS), required=True, help="the engine")
+    deploy.add_argument("--ctx", type=int, help="tokens of a conversation (default: as the model has)")
 
     onnx = formats.add_parser("onnx", help="RUN/merged -> RUN/onnx, for onnxruntime", parents=[merged])
     onnx.add_argument(
@@ -117,3 +128,8 @@ def _onnx(options: argparse.Namespace) -> None:
         from convert.export import onnx
 
         result(path=str(onnx.run(options.run, overwrite=options.overwrite, **choice)))
+
+
+def _deploy(options: argparse.Namespace) -> None:
+    folder = deploy_targets.run(options.run, options.to, context=options.ctx, overwrite=options.overwrite)
+    result(path=str(folder))
