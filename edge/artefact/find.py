@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Artefact:
     """A model file to serve. digest: of the folder that it was published in; "" without a manifest.
 
     kind: the backend that serves it. lora: an adapter that is applied to it; llama.cpp applies one to a whole
-    context, so to every request.
+    context, so to every request. made_from: the digest of the folder that was exported, created: when;
+    both "" without a manifest.
     """
 
     path: Path
@@ -33,6 +35,8 @@ class Artefact:
     chat_template: str | None = None
     lora: Path | None = None
     kind: str = "llamacpp"
+    made_from: str = ""
+    created: str = ""
 
 
 def resolve(given: Path, kind: str | None = None) -> Artefact:
@@ -89,6 +93,21 @@ def candidates(given: Path, kinds: tuple[str, ...] = tuple(SUFFIXES)) -> list[Ar
         f"{given} holds no {' or '.join(SUFFIXES[kind].upper() for kind in kinds)} file",
         f"run `edge export {format}`, or give another folder",
     )
+
+
+def models_state(given: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of what `candidates` reads; equal where there is nothing new to read."""
+    folders = [*(given / suffix for suffix in SUFFIXES.values()), given]
+    holding = [f for f in folders if any([*f.glob(f"*.{suffix}")] for suffix in SUFFIXES.values())]
+    state = []
+    for path in sorted(
+        {given, *given.glob("*/"), *(file for folder in holding for file in folder.glob("*"))}
+    ):
+        # What is replaced at this moment is there at the next look.
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            state.append((str(path), *((0, 0) if path.is_dir() else (stat.st_size, stat.st_mtime_ns))))
+    return state
 
 
 def check_lora(path: Path, base: GGUFHeader | None = None) -> GGUFHeader:
@@ -208,4 +227,6 @@ def _artefact(path: Path, kind: str) -> Artefact:
         thinking=record.thinking,
         chat_template=template,
         kind=kind,
+        made_from=record.parents[0]["digest"] if record.parents else "",
+        created=record.created,
     )

@@ -129,6 +129,10 @@ def choose_backend(
         return usable[0], "the only artefact there is"
     if len(usable) == 1:
         return usable[0], f"{next(filter(None, missing.values()))} is not installed"
+    sources = {artefact.made_from for artefact in usable}
+    if len(sources) > 1 and "" not in sources:
+        newest = max(usable, key=lambda artefact: artefact.created)
+        return newest, "the newest export; the other one was made from another model"
     speeds = [speed for artefact in usable if (speed := measured(artefact)) is not None]
     if len(speeds) < len(usable):
         other = usable[1].kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import socket
 import sys
@@ -26,9 +27,12 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.max_connections is not None and args.max_connections < 1:
         raise UsageError(f"--max-connections {args.max_connections} is not at least 1")
+    if args.wait and (len(args.paths) > 1 or args.lora):
+        raise UsageError("--wait goes with a single model, without --lora", "leave it out, or serve one")
     access = _access(args)
     with bind(args.host, args.port) as listener:
         # Imported late: --help, a wrong argument and a port in use are answered at once.
+        from edge.artefact import find
         from edge.server import model_plans
 
         report("planning")
@@ -51,6 +55,7 @@ def main(argv: list[str]) -> int:
             drain=args.drain,
             accept_any=args.accept_any_model,
             max_connections=args.max_connections,
+            awaited=functools.partial(find.models_state, args.paths[0]) if args.wait else None,
         )
 
 
@@ -63,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="[NAME=]ADAPTER",
         help="an adapter (edge export lora) on top of the model, asked for by its id; may be given again",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="serve at once, and a single model as soon as its export is there",
     )
     parser.add_argument("--default", help="with several models: the id for requests that name none")
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback an API key is needed")

@@ -36,13 +36,17 @@ def serve(
     drain: float = 10.0,
     accept_any: bool = False,
     max_connections: int | None = None,
+    awaited: Callable[[], object] | None = None,
 ) -> int:
     """Serve `models` on `listener` until a signal comes; the exit code.
 
     budget: bytes that loaded models may take. keep_alive, drain: seconds. accept_any: an unknown id means the
-    default model. max_connections: open at once. Raises EdgeError where the default model cannot be loaded.
+    default model. max_connections: open at once. awaited: as of Registry. Raises EdgeError where the default
+    model cannot be loaded, unless it is awaited.
     """
-    registry = Registry(models, default=default, budget=budget, keep_alive=keep_alive, accept_any=accept_any)
+    registry = Registry(
+        models, default=default, budget=budget, keep_alive=keep_alive, accept_any=accept_any, awaited=awaited
+    )
     app = create_app(registry, access or Access())
     server = Server(config(app, drain, max_connections))
     # From before an engine is started, which has to be ended.

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from edge.artefact import find
+from edge.artefact import find, manifest
 from edge.engine.worker import Load
-from edge.errors import UsageError
+from edge.errors import InputError, UsageError
 from edge.loading import load_plan
 from edge.server.model_registry import Planned
 
 
 def plan_all(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
     """A plan for each id. Every path is planned once, so that one that cannot be served is an EdgeError now.
+    With --wait there is a single one, which is not.
 
     The model that is loaded at the start keeps that plan. All others are planned again when they are loaded,
     since their paths may hold another export by then.
     """
+    if args.wait:
+        path = args.paths[0]
+        return {args.name or path.absolute().name: functools.partial(plan_awaited, path, args)}
     models: dict[str, Callable[[], Planned]] = {}
     if args.name is not None and len(args.paths) > 1:
         raise UsageError("--name goes with a single model", "the ids of several are their artefacts' names")
@@ -40,6 +45,21 @@ def plan_all(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
         if name == args.default or (args.default is None and len(models) == 1):
             models[name] = functools.partial(_first_then, [first], plan)
     return models
+
+
+def plan_awaited(path: Path, args: argparse.Namespace) -> Planned:
+    """As `plan_model`, of a path that may not be there yet, or not whole. The artefact's name is the id.
+
+    Raises EdgeError also where a run's export lacks its manifest, which is written last.
+    """
+    if not path.exists():
+        raise InputError(f"{path} is not there yet", "`edge export gguf` writes a model into a run")
+    planned = plan_model(path, args)
+    assert planned.artefact is not None
+    folder = planned.artefact.path.parent
+    if folder.parent == path.absolute() and not planned.artefact.digest:
+        raise InputError(f"{folder} has no {manifest.FILE} yet", "it is what an export writes last")
+    return replace(planned, artefact=replace(planned.artefact, name=args.name or planned.artefact.name))
 
 
 def _first_then(first: list[Planned], plan: Callable[[], Planned]) -> Planned:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +29,8 @@ log = logging.getLogger("edge")
 # How long an engine that was swapped out or unloaded may finish what it has begun.
 RETIRE_S = 600.0
 _SWEEP_S = 0.5
+# How often an awaited export is looked for, and how often one that did not fit is planned again.
+_LOOK_S, _REPLAN_S = 1.0, 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class ModelEntry:
     """A model that can be served. plan: reads its path afresh; raises EdgeError.
 
     served: the loaded model, or None. used: when it was last asked for; expires: when it is unloaded (None:
-    never); both on time.monotonic(). created: Unix time.
+    never); both on time.monotonic(). created: Unix time. absent: why there is no model to load yet, where it
+    is waited for.
     """
 
     name: str
@@ -55,13 +60,14 @@ class ModelEntry:
     expires: float | None = None
     keep_alive: float | None = None
     loading: asyncio.Task[ServedModel] | None = None
+    absent: str = ""
 
     @property
     def status(self) -> str:
-        """loading, ready, failed or unloaded."""
+        """loading, ready, failed, waiting or unloaded."""
         if self.served is not None:
             return self.served.engine.state
-        return "loading" if self.loading is not None else "unloaded"
+        return "loading" if self.loading is not None else "waiting" if self.absent else "unloaded"
 
     @property
     def digest(self) -> str:
@@ -69,6 +75,7 @@ class ModelEntry:
 
     def ready(self) -> BackendInfo:
         """What the engine has loaded. Raises RequestError (503) where there is none."""
+        self.check_exported()
         if self.served is not None:
             return self.served.ready
         if self.loading is not None:
@@ -76,6 +83,12 @@ class ModelEntry:
         raise RequestError(
             f"{self.name} is not loaded; a request for it loads it", status=503, code="model_unloaded"
         )
+
+    def check_exported(self) -> None:
+        """Raise RequestError (503) while an export is waited for."""
+        if self.status == "waiting":
+            text = f"no model is served yet; waiting for an export: {self.absent}"
+            raise RequestError(text, status=503, code="model_waiting", retry_after=_REPLAN_S)
 
     def touch(self, keep_alive: float | None = None) -> None:
         """Note a use. keep_alive: seconds from now on, negative for good; None keeps what holds."""
@@ -89,7 +102,7 @@ class Registry:
     """The models of a server. budget: bytes that the loaded ones may take together (None: no bound).
 
     keep_alive: seconds that an idle model stays loaded (None: for good). accept_any: an unknown id means the
-    default model.
+    default model. awaited: the default model may not be there yet; what this gives changes with it.
     """
 
     def __init__(
@@ -100,9 +113,11 @@ class Registry:
         budget: int | None = None,
         keep_alive: float | None = None,
         accept_any: bool = False,
+        awaited: Callable[[], object] | None = None,
     ) -> None:
         assert models
         self._accept_any = accept_any
+        self._awaited = awaited
         self.metrics = Metrics()
         self.entries = {name: ModelEntry(name, plan, keep_alive=keep_alive) for name, plan in models.items()}
         self.default = default if default is not None else next(iter(models))
@@ -111,20 +126,35 @@ class Registry:
         self._retired: set[asyncio.Task[None]] = set()
         self._room = asyncio.Lock()
         self._sweeper: asyncio.Task[None] | None = None
+        self._first: asyncio.Task[ServedModel] | None = None
+
+    @property
+    def first(self) -> ModelEntry:
+        """The default model."""
+        return self.entries[self.default]
 
     @property
     def engines(self) -> dict[str, EngineProcess]:
         """The engine of each loaded model."""
         return {name: entry.served.engine for name, entry in self.entries.items() if entry.served is not None}
 
+    def exported(self) -> list[ModelEntry]:
+        """Every model that can be asked for. Raises RequestError (503) while an export is waited for."""
+        self.first.check_exported()
+        return [*self.entries.values()]
+
     def entry(self, name: str | None) -> ModelEntry:
-        """The model of that id; without one, the default. Raises RequestError (404)."""
+        """The model of that id; without one, the default.
+
+        Raises RequestError: 404 for an unknown id, 503 while the first export is waited for.
+        """
+        self.first.check_exported()
         if name is None:
-            return self.entries[self.default]
+            return self.first
         # Ollama's clients add the tag to every name.
         entry = self.entries.get(name) or self.entries.get(name.removesuffix(":latest"))
         if entry is None and self._accept_any:
-            return self.entries[self.default]
+            return self.first
         if entry is None:
             names = ", ".join(f"'{served}'" for served in self.entries)
             raise RequestError(
@@ -137,9 +167,16 @@ class Registry:
         return entry
 
     def start(self) -> asyncio.Task[ServedModel]:
-        """Begin to load the default model; the task ends when it is ready, or raises EdgeError."""
+        """Begin to load the default model, or to wait for it.
+
+        The task ends when the model is ready, or raises EdgeError for one that is not awaited.
+        """
         self._sweeper = asyncio.create_task(self._sweep())
-        return self._load(self.entry(None))
+        if self._awaited is not None:
+            self.first.absent = "it is looked for"
+            self._first = asyncio.create_task(self._load_when_exported(self.first, self._awaited))
+            return self._first
+        return self._load(self.first)
 
     async def take(self, name: str | None, *, keep_alive: float | None = None) -> ServedModel:
         """The model of that id, loaded first where it is not.
@@ -174,6 +211,7 @@ class Registry:
         entry = self.entry(name)
         if entry.loading is not None:
             await asyncio.wait([entry.loading])
+            entry.check_exported()
         old, before = entry.served, entry.digest
         served = await _loaded(self._load(entry))
         if old is not None:
@@ -186,15 +224,42 @@ class Registry:
             self._sweeper.cancel()
         loads = [entry.loading for entry in self.entries.values() if entry.loading is not None]
         tasks: list[asyncio.Task[ServedModel] | asyncio.Task[None]] = [*loads, *self._retired]
+        if self._first is not None:
+            tasks.append(self._first)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(engine.stop(seconds) for engine in self.engines.values()))
 
-    def _load(self, entry: ModelEntry) -> asyncio.Task[ServedModel]:
+    async def _load_when_exported(self, entry: ModelEntry, exported: Callable[[], object]) -> ServedModel:
+        """Load the model once it is there. What cannot be loaded is logged, and another export waited for."""
+        seen, again, logged = None, 0.0, ""
+        while True:
+            state = await asyncio.to_thread(exported)
+            if state != seen or time.monotonic() >= again:
+                seen, again = state, time.monotonic() + _REPLAN_S
+                try:
+                    planned = await _plan(entry)
+                    # What ended an engine would end it again.
+                    again = math.inf
+                    assert planned.artefact is not None
+                    entry.name = self.default = planned.artefact.name
+                    self.entries = {entry.name: entry}
+                    served = await self._load(entry, planned)
+                    entry.absent = ""
+                    return served
+                except EdgeError as error:
+                    entry.absent = str(error)
+                    # Counts and sizes differ at each look.
+                    if (new := re.sub(r"\d[\d,.]*", "0", entry.absent)) != logged:
+                        log.warning("waiting for an export: %s", error)
+                        logged = new
+            await asyncio.sleep(_LOOK_S)
+
+    def _load(self, entry: ModelEntry, planned: Planned | None = None) -> asyncio.Task[ServedModel]:
         async def load() -> ServedModel:
             try:
-                return await self._open(entry)
+                return await self._open(entry, planned or await _plan(entry))
             finally:
                 entry.loading = None
                 if entry.served is None:
@@ -205,12 +270,8 @@ class Registry:
         entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return entry.loading
 
-    async def _open(self, entry: ModelEntry) -> ServedModel:
+    async def _open(self, entry: ModelEntry, planned: Planned) -> ServedModel:
         """A new engine for `entry`, ready, put in place of the one before."""
-        try:
-            planned = await asyncio.to_thread(entry.plan)
-        except OSError as error:
-            raise EdgeError(f"{error.filename}: {error.strerror}", "check the artefact's path") from error
         engine = EngineProcess(planned.load, on_done=lambda done: self.metrics.ended(entry.name, done))
         engine.start()
         try:
@@ -300,6 +361,14 @@ async def served_model(request: Request, name: str | None, keep_alive: float | N
     model = await registry_of(request).take(name, keep_alive=keep_alive)
     request.state.model = model.name
     return model
+
+
+async def _plan(entry: ModelEntry) -> Planned:
+    """How the model of `entry` is to be loaded now. Raises EdgeError."""
+    try:
+        return await asyncio.to_thread(entry.plan)
+    except OSError as error:
+        raise EdgeError(f"{error.filename}: {error.strerror}", "check the artefact's path") from error
 
 
 async def _loaded(task: asyncio.Task[ServedModel]) -> ServedModel:

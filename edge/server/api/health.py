@@ -18,7 +18,7 @@ router = APIRouter(tags=["state"])
 async def health(request: Request) -> dict[str, Any]:
     """Whether the server is alive, and what it serves on which device."""
     registry = registry_of(request)
-    entry = registry.entry(None)
+    entry = registry.first
     engine = entry.served.engine if entry.served else None
     return {
         "status": entry.status,
@@ -32,8 +32,8 @@ async def health(request: Request) -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
-    """200 when the default model is loaded and its engine answers, else 503."""
-    entry = registry_of(request).entry(None)
+    """200 when the default model is loaded and its engine answers, else 503 with what it waits for."""
+    entry = registry_of(request).first
     entry.ready()
     if entry.served is not None:
         entry.served.engine.check_alive()

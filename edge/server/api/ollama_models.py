@@ -38,13 +38,13 @@ async def version() -> dict[str, str]:
 
 @router.get("/tags", summary="The models that can be asked")
 async def tags(request: Request) -> dict[str, Any]:
-    return {"models": [_about(entry) for entry in registry_of(request).entries.values()]}
+    return {"models": [_about(entry) for entry in registry_of(request).exported()]}
 
 
 @router.get("/ps", summary="The models that are loaded")
 async def ps(request: Request) -> dict[str, Any]:
     rows = []
-    for entry in registry_of(request).entries.values():
+    for entry in registry_of(request).exported():
         if entry.served is None:
             continue
         until = datetime.max.replace(tzinfo=UTC)

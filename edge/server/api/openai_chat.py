@@ -73,7 +73,7 @@ class ChatCompletion(CompletionFields, Thinking):
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(entry) for entry in registry_of(request).entries.values()]}
+    return {"object": "list", "data": [_model(entry) for entry in registry_of(request).exported()]}
 
 
 @router.get("/models/{name}")

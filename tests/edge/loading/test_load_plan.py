@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,16 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
     kind, why = choose(onnx=fast, llamacpp=slow)
     assert (kind, why) == ("onnx", "the faster one here: llamacpp 50, onnx 100 tok/s for one stream")
     assert choose(onnx=slow, llamacpp=fast)[0] == "llamacpp"
+    by_measurement = found
+    found = [
+        replace(one, made_from=f"sha256:{one.kind}", created=f"2026-11-30T0{i}:00:00Z")
+        for i, one in enumerate(found)
+    ]
+    assert choose(onnx=slow, llamacpp=fast) == (
+        "onnx",
+        "the newest export; the other one was made from another model",
+    )
+    found = by_measurement
     missing.add("llama_cpp")
     assert choose() == ("onnx", "llama_cpp is not installed")
     missing.add("onnxruntime")

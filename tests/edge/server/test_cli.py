@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,3 +192,69 @@ def test_adapters_that_cannot_be_served_are_said_at_once(tmp_path: Path, run: Pa
     ):
         with pytest.raises(EdgeError, match=message):
             cli.main([str(run), *more, "--port", "0"])
+
+
+# -- an export that is waited for -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_server_that_waits_answers_and_takes_the_export_when_it_is_there(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "edge.cli", "serve", str(run), "--port", "0", "--no-tune"]
+    key = {"authorization": "Bearer boss"}
+    with (
+        log.open("w", encoding="utf-8") as written,
+        launch([*command, "--ctx", "128", "--wait"], log=written, EDGE_ADMIN_KEY="boss") as server,
+    ):
+
+        def waits_for(message: str) -> None:
+            until = time.monotonic() + 20
+            while message not in server.get("/ready").json()["error"]["message"]:
+                assert time.monotonic() < until, server.get("/ready").text
+                time.sleep(0.05)
+
+        waits_for("run is not there yet")
+        assert (server.get("/ready").status_code, server.get("/health").status_code) == (503, 200)
+        assert server.get("/health").json()["models"] == {"run": "waiting"}
+        asked = {"model": "gpt", "messages": [{"role": "user", "content": "hi"}]}
+        for path, kind in (
+            ("/v1/messages", "type"),
+            ("/api/chat", "error"),
+            ("/v1/chat/completions", "error"),
+        ):
+            refused = server.post(path, asked | ({} if path == "/api/chat" else {"max_tokens": 3}))
+            assert refused.status_code == 503, refused.text
+            assert int(refused.headers["retry-after"]) > 0
+            assert kind in refused.json() and "waiting for an export" in refused.text
+        for path in ("/v1/models", "/api/tags", "/info"):
+            assert server.get(path).status_code == 503
+        assert server.post("/admin/reload", {}, headers=key).status_code == 503
+        (run / "gguf").mkdir(parents=True)
+        (run / "gguf" / "x.gguf").write_bytes(b"GGUF, or what was copied of it")
+        waits_for("x.gguf")
+        (run / "gguf" / "x.gguf").unlink()
+        (run / "gguf").rmdir()
+        publish(run)
+        server.wait()
+        before = server.get("/info").json()
+        assert (before["model"], before["digest"]) == ("微小", manifest.read(run / "gguf").digest)
+        assert (
+            server.post("/v1/chat/completions", {**asked, "model": "微小", "max_tokens": 3}).status_code
+            == 200
+        )
+        with manifest.publish(run / "gguf", overwrite=True) as partial:
+            tiny_llama.write(partial / "second.gguf")
+            manifest.write(partial, manifest.Manifest("gguf", "微小"))
+        swapped = server.post("/admin/reload", {}, headers=key).json()
+        after = server.get("/info").json()
+        assert swapped["changed"] and (after["file"], after["digest"]) == ("second.gguf", swapped["digest"])
+    lines = log.read_text(encoding="utf-8").splitlines()
+    # Each reason once, however often it was looked for.
+    assert 2 <= sum("WARNING edge: waiting for an export" in line for line in lines) <= 5
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_waiting_is_for_a_single_model() -> None:
+    for more in (["b"], ["--lora", "x.gguf"]):
+        with pytest.raises(UsageError, match="--wait goes with a single model"):
+            cli.main(["a", *more, "--wait", "--port", "0"])

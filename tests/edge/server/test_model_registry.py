@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from edge.engine.worker import Load
+from edge.errors import InputError, RequestError
+from edge.server import model_registry
+from edge.server.model_registry import Planned
 from tests.support.fake_server import CLIENT, Server, fake_server, user
 
 # Seconds of servers and training: left out of the quick part.
@@ -126,11 +132,7 @@ def test_only_an_admin_key_changes_the_server() -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "a/b", "C:\\x"])
 def test_an_id_is_never_a_path(name: str) -> None:
-    from edge.engine.worker import Load
-    from edge.errors import RequestError
-    from edge.server.model_registry import Planned, Registry
-
-    registry = Registry({"m": lambda: Planned(Load(kind="fake"))})
+    registry = model_registry.Registry({"m": lambda: Planned(Load(kind="fake"))})
     with pytest.raises(RequestError) as caught:
         registry.entry(name)
     assert caught.value.status == 404
@@ -155,3 +157,51 @@ def test_any_id_means_the_single_model_where_that_was_asked() -> None:
         assert (answer.json()["model"], answer.headers["x-edge-model"]) == ("fake", "fake")
         assert server.post("/api/generate", {"model": "llama3:8b", "prompt": "x"}).status_code == 200
         assert server.get("/v1/models/gpt-4o").json()["id"] == "fake"
+
+
+def test_an_engine_that_dies_of_an_export_is_not_started_again_before_there_is_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The export is planned again where the planning failed, which costs little."""
+    monkeypatch.setattr(model_registry, "_LOOK_S", 0.02)
+    monkeypatch.setattr(model_registry, "_REPLAN_S", 0.0)
+    artefact: Any = SimpleNamespace(name="conch", digest="", thinking=None)
+    export: dict[str, Any] = {"state": 0, "plan": None}
+    plans: list[int] = []
+
+    def plan() -> Planned:
+        plans.append(export["state"])
+        if export["plan"] is None:
+            raise InputError(f"it needs 900 MiB, {len(plans)} MiB are free")
+        return Planned(Load(kind="fake", settings=export["plan"]), artefact)
+
+    async def serve() -> None:
+        registry = model_registry.Registry({"run": plan}, awaited=lambda: export["state"])
+        waiting = registry.start()
+
+        async def reaches(condition: Callable[[], bool]) -> None:
+            async with asyncio.timeout(20):
+                while not condition():  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+
+        try:
+            await reaches(lambda: len(plans) > 3)
+            with pytest.raises(RequestError, match="waiting for an export: it needs 900 MiB") as caught:
+                await registry.take("any id")
+            assert (caught.value.status, caught.value.code) == (503, "model_waiting")
+            export["plan"] = {"slots": "x"}
+            await reaches(lambda: "3 times while loading" in registry.first.absent)
+            tried = len(plans)
+            await asyncio.sleep(0.3)
+            assert (len(plans), registry.first.status) == (tried, "waiting")
+            export.update(plan={"reply": "z"}, state=1)
+            served = await waiting
+            assert (served.name, registry.first.status) == ("conch", "ready")
+            assert await registry.take("conch") is served
+            await registry.unload(None)
+            assert registry.first.status == "unloaded"
+        finally:
+            await registry.close(0.5)
+
+    asyncio.run(serve())
+    assert sum("MiB are free" in line for line in caplog.messages) == 1

@@ -32,7 +32,7 @@ const sleep = (seconds, signal) => new Promise((resolve, reject) => {
 async function ready(model, seconds, signal) {
   for (await sleep(seconds, signal); ; await sleep(0.5, signal)) {
     const { models, model: usual } = await health().catch(() => ({}));
-    if (models && !["loading", "stalled"].includes(models[model ?? usual])) return;
+    if (models && !["waiting", "loading", "stalled"].includes(models[model ?? usual])) return;
   }
 }
 
