@@ -26,10 +26,14 @@ function(edge_sources)
     edge_replace(amx/amx.cpp ggml_aligned_malloc=edge_aligned_malloc)
     edge_replace(repack.cpp ggml_backend_buft_alloc_buffer=edge_alloc_buffer)
     edge_replace(ops.cpp ggml_compute_forward_flash_attn_ext=edge_upstream_flash_attn_ext)
+    if(MINGW AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        # Windows' GCC moves vectors as if the stack were aligned for them, which it is to 16 bytes only.
+        target_compile_options(ggml-cpu PRIVATE -Wa,-muse-unaligned-vector-move)
+    endif()
 endfunction()
 
 set(EDGE_CSRC ${CMAKE_CURRENT_LIST_DIR})
-# Not on Windows: its GCC does not align variables on the stack as vectors need it.
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT WIN32)
+# Not with MSVC, nor clang in its manner: they know neither GNU's assembly nor the attributes that are written here.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
     cmake_language(DEFER CALL edge_sources)
 endif()

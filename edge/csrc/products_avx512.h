@@ -102,8 +102,8 @@ INLINE void configure(int rows) {
 }
 
 template <bool SIGNED>
-INLINE void multiply_tile(const void * weights, const int8_t * values, long stride, Products & to) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(weights), "r"(64L) : "memory");
+INLINE void multiply_tile(const void * weights, const int8_t * values, ptrdiff_t stride, Products & to) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(weights), "r"((ptrdiff_t) 64) : "memory");
     asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(values), "r"(stride) : "memory");
     asm volatile("tilezero %tmm4");
     if constexpr (SIGNED) {
@@ -111,7 +111,7 @@ INLINE void multiply_tile(const void * weights, const int8_t * values, long stri
     } else {
         asm volatile("tdpbsud %tmm0, %tmm2, %tmm4");
     }
-    asm volatile("tilestored %%tmm4, (%0,%1,1)" ::"r"(&to), "r"(64L) : "memory");
+    asm volatile("tilestored %%tmm4, (%0,%1,1)" ::"r"(&to), "r"((ptrdiff_t) 64) : "memory");
 }
 
 template <int M> INLINE void add_products(const Products & c, __m512 scale, const float * others, __m512 * sum) {
