@@ -109,10 +109,11 @@ def _check_memory(model: LayeredModel, tokens: int) -> None:
     """Raise InputError unless the widest linear layer's inputs and their covariance fit into memory."""
     modules = (module for layer in model.layers for module in layer.modules())
     width = max((module.in_features for module in modules if isinstance(module, torch.nn.Linear)), default=0)
-    need, free = 4 * width * (3 * width + 4 * tokens), hardware.memory().available
-    if need > free:
+    need, memory = 4 * width * (3 * width + 4 * tokens), hardware.memory()
+    if need > memory.available:
         raise InputError(
-            f"--gptq needs {need / 2**30:.1f} GiB for {width} columns, {free / 2**30:.1f} GiB are free",
+            f"--gptq needs {need / 2**30:.1f} GiB for {width} columns, "
+            f"{memory.available / 2**30:.1f} GiB are free{memory.within}",
             "close what else uses memory, or leave it out",
         )
 

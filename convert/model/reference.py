@@ -41,10 +41,11 @@ class TorchModel:
         self._folder = check_folder(base)
         self._adapter = adapter
         self._dequantized = DequantizedBase(known_adapter(adapter, base).settings) if adapter else None
-        need, free = self._bytes(), hardware.memory().available
-        if need * 1.1 > free:
+        need, memory = self._bytes(), hardware.memory()
+        if need * 1.1 > memory.available:
             raise InputError(
-                f"{base}: computing it needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                f"{base}: computing it needs {need / 2**30:.1f} GiB, "
+                f"{memory.available / 2**30:.1f} GiB are free{memory.within}",
                 "close what else uses memory",
             )
         self.model = self._build()

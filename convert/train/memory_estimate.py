@@ -283,7 +283,8 @@ def check(
         return estimate(base, trial, data, place, model=model, shards=shards).total <= room
 
     raise EdgeError(
-        f"training needs about {need.total / 2**30:.2f} GiB, {place.device} has {room / 2**30:.2f} GiB free",
+        f"training needs about {need.total / 2**30:.2f} GiB, {place.device} has {room / 2**30:.2f} GiB free"
+        + (hardware.memory().within if place.device == "cpu" else ""),
         _proposal(config, fits) + "; or ignore_memory: true to try",
     )
 

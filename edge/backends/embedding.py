@@ -29,9 +29,10 @@ def mean_state(
 
 def check_memory(tokens: int, need: int) -> None:
     """Raise EdgeError unless `need` bytes are free for embedding `tokens` tokens."""
-    free = hardware.memory().available
-    if need > free:
+    memory = hardware.memory()
+    if need > memory.available:
         raise EdgeError(
-            f"embedding {tokens} tokens needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
+            f"embedding {tokens} tokens needs {need / 2**20:,.0f} MiB, "
+            f"{memory.available / 2**20:,.0f} MiB are free{memory.within}",
             "send shorter texts, or free some memory",
         )

@@ -256,7 +256,8 @@ def _plan_onnx(artefact: Artefact, options: Options, size: _Size) -> LoadPlan:
     room = _fitting_cells(need, memory, context) // context
     if room < slots and options.slots is not None:
         raise InputError(
-            f"{slots} slots of {context} tokens do not fit into the memory that is free",
+            f"{slots} slots of {context} tokens do not fit into the memory that is free"
+            f"{hardware.memory().within}",
             f"serve with --slots {room}, or a smaller --ctx",
         )
     settings = onnx.Settings(
@@ -288,12 +289,14 @@ def _fitting_cells(need: Estimate, memory: int, context: int) -> int:
     """KV cells that fit into `memory`. Raises InputError where they do not hold one context."""
     fits = need.cells(memory)
     if fits < context:
+        within = hardware.memory().within
+        least = f"{need.total(256) / 2**20:,.0f} MiB hold it with --ctx 256"
         raise InputError(
             f"a context of {context} tokens needs {need.total(context) / 2**20:,.0f} MiB, "
-            f"{memory / 2**20:,.0f} MiB are free",
+            f"{memory / 2**20:,.0f} MiB are free{within}",
             f"serve with --ctx {fits // 256 * 256}, the largest that fits"
             if fits >= 256
-            else "free some memory",
+            else f"{'raise the limit' if within else 'free some memory'}, or export fewer bits: {least}",
         )
     return fits
 

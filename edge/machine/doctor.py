@@ -61,12 +61,14 @@ def _machine(machine: dict[str, Any]) -> Iterator[Item]:
     flags = " ".join(machine["flags"]) or "features unknown"
     yield Item("machine", "CPU", f"{machine['cpu']} ({flags})")
     cores = f"{machine['physical_cores'] or '?'} cores, {machine['logical_cpus']} logical"
-    quota = hardware.cpu_quota()
-    limit = f", the container allows {quota:g}" if quota is not None else ""
-    yield Item("machine", "threads used", f"{machine['threads']} ({cores}{limit})")
+    yield Item("machine", "threads used", f"{machine['threads']} ({cores})")
     total, available = _gib(machine["memory_total"]), _gib(machine["memory_available"])
     unified = ", unified: the GPU uses it too" if hardware.apple_gpu() else ""
     yield Item("machine", "memory", f"{total}, {available} available{unified}")
+    quota, limit = hardware.cpu_quota(), hardware.memory().limit
+    limits = [f"{quota:g} CPUs"] if quota is not None else []
+    limits += [f"{manifest.in_units(limit)} of memory"] if limit else []
+    yield Item("machine", "container's limits", ", ".join(limits) or "none")
     free = shutil.disk_usage(".").free
     todo = "" if free > 10 * 2**30 else "free some disk space: a run takes up to 10 GiB"
     yield Item("machine", "disk here", f"{_gib(free)} free", todo)

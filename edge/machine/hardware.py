@@ -2,7 +2,7 @@
 
 Threads are physical (or performance) cores, because decoding is bound by memory: a second thread on the same
 core only adds waiting, and one efficiency core makes all the others wait at each barrier. In containers the
-affinity mask and the cgroup quota (v1 and v2) bound cores and memory.
+affinity mask and the cgroups' limits (v1 and v2) bound cores and memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from edge.artefact.manifest import in_units
 from edge.errors import UnavailableError
 
 ROOT = Path("/")
@@ -49,10 +50,20 @@ class Core:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes this process may use: `total` within the container's limit, `available` at this moment."""
+    """Bytes this process may use: `total` within the container's limits, `available` at this moment.
+
+    limit: the limit that leaves the least, 0 without any; limit_file: the cgroup's file that sets it.
+    """
 
     total: int
     available: int
+    limit: int = 0
+    limit_file: Path | None = None
+
+    @property
+    def within(self) -> str:
+        """What a sentence about free memory ends with: the limit that it is measured by, if there is one."""
+        return f" within the limit of {in_units(self.limit)} ({self.limit_file})" if self.limit else ""
 
 
 @dataclass(frozen=True)
@@ -216,19 +227,25 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def memory(root: Path = ROOT) -> Memory:
-    """Memory within the cgroup limit. Page cache that can be dropped counts as available."""
+    """Memory within the cgroups' limits. Page cache that can be dropped counts as available.
+
+    Above version 2's memory.high a process is slowed down until it is back below, so that is a limit too.
+    """
     host = psutil.virtual_memory()
-    total, available = int(host.total), int(host.available)
+    limits: list[tuple[int, int, Path]] = []
     for folder in _cgroup_folders("memory", root):
-        limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
-        if not limit.isdigit() or int(limit) >= host.total:
-            continue
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes") or "0"
-        cache = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-        working = max(0, int(used) - (int(cache[1]) if cache else 0))
-        total = min(total, int(limit))
-        available = min(available, max(0, int(limit) - working))
-    return Memory(total, available)
+        # Version 1 counts a group alone first; with the groups in it, as its usage does, under total_.
+        cache = re.findall(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+        working = max(0, int(used) - int(cache[-1] if cache else 0))
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            # "max", and version 1's highest number, are no limits.
+            if (text := _read(folder / name)).isdigit() and int(text) < host.total:
+                limits.append((max(0, int(text) - working), int(text), folder / name))
+    if not limits:
+        return Memory(int(host.total), int(host.available))
+    left, limit, file = min(limits)
+    return Memory(min(size for _, size, _ in limits), min(int(host.available), left), limit, file)
 
 
 def gpus() -> list[GPU]:

@@ -54,6 +54,15 @@ def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
     with pytest.raises(InputError, match="MiB are free") as caught:
         load_plan.plan(tiny, Options(context=512, slots=1))
     assert "--ctx 256" in str(caught.value)
+    limited = Memory(2**30, need.total(100), 2**30, Path("memory.max"))
+    monkeypatch.setattr(hardware, "memory", lambda: limited)
+    with pytest.raises(
+        InputError, match=r"free within the limit of 1\.0 GiB \(memory\.max\)\n  raise the"
+    ) as caught:
+        load_plan.plan(tiny, Options(context=512, slots=1))
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**30, need.total(256) + 100))
+    assert f"{need.total(256) / 2**20:,.0f} MiB hold it with --ctx 256" in str(caught.value)
+    assert load_plan.plan(tiny, Options(context=256, slots=1)).settings.context == 256
 
 
 def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:

@@ -170,3 +170,14 @@ def test_u12_a_cache_that_cannot_be_written(
     (tmp_path / "file").touch()
     monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path / "file" / "edge")
     assert "cannot be written: " in item("cache").found and "set " in item("cache").todo
+
+
+def test_a_containers_limits_have_a_line(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = hardware.Memory(2**29, 2**28, 2**29, Path("memory.max"))
+    for quota, memory, text in (
+        (1.5, limited, "1.5 CPUs, 512.0 MiB of memory"),
+        (None, hardware.Memory(2**30, 2**29), "none"),
+    ):
+        monkeypatch.setattr(hardware, "cpu_quota", lambda quota=quota: quota)
+        monkeypatch.setattr(hardware, "memory", lambda memory=memory: memory)
+        assert item("container's limits").found == text

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edge.artefact import manifest
 from edge.errors import UnavailableError
 from edge.machine import hardware
 from edge.machine.hardware import Core, linux_cores, usable_threads
@@ -116,17 +117,76 @@ def test_windows_records() -> None:
     assert hardware.windows_cores(record(0, 1, group=1))[0].cpus == {64}
 
 
-def test_memory_within_cgroup_limit(tmp_path: Path) -> None:
-    root = write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "0::/job",
-            "sys/fs/cgroup/job/memory.max": "1000000",
-            "sys/fs/cgroup/job/memory.current": "700000",
-            "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 200000\nactive_file 5",
-        },
-    )
-    assert hardware.memory(root) == hardware.Memory(1_000_000, 500_000)
+@pytest.mark.parametrize(
+    ("files", "total", "available", "limit", "file"),
+    [
+        pytest.param(
+            {
+                "proc/self/cgroup": "0::/job",
+                "job/memory.max": "1000000",
+                "job/memory.high": "max",
+                "job/memory.current": "700000",
+                "job/memory.stat": "anon 1\ninactive_file 200000\nactive_file 5",
+            },
+            1_000_000,
+            500_000,
+            1_000_000,
+            "job/memory.max",
+            id="v2",
+        ),
+        pytest.param(
+            {
+                "proc/self/cgroup": "0::/",
+                "memory.max": "1000000",
+                "memory.high": "800000",
+                "memory.current": "900000",
+                "memory.stat": "inactive_file 1000",
+            },
+            800_000,
+            0,
+            800_000,
+            "memory.high",
+            id="v2-high",
+        ),
+        # The outer group leaves less, since another one in it is at work.
+        pytest.param(
+            {
+                "proc/self/cgroup": "0::/pod/job",
+                "pod/memory.max": "3000000",
+                "pod/memory.current": "2900000",
+                "pod/job/memory.max": "1000000",
+                "pod/job/memory.current": "100000",
+            },
+            1_000_000,
+            100_000,
+            3_000_000,
+            "pod/memory.max",
+            id="v2-nested",
+        ),
+        # The path is the host's, of which a container sees its own group alone.
+        pytest.param(
+            {
+                "proc/self/cgroup": "4:memory:/docker/abc\n0::/docker/abc",
+                "memory/memory.limit_in_bytes": "1000000",
+                "memory/memory.usage_in_bytes": "700000",
+                "memory/memory.stat": "inactive_file 3\ntotal_inactive_file 200000",
+            },
+            1_000_000,
+            500_000,
+            1_000_000,
+            "memory/memory.limit_in_bytes",
+            id="v1",
+        ),
+    ],
+)
+def test_memory_is_what_the_tightest_cgroup_leaves(
+    tmp_path: Path, files: dict[str, str], total: int, available: int, limit: int, file: str
+) -> None:
+    groups = tmp_path / "sys/fs/cgroup"
+    write(tmp_path, {"proc/self/cgroup": files.pop("proc/self/cgroup")})
+    found = hardware.memory(write(groups, files).parents[2])
+    assert found == hardware.Memory(total, available, limit, groups / file)
+    assert found.within == f" within the limit of {manifest.in_units(limit)} ({groups / file})"
 
 
 def test_memory_without_limit_is_the_hosts(tmp_path: Path) -> None:
@@ -135,7 +195,8 @@ def test_memory_without_limit_is_the_hosts(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
         "sys/fs/cgroup/memory/memory.usage_in_bytes": "1",
     }
-    assert hardware.memory(write(tmp_path, files)).total == psutil.virtual_memory().total
+    for found in (hardware.memory(write(tmp_path, files)), hardware.memory(tmp_path / "none")):
+        assert (found.total, found.limit, found.within) == (psutil.virtual_memory().total, 0, "")
 
 
 def test_gpus_from_csv() -> None:
