@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from edge.prompt import AddedTokens
 
 Logits = NDArray[np.float32]
+# Saved KV cells, in a backend's own format.
+Cells = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +180,10 @@ class Backend(ABC):
         self._lengths[slot] = n
 
     @abstractmethod
-    def save(self, slot: int) -> bytes:
-        """The KV cells of a slot in the backend's own format."""
+    def save(self, slot: int) -> Cells:
+        """A copy of a slot's KV cells in the backend's own format."""
 
-    def restore(self, slot: int, cells: bytes, length: int) -> bool:
+    def restore(self, slot: int, cells: Cells, length: int) -> bool:
         """Fill an empty slot with cells that `save` gave for `length` tokens. False where they do not fit."""
         if self._lengths[slot] != 0 or not 0 < length <= self.info.context:
             raise ValueError(f"restore of {length} tokens into slot {slot} of {self._lengths[slot]}")
@@ -217,7 +219,7 @@ class Backend(ABC):
         """See truncate."""
 
     @abstractmethod
-    def _restore(self, slot: int, cells: bytes, length: int) -> bool:
+    def _restore(self, slot: int, cells: Cells, length: int) -> bool:
         """See restore."""
 
 

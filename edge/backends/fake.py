@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.base import Backend, BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.base import Backend, BackendInfo, Cells, Logits, Row, StepInterrupted, check_rows
 from edge.errors import EdgeError
 from edge.prompt import AddedTokens
 
@@ -167,8 +167,8 @@ class FakeBackend(Backend):
     def save(self, slot: int) -> bytes:
         return json.dumps([(token, state) for token, state, _ in self._held[slot]]).encode("ascii")
 
-    def _restore(self, slot: int, cells: bytes, length: int) -> bool:
-        rows = json.loads(cells)
+    def _restore(self, slot: int, cells: Cells, length: int) -> bool:
+        rows = json.loads(bytes(cells))
         if len(rows) != length:
             raise ValueError(f"restore of {length} tokens from {len(rows)}")
         for token, state in rows:

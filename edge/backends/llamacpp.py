@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edge.artefact.gguf_shards import part_files
 from edge.backends import base, linux_memory
-from edge.backends.base import FULL, Backend, BackendInfo, Logits, Row, StepInterrupted, check_rows
+from edge.backends.base import FULL, Backend, BackendInfo, Cells, Logits, Row, StepInterrupted, check_rows
 from edge.backends.llamacpp_embedding import Embedder, filled
 from edge.backends.llamacpp_threads import ThreadController
 from edge.backends.llamacpp_vocabulary import Vocabulary
@@ -384,22 +384,19 @@ class LlamaCpp(Backend):
         many = self._lengths[src] > _COPIED_CELL_BY_CELL * self.info.context
         if many or self._settings.unified or self._settings.gpu_layers:
             return False
-        return self._restore(dst, self._state(src), self._lengths[src])
+        return self._restore(dst, self.save(src), self._lengths[src])
 
     def _truncate(self, slot: int, n: int) -> None:
         if not self._lib.llama_memory_seq_rm(self._memory, slot, n, -1):
             raise EdgeError(f"llama.cpp cannot cut slot {slot} back to {n} tokens")
 
-    def save(self, slot: int) -> bytes:
+    def save(self, slot: int) -> memoryview:
         """The KV cells of a slot in llama.cpp's own format, for `restore` into a like context."""
-        return self._state(slot).tobytes()
-
-    def _state(self, slot: int) -> NDArray[np.uint8]:
         cells = np.empty(self._lib.llama_state_seq_get_size(self._context, slot), np.uint8)
         written = self._lib.llama_state_seq_get_data(self._context, _pointer(cells), cells.size, slot)
-        return cells[:written]
+        return cells[:written].data
 
-    def _restore(self, slot: int, cells: bytes | NDArray[np.uint8], length: int) -> bool:
+    def _restore(self, slot: int, cells: Cells, length: int) -> bool:
         data = np.frombuffer(cells, np.uint8)
         if self._lib.llama_state_seq_set_data(self._context, _pointer(data), data.size, slot) == data.size:
             return True

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from edge.artefact.find import read_template
 from edge.artefact.onnx_header import OUTPUT_POSITIONS, read_onnx
 from edge.backends import base, onnx_providers
-from edge.backends.base import FULL, Backend, BackendInfo, Row, StepInterrupted, StepOutputs, check_rows
+from edge.backends.base import (
+    FULL,
+    Backend,
+    BackendInfo,
+    Cells,
+    Row,
+    StepInterrupted,
+    StepOutputs,
+    check_rows,
+)
 from edge.backends.onnx_cuda_graphs import GRAPH, CudaGraph, CudaGraphs, Source
 from edge.backends.onnx_embedding import Embedder
 from edge.backends.onnx_io_binding import Binding, Buffer, Mask, zeros
@@ -383,7 +392,7 @@ class Onnx(Backend):
     def _truncate(self, slot: int, n: int) -> None:
         """Nothing to do: the length alone tells what a row holds."""
 
-    def _restore(self, slot: int, cells: bytes, length: int) -> bool:
+    def _restore(self, slot: int, cells: Cells, length: int) -> bool:
         return self._cache.restore(slot, cells, length)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.base import Cells
+
 # An idle row in one step costs about as much as copying the KV cells of so many tokens: about 4 ms against
 # 14 us a token with 135 million parameters; the more parameters, the more tokens.
 TOKENS_OF_A_ROW = 256
@@ -86,7 +88,7 @@ class KVCache(ABC):
             binding.bind_input(f"past_key_values.{name}", self.device, 0, kind, shape, pointer)
             binding.bind_output(f"present.{name}", self.device, 0, kind, shape, pointer)
 
-    def restore(self, slot: int, cells: bytes, n: int) -> bool:
+    def restore(self, slot: int, cells: Cells, n: int) -> bool:
         """Take what `save` gave for `n` tokens. False where the size is another."""
         heads, room, width = self.shape
         if not 0 < n <= room or len(cells) != self.parts * heads * n * width * self.dtype.itemsize:

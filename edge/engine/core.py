@@ -22,6 +22,7 @@ from edge.engine import protocol as msg
 from edge.engine.grammar import Grammars
 from edge.engine.kv_cache import KVCache
 from edge.engine.prefill_budget import PrefillBudget, StepTimes
+from edge.engine.prefix_ram import PrefixRam
 from edge.engine.prefix_store import PrefixStore
 from edge.engine.request import Request, admit, prompt_tokens
 from edge.engine.sampling import BatchSampler, Choice, Mask
@@ -101,6 +102,7 @@ class Engine:
         max_queue: int = 256,
         speculate: bool = True,
         store: PrefixStore | None = None,
+        ram: PrefixRam | None = None,
         flush_s: float = FLUSH_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -111,7 +113,7 @@ class Engine:
         self._speculate = speculate
         self._flush_s = flush_s
         self._clock = clock
-        self.cache = KVCache(backend, store)
+        self.cache = KVCache(backend, store, ram)
         self._scheduler = Scheduler(self.cache, slots=info.slots, batch=info.batch, outputs=info.outputs)
         self._prefill_budget = PrefillBudget(info.batch)
         # What drafts cost; apart from the budget, which must not forget how long steps of many streams are.
@@ -460,6 +462,9 @@ class Engine:
                 waiting=len(self._scheduler.waiting),
                 busy_slots=self.cache.busy,
                 kv_tokens=sum(self.cache.lengths),
+                ram_bytes=self.cache.ram.bytes,
+                ram_hits=self.cache.ram.hits,
+                ram_evictions=self.cache.ram.evictions,
                 up_s=now - self._began,
             )
             self._events.append(stats)

@@ -2,8 +2,9 @@
 
 A request takes the slot that shares the longest prefix with its prompt; or a copy of that prefix, where the
 slot is busy or its remainder is worth keeping. Idle slots keep their tokens until the room is needed; the
-least recently used goes first. In a unified KV cache all slots draw on the same cells, and a cell that
-several slots hold counts once. With per-slot KV buffers each slot has cells of its own.
+least recently used goes first, and leaves a copy in RAM where that is asked for (prefix_ram). In a unified KV
+cache all slots draw on the same cells, and a cell that several slots hold counts once. With per-slot KV
+buffers each slot has cells of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.base import Backend
+from edge.backends.base import Backend, Cells
+from edge.engine.prefix_ram import Kept, PrefixRam
 from edge.engine.prefix_store import SHORTEST, PrefixStore, common
+
+# Fewer tokens than this, and than one in so many of a copy in RAM, are as quickly computed as copied.
+_SHORTEST_IN_RAM, _COPIED_FOR_ONE = 16, 64
 
 
 @dataclass(slots=True)
@@ -33,9 +38,12 @@ class Slot:
 class KVCache:
     """The bookkeeping of a backend's slots. Every change goes through here, so that both agree."""
 
-    def __init__(self, backend: Backend, store: PrefixStore | None = None) -> None:
+    def __init__(
+        self, backend: Backend, store: PrefixStore | None = None, ram: PrefixRam | None = None
+    ) -> None:
         self._backend = backend
         self._store = store
+        self.ram = PrefixRam(0) if ram is None else ram
         info = backend.info
         self._shared = info.shared
         self._slots = [
@@ -82,6 +90,7 @@ class KVCache:
             return None
         wanted = np.asarray(prompt[:-1], np.int32)
         index, shared = self._spare(idle), 0
+        kept: tuple[int, Kept] | None = None
         if reuse:
             # At equal length an idle slot is better: it needs no copy.
             shared, _, order = max(
@@ -89,17 +98,26 @@ class KVCache:
                 for i, slot in enumerate(self._slots)
             )
             best, source = -order, self._slots[-order]
-            if shared and (source.busy or (2 * shared < source.length and index != best)):
+            kept = self._in_ram(wanted, shared)
+            if kept is not None:
+                shared = 0
+            elif shared and (source.busy or (2 * shared < source.length and index != best)):
+                self._to_ram(index)
                 self._copy(best, index, shared)
             elif shared:
                 index = best
-        self.truncate(index, shared)
         slot = self._slots[index]
         slot.busy = True
         slot.used = next(self._clock)
+        # What is cut off is less than what stays, or else it may be asked for again.
+        if 2 * shared < slot.length:
+            self._to_ram(index)
+        self.truncate(index, shared)
+        if kept is not None:
+            self._from_ram(index, *kept)
         if reuse and self._store is not None:
-            shared = self._from_disk(self._store, index, wanted)
-        return index, shared
+            self._from_disk(self._store, index, wanted)
+        return index, slot.length
 
     def _spare(self, idle: list[int]) -> int:
         """The idle slot to overwrite: an empty one, or the one that was used least recently.
@@ -128,22 +146,52 @@ class KVCache:
             if slot.length >= SHORTEST
         )
 
-    def _from_disk(self, store: PrefixStore, index: int, wanted: NDArray[np.int32]) -> int:
-        """Fill the slot from disk where that saves more than it holds; the tokens that it then holds."""
+    def _from_disk(self, store: PrefixStore, index: int, wanted: NDArray[np.int32]) -> None:
+        """Fill the slot from disk where that saves more than it holds."""
         slot = self._slots[index]
         match = store.best(wanted)
         if match is None or match[0] < slot.length + SHORTEST:
-            return slot.length
+            return
         shared, entry = match
         size, free = len(entry.tokens), self.free_cells()
         fits = size <= len(slot.tokens) and (free is None or size <= free + slot.length)
         if not fits or (cells := store.read(entry)) is None:
-            return slot.length
+            return
         self.truncate(index, 0)
-        if self._backend.restore(index, cells, size):
-            self.extend(index, entry.tokens.tolist())
-            self.truncate(index, shared)
-        return slot.length
+        self._fill(index, entry.tokens, cells, shared)
+
+    def _in_ram(self, wanted: NDArray[np.int32], shared: int) -> tuple[int, Kept] | None:
+        """What is kept in RAM of `wanted`, where that saves enough beyond the `shared` tokens of a slot."""
+        match = self.ram.best(wanted)
+        if match is None:
+            return None
+        size, available = len(match[1].tokens), self.available_cells()
+        saved = match[0] - shared
+        worth = saved >= max(_SHORTEST_IN_RAM, size // _COPIED_FOR_ONE)
+        return match if worth and (available is None or size <= available) else None
+
+    def _from_ram(self, index: int, shared: int, kept: Kept) -> None:
+        """Fill an empty slot with the first `shared` tokens of what is kept."""
+        while (free := self.free_cells()) is not None and free < len(kept.tokens):
+            if not self.evict_idle():
+                return
+        if self._fill(index, kept.tokens, kept.cells, shared):
+            self.ram.use(kept, shared)
+
+    def _fill(self, index: int, tokens: NDArray[np.int32], cells: Cells, shared: int) -> bool:
+        """Give an empty slot saved cells, then cut them to `shared` tokens. False where they do not fit."""
+        if not self._backend.restore(index, cells, len(tokens)):
+            return False
+        self.extend(index, tokens.tolist())
+        self.truncate(index, shared)
+        return True
+
+    def _to_ram(self, index: int) -> None:
+        """Keep a copy of what a slot holds, which is about to go."""
+        slot = self._slots[index]
+        tokens = slot.tokens[: slot.length]
+        if self.ram.limit and slot.length >= _SHORTEST_IN_RAM and not self.ram.covers(tokens):
+            self.ram.save(tokens, self._backend.save(index))
 
     def extend(self, index: int, tokens: Sequence[int]) -> None:
         """Tell that the backend has computed `tokens` at the end of the slot."""
@@ -181,7 +229,9 @@ class KVCache:
         """Empty the idle slot that was used least recently. False if no idle slot holds anything."""
         idle = [(slot.used, i) for i, slot in enumerate(self._slots) if not slot.busy and slot.length]
         if idle:
-            self.truncate(min(idle)[1], 0)
+            index = min(idle)[1]
+            self._to_ram(index)
+            self.truncate(index, 0)
         return bool(idle)
 
     def _copy(self, src: int, dst: int, n: int) -> None:

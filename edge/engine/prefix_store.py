@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.base import Cells
+
 log = logging.getLogger("edge")
 
 # Computing fewer tokens than this is as quick as reading them from a file.
@@ -69,20 +71,20 @@ class PrefixStore:
             cells = entry.path.read_bytes()[entry.offset :]
         except OSError:
             cells = b""
-        if hashlib.sha256(entry.tokens.tobytes() + cells).hexdigest() == entry.checksum:
+        if _checksum(entry.tokens, cells) == entry.checksum:
             return cells
         log.warning("%s is damaged; removed", entry.path)
         self._remove(entry)
         return None
 
-    def save(self, tokens: NDArray[np.int32], cells: bytes) -> bool:
+    def save(self, tokens: NDArray[np.int32], cells: Cells) -> bool:
         """Keep a prefix, unless it is short, too large, or the beginning of one that is kept."""
         covered = any(common(entry.tokens, tokens) == len(tokens) for entry in self._entries)
         if covered or len(tokens) < SHORTEST or len(cells) > self._limit:
             return False
         for entry in [e for e in self._entries if common(e.tokens, tokens) == len(e.tokens)]:
             self._remove(entry)
-        checksum = hashlib.sha256(tokens.tobytes() + cells).hexdigest()
+        checksum = _checksum(tokens, cells)
         head = {"key": self._key, "tokens": len(tokens), "checksum": checksum}
         line = json.dumps(head).encode("ascii") + b"\n"
         path = self._folder / f"{checksum[:24]}{_SUFFIX}"
@@ -129,6 +131,12 @@ class PrefixStore:
         while sum(sizes) > self._limit:
             del sizes[0]
             self._remove(self._entries[0])
+
+
+def _checksum(tokens: NDArray[np.int32], cells: Cells) -> str:
+    digest = hashlib.sha256(tokens.tobytes())
+    digest.update(cells)
+    return digest.hexdigest()
 
 
 def common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

@@ -194,14 +194,18 @@ class Failed(msgspec.Struct, tag="failed"):
 class Stats(msgspec.Struct, tag="stats"):
     """The engine's gauges, sent when they change, at most a few times a second.
 
-    kv_tokens: tokens in all slots. steps, step_tokens, step_s: steps of the backend, their tokens, the
-    seconds spent in them. up_s: seconds since the engine began.
+    kv_tokens: tokens in all slots. ram_bytes, ram_hits, ram_evictions: of the prefixes kept in RAM. steps,
+    step_tokens, step_s: steps of the backend, their tokens, the seconds spent in them. up_s: seconds since
+    the engine began.
     """
 
     running: int = 0
     waiting: int = 0
     busy_slots: int = 0
     kv_tokens: int = 0
+    ram_bytes: int = 0
+    ram_hits: int = 0
+    ram_evictions: int = 0
     steps: int = 0
     step_tokens: int = 0
     step_s: float = 0.0

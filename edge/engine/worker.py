@@ -28,6 +28,7 @@ from edge.backends.base import Backend, BackendInfo
 from edge.engine import protocol as msg
 from edge.engine import tokenize
 from edge.engine.core import Engine
+from edge.engine.prefix_ram import PrefixRam
 from edge.engine.prefix_store import PrefixStore
 from edge.engine.request import check_ids, prompt_tokens
 from edge.engine.tokenize import TokenizerThread
@@ -46,8 +47,9 @@ class Load:
     """What a worker loads: a backend's kind, a file, its settings and the engine's options.
 
     tune: measure on this machine what the settings leave open, or take what was measured before.
-    store: a folder that keeps prefixes over restarts ("": none), up to store_mib. lora: an adapter as GGUF,
-    applied to the model ("": none). digest: the artefact's, if known. why: how the backend was chosen.
+    store: a folder that keeps prefixes over restarts ("": none), up to store_mib. cache_ram: bytes for
+    prefixes that had to leave their slot. lora: an adapter as GGUF, applied to the model ("": none). digest:
+    the artefact's, if known. why: how the backend was chosen.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Load:
     tune: bool = False
     store: str = ""
     store_mib: int = 1024
+    cache_ram: int = 0
     digest: str = ""
     lora: str = ""
     why: str = ""
@@ -239,7 +242,14 @@ def main() -> int:
         link.send([msg.Failed(error.message, error.hint)])
         return error.exit_code
     store = open_store(load, backend.info)
-    engine = Engine(backend, link.send, max_queue=load.max_queue, speculate=load.speculate, store=store)
+    engine = Engine(
+        backend,
+        link.send,
+        max_queue=load.max_queue,
+        speculate=load.speculate,
+        store=store,
+        ram=PrefixRam(load.cache_ram),
+    )
     chosen = {"chosen": load.why} if load.why else {}
     info = replace(backend.info, settings={**backend.info.settings, **chosen})
     link.send([msg.Ready(info, time.monotonic() - began)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge.artefact.find import SUFFIXES, Artefact, candidates
@@ -40,6 +40,8 @@ BATCH = 512
 GPU_BATCH = 2048
 # What Python, the tokenizer and llama.cpp's graphs take beside the counted buffers.
 _OVERHEAD = 200 * 2**20
+# Prefixes kept in RAM take one part in so many of what the plan leaves free, up to llama-server's default.
+_CACHE_SHARE, MOST_CACHE_RAM = 4, 8192 * 2**20
 # The packages that a backend imports, and how to install them.
 _PACKAGES = {
     "llamacpp": (("llama_cpp",), BUILD),
@@ -49,21 +51,26 @@ _PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user may say about loading; None lets the machine decide."""
+    """What a user may say about loading; None lets the machine decide. cache_ram: MiB."""
 
     context: int | None = None
     slots: int | None = None
     threads: int | None = None
     device: str = "auto"
     kv_type: str = "f16"
+    cache_ram: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """settings: for the artefact's backend. bytes: what the model takes with all its KV cells in use."""
+    """settings: for the artefact's backend. bytes: what the model takes with all its KV cells in use.
+
+    cache_ram: bytes for prefixes beside the slots; they are among `bytes`.
+    """
 
     settings: llamacpp.Settings | onnx.Settings
     bytes: int
+    cache_ram: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,10 @@ def plan(artefact: Artefact, options: Options) -> LoadPlan:
     UnavailableError where a device was asked for that is not there.
     """
     trained = artefact.header.context_length
+    asked = (options.cache_ram or 0) * 2**20
+    if asked < 0:
+        raise UsageError(f"--cache-ram {options.cache_ram} is less than 0")
+    memory = max(0, hardware.memory().available - asked)
     size = _Size(
         context=min(DEFAULT_CONTEXT, trained) if options.context is None else options.context,
         slots=DEFAULT_SLOTS if options.slots is None else options.slots,
@@ -187,17 +198,24 @@ def plan(artefact: Artefact, options: Options) -> LoadPlan:
         if not least <= value <= most:
             raise UsageError(f"{name} {value} is not within {least}..{most}{why}")
     if isinstance(artefact.header, OnnxHeader):
-        return _plan_onnx(artefact, options, size)
-    return _plan_llamacpp(artefact, artefact.header, options, size)
+        planned = _plan_onnx(artefact, options, size, memory)
+    else:
+        planned = _plan_llamacpp(artefact, artefact.header, options, size, memory)
+    device = planned.settings.device
+    if options.cache_ram is None and (device == "cpu" or (device == "auto" and not hardware.gpus())):
+        asked = min(MOST_CACHE_RAM, max(0, memory - planned.bytes) // _CACHE_SHARE)
+    return replace(planned, bytes=planned.bytes + asked, cache_ram=asked)
 
 
-def _plan_llamacpp(artefact: Artefact, header: GGUFHeader, options: Options, size: _Size) -> LoadPlan:
+def _plan_llamacpp(
+    artefact: Artefact, header: GGUFHeader, options: Options, size: _Size, memory: int
+) -> LoadPlan:
     """Layers on the GPUs where there are any; a unified KV cache, per-slot buffers too where they fit."""
     need = estimate(artefact, kv_type=options.kv_type, slots=size.slots)
     device, gpu_layers, why = choose_device(options.device)
     # Layers that find no room on a GPU stay in the system's memory.
     gpus = hardware.gpus() if gpu_layers else []
-    fits = _fitting_cells(need, hardware.memory().available + gpu_offload.room(gpus), size.context)
+    fits = _fitting_cells(need, memory + gpu_offload.room(gpus), size.context)
     # KV cells that are never written to take no memory where the system allows it; but all may be written to.
     whole = size.slots * size.context
     per_slot = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell)
@@ -234,15 +252,14 @@ def _plan_llamacpp(artefact: Artefact, header: GGUFHeader, options: Options, siz
     return LoadPlan(settings, need.total(whole if settings.per_slot_fits else capacity))
 
 
-def _plan_onnx(artefact: Artefact, options: Options, size: _Size) -> LoadPlan:
+def _plan_onnx(artefact: Artefact, options: Options, size: _Size, memory: int) -> LoadPlan:
     """A KV buffer for a whole context for each slot: where memory is short there are fewer slots."""
     if options.kv_type != "f16":
         raise UsageError(
             f"--kv-type {options.kv_type} is for llama.cpp",
             "an ONNX model's KV cache has the type of its export",
         )
-    slots, context = size.slots, size.context
-    memory, batch = hardware.memory().available, BATCH
+    slots, context, batch = size.slots, size.context, BATCH
     if options.device in ("auto", "cuda") and (gpus := hardware.gpus()):
         # The KV cache may come to lie there.
         memory = min(memory, gpus[0].memory_free)

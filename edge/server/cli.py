@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-alive", type=float, metavar="SECONDS", help="unload a model that is idle for this long"
     )
+    parser.add_argument(
+        "--cache-ram",
+        type=int,
+        metavar="MIB",
+        help="RAM for prompts that had to leave their slot (default: a quarter of what is free, up to 8192)",
+    )
     parser.add_argument("--kv-store", type=Path, help="a folder that keeps prompt prefixes over restarts")
     parser.add_argument("--kv-store-mib", type=int, default=1024, help="the size of that folder at most")
     add_progress_option(parser)

@@ -34,6 +34,15 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineProcess], int]]] = {
     "edge_waiting_requests": ("Requests in the queue.", lambda e: e.stats.waiting if e.stats else 0),
     "edge_kv_tokens": ("Tokens in the KV cache.", lambda e: e.stats.kv_tokens if e.stats else 0),
     "edge_kv_cells": ("Cells of the KV cache.", lambda e: e.ready.capacity if e.ready else 0),
+    "edge_cache_ram_bytes": ("Bytes of prefixes kept in RAM.", lambda e: e.stats.ram_bytes if e.stats else 0),
+    "edge_cache_ram_hits_total": (
+        "Requests that took a prefix from RAM.",
+        lambda e: e.stats.ram_hits if e.stats else 0,
+    ),
+    "edge_cache_ram_evictions_total": (
+        "Prefixes that had to leave the RAM.",
+        lambda e: e.stats.ram_evictions if e.stats else 0,
+    ),
     "edge_steps_total": ("Steps of the model.", lambda e: e.stats.steps if e.stats else 0),
 }
 # (suffix of the metric's name, labels, value)

@@ -88,6 +88,8 @@ def plan_model(path: Path, args: argparse.Namespace, lora: Path | None = None) -
         threads=args.threads,
         device=args.device,
         kv_type=args.kv_type,
+        # A budget is for models, unless the cache is asked for.
+        cache_ram=0 if args.cache_ram is None and args.memory_budget is not None else args.cache_ram,
     )
     # An adapter in GGUF goes on top of a GGUF.
     artefact, why = load_plan.pick(path, "llamacpp" if args.lora else args.backend, options)
@@ -101,6 +103,7 @@ def plan_model(path: Path, args: argparse.Namespace, lora: Path | None = None) -
         tune=not args.no_tune,
         store=str(args.kv_store.absolute()) if args.kv_store else "",
         store_mib=args.kv_store_mib,
+        cache_ram=plan.cache_ram,
         why=f"{artefact.kind}: {why}",
     )
     return Planned(load, artefact, plan.bytes)

@@ -166,7 +166,7 @@ def main() -> int:
         import resource
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (handles, handles))
-    max_queue = settings.pop("max_queue", 64)
+    max_queue, cache_ram = settings.pop("max_queue", 64), settings.pop("cache_ram", 0)
 
     def planned(given: dict[str, Any]) -> Planned:
         given = dict(given)
@@ -174,7 +174,7 @@ def main() -> int:
             given |= json.loads(Path(file).read_text(encoding="utf-8"))
         size, digest = given.pop("bytes", 0), given.pop("digest", "")
         given.setdefault("chat_template", TEMPLATE)
-        load = Load(kind="fake", settings=given, max_queue=max_queue)
+        load = Load(kind="fake", settings=given, max_queue=max_queue, cache_ram=cache_ram)
         return Planned(load, FakeArtefact(digest) if digest else None, size)  # type: ignore[arg-type]
 
     models = settings.pop("models", {"fake": settings})

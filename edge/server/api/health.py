@@ -70,6 +70,12 @@ async def info(request: Request, model: str | None = None) -> dict[str, Any]:
         "waiting": stats.waiting,
         "busy_slots": stats.busy_slots,
         "kv_tokens": stats.kv_tokens,
+        "cache_ram": {
+            "limit": engine.load.cache_ram,
+            "bytes": stats.ram_bytes,
+            "hits": stats.ram_hits,
+            "evictions": stats.ram_evictions,
+        },
         "steps": stats.steps,
         "step_tokens": stats.step_tokens,
         "step_s": round(stats.step_s, 4),

@@ -243,3 +243,36 @@ def test_s12_slots_shrink_to_the_memory_and_what_does_not_fit_is_refused(
 def test_other_devices_are_for_onnx() -> None:
     with pytest.raises(UnavailableError, match="is for ONNX"):
         load_plan.choose_device("dml")
+
+
+def test_prefixes_in_ram_take_a_share_of_what_is_free(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(cache_ram: int | None) -> load_plan.LoadPlan:
+        return load_plan.plan(tiny, Options(slots=2, device="cpu", cache_ram=cache_ram))
+
+    memory(monkeypatch, 1024)
+    without = planned(0)
+    assert without.cache_ram == 0
+    share = planned(None)
+    assert share.cache_ram == (2**30 - without.bytes) // 4
+    assert share.bytes == without.bytes + share.cache_ram
+    assert planned(100).bytes == without.bytes + 100 * 2**20
+    memory(monkeypatch, 2**20)
+    assert planned(None).cache_ram == load_plan.MOST_CACHE_RAM
+    need = load_plan.estimate(tiny, kv_type="f16", slots=2).total(520)
+    memory(monkeypatch, need / 2**20 + 100)
+    assert planned(100).settings.capacity < without.settings.capacity
+    with pytest.raises(InputError, match="are free"):
+        planned(1000)
+    with pytest.raises(UsageError, match="--cache-ram -1"):
+        planned(-1)
+
+
+def test_on_a_gpu_prefixes_are_kept_in_ram_where_that_is_asked_for(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_plan, "choose_device", lambda _: ("cuda: a GPU", -1, "asked for"))
+    memory(monkeypatch, 2**20)
+    assert load_plan.plan(tiny, Options(cache_ram=None)).cache_ram == 0
+    assert load_plan.plan(tiny, Options(cache_ram=7)).cache_ram == 7 * 2**20

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with fake_server(reply="你好", context=256, origins=["https://app.example"]) as started:
+    given = {"slots": 1, "cache_ram": 2**20}
+    with fake_server(reply="你好", context=1024, origins=["https://app.example"], **given) as started:
         yield started
 
 
@@ -49,3 +50,18 @@ def test_metrics_count_what_was_done(server: Server) -> None:
     old = value(unknown)
     server.get("/no/such/" + "path")
     assert value(unknown) == old + 1
+
+
+def test_prefixes_in_ram_are_told(server: Server) -> None:
+    cached = []
+    for word in ("one ", "two ", "one "):
+        answer = server.post("/generate", {"prompt": 50 * word, "cache_prompt": True}).json()
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    # The template's head alone is common to both.
+    assert cached[0] == cached[1] < 10 and cached[2] > 200
+    told = server.get("/info").json()["cache_ram"]
+    assert told["limit"] == 2**20 and 0 < told["bytes"] <= 2**20
+    assert (told["hits"], told["evictions"]) == (1, 0)
+    text = server.get("/metrics").text
+    assert f'edge_cache_ram_bytes{{model="fake"}} {told["bytes"]}' in text
+    assert 'edge_cache_ram_hits_total{model="fake"} 1' in text
