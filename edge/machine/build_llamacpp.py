@@ -1,5 +1,7 @@
 """Builds llama-cpp-python for this machine: `python -m edge.machine.build_llamacpp [--cuda] [--force]`.
 
+`--portable` builds for machines like it, as an image needs that runs elsewhere.
+
 A build with default flags is wrong on some machines: it crashes on CPUs with AMX (see csrc/amx_tileconfig.h),
 and with OpenMP it becomes very slow beside a busy core. So the pinned sdist is built with flags of our own
 and, on x86, with attention and matrix products of our own (csrc). The wheel is kept in the user's cache under
@@ -68,6 +70,14 @@ OFF = (
 _SAID_EVERY_S = 15.0
 NO_REPACKING = "weights are not repacked (use_extra_bufts=False): slower than it could be"
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+# Machine -> the processors that a portable build is for, and the definitions that say so to CMake. AVX2 is
+# the least that edge's own kernels need.
+_X86 = (
+    "any x86-64 CPU with AVX2, FMA and F16C",
+    dict.fromkeys(("GGML_SSE42", "GGML_AVX", "GGML_AVX2", "GGML_BMI2", "GGML_FMA", "GGML_F16C"), "ON"),
+)
+_ARM = ("any Arm CPU of ARMv8.2 with dotprod", {"GGML_CPU_ARM_ARCH": "armv8.2-a+dotprod"})
+PORTABLE = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
 COMPILER_HINTS = {
     "linux": "Debian, Ubuntu: sudo apt-get install build-essential; Fedora: sudo dnf install gcc-c++; "
@@ -94,7 +104,8 @@ class Compiler:
 class Plan:
     """One way to build: CMake definitions, and a key over everything that shapes the binary.
 
-    stock_key: the key of unmodified llama.cpp, without the replacements in csrc.
+    stock_key: the key of unmodified llama.cpp, without the replacements in csrc. portable: which CPUs it is
+    for, "" for this one.
     """
 
     defines: dict[str, str]
@@ -102,6 +113,7 @@ class Plan:
     key: str
     stock_key: str
     compiler: Compiler
+    portable: str = ""
 
 
 def compiler() -> Compiler:
@@ -122,8 +134,8 @@ def compiler() -> Compiler:
     raise NoCompilerError(f"{PACKAGE} is built on this machine, which has no C++ compiler", hint)
 
 
-def nvcc() -> tuple[str, str]:
-    """Path and version of CUDA's compiler. Raises UnavailableError without it, or without a GPU."""
+def nvcc(*, gpu: bool = True) -> tuple[str, str]:
+    """Path and version of CUDA's compiler. Raises UnavailableError without it, or without a `gpu`."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [str(Path(home) / "bin") for home in homes if home]
     path = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places))
@@ -133,36 +145,45 @@ def nvcc() -> tuple[str, str]:
             "install NVIDIA's CUDA toolkit (Debian, Ubuntu: sudo apt-get install nvidia-cuda-toolkit), "
             f"or build for the CPU: {BUILD}",
         )
-    if not hardware.gpus():
+    if gpu and not hardware.gpus():
         raise UnavailableError(
             "--cuda: `nvidia-smi` shows no GPU", f"install NVIDIA's driver, or build for the CPU: {BUILD}"
         )
     return path, hardware.command_output([path, "--version"])
 
 
-def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
-    """The build that fits this machine. `amx` False switches those instructions off."""
+def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Plan:
+    """The build that fits this machine, or all like it. `amx` False switches those instructions off.
+
+    Raises UnavailableError without a compiler, or for a `portable` build on an architecture that has none.
+    """
     tool = compiler()
-    defines = dict.fromkeys(OFF, "OFF") | {"GGML_NATIVE": "ON"}
+    defines = dict.fromkeys(OFF, "OFF") | {"GGML_NATIVE": "OFF" if portable else "ON"}
+    kind = platform.machine()
+    if portable and kind not in PORTABLE:
+        raise UnavailableError(f"--portable: no build is known for {kind}", f"build for this CPU: {BUILD}")
+    cpus, cpu_defines = PORTABLE[kind] if portable else ("", {})
+    defines |= cpu_defines
     if sys.platform == "darwin":
         defines["GGML_METAL"] = "ON" if hardware.apple_gpu() else "OFF"
     cuda_version = ""
     if cuda:
-        path, cuda_version = nvcc()
+        path, cuda_version = nvcc(gpu=False) if portable else nvcc()
         defines |= {"GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": path}
+        if portable:
+            # Virtual memory needs the driver's library, which is not there before the image runs.
+            defines["GGML_CUDA_NO_VMM"] = "ON"
     cxx_flags = ""
-    if tool.kind == "gcc" and platform.machine() in ("x86_64", "AMD64"):
+    if tool.kind == "gcc" and kind in ("x86_64", "AMD64"):
         cxx_flags = "include-header" if amx else NO_AMX
     shape = {
         "version": VERSION,
         "defines": defines,
         "cxx_flags": cxx_flags,
         "compiler": [tool.kind, tool.version],
-        "cuda": [cuda_version, *(f"{gpu.name} {gpu.compute_capability}" for gpu in hardware.gpus())]
-        if cuda
-        else [],
-        "platform": [sys.platform, platform.machine()],
-        "cpu": cpu_key(),
+        "cuda": [cuda_version, *([] if portable else gpu_keys())] if cuda else [],
+        "platform": [sys.platform, kind],
+        "cpu": cpus or cpu_key(),
     }
 
     def key(sources: Iterable[Path]) -> str:
@@ -171,7 +192,12 @@ def plan(*, cuda: bool = False, amx: bool = True) -> Plan:
         return hashlib.sha256(facts.encode("utf-8")).hexdigest()[:20]
 
     ours = (path for path in CSRC.iterdir() if path.is_file())
-    return Plan(defines, cxx_flags, key(ours), key([HEADER]), tool)
+    return Plan(defines, cxx_flags, key(ours), key([HEADER]), tool, cpus)
+
+
+def gpu_keys() -> list[str]:
+    """What CUDA's native code depends on, a GPU each."""
+    return [f"{gpu.name} {gpu.compute_capability}" for gpu in hardware.gpus()]
 
 
 def cpu_key() -> str:
@@ -183,8 +209,9 @@ def cpu_key() -> str:
 def build_info() -> dict[str, Any]:
     """What `install` wrote about the library that is used; empty without one, or where another replaced it.
 
-    version, key, wanted (the key that was asked for), defines, cxx_flags, compiler, cpu, cpu_key, cuda,
-    created; stock: as `stock` has it; check: mode -> outcome of its decodes (plain, extra, gpu);
+    version, key, wanted (the key that was asked for), defines, cxx_flags, compiler, cpu (which it is for),
+    cpu_key ("" for a portable build), cuda, created; stock: as `stock` has it; check: mode -> outcome of its
+    decodes (plain, extra, gpu);
     use_extra_bufts, gpu: may be used; notes: what is switched off, as sentences. Loads no native code.
     """
     file = _record_file()
@@ -229,7 +256,7 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
     folder = hardware.cache_dir() / "wheels" / chosen.key
     kept = sorted(folder.glob("*.whl"))
     if kept and not force:
-        console.print(f"llama.cpp: the wheel for this machine is in the cache ({folder})")
+        console.print(f"llama.cpp: the wheel is in the cache ({folder})")
         return kept[0]
     hardware.writable_cache("wheels")
     console.print("llama.cpp: its sources (77 MB) and CMake (30 MB), unless they are here already")
@@ -320,7 +347,7 @@ def _build(arguments: list[str], log: Path, console: Console) -> None:
         name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "CXXFLAGS", "CFLAGS")
     }
     env |= {"CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "PYTHONUTF8": "1"}
-    console.print(f"llama.cpp: building for this machine; this takes some minutes, once (log: {log})")
+    console.print(f"llama.cpp: building; this takes some minutes, once (log: {log})")
     start = time.monotonic()
     steps = _BuildSteps(console)
     with (
@@ -394,22 +421,25 @@ def probe() -> Probe:
     return Probe(error, f"{PACKAGE} does not load: {error}")
 
 
-def install(*, cuda: bool = False, force: bool = False, console: Console | None = None) -> dict[str, Any]:
+def install(
+    *, cuda: bool = False, force: bool = False, portable: bool = False, console: Console | None = None
+) -> dict[str, Any]:
     """Bring llama.cpp into this Python and check it. Returns `build_info()`.
 
     The library that LLAMA_CPP_LIB_PATH names; a build for this machine, or its wheel from the cache; a stock
-    wheel. Raises NoCompilerError where there is neither a compiler nor a stock wheel, EdgeError where a build
-    fails and there is no stock wheel either, UsageError where the library cannot be taken, UnavailableError
-    where `cuda` was asked for and the GPU does not decode.
+    wheel, unless `cuda` or `portable` was asked for. Raises NoCompilerError where there is neither a compiler
+    nor a stock wheel, EdgeError where a build fails and there is no stock wheel either, UsageError where the
+    library cannot be taken, UnavailableError where `cuda` was asked for and the GPU does not decode; a
+    `portable` build is checked on the CPU alone.
     """
     console = console or plain_console()
     if folder := stock_llamacpp.library_folder():
         stock_llamacpp.check_library(folder)
         return _install_library(folder, force, console)
     try:
-        return _install_build(cuda, force, console)
+        return _install_build(cuda, force, console, portable=portable)
     except EdgeError as error:
-        if cuda:
+        if cuda or portable:
             raise
         console.print(f"llama.cpp: {error.message}", style="yellow")
         return _install_stock(error, force, console)
@@ -461,22 +491,24 @@ def _record_stock(name: str, outcome: dict[str, str], console: Console) -> dict[
     return _record(facts | {"cuda": gpu, "notes": notes}, outcome, console)
 
 
-def _install_build(cuda: bool, force: bool, console: Console) -> dict[str, Any]:
+def _install_build(cuda: bool, force: bool, console: Console, *, portable: bool) -> dict[str, Any]:
     """Build (or take from the cache), install, check.
 
     A build that dies with repacked weights is replaced by one without AMX where the CPU has it, or limited to
     ordinary buffers; `notes` says so.
     """
-    wanted = plan(cuda=cuda)
+    wanted, check_gpu = plan(cuda=cuda, portable=portable), cuda and not portable
     info = build_info()
     if not force and info.get("wanted") == wanted.key:
-        console.print(f"llama.cpp: {PACKAGE} {VERSION} is built for this machine already")
+        console.print(
+            f"llama.cpp: {PACKAGE} {VERSION} is built for {wanted.portable or 'this machine'} already"
+        )
         return info
     chosen, notes = wanted, list[str]()
-    outcome = _install_and_check(wheel(chosen, console, force=force), cuda)
+    outcome = _install_and_check(wheel(chosen, console, force=force), check_gpu)
     if outcome["plain"] != "ok" or outcome["extra"] != "ok":
         notes.append(f"the default build failed its check: {outcome}")
-        if "amx_tile" in hardware.cpu_flags() and chosen.compiler.kind == "gcc":
+        if "amx_tile" in hardware.cpu_flags() and not portable and chosen.compiler.kind == "gcc":
             console.print(f"llama.cpp: the check failed ({outcome}); building without AMX", style="yellow")
             chosen = plan(cuda=cuda, amx=False)
             outcome = _install_and_check(wheel(chosen, console), cuda)
@@ -488,7 +520,7 @@ def _install_build(cuda: bool, force: bool, console: Console) -> dict[str, Any]:
         )
     if outcome["extra"] != "ok":
         notes.append(NO_REPACKING)
-    if cuda and outcome.get("gpu") != "ok":
+    if check_gpu and outcome.get("gpu") != "ok":
         raise UnavailableError(
             f"the CUDA build cannot decode on the GPU: {outcome.get('gpu', 'it sees no GPU')}",
             f"check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: {BUILD}",
@@ -500,15 +532,16 @@ def _install_build(cuda: bool, force: bool, console: Console) -> dict[str, Any]:
         "cxx_flags": chosen.cxx_flags,
         "compiler": f"{chosen.compiler.kind}: {chosen.compiler.version}",
     }
+    if portable:
+        facts |= {"cpu": chosen.portable, "cpu_key": ""}
     return _record(facts | {"cuda": cuda, "notes": notes}, outcome, console)
 
 
 def _record(facts: dict[str, Any], outcome: dict[str, str], console: Console) -> dict[str, Any]:
     """Write what is known of the library beside it, and say it."""
-    info = facts | {
+    info = {"cpu": hardware.cpu_model(), "cpu_key": cpu_key()} | facts
+    info |= {
         "version": VERSION,
-        "cpu": hardware.cpu_model(),
-        "cpu_key": cpu_key(),
         "check": outcome,
         "use_extra_bufts": outcome["extra"] == "ok",
         "gpu": outcome.get("gpu") == "ok",
@@ -547,8 +580,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=BUILD, description=__doc__)
     parser.add_argument("--cuda", action="store_true", help="for an NVIDIA GPU (needs nvcc)")
     parser.add_argument("--force", action="store_true", help="build again, whatever the cache holds")
+    parser.add_argument("--portable", action="store_true", help="for machines like it, not for it alone")
     options = parser.parse_args(argv)
-    install(cuda=options.cuda, force=options.force)
+    install(cuda=options.cuda, force=options.force, portable=options.portable)
     return 0
 
 

@@ -107,7 +107,10 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         compiler = build_llamacpp.compiler()
         yield Item(group, "compiler", f"{compiler.kind}: {compiler.version or 'found'}")
     except UnavailableError as error:
-        yield Item(group, "compiler", "none", error.hint)
+        if build_llamacpp.build_info():
+            yield Item(group, "compiler", "none, and none is needed: llama.cpp is installed")
+        else:
+            yield Item(group, "compiler", "none", error.hint)
     installed = manifest.versions(PACKAGE).get(PACKAGE)
     if not installed:
         yield Item(group, PACKAGE, "not installed", BUILD)
@@ -127,7 +130,7 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         yield Item(group, PACKAGE, text, BUILD)
         return
     flags = [f"{name}={value}" for name, value in sorted(info["defines"].items()) if "LLAMA" not in name]
-    moved = info["cpu_key"] != build_llamacpp.cpu_key()
+    moved = info["cpu_key"] not in ("", build_llamacpp.cpu_key())  # "": for more than one CPU
     todo = f"{BUILD}  (it was made or checked on another CPU)" if moved else ""
     text = info.get("stock") or f"built for {info['cpu']} ({' '.join(flags)})"
     yield Item(group, PACKAGE, f"{installed}, {text}", todo)
@@ -137,7 +140,7 @@ def _llamacpp(gpus: list[hardware.GPU]) -> Iterator[Item]:
         problem = outcome.no_gpu or f"its check: {info['check'].get('gpu', 'not made')}"
         used = info["gpu"] and not outcome.no_gpu
         yield Item(group, "GPU", "used" if used else problem, "" if used else f"{BUILD} --force")
-    elif gpus and not info["gpu"]:
+    elif gpus and not (info["gpu"] or info.get("cuda")):
         yield Item(group, "GPU", "not used by this build", f"{BUILD} --cuda")
     elif gpus:
         remedy = gpu_remedy(outcome.no_gpu, gpus) or f"{BUILD} --cuda --force"

@@ -79,6 +79,23 @@ def test_key_follows_all_that_shapes_the_binary(monkeypatch: pytest.MonkeyPatch)
     assert len(keys) == 5
 
 
+@pytest.mark.usefixtures("gcc_on_x86")
+def test_a_portable_build_depends_on_no_cpu_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_llamacpp, "nvcc", lambda gpu=True: ("nvcc", "13.0"))
+    plans = [build_llamacpp.plan(cuda=True, portable=True)]
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "B")
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.GPU(0, "RTX", 0, 0, "576", "8.9", "12.9")])
+    plans += [build_llamacpp.plan(cuda=True, portable=True), build_llamacpp.plan(portable=True)]
+    defines = plans[0].defines
+    assert defines["GGML_NATIVE"] == "OFF" and defines["GGML_AVX2"] == defines["GGML_FMA"] == "ON"
+    assert defines["GGML_CUDA_NO_VMM"] == "ON" and "GGML_AVX512" not in defines
+    assert plans[0].key == plans[1].key != plans[2].key
+    assert plans[0].portable == "any x86-64 CPU with AVX2, FMA and F16C"
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(UnavailableError, match="--portable: no build is known for riscv64"):
+        build_llamacpp.plan(portable=True)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX compilers")
 def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -183,6 +200,27 @@ Fake = tuple[dict[tuple[str, str], str], list[str]]
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200, markup=False)
+
+
+def test_a_portable_build_is_recorded_as_one(fake_install: Fake) -> None:
+    fake_install[0]["include-header", "extra"] = "died with SIGILL"
+    info = build_llamacpp.install(portable=True, console=quiet())
+    assert (
+        info["cpu"].startswith("any x86-64")
+        and info["cpu_key"] == ""
+        and info["defines"]["GGML_AVX2"] == "ON"
+    )
+    # No build without AMX in its place: that is not what it was built with.
+    assert info["use_extra_bufts"] is False and fake_install[1] == ["include-header"]
+
+
+def test_a_portable_build_that_fails_is_not_replaced_by_a_stock_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Compiler:
+        raise UnavailableError("no compiler")
+
+    monkeypatch.setattr(build_llamacpp, "compiler", none)
+    with pytest.raises(UnavailableError, match="no compiler"):
+        build_llamacpp.install(portable=True, console=quiet())
 
 
 def test_a_good_build_is_recorded_and_not_made_twice(fake_install: Fake, tmp_path: Path) -> None:

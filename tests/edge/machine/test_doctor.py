@@ -87,6 +87,21 @@ def test_missing_and_foreign_builds(machine: dict[str, Any], monkeypatch: pytest
     assert item("compiler") == doctor.Item("llama.cpp", "compiler", "none", "install one")
 
 
+def test_an_image_with_a_portable_build_and_no_compiler(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> build_llamacpp.Compiler:
+        raise UnavailableError("no compiler", "install one")
+
+    monkeypatch.setattr(build_llamacpp, "compiler", none)
+    machine["info"] |= {"cpu": "any x86-64 CPU with AVX2", "cpu_key": "", "cuda": True}
+    assert item("compiler").found.startswith("none, and none is needed") and item("compiler").todo == ""
+    assert "built for any x86-64 CPU with AVX2" in item(doctor.PACKAGE).found
+    assert item(doctor.PACKAGE).todo == ""
+    # It was built where no GPU was.
+    assert item("GPU") == doctor.Item("llama.cpp", "GPU", "used")
+
+
 def test_a_mac_is_named_with_its_unified_memory(
     machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

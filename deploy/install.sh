@@ -1,0 +1,29 @@
+# Of the Dockerfile: /opt/edge with the packages of the extras $1, and llama.cpp.
+set -eu
+requirements=$(mktemp)
+python3 - "$1" >"$requirements" <<'PYTHON'
+import pathlib, sys, tomllib
+
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+extras = [name for extra in sys.argv[1].split(",") for name in project["optional-dependencies"][extra]]
+print(*project["dependencies"], *extras, sep="\n")
+PYTHON
+python3 -m venv /opt/edge
+index="--extra-index-url $TORCH_INDEX_URL"
+if [ -n "$CUDA" ]; then
+    index=
+    sed -i 's/^onnxruntime$/onnxruntime-gpu[cuda,cudnn]/' "$requirements"
+fi
+/opt/edge/bin/pip install $index -c edge/constraints.txt -r "$requirements"
+portable=--portable
+[ "$LLAMA_CPU" = portable ] || portable=
+/opt/edge/bin/python -m edge.machine.build_llamacpp $portable ${CUDA:+--cuda}
+# The build's own tools stay behind; llama.cpp's converter, which exports run, comes along.
+/opt/edge/bin/pip uninstall --quiet --yes cmake ninja scikit-build-core
+case $1 in *train*)
+    sdist=$(/opt/edge/bin/python -c 'from edge.machine.llamacpp_source import sdist; print(sdist())')
+    target=/opt/edge/sdist/$(basename "$sdist")/vendor/llama.cpp
+    mkdir -p "$target"
+    cp -r "$sdist"/vendor/llama.cpp/convert*.py "$sdist"/vendor/llama.cpp/conversion \
+        "$sdist"/vendor/llama.cpp/gguf-py "$target"
+esac
