@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install everything demo test test-ui test-all check check-here check-platforms check-win32 check-darwin
-.PHONY: conformance ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: conformance image-test ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
 .PHONY: test-gbk test-windows-rules fuzz web-libraries data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -60,6 +60,7 @@ help:
 	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
 	@echo "make web-libraries  the chat page's libraries anew, with npm"
+	@echo "make image-test    the images of deploy/, built and used (root, buildah, debootstrap; half an hour)"
 	@echo "make conformance   other projects' clients and suites against a running server"
 	@echo "make clean         remove caches (models, runs and .venv stay)"
 	@echo
@@ -153,6 +154,9 @@ conformance: everything .venv-conformance/installed .venv-conformance-openai1/in
 	PYTHONPATH=. .venv-conformance/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . tests/conformance
 	PYTHONPATH=. .venv-conformance-openai1/bin/python -m pytest -c tests/conformance/pytest.ini --rootdir . \
 	    -p no:asyncio tests/conformance/conform_openai.py
+
+image-test: everything
+	$(BIN)/python -m tests.container_images build/images
 
 ui: extras-serve,ui,train
 	$(BIN)/edge ui

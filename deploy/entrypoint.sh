@@ -1,7 +1,7 @@
 #!/bin/sh
 # In the images: `edge` with these arguments, after what a container may lack was looked for.
 set -eu
-if [ "$1" = health ]; then
+if [ "${1:-}" = health ]; then
     # Whether something answers; a page that asks for its key does.
     exec python -c '
 import sys, urllib.error, urllib.request
@@ -18,7 +18,7 @@ if [ "$EDGE_LLAMA_CPU" = portable ] && [ "$(uname -m)" = x86_64 ] && ! grep -qw 
     exit 1
 fi
 folders=/cache
-[ "$1" = serve ] || folders="/cache /work/models /work/data /work/runs /work/jobs"
+[ "${1:-}" = serve ] || folders="/cache /work/models /work/data /work/runs /work/jobs"
 for folder in $folders; do
     if ! [ -w "$folder" ]; then
         echo "error: $folder cannot be written by the container's user $(id -u)" >&2
@@ -34,4 +34,22 @@ if [ -d /opt/edge/sdist ]; then
         [ -e "/cache/edge/sdist/${source##*/}" ] || ln -sfn "$source" "/cache/edge/sdist/${source##*/}"
     done
 fi
-exec edge "$@"
+[ "${1:-}" = ui ] || exec edge "$@"
+# With the container ends what the page has started: a training is told, and writes a checkpoint first.
+edge "$@" &
+page=$!
+trap 'kill -TERM $page' TERM INT
+code=0
+wait $page || code=$?
+# The signal itself ends the first wait.
+[ $code -le 128 ] || { code=0; wait $page || code=$?; }
+python -c '
+import pathlib, time
+from edge.jobs import job
+jobs = [one for one in job.jobs(pathlib.Path("jobs")) if one.state in job.RUNNING]
+for one in jobs:
+    print(f"stopping job {one.name}:", *one.argv)
+    one.stop()
+while any(one.state in job.RUNNING for one in jobs):
+    time.sleep(0.2)'
+exit $code

@@ -9,12 +9,13 @@ extras = [name for extra in sys.argv[1].split(",") for name in project["optional
 print(*project["dependencies"], *extras, sep="\n")
 PYTHON
 python3 -m venv /opt/edge
+/opt/edge/bin/pip install --quiet "pip==$(python3 -c 'from edge.setup import PIP; print(PIP)')"
 index="--extra-index-url $TORCH_INDEX_URL"
 if [ -n "$CUDA" ]; then
     index=
     sed -i 's/^onnxruntime$/onnxruntime-gpu[cuda,cudnn]/' "$requirements"
 fi
-/opt/edge/bin/pip install $index -c edge/constraints.txt -r "$requirements"
+/opt/edge/bin/pip install --quiet $index -c edge/constraints.txt -r "$requirements"
 portable=--portable
 [ "$LLAMA_CPU" = portable ] || portable=
 /opt/edge/bin/python -m edge.machine.build_llamacpp $portable ${CUDA:+--cuda}

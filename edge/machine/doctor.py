@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -30,6 +31,8 @@ from edge.setup import (
     this_python,
     torch_kind,
 )
+
+_READ_ONLY = "this environment cannot be written by this user: in a container, take the image that has them"
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ def _packages(gpus: list[hardware.GPU]) -> Iterator[Item]:
         text = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
         for title, names in (("missing", missing), ("other than tested", other)):
             text += f"; {title}: {', '.join(names)}" if names else ""
-        yield Item("packages", extra, text, install_command(extra) if missing or other else "")
+        todo = install_command(extra) if os.access(sysconfig.get_path("purelib"), os.W_OK) else _READ_ONLY
+        yield Item("packages", extra, text, todo if missing or other else "")
     if gpus and torch_kind(Path(sysconfig.get_path("purelib"))) == "cpu":
         yield Item("packages", "torch", "built for the CPU: training does not use the GPU", _cuda_torch())
 

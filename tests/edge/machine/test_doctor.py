@@ -138,6 +138,9 @@ def test_packages_missing_and_other_than_tested(
     assert "other than tested: httpx 0.27.0 (tested: 0.28.1)" in dev.found
     assert "does not use the GPU" in item("torch").found
     assert item("torch").todo.endswith("torch==2.13.0")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        assert item("train").todo.startswith("this environment cannot be written") and item("ui").todo == ""
     monkeypatch.setattr("sys.platform", "win32")
     assert "edge.setup --extras train --cuda" in list(doctor._packages([THE_GPU]))[-1].todo
 

@@ -1,0 +1,329 @@
+"""The images of deploy/, built and used: a training, an export, answers over HTTP, and what is refused.
+
+    sudo python -m tests.container_images FOLDER [--keep]
+
+Needs root, buildah and debootstrap, and no registry: the base is made by debootstrap. Containers run in
+chroots (buildah's chroot isolation), so their network is this machine's: a port that compose.yaml would map
+is asked as it is. pip's settings are this machine's, mounted while packages are installed. It takes half an
+hour on two cores and 15 GB in FOLDER, which is emptied at the end: no suite runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from edge.machine.hardware import free_port
+from tests.support.runs import ROWS
+from tests.support.toy import make_model
+
+SOURCES = Path(__file__).parents[1]
+BASE = "localhost/edge-test-base"
+LIMITS = {"serve": 1.5e9, "ui": 6e9}
+# Neither the one that builds an image nor root, as EDGE_UID may say.
+USER = 4321
+KEY = "a-key-of-the-test"
+COMPILERS = re.compile(r"(.*-)?(cc|gcc|g\+\+|c\+\+|clang|cc1|cc1plus|as|ld|cmake|ninja|nvcc)(-?[\d.]+)?")
+FOLDERS = {name: f"/work/{name}" for name in ("models", "data", "runs", "jobs")} | {"cache": "/cache"}
+
+
+class Buildah:
+    """buildah with its storage in a folder, which is removed with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+        roots = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
+        self._command = ["buildah", *roots, "--storage-driver", "vfs"]
+        self._env = os.environ | {"TMPDIR": str(folder / "tmp")}
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen([*self._command, *words], env=self._env, text=True, **options)
+
+    def __call__(self, *words: str) -> str:
+        with self.start(*words, stdout=subprocess.PIPE) as process:
+            text, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"buildah {words[0]} failed: exit code {process.returncode}")
+        return text.strip()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def make_base(buildah: Buildah) -> None:
+    """A minimal Debian as an image."""
+    root = buildah.folder / "base"
+    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True)
+    container = buildah("from", "scratch")
+    buildah("add", "--quiet", container, str(root), "/")
+    buildah("commit", "--quiet", container, BASE)
+    buildah("rm", container)
+    shutil.rmtree(root)
+
+
+def pip_mounts(folder: Path) -> list[str]:
+    """Options that show this machine's pip settings, and the folders that they name, to the build."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
+    rows = re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", done.stdout, re.MULTILINE)
+    settings = {name: value for name, value in rows if name != "index-url"}
+    mounts = {}
+    if certificates := settings.pop("cert", ""):
+        settings["cert"] = "/run/certificates.crt"
+        mounts[certificates] = settings["cert"]
+    for value in settings.values():
+        for word in value.split():
+            path = word.removeprefix("file://")
+            if path.startswith("/") and Path(path).exists():
+                mounts[path] = path
+    lines = [f"{name} = {value}" for name, value in settings.items()]
+    (folder / "pip.conf").write_text("\n".join(["[global]", *lines, ""]), encoding="utf-8")
+    mounts[str(folder / "pip.conf")] = "/etc/pip.conf"
+    options = [option for source, target in mounts.items() for option in ("-v", f"{source}:{target}:ro")]
+    for name, value in rows:
+        if name == "index-url":
+            options += ["--build-arg", f"PIP_INDEX_URL={value}", "--build-arg", f"TORCH_INDEX_URL={value}"]
+    return options
+
+
+def build(buildah: Buildah, target: str) -> None:
+    """Build one image, and check what it holds."""
+    options = ["--isolation", "chroot", "--build-arg", f"BASE={BASE}", *pip_mounts(buildah.folder)]
+    file = SOURCES / "deploy" / "Dockerfile"
+    start = time.monotonic()
+    buildah(
+        "bud", *options, "--target", target, "-t", f"localhost/edge-{target}", "-f", str(file), str(SOURCES)
+    )
+    say(f"{target}: built in {time.monotonic() - start:.0f} s")
+    image = json.loads(buildah("inspect", "--type", "image", f"localhost/edge-{target}"))
+    layers = [layer["size"] for layer in json.loads(image["Manifest"])["layers"]]
+    say(
+        f"{target}: {sum(layers) / 1e6:,.0f} MB, by layer "
+        + " + ".join(f"{size / 1e6:,.0f}" for size in layers)
+    )
+    assert sum(layers) < LIMITS[target], f"{target} is over {LIMITS[target] / 1e9} GB"
+    config = image["OCIv1"]["config"]
+    assert config["User"] == "1000:0", config["User"]
+    assert list(config["ExposedPorts"]) == [{"serve": "8000/tcp", "ui": "7860/tcp"}[target]]
+    assert "PIP_INDEX_URL" not in " ".join(config["Env"])
+
+
+class Container:
+    """A container of an image, with folders of this machine as its volumes."""
+
+    def __init__(self, buildah: Buildah, target: str, volumes: Path) -> None:
+        self._buildah, self.volumes = buildah, volumes
+        self.name = buildah("from", f"localhost/edge-{target}")
+        self.root = Path(buildah("mount", self.name))
+        for name in FOLDERS:
+            (volumes / name).mkdir(parents=True, exist_ok=True)
+            os.chown(volumes / name, USER, 0)
+
+    def start(self, *words: str, key: str = KEY, log: Path | None = None) -> subprocess.Popen[str]:
+        """The image's entry point with these words, as compose.yaml starts it."""
+        options = ["--isolation", "chroot", "--user", f"{USER}:0", "--env", f"EDGE_API_KEY={key}"]
+        for name, path in FOLDERS.items():
+            options += ["-v", f"{self.volumes / name}:{path}"]
+        out = log.open("w", encoding="utf-8") if log else subprocess.PIPE
+        return self._buildah.start(
+            "run", *options, self.name, "--", "edge-entrypoint", *words, stdout=out, stderr=subprocess.STDOUT
+        )
+
+    def run(self, *words: str, code: int = 0, key: str = KEY) -> str:
+        """What the command prints; its exit code must be `code`."""
+        with self.start(*words, key=key) as process:
+            text, _ = process.communicate()
+        assert process.returncode == code, f"{words}: exit code {process.returncode}\n{text}"
+        return text
+
+    @contextlib.contextmanager
+    def serving(self, port: int, *words: str) -> Iterator[Path]:
+        """A server of the container, while it runs; its log."""
+        log = self.volumes.parent / f"{words[0]}.log"
+        process = self.start(*words, "--port", str(port), log=log)
+        try:
+            deadline = time.monotonic() + 120
+            while ask(port, "/health")[0] == 0:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
+                time.sleep(0.5)
+            yield log
+        finally:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.terminate()
+            process.wait(timeout=60)
+
+
+def ask(port: int, path: str, body: object = None, *, key: str = "") -> tuple[int, str]:
+    """Status and text of an answer; status 0 where nothing listens."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)
+
+
+def check_processes(port: int) -> None:
+    """Nobody of the server is root, and nothing but the port is open to others."""
+    [owner] = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+    server = psutil.Process(owner)
+    for process in (server, *server.children(recursive=True)):
+        assert USER in process.uids() and 0 not in process.uids(), process
+        listening = [c.laddr for c in process.net_connections("inet") if c.status == "LISTEN"]
+        assert all(address.port == port or address.ip == "127.0.0.1" for address in listening), listening
+
+
+def check_contents(container: Container) -> None:
+    found = [
+        path
+        for folder in ("usr/bin", "usr/local/bin", "usr/lib/gcc", "opt/edge/bin", "usr/libexec")
+        for path in (container.root / folder).rglob("*")
+        if COMPILERS.fullmatch(path.name) and path.is_file()
+    ]
+    assert not found, f"a compiler is in the image: {found}"
+    packages = next((container.root / "opt/edge/lib").glob("python*/site-packages"))
+    sizes = {
+        path.name: sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+        for path in packages.iterdir()
+    }
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:8]
+    say("   largest packages, MB: " + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in largest))
+
+
+def check_refusals(container: Container, target: str) -> None:
+    """What is missing is named in a sentence; nothing is started."""
+    words = {"serve": ("serve", "runs/run", "--wait"), "ui": ("ui",)}[target]
+    text = container.run(*words, "--host", "0.0.0.0", code=2, key="")
+    assert "needs an API key" in text and "Traceback" not in text, text
+    cache = container.volumes / "cache"
+    os.chown(cache, 0, 0)
+    cache.chmod(0o755)
+    text = container.run(*words, "--host", "0.0.0.0", code=1)
+    assert f"/cache cannot be written by the container's user {USER}" in text and "EDGE_UID" in text, text
+    os.chown(cache, USER, 0)
+
+
+def check_serving(container: Container, ui: Container) -> None:
+    """A server that waits, a step of training and an export beside it, and then answers."""
+    port = free_port()
+    with container.serving(port, "serve", "runs/run", "--wait", "--host", "0.0.0.0") as log:
+        assert json.loads(ask(port, "/health")[1])["status"] == "waiting"
+        assert container.run("health", str(port)) == ""
+        assert ask(port, "/v1/models", key=KEY)[0] == 503 and ask(port, "/v1/models")[0] == 401
+        text = container.run("serve", "runs/run", "--wait", "--host", "0.0.0.0", "--port", str(port), code=1)
+        assert "cannot be used" in text and "Traceback" not in text, text
+        train(ui)
+        deadline = time.monotonic() + 120
+        while ask(port, "/ready", key=KEY)[0] != 200:
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+            time.sleep(1)
+        body = {"model": "run", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+        status, answer = ask(port, "/v1/chat/completions", body, key=KEY)
+        assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] > 0, answer
+        check_processes(port)
+        say(f"   asked at its own port, for a chroot has this machine's network: {answer[:60]}...")
+        say("   " + log.read_text(encoding="utf-8").strip().replace("\n", "\n   "))
+
+
+def train(ui: Container) -> None:
+    """One step, merged and exported, by the commands that a user types."""
+    data = ui.volumes / "data"
+    (data / "datasets").mkdir()
+    (data / "datasets" / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    (data / "dataset_info.json").write_text('{"rows": {"file_name": "datasets/rows.json"}}', encoding="utf-8")
+    make_model(ui.volumes / "models" / "toy")
+    config = {
+        "model_name_or_path": "models/toy",
+        "dataset": "rows",
+        "output_dir": "runs/run",
+        "finetuning_type": "lora",
+        "quantization_bit": 4,
+        "max_steps": 1,
+    }
+    (ui.volumes / "runs" / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    for words in (("train", "runs/run.yaml"), ("merge", "runs/run"), ("export", "gguf", "runs/run")):
+        start = time.monotonic()
+        ui.run(*words)
+        say(f"   edge {' '.join(words)}: {time.monotonic() - start:.0f} s")
+    owners = {path.stat().st_uid for path in (ui.volumes / "runs").rglob("*")}
+    assert owners <= {USER, 0}, owners
+
+
+def check_doctor(container: Container) -> None:
+    report = json.loads(container.run("doctor", "--json"))
+    rows = [row for row in report["items"] if row["group"] == "llama.cpp"]
+    assert rows and not any(row["todo"] for row in rows), rows
+    assert any("built for any" in row["found"] for row in rows), rows
+    say("   doctor: " + "; ".join(row["found"] for row in rows))
+
+
+def check_page(container: Container) -> None:
+    port = free_port()
+    with container.serving(port, "ui", "--host", "0.0.0.0"):
+        assert ask(port, "/")[0] == 401
+        status, page = ask(port, "/", key=KEY)
+        assert status == 200 and "<html" in page, page[:200]
+        assert container.run("health", str(port)) == ""
+        check_processes(port)
+    container.run("health", str(port), code=1)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--keep", action="store_true", help="leave the images there, and begin with them")
+    args = parser.parse_args(argv)
+    folder = args.folder.absolute()
+    buildah = Buildah(folder)
+    try:
+        names = buildah("images", "--format", "{{.Name}}")
+        if BASE not in names:
+            make_base(buildah)
+        containers = {}
+        for target in LIMITS:
+            build(buildah, target)
+            containers[target] = Container(buildah, target, folder / "volumes")
+            check_contents(containers[target])
+        for target, container in containers.items():
+            check_refusals(container, target)
+            check_doctor(container)
+        check_serving(containers["serve"], containers["ui"])
+        check_page(containers["ui"])
+    finally:
+        shutil.rmtree(folder / "volumes", ignore_errors=True)
+        for name in buildah("containers", "--quiet").split():
+            buildah("rm", name)
+        if not args.keep:
+            shutil.rmtree(folder)
+    say("all of it holds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
