@@ -196,3 +196,13 @@ def test_prefixes_on_disk_are_those_of_one_model_build_and_layout(tmp_path: Path
     os.utime(model, ns=(1, 1))
     changed = open_store(bare, info)
     assert key is not None and changed is not None and (len(key), len(changed)) == (1, 0)
+
+
+def test_a_worker_that_is_told_nothing_ends_quietly() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.engine.worker"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
