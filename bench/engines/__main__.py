@@ -4,6 +4,7 @@
     python -m bench.engines RUN --backend onnx         our engine, onnxruntime-genai's Generator, transformers
     python -m bench.engines RUN/gguf RUN/onnx --merged RUN/merged --gpu [--report docs/reports/serve-GPU]
     python -m bench.engines RUN/onnx --gpu --only http --streams 1,8,32,128
+    python -m bench.engines MODEL.gguf --gpu --only small-gpu --caps 6,8
     python -m bench.engines MODEL.gguf --only bare --streams 1,8 --kv-unified on,off --flash-attention on,off
 
 All sides make the same forced number of greedy tokens, without speculation. Against servers ours is a server
@@ -28,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.engines import bare_llamacpp, features, race, sides
+from bench.engines import bare_llamacpp, features, race, sides, small_gpu
 from bench.engines.race import Case, Rates, Row, Side
 from bench.measure.load import get_json
 from bench.measure.process_probe import noise
@@ -205,6 +206,8 @@ def cases(
         case(f"decode, {size.streams} streams", equal, plain, many),
         case(f"total, {size.streams} streams", equal, slow, dict.fromkeys(slow_names, size.together) | many),
     ]
+    if not library:
+        result.append(case("decode, 8 streams", (size.tokens,) * 8, plain, {other: 0.95}))
     if library:
         # The Generator's batch runs until its longest answer ends.
         what = f"total, {size.streams} streams, joining and leaving"
@@ -291,9 +294,18 @@ def open_ours(
     return backend
 
 
+def capped(bench: Bench) -> Rows:
+    """Our server with little of a GPU's memory free, beside llama-server."""
+    options = bench.options
+    yield from small_gpu.rows(
+        bench.artefact, options.caps, bench.logs, bench.console,
+        tokens=options.tokens or TOKENS, rounds=options.rounds,
+    )  # fmt: skip
+
+
 PARTS = {
     "streams": streams, "servers": servers, "features": ours_alone, "libraries": libraries, "http": http,
-    "bare": bare,
+    "bare": bare, "small-gpu": capped,
 }  # fmt: skip
 
 
@@ -324,6 +336,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--flash-attention", default="off", help="bare: on, off or on,off")
     options.add_argument("--kv-unified", default="on", help="bare: on, off or on,off")
     options.add_argument("--ctx", type=int, default=0, help="bare: KV cells (default: what the streams need)")
+    options.add_argument("--caps", default="6,8", help="small-gpu: GiB that are free (default: %(default)s)")
     options.add_argument("--report", type=Path, help="write this path with .json and .md")
     return options
 
@@ -351,7 +364,7 @@ def load_transformers(options: argparse.Namespace, console: Console) -> list[Sid
 
 def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
-    options.streams = counts(options.streams)
+    options.streams, options.caps = counts(options.streams), counts(options.caps)
     options.flash_attention, options.kv_unified = map(switches, (options.flash_attention, options.kv_unified))
     for name in ("prompt", "threads", "rounds"):
         if getattr(options, name) < 1:

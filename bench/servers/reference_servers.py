@@ -41,13 +41,13 @@ _PACKAGES = (
 _ON = ("LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "BUILD_SHARED_LIBS")
 
 
-def llama_server_binary() -> Path:
+def llama_server_binary(*, cuda: bool = False) -> Path:
     """llama-server, built once with the flags of our own build. Raises EdgeError with the log's end.
 
     It is llama.cpp as it comes, without the matrix products and the attention of edge/csrc, but with the
     header without which it crashes on a CPU with AMX.
     """
-    plan = build_llamacpp.plan()
+    plan = build_llamacpp.plan(cuda=cuda)
     folder = hardware.cache_dir() / "reference-servers" / plan.stock_key
     binary = folder / "bin" / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
     if binary.is_file():
@@ -110,15 +110,30 @@ class LlamaServer(Dialect):
         )
 
 
-def llama_server(path: Path, *, slots: int, context: int, threads: int, flash_attention: bool) -> Target:
-    """llama.cpp's server over the same file, with as many slots of `context` tokens."""
+def llama_server(
+    path: Path,
+    *,
+    slots: int,
+    context: int,
+    threads: int,
+    flash_attention: bool,
+    gpu_layers: int | None = None,
+    unified: bool = False,
+) -> Target:
+    """llama.cpp's server over the same file, with as many slots of `context` tokens.
+
+    gpu_layers: on a GPU; None for a build without one. unified: one KV cache of all slots' cells.
+    """
+    gpu = () if gpu_layers is None else ("--fit", "off", "--gpu-layers", str(gpu_layers))
     command = [
-        str(llama_server_binary()),
+        str(llama_server_binary(cuda=gpu_layers is not None)),
         *("--model", str(path), "--host", "127.0.0.1", "--port", "{port}"),
         *("--parallel", str(slots), "--ctx-size", str(slots * context)),
         *("--threads", str(threads), "--threads-batch", str(threads)),
         *("--flash-attn", "on" if flash_attention else "off"),
         *("--no-webui", "--cache-ram", "0", "--log-disable"),
+        *(["--kv-unified"] if unified else []),
+        *gpu,
     ]
     return Target("llama-server", command, LlamaServer(), "/health", "/props")
 

@@ -70,7 +70,8 @@ class Settings(base.Settings):
 class Model:
     """A loaded GGUF file; contexts with different settings may be created over it.
 
-    Raises UnavailableError without the library, InputError for a file that cannot be served.
+    Raises UnavailableError without the library, MemoryFullError where its weights find no room, InputError
+    for a file that cannot be served.
     """
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, extra_buffers: bool = True) -> None:
@@ -117,11 +118,15 @@ class Model:
         self.pointer = None
 
 
+class MemoryFullError(UnavailableError):
+    """A device's memory has no room for the weights or for a context."""
+
+
 def _no_memory(path: Path, log: str) -> EdgeError | None:
     """The error where the log says that a device's memory was full; None where it does not."""
     if not re.search(r"out of memory|failed to allocate|unable to allocate", log, re.IGNORECASE):
         return None
-    return UnavailableError(
+    return MemoryFullError(
         f"{path}: the memory is full: {log}",
         "free some of it (nvidia-smi shows who uses the GPU's), lower --ctx or --slots, or add --device cpu",
     )
@@ -152,6 +157,7 @@ class LlamaCpp(Backend):
         self._memory = lib.llama_get_memory(self._context)
         self._make_batch()
         self._pieces: dict[int, bytes] = {}
+        self._piece = ctypes.create_string_buffer(64)
         # With a GPU the CPU's threads do next to nothing.
         self._controller = ThreadController(settings.threads) if settings.gpu_layers == 0 else None
         self._splits = not settings.unified and settings.gpu_layers == 0
@@ -280,12 +286,13 @@ class LlamaCpp(Backend):
 
     def decode(self, token: int) -> bytes:
         if token not in self._pieces:
-            # A negative count is the size that the token needs.
-            count = -64
-            while count < 0:
+            buffer = self._piece
+            count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            if count < 0:
+                # The size that the token needs.
                 buffer = ctypes.create_string_buffer(-count)
                 count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-            self._pieces[token] = buffer.raw[:count]
+            self._pieces[token] = ctypes.string_at(buffer, count)
         return self._pieces[token]
 
     def step(self, rows: Sequence[Row]) -> Logits:

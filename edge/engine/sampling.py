@@ -28,6 +28,7 @@ _GREEDY = 1e-4
 _PROBE = 128
 # From so many logits in a step on, sampling takes long enough to be worth several threads.
 PARALLEL_FROM = 2**20
+PARALLEL_GREEDY_FROM = 2**22
 _THREADS = 4
 
 
@@ -244,17 +245,27 @@ class BatchSampler:
         """What each sampler picks from outputs[index], without masks, by index; {} where it does not pay."""
         if not rows or not isinstance(outputs, np.ndarray):
             return {}
-        if self._pool is not None and outputs.size >= PARALLEL_FROM:
-
-            def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
-                return [(index, sampler.pick(outputs[index])) for sampler, index in part]
-
-            parts = [rows[start::_THREADS] for start in range(_THREADS)]
-            return dict(itertools.chain.from_iterable(self._pool.map(pick, parts)))
-        if not all(sampler.greedy for sampler, _ in rows):
+        pool = self._pool if outputs.size >= PARALLEL_FROM else None
+        if all(sampler.greedy for sampler, _ in rows):
+            # Threads meet at Python's lock: each gets rows for one call, where those take longer than that.
+            if pool is not None and outputs.size >= PARALLEL_GREEDY_FROM:
+                best = [*itertools.chain.from_iterable(pool.map(_largest, np.array_split(outputs, _THREADS)))]
+            else:
+                best = _largest(outputs)
+            return {index: sampler.pick_best(best[index], outputs[index]) for sampler, index in rows}
+        if pool is None:
             return {}
-        best = outputs.argmax(axis=1).tolist()
-        return {index: sampler.pick_best(best[index], outputs[index]) for sampler, index in rows}
+
+        def pick(part: list[tuple[Sampler, int]]) -> list[tuple[int, Choice]]:
+            return [(index, sampler.pick(outputs[index])) for sampler, index in part]
+
+        shares = [rows[start::_THREADS] for start in range(_THREADS)]
+        return dict(itertools.chain.from_iterable(pool.map(pick, shares)))
+
+
+def _largest(logits: Logits) -> list[int]:
+    """The id of the largest logit of each row."""
+    return [int(token) for token in logits.argmax(axis=1)]
 
 
 def _top(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -88,15 +88,39 @@ def open_backend(load: Load) -> Backend:
         return FakeBackend(**load.settings)
     if load.kind == "onnx":
         return _open_onnx(load)
-    from edge.backends.llamacpp import LlamaCpp, Model, Settings
-    from edge.loading import tune_llamacpp
+    return _open_llamacpp(load)
 
-    settings = msgspec.convert(load.settings, Settings)
-    model = Model(Path(load.path), gpu_layers=settings.gpu_layers, extra_buffers=settings.extra_buffers)
-    if load.tune:
-        settings = tune_llamacpp.settings(model, settings)
+
+def _open_llamacpp(load: Load) -> Backend:
+    """With smaller batches, then with fewer layers on the GPU, where its memory turns out to hold no more."""
+    from edge.artefact.gguf_shards import read_whole
+    from edge.backends.llamacpp import LlamaCpp, MemoryFullError, Model, Settings
+    from edge.loading import tune_llamacpp
+    from edge.loading.load_plan import BATCH
+
+    planned = settings = msgspec.convert(load.settings, Settings)
     lora = Path(load.lora) if load.lora else None
-    return LlamaCpp(model, settings, extra_stop_ids=frozenset(load.stop_ids), lora=lora)
+    while True:
+        model = None
+        try:
+            model = Model(
+                Path(load.path), gpu_layers=settings.gpu_layers, extra_buffers=settings.extra_buffers
+            )
+            tuned = tune_llamacpp.settings(model, settings) if load.tune else settings
+            return LlamaCpp(model, tuned, extra_stop_ids=frozenset(load.stop_ids), lora=lora)
+        except MemoryFullError:
+            if model is not None:
+                model.close()
+            layers = settings.gpu_layers
+            if layers < 0:
+                layers = read_whole(Path(load.path)).block_count + 1
+            if layers and settings.batch > BATCH:
+                settings = replace(settings, batch=BATCH)
+            elif layers > 1:
+                why = f"{planned.why}; its memory turned out to hold {layers - 1} layers"
+                settings = replace(settings, gpu_layers=layers - 1, why=why)
+            else:
+                raise
 
 
 def _open_onnx(load: Load) -> Backend:
@@ -231,13 +255,7 @@ def main() -> int:
     # Ctrl-C and a service's stop reach the whole group; the HTTP process decides how to end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # What every model needs, while the one who orders is still planning.
-    from edge.loading import tune_llamacpp  # noqa: F401
-
-    line = sys.stdin.buffer.readline()
-    if not line:
-        return 0
-    order = json.loads(line)
+    order = json.loads(sys.stdin.buffer.readline())
     link = Link((order["host"], order["port"]), order["secret"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     load = Load(**order["load"])

@@ -18,22 +18,23 @@ from edge.backends import linux_memory, llamacpp, onnx, onnx_providers
 from edge.backends.onnx_providers import DEVICES
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.loading import gpu_offload, tune_results
-from edge.loading.tune_trials import Speed, scores
+from edge.loading.tune_trials import STREAMS, Speed, scores
 from edge.machine import build_llamacpp, cuda_libraries, hardware
 from edge.machine.llamacpp_source import BUILD
 from edge.setup import install_command
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 16
-# Most slots of an ONNX model on a GPU by default, where they fit into half of the memory beside the weights.
-# Many rows take a GPU hardly longer than few, and clients beyond the slots wait.
+# Most slots on a GPU by default: as many as fit into half of the memory beside the weights, or into the third
+# that per-slot KV buffers of a GGUF may take. Many rows take a GPU hardly longer than few, and clients beyond
+# the slots wait.
 GPU_SLOTS = 128
 # Size of a unified KV cache unless the options say otherwise: two whole contexts, or sixteen short ones. A
 # request that finds no free KV cell is computed later, it never fails.
 DEFAULT_CELLS = 8192
 # Per-slot KV buffers, which are faster, may take one part in so many of the memory for KV cells.
 _SHARE = 3
-# llama.cpp clears the KV cache first, which takes a second for each GiB.
+# llama.cpp clears the KV cache first, which takes a second for each GiB of the system's memory.
 _MOST_CLEARED = 2**31
 BATCH = 512
 # Where a GPU's memory allows: it reads this many tokens hardly slower than fewer.
@@ -108,15 +109,19 @@ def pick(given: Path, asked: str | None, options: Options) -> tuple[Artefact, st
             # An artefact that cannot be loaded with these options raises again when it is chosen.
             return None
 
-    return choose_backend(candidates(given), asked, measured)
+    return choose_backend(candidates(given), asked, measured, slots=options.slots)
 
 
 def choose_backend(
-    artefacts: list[Artefact], asked: str | None, measured: Callable[[Artefact], Speed | None]
+    artefacts: list[Artefact],
+    asked: str | None,
+    measured: Callable[[Artefact], Speed | None],
+    slots: int | None = None,
 ) -> tuple[Artefact, str]:
     """Which of a run's artefacts to serve, and why.
 
     asked: a backend by name, or None. measured: the speed that `edge tune` measured of an artefact, if any.
+    slots: streams that were asked for; what is faster for one of them may be slower for many.
     Raises InputError where there is no artefact for what is asked, UnavailableError where none can be served.
     """
     if asked is not None:
@@ -144,9 +149,12 @@ def choose_backend(
     if len(speeds) < len(usable):
         other = usable[1].kind
         return usable[0], f"`edge tune RUN --backend {other}` measures whether {other} is faster"
-    rated = scores(speeds)
-    rates = ", ".join(f"{a.kind} {1 / speed[0]:.0f}" for a, speed in zip(usable, speeds, strict=True))
-    return usable[rated.index(min(rated))], f"the faster one here: {rates} tok/s for one stream"
+    rated = scores(speeds, slots)
+    streams, which, name = (STREAMS, 1, "eight streams") if (slots or 1) >= STREAMS else (1, 0, "one stream")
+    rates = ", ".join(
+        f"{a.kind} {streams / speed[which]:.0f}" for a, speed in zip(usable, speeds, strict=True)
+    )
+    return usable[rated.index(min(rated))], f"the faster one here: {rates} tok/s for {name}"
 
 
 def _missing_package(kind: str) -> str:
@@ -211,15 +219,20 @@ def _plan_llamacpp(
     artefact: Artefact, header: GGUFHeader, options: Options, size: _Size, memory: int
 ) -> LoadPlan:
     """Layers on the GPUs where there are any; a unified KV cache, per-slot buffers too where they fit."""
-    need = estimate(artefact, kv_type=options.kv_type, slots=size.slots)
     device, gpu_layers, why = choose_device(options.device)
     # Layers that find no room on a GPU stay in the system's memory.
     gpus = hardware.gpus() if gpu_layers else []
+    if gpus and options.slots is None:
+        many = estimate(artefact, kv_type=options.kv_type, slots=GPU_SLOTS, batch=GPU_BATCH)
+        room = many.cells(gpu_offload.room(gpus)) // _SHARE // size.context
+        size = replace(size, slots=max(size.slots, min(GPU_SLOTS, room)))
+    need = estimate(artefact, kv_type=options.kv_type, slots=size.slots)
     fits = _fitting_cells(need, memory + gpu_offload.room(gpus), size.context)
     # KV cells that are never written to take no memory where the system allows it; but all may be written to.
     whole = size.slots * size.context
-    per_slot = whole <= min(fits / _SHARE, _MOST_CLEARED / need.cell)
-    per_slot = per_slot and (linux_memory.AVAILABLE or bool(gpus))
+    per_slot = whole <= fits / _SHARE and (
+        bool(gpus) or (linux_memory.AVAILABLE and whole <= _MOST_CLEARED / need.cell)
+    )
     all_asked_for = options.slots is not None and options.context is not None
     capacity = max(size.context, min(whole, fits, whole if all_asked_for else DEFAULT_CELLS))
     batch = BATCH

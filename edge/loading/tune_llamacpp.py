@@ -6,11 +6,12 @@ try the combinations; later starts read the kept result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from edge.backends.llamacpp import LlamaCpp, Model, Settings
+from edge.backends.llamacpp import LlamaCpp, MemoryFullError, Model, Settings
 from edge.loading import tune_results, tune_trials
 
 # Where two layouts are this near, per-slot KV buffers are taken: steps over a unified KV cache get slower
@@ -38,13 +39,13 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
     timing = tune_trials.Trials(open_context, slots=asked.slots, context=asked.context)
     # A quantised V cache exists only with flash attention.
     flash = [False, True] if asked.kv_type == "f16" else [True]
-    rows = timing.run(
+    rows = _trials(
+        timing,
         [
             {"threads": asked.threads, "flash_attention": on, "unified": unified}
             for on in flash
             for unified in asked.layouts
         ],
-        tune_trials.BUDGET_S,
     )
     winner = best(rows)
     if asked.threads > 2:
@@ -53,6 +54,20 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
         rows += again[1:]
         winner = best(again)
     return timing.result(rows, winner)
+
+
+def _trials(timing: tune_trials.Trials, choices: Sequence[tune_trials.Choice]) -> list[tune_trials.Trial]:
+    """All choices side by side; one after another, as far as each fits, where a GPU has no room for all."""
+    try:
+        return timing.run(choices, tune_trials.BUDGET_S)
+    except MemoryFullError as error:
+        rows = []
+        for number, choice in enumerate(choices, 2):
+            with contextlib.suppress(MemoryFullError):
+                rows += timing.run([choice], number * tune_trials.BUDGET_S)
+        if not rows:
+            raise error
+        return rows
 
 
 def best(rows: Sequence[tune_trials.Trial]) -> tune_trials.Trial:

@@ -5,6 +5,7 @@ All candidates are open at once and take turns, so that a busy moment of the mac
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,10 +49,17 @@ class Trial:
         return {**self.choice, **dict(zip(("one", "eight", "prompt"), self.speed, strict=True))}
 
 
-def scores(speeds: Sequence[Speed]) -> list[float]:
-    """Weighted time of each, relative to the best of all in each discipline; smaller is better."""
+def scores(speeds: Sequence[Speed], slots: int | None = None) -> list[float]:
+    """Weighted time of each, relative to the best of all in each discipline; smaller is better.
+
+    slots: streams that were asked for. One of them is never eight, and eight or more are meant to be used.
+    """
+    one, eight, prompt = _WEIGHTS
+    if slots is not None and (slots == 1 or slots >= STREAMS):
+        one, eight = (one + eight, 0.0) if slots == 1 else (0.0, one + eight)
     best = [min(times) for times in zip(*speeds, strict=True)]
-    return [sum(w * t / b for w, t, b in zip(_WEIGHTS, times, best, strict=True)) for times in speeds]
+    weights = (one, eight, prompt)
+    return [sum(w * t / b for w, t, b in zip(weights, times, best, strict=True)) for times in speeds]
 
 
 class Trials:
@@ -67,14 +75,14 @@ class Trials:
         """Time the choices in turn. Raises TimeoutError `budget_s` seconds after this object was created."""
         until = self._began + budget_s
         room = self.prompt + 2 * ROUNDS + 16
-        backends = [self._open(choice, self._streams, room) for choice in choices]
-        try:
+        with contextlib.ExitStack() as stack:
+            backends = []
+            for choice in choices:
+                backends.append(self._open(choice, self._streams, room))
+                stack.callback(backends[-1].close)
             token = backends[0].encode("the", special=False)[0]
             prompts = self._prompts(backends, token, until)
             ones, eights = self._decodes(backends, token, until)
-        finally:
-            for backend in backends:
-                backend.close()
         return [
             Trial(choice, (min(ones[i]), min(eights[i]), min(prompts[i]) / self.prompt))
             for i, choice in enumerate(choices)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from edge import child_process
 from edge.arguments import PATH_HELP, add_loading_options
 from edge.errors import EdgeError, UsageError
 from edge.progress import add_progress_option, report
@@ -34,8 +30,7 @@ def main(argv: list[str]) -> int:
     if args.wait and (len(args.paths) > 1 or args.lora):
         raise UsageError("--wait goes with a single model, without --lora", "leave it out, or serve one")
     access = _access(args)
-    early = contextlib.nullcontext() if args.wait else _early_worker()
-    with bind(args.host, args.port) as listener, early as process:
+    with bind(args.host, args.port) as listener:
         # Imported late: --help, a wrong argument and a port in use are answered at once.
         from edge.artefact import find
         from edge.server import model_plans
@@ -47,9 +42,6 @@ def main(argv: list[str]) -> int:
         if args.accept_any_model and len(models) > 1:
             raise UsageError("--accept-any-model goes with a single model", "leave it out, or serve one")
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        if process is not None:
-            first = args.default or next(iter(models))
-            models[first] = model_plans.begin(models[first], process)
 
         from edge.server import launch
 
@@ -65,20 +57,6 @@ def main(argv: list[str]) -> int:
             max_connections=args.max_connections,
             awaited=functools.partial(find.models_state, args.paths[0]) if args.wait else None,
         )
-
-
-@contextlib.contextmanager
-def _early_worker() -> Iterator[subprocess.Popen[bytes]]:
-    """The first engine process, which imports while this one does; it has ended with the block."""
-    process = child_process.start(child_process.ENGINE)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
 
 
 def _parser() -> argparse.ArgumentParser:

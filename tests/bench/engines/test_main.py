@@ -27,11 +27,13 @@ def test_the_cases_name_each_goal() -> None:
         "m.gguf: total, 1 stream": {slow.name: 10.0},
         "m.gguf: decode, 32 streams": {bare.name: 1.0},
         "m.gguf: total, 32 streams": {slow.name: 100.0, bare.name: 1.0},
+        "m.gguf: decode, 8 streams": {bare.name: 0.95},
     }
     assert [(case.rate, dict(case.limits)) for case in cases[1:]] == [
         ("total", {}),
         ("decode", {slow.name: 1}),
         ("total", {slow.name: 1}),
+        ("decode", {slow.name: 1}),
     ]
     other, plain = Told(sides.Generator.name, 1.0, ran), Told("edge without CUDA graphs", 1.0, ran)
     cases = engines.cases("m.onnx", (ours, other), engines.GPU, slow=[], plain=[plain], vocab=500)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,11 +199,39 @@ def test_prefixes_on_disk_are_those_of_one_model_build_and_layout(tmp_path: Path
     assert key is not None and changed is not None and (len(key), len(changed)) == (1, 0)
 
 
-def test_a_worker_that_is_told_nothing_ends_quietly() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edge.engine.worker"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
+def test_a_gpu_that_holds_fewer_layers_than_planned_gets_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights find no room with all of two blocks and the output, a context with two, and both with one."""
+    from edge.backends import llamacpp
+    from tests.support import tiny_llama
+
+    path = tiny_llama.write(tmp_path / "微小.gguf")
+    asked: list[int] = []
+    real_model, real_context = llamacpp.Model, llamacpp.LlamaCpp
+
+    def model(path: Path, *, gpu_layers: int, extra_buffers: bool) -> llamacpp.Model:
+        asked.append(gpu_layers)
+        if gpu_layers < 0:
+            raise llamacpp.MemoryFullError("the memory is full: weights")
+        return real_model(path)
+
+    def context(model: llamacpp.Model, settings: llamacpp.Settings, **options: Any) -> llamacpp.LlamaCpp:
+        if settings.gpu_layers > most:
+            raise llamacpp.MemoryFullError("the memory is full: context")
+        return real_context(model, settings, **options)
+
+    monkeypatch.setattr(llamacpp, "Model", model)
+    monkeypatch.setattr(llamacpp, "LlamaCpp", context)
+    settings = llamacpp.Settings(
+        threads=1, slots=2, context=64, batch=2048, gpu_layers=-1, why="a GPU was found"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    most = 1
+    backend = open_backend(Load("llamacpp", str(path), dataclasses.asdict(settings)))
+    assert asked == [-1, -1, 2, 1]
+    assert (backend.info.settings["gpu_layers"], backend.info.batch) == ("1", 512)
+    assert backend.info.why == "a GPU was found; its memory turned out to hold 1 layers"
+    backend.close()
+    most = 0
+    with pytest.raises(llamacpp.MemoryFullError, match="context"):
+        open_backend(Load("llamacpp", str(path), dataclasses.asdict(settings)))

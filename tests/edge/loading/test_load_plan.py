@@ -12,9 +12,9 @@ import pytest
 
 from edge.artefact import find
 from edge.artefact.find import Artefact
-from edge.backends import linux_memory, onnx
+from edge.backends import linux_memory, llamacpp, onnx
 from edge.errors import InputError, UnavailableError, UsageError
-from edge.loading import load_plan
+from edge.loading import gpu_offload, load_plan
 from edge.loading.load_plan import Options
 from edge.machine import build_llamacpp, hardware
 from edge.machine.hardware import GPU, Memory
@@ -158,8 +158,8 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
         load_plan.importlib.util, "find_spec", lambda name: None if name in missing else object()
     )
 
-    def choose(asked: str | None = None, **speeds: Any) -> tuple[str, str]:
-        one, why = load_plan.choose_backend(found, asked, lambda one: speeds.get(one.kind))
+    def choose(asked: str | None = None, slots: int | None = None, **speeds: Any) -> tuple[str, str]:
+        one, why = load_plan.choose_backend(found, asked, lambda one: speeds.get(one.kind), slots)
         return one.kind, why
 
     assert choose()[0] == "llamacpp"
@@ -169,6 +169,13 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
     kind, why = choose(onnx=fast, llamacpp=slow)
     assert (kind, why) == ("onnx", "the faster one here: llamacpp 50, onnx 100 tok/s for one stream")
     assert choose(onnx=slow, llamacpp=fast)[0] == "llamacpp"
+    # One is faster alone, the other with many: the streams that were asked for decide.
+    alone, many = (0.010, 0.040, 0.001), (0.011, 0.020, 0.001)
+    assert choose(slots=1, onnx=many, llamacpp=alone)[0] == "llamacpp"
+    assert choose(slots=32, onnx=many, llamacpp=alone) == (
+        "onnx", "the faster one here: llamacpp 200, onnx 400 tok/s for eight streams",
+    )  # fmt: skip
+    assert choose(slots=4, onnx=many, llamacpp=alone) == choose(onnx=many, llamacpp=alone)
     by_measurement = found
     found = [
         replace(one, made_from=f"sha256:{one.kind}", created=f"2026-11-30T0{i}:00:00Z")
@@ -186,6 +193,25 @@ def test_the_backend_is_chosen_by_what_there_is_and_what_was_measured(
         choose()
     with pytest.raises(InputError, match="edge export gguf"):
         load_plan.choose_backend(found[1:], "llamacpp", lambda one: None)
+
+
+@pytest.mark.parametrize(("free", "slots"), [(1000, 128), (3 * 20, 20), (3 * 16 - 1, 16), (1, 16)])
+def test_a_gguf_on_a_gpu_has_slots_by_its_memory(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch, free: int, slots: int
+) -> None:
+    """free: whole contexts that fit beside the weights. Per-slot KV buffers stay possible on a large GPU."""
+    need = load_plan.estimate(tiny, kv_type="f16", slots=128, batch=load_plan.GPU_BATCH)
+    space = need.total(free * tiny.header.context_length) + gpu_offload.RESERVE
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(2**40, 2**40))
+    monkeypatch.setattr(hardware, "gpus", lambda: [GPU(0, "a GPU", space, space, "1", "9.0", "13.0")])
+    monkeypatch.setattr(build_llamacpp, "probe", build_llamacpp.Probe)
+    # What is cleared there takes no time worth a bound.
+    monkeypatch.setattr(load_plan, "_MOST_CLEARED", 0)
+    settings = load_plan.plan(tiny, Options()).settings
+    assert isinstance(settings, llamacpp.Settings)
+    assert (settings.slots, settings.gpu_layers) == (slots, gpu_offload.ALL)
+    assert settings.per_slot_fits or free < 3 * slots
+    assert load_plan.plan(tiny, Options(slots=3)).settings.slots == 3
 
 
 @needs_onnx

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.backends.llamacpp import Model, Settings
+from edge.backends.llamacpp import LlamaCpp, MemoryFullError, Model, Settings
 from edge.loading import tune_llamacpp, tune_results, tune_trials
 from edge.loading.tune_trials import Trial
 from edge.machine import hardware
@@ -76,3 +76,34 @@ def test_of_two_layouts_that_are_near_the_per_slot_buffers_are_taken() -> None:
 
     assert not taken(trial(True, 1.0), trial(False, 1.02))
     assert taken(trial(True, 1.0), trial(False, 1.3))
+
+
+def test_where_a_gpu_has_no_room_for_all_choices_each_is_measured_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One context at a time fits, and none without flash attention."""
+    model = Model(run / "gguf" / "微小.gguf")
+    open_now: list[LlamaCpp] = []
+
+    class Narrow(LlamaCpp):
+        def __init__(self, model: Model, settings: Settings) -> None:
+            if open_now or not settings.flash_attention:
+                raise MemoryFullError("the memory is full")
+            super().__init__(model, settings)
+            open_now.append(self)
+
+        def close(self) -> None:
+            super().close()
+            open_now.remove(self)
+
+    monkeypatch.setattr(tune_llamacpp, "LlamaCpp", Narrow)
+    asked = Settings(threads=1, slots=2, context=256, per_slot_fits=True, flash_attention=True)
+    result = tune_llamacpp.measure(model, asked)
+    assert [(row["flash_attention"], row["unified"]) for row in result["trials"]] == [
+        (True, True),
+        (True, False),
+    ]
+    assert not open_now
+    with pytest.raises(MemoryFullError):
+        tune_llamacpp.measure(model, dataclasses.replace(asked, flash_attention=False))
+    model.close()
