@@ -11,11 +11,15 @@ PYTHON
 python3 -m venv /opt/edge
 /opt/edge/bin/pip install --quiet "pip==$(python3 -c 'from edge.setup import PIP; print(PIP)')"
 index="--extra-index-url $TORCH_INDEX_URL"
-if [ -n "$CUDA" ]; then
-    index=
-    sed -i 's/^onnxruntime$/onnxruntime-gpu[cuda,cudnn]/' "$requirements"
-fi
+[ -z "$CUDA" ] || index=
 /opt/edge/bin/pip install --quiet $index -c edge/constraints.txt -r "$requirements"
+if [ -n "$CUDA" ]; then
+    # The two packages are one folder, and another package may have asked for the CPU's. torch brings the libraries.
+    libraries='[cuda,cudnn]'
+    case $1 in *train*) libraries= ;; esac
+    /opt/edge/bin/pip uninstall --quiet --yes onnxruntime
+    /opt/edge/bin/pip install --quiet -c edge/constraints.txt "onnxruntime-gpu$libraries"
+fi
 portable=--portable
 [ "$LLAMA_CPU" = portable ] || portable=
 /opt/edge/bin/python -m edge.machine.build_llamacpp $portable ${CUDA:+--cuda}

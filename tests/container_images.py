@@ -42,6 +42,15 @@ COMPILERS = re.compile(r"(.*-)?(cc|gcc|g\+\+|c\+\+|clang|cc1|cc1plus|as|ld|cmake
 FOLDERS = {name: f"/work/{name}" for name in ("models", "data", "runs", "jobs")} | {"cache": "/cache"}
 
 
+START_A_JOB = """
+import pathlib, time
+from edge.jobs import job
+started = job.start(pathlib.Path("jobs"), ["sleep", "1000"])
+while started.state != "running":
+    time.sleep(0.1)
+"""
+
+
 class Buildah:
     """buildah with its storage in a folder, which is removed with it."""
 
@@ -138,19 +147,19 @@ class Container:
             (volumes / name).mkdir(parents=True, exist_ok=True)
             os.chown(volumes / name, USER, 0)
 
-    def start(self, *words: str, key: str = KEY, log: Path | None = None) -> subprocess.Popen[str]:
-        """The image's entry point with these words, as compose.yaml starts it."""
+    def start(
+        self, *words: str, key: str = KEY, program: str = "edge-entrypoint", **popen: Any
+    ) -> subprocess.Popen[str]:
+        """The image's entry point with these words, as compose.yaml starts it, or another program."""
         options = ["--isolation", "chroot", "--user", f"{USER}:0", "--env", f"EDGE_API_KEY={key}"]
         for name, path in FOLDERS.items():
             options += ["-v", f"{self.volumes / name}:{path}"]
-        out = log.open("w", encoding="utf-8") if log else subprocess.PIPE
-        return self._buildah.start(
-            "run", *options, self.name, "--", "edge-entrypoint", *words, stdout=out, stderr=subprocess.STDOUT
-        )
+        popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | popen
+        return self._buildah.start("run", *options, self.name, "--", program, *words, **popen)
 
-    def run(self, *words: str, code: int = 0, key: str = KEY) -> str:
-        """What the command prints; its exit code must be `code`."""
-        with self.start(*words, key=key) as process:
+    def run(self, *words: str, code: int = 0, **options: Any) -> str:
+        """What the command prints; its exit code must be `code`. options: of `start`."""
+        with self.start(*words, **options) as process:
             text, _ = process.communicate()
         assert process.returncode == code, f"{words}: exit code {process.returncode}\n{text}"
         return text
@@ -159,7 +168,8 @@ class Container:
     def serving(self, port: int, *words: str) -> Iterator[Path]:
         """A server of the container, while it runs; its log."""
         log = self.volumes.parent / f"{words[0]}.log"
-        process = self.start(*words, "--port", str(port), log=log)
+        with log.open("w", encoding="utf-8") as out:
+            process = self.start(*words, "--port", str(port), stdout=out)
         try:
             deadline = time.monotonic() + 120
             while ask(port, "/health")[0] == 0:
@@ -202,9 +212,8 @@ def check_processes(port: int) -> None:
 def check_contents(container: Container) -> None:
     found = [
         path
-        for folder in ("usr/bin", "usr/local/bin", "usr/lib/gcc", "opt/edge/bin", "usr/libexec")
-        for path in (container.root / folder).rglob("*")
-        if COMPILERS.fullmatch(path.name) and path.is_file()
+        for path in container.root.rglob("*")
+        if COMPILERS.fullmatch(path.name) and path.is_file() and os.access(path, os.X_OK)
     ]
     assert not found, f"a compiler is in the image: {found}"
     packages = next((container.root / "opt/edge/lib").glob("python*/site-packages"))
@@ -284,14 +293,39 @@ def check_doctor(container: Container) -> None:
 
 
 def check_page(container: Container) -> None:
-    port = free_port()
+    """The page asks for its key, and what it has started is told when it ends."""
+    port, job = free_port(), container.volumes / "jobs" / "0001"
     with container.serving(port, "ui", "--host", "0.0.0.0"):
         assert ask(port, "/")[0] == 401
         status, page = ask(port, "/", key=KEY)
         assert status == 200 and "<html" in page, page[:200]
         assert container.run("health", str(port)) == ""
         check_processes(port)
+        container.run("-c", START_A_JOB, program="python")
+        assert not (job / "stop").exists()
+    assert (job / "stop").exists() and json.loads((job / "state.json").read_text())["exit_code"] != 0
     container.run("health", str(port), code=1)
+
+
+def check_memory(container: Container) -> None:
+    """The limit of a cgroup, which is this machine's here, is what plans are made within."""
+    limit, root = 400 * 2**20, Path("/sys/fs/cgroup")
+    version1 = (root / "memory").is_dir()
+    group = (root / "memory" if version1 else root) / "edge-image-test"
+    try:
+        group.mkdir()
+        name = "memory.limit_in_bytes" if version1 else "memory.max"
+        (group / name).write_text(str(limit), encoding="utf-8")
+    except OSError as error:
+        say(f"   memory: not tried, {error}")
+        return
+    try:
+        text = container.run(
+            "doctor", "--json", preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        )
+        assert json.loads(text)["machine"]["memory_total"] == limit, text
+    finally:
+        group.rmdir()
 
 
 def main(argv: list[str]) -> int:
@@ -313,6 +347,7 @@ def main(argv: list[str]) -> int:
         for target, container in containers.items():
             check_refusals(container, target)
             check_doctor(container)
+            check_memory(container)
         check_serving(containers["serve"], containers["ui"])
         check_page(containers["ui"])
     finally:
