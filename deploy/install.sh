@@ -20,11 +20,12 @@ if [ -n "$CUDA" ]; then
     /opt/edge/bin/pip uninstall --quiet --yes onnxruntime
     /opt/edge/bin/pip install --quiet -c edge/constraints.txt "onnxruntime-gpu$libraries"
 fi
+# Of a build that was stopped: the number is another process's by now.
+rm -f /root/.cache/edge/wheels/*.pid
 portable=--portable
 [ "$LLAMA_CPU" = portable ] || portable=
 /opt/edge/bin/python -m edge.machine.build_llamacpp $portable ${CUDA:+--cuda}
-# The build's own tools stay behind; llama.cpp's converter, which exports run, comes along.
-/opt/edge/bin/pip uninstall --quiet --yes cmake ninja scikit-build-core
+# llama.cpp's converter, which exports run, comes along; the build's own tools stay behind.
 case $1 in *train*)
     sdist=$(/opt/edge/bin/python -c 'from edge.machine.llamacpp_source import sdist; print(sdist())')
     target=/opt/edge/sdist/$(basename "$sdist")/vendor/llama.cpp
@@ -32,3 +33,4 @@ case $1 in *train*)
     cp -r "$sdist"/vendor/llama.cpp/convert*.py "$sdist"/vendor/llama.cpp/conversion \
         "$sdist"/vendor/llama.cpp/gguf-py "$target"
 esac
+/opt/edge/bin/pip uninstall --quiet --yes cmake ninja scikit-build-core
