@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install everything demo test test-ui test-all check check-here check-platforms check-win32 check-darwin
-.PHONY: conformance image-test ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone
+.PHONY: conformance image-test ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone dist
 .PHONY: test-gbk test-windows-rules fuzz web-libraries data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -46,6 +46,7 @@ help:
 	@echo "make export-onnx   the same as ONNX, PRECISION=int4|int8|fp16|fp32"
 	@echo "make onnx-optimum  check the exporter against another one, optimum, in an environment of its own"
 	@echo "make onnx-alone    RUN's ONNX served by nothing but edge[serve,onnx], in an environment of its own"
+	@echo "make dist          a release in dist/: wheel, sdist and SHA256SUMS, each installed and served from"
 	@echo "make serve         RUN over HTTP, PORT=$(PORT)"
 	@echo "make chat          talk to RUN in the terminal"
 	@echo "make bench         RUN against the slow baseline"
@@ -187,6 +188,10 @@ export-onnx: extras-train,onnx,export-onnx
 
 onnx-optimum: extras-train,onnx,export-onnx
 	$(BIN)/edge export onnx "$(RUN)" --check-with optimum
+
+# A release, from what is committed.
+dist: extras-serve,onnx,export-onnx
+	$(BIN)/python -m tests.support.distribution
 
 onnx-alone: install
 	$(BIN)/python -m tests.support.onnx_alone "$(RUN)"

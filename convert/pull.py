@@ -143,7 +143,7 @@ def _pull_folder(source: Folder, target: Path, overwrite: bool, settings: dict[s
                 chat_template=form.digest,
                 stop_ids=form.stop_ids,
                 thinking=parent.thinking if parent else None,
-                versions=manifest.versions("edge", "huggingface-hub", "tokenizers"),
+                versions=manifest.versions("huggingface-hub", "tokenizers"),
             ),
         )
 
@@ -170,7 +170,6 @@ def _pull_gguf(path: Path, target: Path, overwrite: bool) -> None:
                 settings={"source": path.name, "gguf": path.name, "quant": header.file_type},
                 chat_template=manifest.text_digest(header.chat_template),
                 stop_ids=sorted({token for token in ends if isinstance(token, int)}),
-                versions=manifest.versions("edge"),
             ),
         )
 
@@ -215,7 +214,7 @@ def _pull_embedded(target: Path, overwrite: bool, console: Console) -> None:
                 chat_template=manifest.text_digest(template),
                 stop_ids=stop_ids,
                 verify=verify,
-                versions=manifest.versions("edge", "transformers", "gguf", "tokenizers", "llama-cpp-python"),
+                versions=manifest.versions("transformers", "gguf", "tokenizers", "llama-cpp-python"),
             ),
         )
 

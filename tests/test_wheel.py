@@ -1,25 +1,31 @@
-"""The built wheel in an environment of its own, from another folder: what a user without the sources has."""
+"""The sdist, and the wheel in an environment of its own: what a user without the sources has."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import urllib.request
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import edge
 from edge.cli import VERBS
-from tests.support import onnx_alone
+from tests.support import distribution, onnx_alone
+from tests.support.onnx_alone import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a distribution is made from a clone"),
+]
 
-ROOT = Path(__file__).parent.parent
 # Runs in the other environment: what every verb's help ends with, and how edge sees itself.
 CODE = """
 import contextlib, io, json, sys
@@ -44,27 +50,65 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist and the wheel."""
+    return distribution.build(Path(sys.executable), tmp_path_factory.mktemp("轮子 wheel"))
+
+
+@pytest.fixture(scope="module")
+def programs(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of an environment with the wheel; other packages are those of this one."""
-    folder = tmp_path_factory.mktemp("轮子 wheel")
-    source = folder / "source"
-    tree = shutil.ignore_patterns(
-        ".*", "*.egg-info", "__pycache__", "build", "models", "runs", "tests", "docs"
-    )
-    shutil.copytree(ROOT, source, ignore=tree)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    options = ["--quiet", "--no-deps", "--no-index"]
-    made = [*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    onnx_alone.run(made, folder)
-    shutil.rmtree(source)
-    venv.create(folder / "environment")
-    home = folder / "environment" / ("Scripts" if sys.platform == "win32" else "bin")
-    [wheel] = folder.glob("edge_tune-*.whl")
-    onnx_alone.run([*pip, "--python", str(home / "python"), "install", *options, str(wheel)], folder)
+    folder = tmp_path_factory.mktemp("环境 environment")
+    venv.create(folder)
+    home = onnx_alone.programs_of(folder)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(home / "python")]
+    onnx_alone.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(built[1])], folder)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = onnx_alone.run([str(home / "python"), "-c", code], folder).strip()
     (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return home
+
+
+def test_an_sdist_is_what_git_has(built: tuple[Path, Path]) -> None:
+    """A file that is missing is named in MANIFEST.in; what is hidden belongs to the clone."""
+    with tarfile.open(built[0]) as archive:
+        names = [Path(*Path(member.name).parts[1:]).as_posix() for member in archive if member.isfile()]
+    generated = {"PKG-INFO", "setup.cfg"} | {name for name in names if name.startswith("edge_tune.egg-info/")}
+    of_git = {name for name in distribution.tracked() if not name.startswith(".")}
+    assert set(names) - generated == of_git and len(names) == len({*names})
+    assert {"edge/csrc/graph.cpp", "edge/constraints.txt", "tests/test_wheel.py"} <= set(names)
+
+
+def test_a_wheel_has_what_runs_and_no_tests(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[1]) as archive:
+        names = archive.namelist()
+    packages = ("edge/", "convert/", "bench/")
+    wanted = {name for name in distribution.tracked() if name.startswith(packages)}
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+
+
+def test_the_same_commit_gives_the_same_bytes(built: tuple[Path, Path], tmp_path: Path) -> None:
+    again = distribution.build(Path(sys.executable), tmp_path)
+    assert [file.name for file in again] == [file.name for file in built]
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in built]
+
+
+def test_one_version_everywhere(programs: Path, tmp_path: Path) -> None:
+    """`edge --version`, the package's metadata, edge.json, the changelog; /info is in `test_it_serves`."""
+    assert onnx_alone.run([str(programs / "edge"), "--version"], tmp_path) == f"edge {edge.__version__}\n"
+    code = """if True:
+        import sys
+        from importlib import metadata
+        from pathlib import Path
+        from edge.artefact import manifest
+        record = manifest.write(Path(sys.argv[1]), manifest.Manifest("gguf", "x"))
+        print(metadata.version("edge-tune"), record.versions["edge"])
+    """
+    said = onnx_alone.run([str(programs / "python"), "-c", code, str(tmp_path)], tmp_path)
+    assert said.split() == [edge.__version__] * 2
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(.+)\](?: - \d{4}-\d\d-\d\d)?$", changes, re.MULTILINE)
+    assert released[:2] == ["Unreleased", edge.__version__]
 
 
 def test_verbs_pins_and_commands_need_no_source_tree(programs: Path, tmp_path: Path) -> None:
@@ -98,7 +142,8 @@ def test_it_serves(programs: Path, tmp_path: Path) -> None:
 
     tiny_onnx.write(tmp_path / "模型")
     with onnx_alone.served(programs, tmp_path / "模型") as url:
-        assert onnx_alone.ask(f"{url}/info")["backend"] == "onnx"
+        info = onnx_alone.ask(f"{url}/info")
+        assert (info["backend"], info["version"]) == ("onnx", edge.__version__)
         assert onnx_alone.ask(f"{url}/generate", {"prompt": "a", "max_tokens": 4})["usage"]
         # The chat page, with its libraries and what their licenses ask for.
         for library in onnx_alone.ask(f"{url}/web/libraries/libraries.json"):

@@ -38,7 +38,7 @@ def run(given: Path, target: str, *, context: int | None = None, overwrite: bool
         origin = manifest.Manifest("model", source.absolute().name)
         if (source / manifest.FILE).is_file():
             origin = manifest.read(source)
-        record = origin.child("deploy", source, settings={"to": target}, packages=("edge",))
+        record = origin.child("deploy", source, settings={"to": target}, packages=())
         manifest.write(partial, record)
     sys.stdout.write(f"{folder}\n  serve it: cd {shell(given)} && {command}\n")
     return folder

@@ -43,7 +43,7 @@ from edge.console import plain_console
 from edge.errors import InputError
 from edge.progress import phase
 
-_PACKAGES = ("edge", "llama-cpp-python", "torch", "transformers", "tokenizers")
+_PACKAGES = ("llama-cpp-python", "torch", "transformers", "tokenizers")
 _PLAIN = "plain.gguf"  # rounded to the nearest, to compare with
 
 

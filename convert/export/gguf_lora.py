@@ -64,7 +64,7 @@ def run(run_folder: Path, *, base: Path | None = None, overwrite: bool = False) 
         shutil.rmtree(scaled)
         find.check_lora(file)
         settings = {"file": file.name, "layers": len(adapter.updates)}
-        child = record.child("lora", folder, settings=settings, packages=("edge", "llama-cpp-python"))
+        child = record.child("lora", folder, settings=settings, packages=("llama-cpp-python",))
         child.chat_template = load_format(folder, model.path).digest
         manifest.write(partial, child)
     return target / file.name

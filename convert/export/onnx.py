@@ -37,7 +37,7 @@ BLOCK, LONG_BLOCK = 32, 64
 CANDIDATES = 64
 _FILES = ("tokenizer.json", "tokenizer_config.json", TEMPLATE)
 _CONFIG = "genai_config.json"
-_PACKAGES = ("edge", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tokenizers")
+_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tokenizers")
 
 
 def run(

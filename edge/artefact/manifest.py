@@ -100,8 +100,8 @@ def file_digest(path: Path) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of `packages`; one that is missing is left out. `edge` is what runs."""
-    installed = {"edge": __version__} if "edge" in packages else {}
+    """Installed versions of `packages`; one that is missing is left out."""
+    installed = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
@@ -110,6 +110,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
     """Digest every file of `folder` and write `edge.json` there. Returns the completed manifest.
+
+    Its versions have edge's own too.
 
     Raises InputError for a file whose name is no text.
     """
@@ -127,6 +129,7 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
         raise InputError(
             f"{folder}: the names {names!a} are no text in this locale", "rename them"
         ) from error
+    manifest.versions = {"edge": __version__, **manifest.versions}
     manifest.created = manifest.created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     json_file.write(folder / FILE, asdict(manifest))
     return manifest

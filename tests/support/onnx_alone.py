@@ -31,18 +31,25 @@ ROOT = Path(__file__).parents[2]
 FOREIGN = ("torch", "transformers", "peft", "llama_cpp", "onnxruntime_genai", "onnx")
 
 
-def environment(folder: Path) -> Path:
-    """A new environment with `edge[serve,onnx]`; the folder of its programs. Raises EdgeError."""
+def environment(folder: Path, source: Path) -> Path:
+    """A new environment with `edge[serve,onnx]`; the folder of its programs. Raises EdgeError.
+
+    source: a wheel, an sdist or a tree, in which pip builds.
+    """
     venv.create(folder, with_pip=True)
-    programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
-    pip = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # A copy: pip builds inside the tree that it is given.
-    source = folder / "source"
-    tree = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "models", "runs")
-    shutil.copytree(ROOT, source, ignore=tree)
-    run([*pip, "-c", str(PINS), f"{source}[serve,onnx]"], folder)
-    shutil.rmtree(source)
+    programs = programs_of(folder)
+    install(programs, "-c", str(PINS), f"{source}[serve,onnx]")
     return programs
+
+
+def programs_of(folder: Path) -> Path:
+    return folder / ("Scripts" if sys.platform == "win32" else "bin")
+
+
+def install(programs: Path, *words: str) -> None:
+    """pip's install with these words. Raises EdgeError."""
+    pip = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, *words], programs)
 
 
 def clean() -> dict[str, str]:
@@ -51,8 +58,9 @@ def clean() -> dict[str, str]:
     return kept | {"PYTHONUTF8": "1"}
 
 
-def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, capture_output=True, cwd=folder, env=clean(), check=False)
+def run(command: list[str], folder: Path, **variables: str) -> str:
+    env = clean() | variables
+    done = subprocess.run(command, capture_output=True, cwd=folder, env=env, check=False)
     if done.returncode != 0:
         tail = done.stderr.decode("utf-8", "replace").strip().splitlines()[-5:]
         raise EdgeError(f"{' '.join(command[:4])} ... failed:\n" + "\n".join(tail))
@@ -105,7 +113,10 @@ def main(argv: list[str]) -> int:
         folder = Path(scratch)
         model = folder / "模型 copied"
         shutil.copytree(args.run / "onnx", model)
-        programs = environment(folder / "environment")
+        source = folder / "source"
+        tree = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "models", "runs")
+        shutil.copytree(ROOT, source, ignore=tree)
+        programs = environment(folder / "environment", source)
         code = "import importlib.util as u, sys; print([n for n in sys.argv[1:] if u.find_spec(n)])"
         there = run([str(programs / "python"), "-c", code, *FOREIGN], folder).strip()
         if there != "[]":

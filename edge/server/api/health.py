@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+import edge
 from edge.engine import protocol as msg
 from edge.server.metrics import CONTENT_TYPE
 from edge.server.model_registry import registry_of
@@ -50,6 +51,7 @@ async def info(request: Request, model: str | None = None) -> dict[str, Any]:
     engine = entry.served.engine
     stats = engine.stats or msg.Stats()
     return {
+        "version": edge.__version__,
         "model": entry.name,
         "digest": entry.digest or None,
         "file": loaded.name,
