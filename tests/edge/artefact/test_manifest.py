@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edge import __version__
 from edge.artefact import manifest
 from edge.artefact.manifest import Manifest
 from edge.errors import ExistsError, InputError
@@ -193,3 +194,9 @@ def test_a_later_process_of_the_same_number_protects_nothing(
     (tmp_path / ".out.partial-77").mkdir()
     manifest.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_manifest_says_which_edge_wrote_it(tmp_path: Path) -> None:
+    given = manifest.Manifest("merged", "x", versions={"torch": "1"})
+    assert manifest.write(tmp_path, given).versions == {"edge": __version__, "torch": "1"}
+    assert manifest.read(tmp_path).versions["edge"] == __version__
