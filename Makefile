@@ -83,7 +83,7 @@ BESIDE := $(BIN)/python -m pytest -q --dist worksteal
 QUICK := -n 2 -m "not slow and not gpu and not timing and not matrix"
 
 everything:
-	@$(SETUP) --extras all
+	@$(SETUP) --extras all,ray
 
 test: everything
 	$(ALONE) -m "timing and not matrix"

@@ -36,8 +36,11 @@ EXTRAS = {
     "modelscope": 4,
     "export-onnx": 40,
     "bench": 1,
+    "ray": 100,
     "dev": 28,
 }
+# `all` leaves Ray out: some systems have no wheel of it, and of all others, such as Macs with Intel's chips.
+ALL = tuple(name for name in EXTRAS if name != "ray")
 BASE_MB = 22
 # The libraries of CUDA, where torch is built for it.
 CUDA_MB = 2500
@@ -67,7 +70,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    extras: tuple[str, ...] = tuple(EXTRAS)
+    extras: tuple[str, ...] = ALL
     cuda: bool = False
     build: bool = True
 
@@ -443,11 +446,13 @@ def chosen(options: argparse.Namespace, before: Choice | None) -> Choice:
     names = [name.strip() for name in (options.extras or "").split(",") if name.strip()]
     wrong = [name for name in names if name not in (*EXTRAS, "all")]
     if wrong:
-        raise UsageError(f"--extras: there is no {', '.join(wrong)}", f"there are all, {', '.join(EXTRAS)}")
+        raise UsageError(
+            f"--extras: there is no {', '.join(wrong)}", f"there are all (without ray), {', '.join(EXTRAS)}"
+        )
     if options.cuda and sys.platform == "darwin":
         raise UsageError("--cuda: no Mac of today has an NVIDIA GPU", "leave it out")
     had = before.extras if before else ()
-    wanted = tuple(EXTRAS) if "all" in names or not (names or had) else {*had, *names}
+    wanted = {*had, *names, *(ALL if "all" in names or not (names or had) else ())}
     choice = replace(before or Choice(), extras=tuple(name for name in EXTRAS if name in wanted))
     given = {name: value for name in ("cuda", "build") if (value := getattr(options, name)) is not None}
     return replace(choice, **given)

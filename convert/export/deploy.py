@@ -18,7 +18,7 @@ from edge.artefact import manifest
 from edge.errors import InputError
 
 # What `--to` takes, and the module that writes it.
-TARGETS = {"vllm": "convert.export.deploy_vllm"}
+TARGETS = {"vllm": "convert.export.deploy_vllm", "ray": "convert.export.deploy_ray"}
 
 
 def run(given: Path, target: str, *, context: int | None = None, overwrite: bool = False) -> Path:

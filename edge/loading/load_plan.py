@@ -43,6 +43,8 @@ GPU_BATCH = 2048
 _OVERHEAD = 200 * 2**20
 # Prefixes kept in RAM take one part in so many of what the plan leaves free, up to llama-server's default.
 _CACHE_SHARE, MOST_CACHE_RAM = 4, 8192 * 2**20
+# What Ray's own processes take, and a replica's HTTP process beside its engine.
+RAY_BYTES, REPLICA_BYTES = 700 * 2**20, 150 * 2**20
 # The packages that a backend imports, and how to install them.
 _PACKAGES = {
     "llamacpp": (("llama_cpp",), BUILD),
@@ -52,7 +54,10 @@ _PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user may say about loading; None lets the machine decide. cache_ram: MiB."""
+    """What a user may say about loading; None lets the machine decide. cache_ram: MiB.
+
+    replicas: engines that share this machine's cores and memory. A plan is of one of them.
+    """
 
     context: int | None = None
     slots: int | None = None
@@ -60,6 +65,7 @@ class Options:
     device: str = "auto"
     kv_type: str = "f16"
     cache_ram: int | None = 0
+    replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,20 @@ class _Size:
     context: int
     slots: int
     threads: int
+
+
+def _gpus(options: Options) -> list[hardware.GPU]:
+    """The GPUs, each with the memory that one replica may take of it."""
+    return [replace(gpu, memory_free=gpu.memory_free // options.replicas) for gpu in hardware.gpus()]
+
+
+def _memory(artefact: Artefact, options: Options) -> int:
+    """Bytes for one replica. Those of a mapped GGUF are among them, and are in memory once for all."""
+    free = hardware.memory().available
+    if options.replicas == 1:
+        return free
+    shared = artefact.header.weights_bytes if isinstance(artefact.header, GGUFHeader) else 0
+    return shared + (free - shared - RAY_BYTES) // options.replicas - REPLICA_BYTES
 
 
 def pick(given: Path, asked: str | None, options: Options) -> tuple[Artefact, str]:
@@ -192,11 +212,17 @@ def plan(artefact: Artefact, options: Options) -> LoadPlan:
     asked = (options.cache_ram or 0) * 2**20
     if asked < 0:
         raise UsageError(f"--cache-ram {options.cache_ram} is less than 0")
-    memory = max(0, hardware.memory().available - asked)
+    memory = max(0, _memory(artefact, options) - asked)
+    cores = hardware.cpu_threads()
+    if options.threads is None and cores < options.replicas:
+        raise UsageError(
+            f"--replicas {options.replicas}: each engine needs a core, this process may use {cores}",
+            f"serve with --replicas {cores}, or let them share cores: --threads 1",
+        )
     size = _Size(
         context=min(DEFAULT_CONTEXT, trained) if options.context is None else options.context,
         slots=DEFAULT_SLOTS if options.slots is None else options.slots,
-        threads=min(512, hardware.cpu_threads()) if options.threads is None else options.threads,
+        threads=min(512, cores // options.replicas) if options.threads is None else options.threads,
     )
     for name, value, least, most, why in (
         ("--slots", size.slots, 1, 256, ""),
@@ -221,13 +247,13 @@ def _plan_llamacpp(
     """Layers on the GPUs where there are any; a unified KV cache, per-slot buffers too where they fit."""
     device, gpu_layers, why = choose_device(options.device)
     # Layers that find no room on a GPU stay in the system's memory.
-    gpus = hardware.gpus() if gpu_layers else []
+    gpus = _gpus(options) if gpu_layers else []
     if gpus and options.slots is None:
         many = estimate(artefact, kv_type=options.kv_type, slots=GPU_SLOTS, batch=GPU_BATCH)
         room = many.cells(gpu_offload.room(gpus)) // _SHARE // size.context
         size = replace(size, slots=max(size.slots, min(GPU_SLOTS, room)))
     need = estimate(artefact, kv_type=options.kv_type, slots=size.slots)
-    fits = _fitting_cells(need, memory + gpu_offload.room(gpus), size.context)
+    fits = _fitting_cells(need, memory + gpu_offload.room(gpus), size.context, options.replicas)
     # KV cells that are never written to take no memory where the system allows it; but all may be written to.
     whole = size.slots * size.context
     per_slot = whole <= fits / _SHARE and (
@@ -273,7 +299,7 @@ def _plan_onnx(artefact: Artefact, options: Options, size: _Size, memory: int) -
             "an ONNX model's KV cache has the type of its export",
         )
     slots, context, batch = size.slots, size.context, BATCH
-    if options.device in ("auto", "cuda") and (gpus := hardware.gpus()):
+    if options.device in ("auto", "cuda") and (gpus := _gpus(options)):
         # The KV cache may come to lie there.
         memory = min(memory, gpus[0].memory_free)
         if options.slots is None and _runs_on_cuda(artefact, options.device, gpus):
@@ -283,7 +309,7 @@ def _plan_onnx(artefact: Artefact, options: Options, size: _Size, memory: int) -
         if wide.cells(memory) >= slots * context:
             batch = GPU_BATCH
     need = estimate(artefact, kv_type=options.kv_type, slots=slots)
-    room = _fitting_cells(need, memory, context) // context
+    room = _fitting_cells(need, memory, context, options.replicas) // context
     if room < slots and options.slots is not None:
         raise InputError(
             f"{slots} slots of {context} tokens do not fit into the memory that is free"
@@ -315,18 +341,22 @@ def _runs_on_cuda(artefact: Artefact, device: str, gpus: list[hardware.GPU]) -> 
     )
 
 
-def _fitting_cells(need: Estimate, memory: int, context: int) -> int:
+def _fitting_cells(need: Estimate, memory: int, context: int, replicas: int) -> int:
     """KV cells that fit into `memory`. Raises InputError where they do not hold one context."""
     fits = need.cells(memory)
     if fits < context:
         within = hardware.memory().within
         least = f"{need.total(256) / 2**20:,.0f} MiB hold it with --ctx 256"
+        share = f" for each of {replicas} replicas" if replicas > 1 else ""
+        remedy = ("serve fewer --replicas, " if share else "") + (
+            "raise the limit" if within else "free some memory"
+        )
         raise InputError(
             f"a context of {context} tokens needs {need.total(context) / 2**20:,.0f} MiB, "
-            f"{memory / 2**20:,.0f} MiB are free{within}",
+            f"{memory / 2**20:,.0f} MiB are free{share}{within}",
             f"serve with --ctx {fits // 256 * 256}, the largest that fits"
             if fits >= 256
-            else f"{'raise the limit' if within else 'free some memory'}, or export fewer bits: {least}",
+            else f"{remedy}, or export fewer bits: {least}",
         )
     return fits
 

@@ -51,6 +51,8 @@ FAMILIES: tuple[tuple[APIRouter, error_body.ErrorBody], ...] = (
     (admin.router, error_body.openai),
     (web_page.router, error_body.openai),
 )
+# By the prefix of a path; any other has OpenAI's.
+ERROR_BODIES = {router.prefix: body for router, body in FAMILIES if body is not error_body.openai}
 _ERRORS = {
     "400": "The request cannot be honoured; the message names the field and its bound.",
     "401": "A key is needed, or this one is not valid.",
@@ -75,9 +77,7 @@ def create_app(registry: Registry, access: Access | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.registry = registry
-    app.state.error_bodies = {
-        router.prefix: body for router, body in FAMILIES if body is not error_body.openai
-    }
+    app.state.error_bodies = ERROR_BODIES
     app.add_middleware(auth.Guard, access=access or Access())
     # Added last, so it is the outermost.
     app.add_middleware(AccessLog, metrics=registry.metrics)

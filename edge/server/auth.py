@@ -57,6 +57,7 @@ class Guard:
                 raise RequestError("the request has several Host headers", code="invalid_http")
             if not self._keys:
                 check_host("".join(hosts))
+                _check_listener(scope.get("server"))
             if not allowed:
                 _check_origin(scope["path"], headers)
             self._check_key(scope["path"], headers)
@@ -102,6 +103,16 @@ def check_host(given: str) -> None:
             f"this server does not answer to the host name '{given[:100]}'",
             "wrong_host",
             "ask for 127.0.0.1 or localhost, or serve with an API key",
+        )
+
+
+def _check_listener(server: tuple[str, int | None] | None) -> None:
+    """Another server that runs this application, as Ray's proxy does, may listen beyond this machine."""
+    if server is not None and not is_loopback(server[0]):
+        raise _forbidden(
+            f"this server has no API key, so it does not answer at {server[0]}",
+            "no_api_key",
+            "listen on 127.0.0.1, or serve with an API key",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -132,6 +133,18 @@ class Metrics:
             gauges = [("", {"model": name}, read(engine)) for name, engine in engines.items()]
             page += _metric(metric, kind, about, gauges)
         return page
+
+
+def merged(pages: Mapping[str, str]) -> str:
+    """One page of several servers' pages: their rows name their server as `replica`. pages: by that name."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name, page in pages.items():
+        label = f'{{replica="{_escaped(name)}",'
+        for block in filter(None, re.split(r"(?m)^(?=# HELP )", page)):
+            head = re.match(r"(?:#.*\n)*", block)
+            assert head is not None
+            blocks[head[0]] += [row.replace("{", label, 1) for row in block[head.end() :].splitlines(True)]
+    return "".join(head + "".join(rows) for head, rows in blocks.items())
 
 
 def _metric(name: str, kind: str, about: str, rows: Iterable[_Row]) -> str:

@@ -90,6 +90,7 @@ def plan_model(path: Path, args: argparse.Namespace, lora: Path | None = None) -
         kv_type=args.kv_type,
         # A budget is for models, unless the cache is asked for.
         cache_ram=0 if args.cache_ram is None and args.memory_budget is not None else args.cache_ram,
+        replicas=args.replicas[1] if args.replicas else 1,
     )
     # An adapter in GGUF goes on top of a GGUF.
     artefact, why = load_plan.pick(path, "llamacpp" if args.lora else args.backend, options)

@@ -99,7 +99,9 @@ def test_choices_stay_and_extras_are_added() -> None:
     assert first == Choice(("serve",), cuda=True)
     assert setup.chosen(options(), first) == first
     assert setup.chosen(options(extras="onnx", cuda=False), first) == Choice(("serve", "onnx"))
-    assert setup.chosen(options(extras="all"), first).extras == tuple(setup.EXTRAS)
+    assert setup.chosen(options(extras="all"), first).extras == setup.ALL
+    assert "ray" not in setup.ALL
+    assert setup.chosen(options(extras="all,ray"), first).extras == tuple(setup.EXTRAS)
     assert setup.chosen(options(), None) == Choice()
     assert setup.chosen(options(build=False), None).build is False
     with pytest.raises(UsageError, match="there is no sing"):

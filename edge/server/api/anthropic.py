@@ -233,8 +233,13 @@ async def messages(request: Request, body: Messages) -> Response:
         model.headers(body.ignored),
         answer=lambda: _answer(head, chat.reader(), stream),
         events=_events(head, chat, stream) if body.stream else None,
-        failure=lambda error: named_event(error_body(error)),
+        failure=failure,
     )
+
+
+def failure(error: RequestError) -> bytes:
+    """The last event of a stream that failed after it had begun."""
+    return named_event(error_body(error))
 
 
 @router.post("/count_tokens", summary="How many tokens a conversation has")

@@ -306,12 +306,13 @@ def _respond(objects: _ChatObjects, stream: Stream, body: _Fields) -> Response:
         objects.model.headers([*body.ignored, *body.options.ignored]),
         answer=lambda: _answer(objects, stream),
         events=_lines(objects, stream) if body.stream else None,
-        failure=_failure,
+        failure=failure,
         content_type=_NDJSON,
     )
 
 
-def _failure(error: RequestError) -> bytes:
+def failure(error: RequestError) -> bytes:
+    """The last event of a stream that failed after it had begun."""
     return dump(error_body(error)) + b"\n"
 
 

@@ -151,7 +151,7 @@ async def responses(request: Request, body: Responses) -> Response:
         model.headers(body.ignored),
         answer=lambda: _answer(response, chat.reader(), stream),
         events=_events(response, chat.reader(), stream) if body.stream else None,
-        failure=_failure,
+        failure=failure,
     )
 
 
@@ -247,7 +247,8 @@ async def _answer(response: _ResponseObject, reader: AnswerReader, stream: Strea
     return response.ended(output, answer.done)
 
 
-def _failure(error: RequestError) -> bytes:
+def failure(error: RequestError) -> bytes:
+    """The last event of a stream that failed after it had begun."""
     return named_event({"type": "error", "code": error.code, "message": str(error), "param": error.param})
 
 

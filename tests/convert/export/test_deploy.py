@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+import edge
 from convert.export import cli
 from edge.artefact import manifest
 from edge.chat_template import ChatTemplate
 from edge.errors import ExistsError, InputError, UsageError
 from edge.prompt import AddedTokens
+from edge.server import options
+from tests.support.tiny_llama import publish
 from tests.support.toy import CHATML, THINKING, make_stub
 
 
@@ -100,3 +103,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="has no merged model"):
         cli.main(["deploy", str(tmp_path / "bare"), "--to", "vllm"])
+
+
+def test_ray_serves_what_edge_serves(tmp_path: Path) -> None:
+    run = publish(tmp_path / "run")
+    assert cli.main(["deploy", str(run), "--to", "ray", "--ctx", "64"]) == 0
+    config = yaml.safe_load((run / "deploy/ray/serve.yaml").read_text("ascii"))
+    [app] = config["applications"]
+    digest = manifest.read(run / "gguf").digest
+    assert (app["args"]["edge"], app["args"]["digest"]) == (edge.__version__, digest)
+    args = options.parser().parse_args(app["args"]["command"])
+    assert (args.paths, args.ctx, options.replicas_of(args)) == ([run.absolute()], 64, (1, 2))
+    assert manifest.read(run / "deploy/ray").parents[0]["digest"] == digest
+    with pytest.raises(UsageError, match="512 positions"):
+        cli.main(["deploy", str(run), "--to", "ray", "--overwrite", "--ctx", "513"])

@@ -65,6 +65,25 @@ def test_s12_what_does_not_fit_is_refused_with_the_largest_that_does(
     assert load_plan.plan(tiny, Options(context=256, slots=1)).settings.context == 256
 
 
+def test_replicas_share_cores_and_memory_but_not_the_file(
+    tiny: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_threads", lambda: 5)
+    need = load_plan.estimate(tiny, kv_type="f16", slots=1)
+    alone = need.total(400) - need.weights + load_plan.REPLICA_BYTES
+    both = need.weights + load_plan.RAY_BYTES + 2 * alone
+    memory(monkeypatch, (both + 200) / 2**20)
+    options = Options(context=384, slots=1, replicas=2)
+    assert load_plan.plan(tiny, options).settings.threads == 2
+    with pytest.raises(InputError, match="MiB are free for each of 3 replicas") as caught:
+        load_plan.plan(tiny, replace(options, replicas=3))
+    assert "fewer --replicas" in str(caught.value)
+    with pytest.raises(UsageError, match="each engine needs a core, this process may use 5"):
+        load_plan.plan(tiny, replace(options, replicas=6))
+    memory(monkeypatch, 2**20)
+    assert load_plan.plan(tiny, replace(options, replicas=6, threads=1)).settings.threads == 1
+
+
 def test_s12_a_huge_context_is_refused_at_once(tiny: Artefact) -> None:
     with pytest.raises(UsageError, match="trained for 512"):
         load_plan.plan(tiny, Options(context=10_000_000))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from edge.server.metrics import merged
 from tests.support.fake_server import Server, fake_server
 
 # Seconds of servers and training: left out of the quick part.
@@ -65,3 +66,12 @@ def test_prefixes_in_ram_are_told(server: Server) -> None:
     text = server.get("/metrics").text
     assert f'edge_cache_ram_bytes{{model="fake"}} {told["bytes"]}' in text
     assert 'edge_cache_ram_hits_total{model="fake"} 1' in text
+
+
+def test_replicas_pages_are_one() -> None:
+    page = '# HELP a A.\n# TYPE a counter\na{model="m"} %d\n# HELP b B.\n# TYPE b gauge\n'
+    more = page % 2 + 'b{x="{"} 1\n'
+    assert merged({"r1": page % 1, 'r"2': more}) == (
+        '# HELP a A.\n# TYPE a counter\na{replica="r1",model="m"} 1\na{replica="r\\"2",model="m"} 2\n'
+        '# HELP b B.\n# TYPE b gauge\nb{replica="r\\"2",x="{"} 1\n'
+    )

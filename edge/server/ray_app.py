@@ -1,0 +1,234 @@
+"""`edge serve --replicas`: the same application as Ray Serve replicas, each with an engine of its own.
+
+Ray's proxy takes the connections, and Ray's ConsistentHashRouter chooses the replica by the session that a
+request belongs to. `edge.server.ray_entrance` runs inside that proxy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from starlette.types import ASGIApp, Message, Scope
+
+import edge
+from edge.console import STOP_SIGNALS, handling
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.progress import report
+from edge.rendering.client import RENDERER
+from edge.server import options, ray_entrance
+from edge.server.access import Access
+from edge.server.app import create_app
+from edge.server.model_plans import plan_all
+from edge.server.model_registry import Planned, Registry
+
+_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+# Ray's least is 75 MiB; nothing but requests and answers goes through its store.
+_STORE = 80 * 2**20
+# What Ray reads when it starts: no telemetry, our entrance, and replicas that see the GPUs.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    ray_entrance.VARIABLE: ray_entrance.VALUE,
+}
+_ERROR = re.compile(r"edge\.errors\.\w+: (.+(?:\n  (?! ).+)?)")
+_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
+
+class Replica:
+    """One replica: the application and its engine. Ray makes it, asks for its health and ends it."""
+
+    # Ray awaits it: a replica takes requests when its model is loaded.
+    async def __init__(  # type: ignore[misc]
+        self, name: str, planned: Planned, access: Access, accept_any: bool
+    ) -> None:
+        logging.basicConfig(level=logging.INFO, format=_FORMAT)
+        self._registry = Registry({name: lambda: planned}, accept_any=accept_any)
+        self._app = create_app(self._registry, access)
+        RENDERER.start()
+        await self._registry.start()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._app
+
+    async def check_health(self) -> None:
+        """As /ready: raises RequestError where no engine answers."""
+        entry = self._registry.entry(None)
+        entry.ready()
+        assert entry.served is not None
+        entry.served.engine.check_alive()
+
+    async def state(self, scope: Scope) -> tuple[str, list[Message]]:
+        """This replica's id, and the messages of its answer to a GET."""
+        messages: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Message) -> None:
+            messages.append(message)
+
+        await self._app(scope, receive, send)
+        return serve.get_replica_context().replica_id.unique_id, messages
+
+    async def __del__(self) -> None:
+        await self._registry.close(0.5)
+
+
+def deployment(
+    name: str,
+    planned: Planned,
+    access: Access,
+    *,
+    replicas: tuple[int, int],
+    drain: float,
+    accept_any: bool = False,
+) -> serve.Application:
+    """The replicas of one model, as Ray deploys them. drain: seconds for running answers of one that ends.
+
+    A replica takes as many requests as it has slots. All others wait in the proxy, where no replica that dies
+    loses them.
+    """
+    fewest, most = replicas
+    slots = int(planned.load.settings["slots"])
+    scale: dict[str, Any] = {"num_replicas": fewest}
+    if fewest < most:
+        bounds = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": max(1, slots / 2)}
+        scale = {"autoscaling_config": bounds}
+    made = serve.deployment(serve.ingress()(Replica)).options(
+        name=ray_entrance.DEPLOYMENT,
+        **scale,
+        ray_actor_options={"num_cpus": planned.load.settings.get("threads", 1)},
+        max_ongoing_requests=slots,
+        max_queued_requests=planned.load.max_queue,
+        backpressure_config={"status_code": 429},
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=drain,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        max_constructor_retry_count=1,
+        request_router_config={
+            "request_router_class": _ROUTER,
+            "request_router_kwargs": {"num_fallback_replicas": most - 1},
+            # A slot that was freed is noticed after so long.
+            "max_backoff_s": 0.1,
+        },
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    return made.bind(name, planned, access, accept_any)
+
+
+def application(settings: dict[str, Any]) -> serve.Application:
+    """What a config of `edge export deploy --to ray` builds on the head node. Raises EdgeError.
+
+    settings: "edge", the version that wrote the config; "command", the words behind `edge serve`; "digest" of
+    the artefact, which a new export changes.
+    """
+    if settings.get("edge") != edge.__version__:
+        raise UsageError(
+            f"the config is of edge {settings.get('edge')}, this is edge {edge.__version__}",
+            "write it anew: edge export deploy RUN --to ray",
+        )
+    if os.environ.get(ray_entrance.VARIABLE) != ray_entrance.VALUE:
+        raise UnavailableError(
+            "Ray was started without edge's entrance to its proxy",
+            f"stop it, and start it with {ray_entrance.VARIABLE}={ray_entrance.VALUE}",
+        )
+    try:
+        args = options.parser().parse_args(settings["command"])
+    except SystemExit as error:
+        raise UsageError(f"the config's command is none of edge serve: {settings['command']}") from error
+    access = options.access_of(args)
+    args.replicas = options.replicas_of(args)
+    app, planned = _replicated(args, access)
+    digest = planned.artefact.digest if planned.artefact else ""
+    if digest != settings.get("digest", digest):
+        raise InputError(
+            f"{args.paths[0]} holds another export than the config was written for",
+            "write it anew: edge export deploy RUN --to ray",
+        )
+    return app
+
+
+def main(args: argparse.Namespace, access: Access) -> int:
+    """Serve until a signal comes; the exit code. Raises EdgeError where the replicas cannot be made."""
+    report("planning")
+    app, planned = _replicated(args, access)
+    settings = planned.load.settings
+    fewest, most = args.replicas
+    cpus = most * int(settings["threads"])
+    return run(
+        app, args.host, args.port, cpus, f"{fewest} of {most} replicas, {settings['threads']} threads each"
+    )
+
+
+def run(app: serve.Application, host: str, port: int, cpus: int, shape: str) -> int:
+    """Start a Ray of this machine alone, serve `app` until a signal comes, and drain. Raises EdgeError."""
+    address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{port}"
+    _print(f"{url}  (loading by Ray Serve; /docs describes the interface, Ctrl-C ends it)")
+    report("loading", url=url)
+    began, stopped = time.monotonic(), threading.Event()
+    os.environ.update(_ENVIRONMENT)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=_STORE,
+            logging_level=logging.ERROR,
+            # Ray's own processes talk over this address.
+            _node_ip_address="127.0.0.1",
+        )
+    except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnavailableError(f"Ray could not be started: {reason}", "its logs are in /tmp/ray") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        with handling(STOP_SIGNALS, lambda *_: stopped.set()):
+            quiet = {"log_level": "WARNING", "enable_access_log": False}
+            where = {"host": host, "port": port}
+            serve.start(proxy_location="HeadOnly", http_options=where, logging_config=quiet)
+            try:
+                serve.run(app, name=ray_entrance.APP, route_prefix="/")
+            except RuntimeError as error:
+                raise _failure() from error
+            _print(f"ready in {time.monotonic() - began:.1f} s: {shape}")
+            report("ready", url=url)
+            stopped.wait()
+            serve.delete(ray_entrance.APP)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def _failure() -> EdgeError:
+    """Why no replica could be made, as the replica's own error says."""
+    status = serve.status().applications[ray_entrance.APP]
+    text = "\n".join([status.message, *(each.message for each in status.deployments.values())])
+    match = _ERROR.search(text)
+    return EdgeError(match[1] if match else f"Ray could not make the replicas: {text}")
+
+
+def _replicated(args: argparse.Namespace, access: Access) -> tuple[serve.Application, Planned]:
+    [(name, plan)] = plan_all(args).items()
+    planned = plan()
+    # A route that changes the server would change one replica.
+    access = dataclasses.replace(access, admin_keys=())
+    shape = {"replicas": args.replicas, "drain": args.drain, "accept_any": args.accept_any_model}
+    return deployment(name, planned, access, **shape), planned
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
