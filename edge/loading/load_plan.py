@@ -44,7 +44,7 @@ _OVERHEAD = 200 * 2**20
 # Prefixes kept in RAM take one part in so many of what the plan leaves free, up to llama-server's default.
 _CACHE_SHARE, MOST_CACHE_RAM = 4, 8192 * 2**20
 # What Ray's own processes take, and a replica's HTTP process beside its engine.
-RAY_BYTES, REPLICA_BYTES = 700 * 2**20, 150 * 2**20
+RAY_BYTES, REPLICA_BYTES = 800 * 2**20, 150 * 2**20
 # The packages that a backend imports, and how to install them.
 _PACKAGES = {
     "llamacpp": (("llama_cpp",), BUILD),

@@ -165,10 +165,10 @@ def main(args: argparse.Namespace, access: Access) -> int:
     app, planned = _replicated(args, access)
     settings = planned.load.settings
     fewest, most = args.replicas
+    count = str(most) if fewest == most else f"{fewest} to {most}"
     cpus = most * int(settings["threads"])
-    return run(
-        app, args.host, args.port, cpus, f"{fewest} of {most} replicas, {settings['threads']} threads each"
-    )
+    shape = f"{count} replicas, {settings['threads']} threads each, context {settings['context']}"
+    return run(app, args.host, args.port, cpus, shape)
 
 
 def run(app: serve.Application, host: str, port: int, cpus: int, shape: str) -> int:

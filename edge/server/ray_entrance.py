@@ -71,7 +71,8 @@ class Entrance:
             from ray import serve  # the proxy has it; the rest of this module needs none
 
             if self._replicas is None:
-                self._replicas = serve.get_deployment_handle(DEPLOYMENT, APP)
+                # A handle of its own: the one that Ray keeps for this process is the proxy's to set up.
+                self._replicas = serve.get_deployment_handle(DEPLOYMENT, APP).options(stream=False)
             response = self._replicas.broadcast("state", asked)
             results = await response.results_async(timeout_s=_STATE_S, return_exceptions=True)
         except Exception:  # Ray has many, and each means that no replica answered
