@@ -69,10 +69,12 @@ class Entrance:
         asked = {key: scope[key] for key in _KEPT if key in scope}
         try:
             from ray import serve  # the proxy has it; the rest of this module needs none
+            from ray.serve.handle import DeploymentHandle
 
             if self._replicas is None:
-                # A handle of its own: the one that Ray keeps for this process is the proxy's to set up.
-                self._replicas = serve.get_deployment_handle(DEPLOYMENT, APP).options(stream=False)
+                # It raises where there is none yet. The proxy sets that one up for itself, so it is not used.
+                serve.get_deployment_handle(DEPLOYMENT, APP)
+                self._replicas = DeploymentHandle(DEPLOYMENT, APP)
             response = self._replicas.broadcast("state", asked)
             results = await response.results_async(timeout_s=_STATE_S, return_exceptions=True)
         except Exception:  # Ray has many, and each means that no replica answered
