@@ -117,19 +117,21 @@ class Plan:
 
 
 def compiler() -> Compiler:
-    """The C++ compiler that CMake will find. Raises NoCompilerError, saying what to install, without one."""
-    if sys.platform == "win32":
+    """The C++ compiler that CMake will find. Raises NoCompilerError, saying what to install, without one.
+
+    On Windows MSVC goes before MinGW's, unless CXX names that: with it csrc is compiled too.
+    """
+    if sys.platform == "win32" and not os.environ.get("CXX"):
         programs = Path(os.environ.get("PROGRAMFILES(X86)", ""))
         where = programs / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
         command = [str(where), "-latest", "-products", "*", "-property", "installationVersion"]
         version = hardware.command_output(command)
         if version or shutil.which("cl"):
             return Compiler("msvc", version)
-    else:
-        for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-            text = hardware.command_output([*name.split(), "--version"])
-            if text:
-                return Compiler("clang" if "clang" in text.lower() else "gcc", text.splitlines()[0])
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        text = hardware.command_output([*name.split(), "--version"])
+        if text:
+            return Compiler("clang" if "clang" in text.lower() else "gcc", text.splitlines()[0])
     hint = COMPILER_HINTS.get(sys.platform, COMPILER_HINTS["linux"])
     raise NoCompilerError(f"{PACKAGE} is built on this machine, which has no C++ compiler", hint)
 
@@ -164,6 +166,9 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Pla
         raise UnavailableError(f"--portable: no build is known for {kind}", f"build for this CPU: {BUILD}")
     cpus, cpu_defines = PORTABLE[kind] if portable else ("", {})
     defines |= cpu_defines
+    if sys.platform == "win32" and tool.kind != "msvc":
+        # CMake would look for MSVC; the compiler's own libraries lie where Python does not look for any.
+        defines |= {"CMAKE_GENERATOR": "Ninja", "CMAKE_SHARED_LINKER_FLAGS": "-static"}
     if sys.platform == "darwin":
         defines["GGML_METAL"] = "ON" if hardware.apple_gpu() else "OFF"
     cuda_version = ""
@@ -270,7 +275,7 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
         shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
         defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": (csrc / "build.cmake").as_posix()}
         if chosen.cxx_flags:
-            forced = f'-include "{csrc / HEADER.name}"'
+            forced = f'-include "{(csrc / HEADER.name).as_posix()}"'
             defines["CMAKE_CXX_FLAGS"] = forced if chosen.cxx_flags == "include-header" else chosen.cxx_flags
         command = ["wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
         command += ["--wheel-dir", str(work / "wheel"), "-C", f"build-dir={(work / 'cmake').as_posix()}"]

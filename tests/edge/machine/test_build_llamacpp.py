@@ -104,6 +104,23 @@ def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_p
         build_llamacpp.compiler()
 
 
+def test_mingw_is_taken_on_windows_where_it_is_named_or_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vswhere.exe": "17.9", "g++": "g++.exe (Rev3, Built by MSYS2 project) 14.1.0"}
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr(build_llamacpp, "cpu_key", lambda: "cpu")
+    monkeypatch.setattr(shutil, "which", lambda *names, **options: None)
+    monkeypatch.setattr(hardware, "command_output", lambda command: installed.get(Path(command[0]).name, ""))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build_llamacpp.plan().compiler == Compiler("msvc", "17.9")
+    assert "CMAKE_GENERATOR" not in build_llamacpp.plan().defines
+    monkeypatch.setenv("CXX", "g++")
+    assert build_llamacpp.plan().compiler == Compiler("gcc", installed["g++"])
+    assert build_llamacpp.plan().defines["CMAKE_GENERATOR"] == "Ninja"
+    del installed["vswhere.exe"]
+    monkeypatch.delenv("CXX")
+    assert build_llamacpp.plan().compiler.kind == "gcc"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX paths")
 def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CUDA_HOME", "CUDA_PATH"):
