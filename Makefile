@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install everything demo test test-ui test-all check check-here check-platforms check-win32 check-darwin
-.PHONY: conformance image-test ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone dist
+.PHONY: conformance image-test ui pull qlora merge export-gguf export-onnx onnx-optimum onnx-alone dist test-csrc
 .PHONY: test-gbk test-windows-rules fuzz web-libraries data eval verify serve bench bench-train chat tune doctor clean
 
 help:
@@ -58,6 +58,7 @@ help:
 	@echo "make test-ui       the page's tests: the whole road by clicks in a Chromium"
 	@echo "make test-gbk      the quick tests under the locale zh_CN.GBK, as Windows has it in Chinese"
 	@echo "make test-windows-rules   the quick tests with Windows' rules for files"
+	@echo "make test-csrc     edge/csrc built for AVX2, AVX512, Windows (MinGW, Wine) and ARM (qemu), and tried"
 	@echo "make test-all      all tests, with every family, type and size"
 	@echo "make fuzz          odd inputs of every kind, SECONDS=$(SECONDS) a part, SEED=$(SEED)"
 	@echo "make web-libraries  the chat page's libraries anew, with npm"
@@ -103,6 +104,10 @@ test: everything
 # Everything that is clicked, in a Chromium.
 test-ui: everything
 	$(ALONE) tests/edge/ui
+
+# What lacks a compiler, an emulator or the processor is left out, with a sentence.
+test-csrc: everything
+	$(ALONE) tests/csrc
 
 test-all: everything .peers/llamafactory-train/installed
 	$(ALONE) -m timing
