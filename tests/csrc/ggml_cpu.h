@@ -89,6 +89,9 @@ struct Ggml {
         ggml_context * const own = ggml_init({1 << 12, nullptr, true});
         ggml_tensor * const one = ggml_new_tensor(own, type, (int) sizes.size(), sizes.data());
         GGML_ASSERT(ggml_backend_alloc_ctx_tensors_from_buft(own, where) != nullptr);
+        if (where != plain_memory && one->extra == nullptr) {
+            return plain(type, std::move(sizes), data);  // nothing repacks it
+        }
         ggml_backend_tensor_set(one, data, 0, ggml_nbytes(one));
         return one;
     }

@@ -8,6 +8,10 @@
 #include <cstdio>
 #include <fstream>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 constexpr int WIDTH = 768, COLUMNS = 96, HEAD = 32;
@@ -408,24 +412,33 @@ struct Attention {
 
 #if defined(__linux__)
 
-// Repacked weights lie in large pages, where they were asked for.
+// Whether large pages were asked for in the middle of so many bytes.
+bool asked_for_large(const void * data, size_t size) {
+    const uintptr_t middle = (uintptr_t) data + size / 2;
+    bool here = false;
+    std::ifstream maps("/proc/self/smaps");
+    for (std::string line; std::getline(maps, line);) {
+        unsigned long long begin, end;
+        if (sscanf(line.c_str(), "%llx-%llx ", &begin, &end) == 2) {
+            here = begin <= middle && middle < end;
+        } else if (here && line.rfind("VmFlags:", 0) == 0) {
+            return line.find(" hg") != std::string::npos;
+        }
+    }
+    return false;
+}
+
 void pages() {
     constexpr size_t SIZE = 16 << 20;
+    void * const asked = mmap(nullptr, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    madvise(asked, SIZE, MADV_HUGEPAGE);
+    if (!asked_for_large(asked, SIZE)) {
+        return;  // emulators do not tell
+    }
     Ggml ggml;
     for (const auto & [name, type] : ggml.repacking) {
         const ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, SIZE);
-        const uintptr_t middle = (uintptr_t) ggml_backend_buffer_get_base(buffer) + SIZE / 2;
-        bool here = false, asked = false;
-        std::ifstream maps("/proc/self/smaps");
-        for (std::string line; std::getline(maps, line);) {
-            unsigned long long begin, end;
-            if (sscanf(line.c_str(), "%llx-%llx ", &begin, &end) == 2) {
-                here = begin <= middle && middle < end;
-            } else if (here && line.rfind("VmFlags:", 0) == 0) {
-                asked = line.find(" hg") != std::string::npos;
-            }
-        }
-        say(asked, "pages of %s are large:", name.c_str());
+        say(asked_for_large(ggml_backend_buffer_get_base(buffer), SIZE), "pages of %s are large:", name.c_str());
     }
 }
 

@@ -45,10 +45,11 @@ constexpr int SUMS = 12, TURNS = 100000;
 
 void instructions() {
     Vector sums[SUMS] = {}, a = {}, b = {};
+    asm("" : "+v"(b));
     for (int turn = 0; turn < TURNS; ++turn) {
 #pragma GCC unroll 12
         for (int i = 0; i < SUMS; ++i) {
-            asm volatile("" : "+v"(a));  // or the same product is computed once
+            asm("" : "+v"(a));  // or the same product is computed once
             sums[i] = plus_products(sums[i], a, b);
         }
     }
@@ -68,9 +69,6 @@ std::vector<ggml_tensor *> copies(Ggml & ggml, const Kind & kind, int columns, b
     std::vector<ggml_tensor *> all;
     for (size_t size = 0; size < BEYOND_CACHES; size += stored.size()) {
         all.push_back(ggml.weight(kind, WIDTH, stored, ours ? ggml.laid_out() : ggml.repacking["CPU_REPACK"]));
-        if (all.back()->extra == nullptr && !ours) {
-            all.back() = ggml.weight(kind, WIDTH, stored, ggml.plain_memory);
-        }
     }
     return all;
 }

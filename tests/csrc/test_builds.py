@@ -33,8 +33,8 @@ ALL = [
     Build("avx-vnni-of-512", builds.AVX_VNNI_OF_512, "avx512_vnni"),
     Build("avx512-vnni", builds.AVX512, "avx512_vnni"),
     Build("amx", builds.AMX, "amx_int8"),
-    Build("windows-avx2", builds.AVX2 | builds.WINDOWS, "avx2", WINE, ("operators", "decode")),
-    Build("windows-libraries", builds.AVX512 | LIBRARIES, "avx512_vnni", WINE),
+    Build("windows-avx2", builds.AVX2 | builds.WINDOWS, "avx2", WINE),
+    Build("windows-libraries", builds.AVX512 | LIBRARIES, "avx512_vnni", WINE, ("operators", "decode")),
     Build("arm", builds.ARM, emulator=("qemu-aarch64", "-cpu", "max"), programs=("decode",)),
 ]
 
