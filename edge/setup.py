@@ -7,20 +7,26 @@ Python that runs it. What was chosen stays for the next time, and a run that was
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
+import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from edge import child_process
 from edge.errors import EdgeError, UnavailableError, UsageError
 
 # The name on a package index. The command and the import are `edge`.
@@ -47,11 +53,15 @@ CUDA_MB = 2500
 # A downloaded megabyte takes so many on the disk, pip's cache included.
 UNPACKED = 5
 NATIVE = ("serve", "train", "bench")  # the extras that use llama.cpp
+# What builds llama.cpp; its version is pinned.
+BUILD_TOOLS, BUILD_TOOLS_MB = ("scikit-build-core", "cmake", "ninja"), 31
 # The index has only the CPU's torch for Windows.
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 _STATE = "edge-setup.json"
 # The exit code of edge.machine.build_llamacpp where there is neither a compiler nor a stock build.
 NO_LLAMACPP = 3
+# Seconds between two looks at what is under way, and what pip gets to put things in order after Ctrl-C.
+_TICK_S, _END_S = 0.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Step:
-    """One command. megabytes: about what it downloads; 0 for one that shows its own progress."""
+    """One command. megabytes: about what it downloads; 0 for one that shows its own progress.
+
+    ahead: it runs beside the steps that follow, and only makes a later one shorter.
+    """
 
     title: str
     command: list[str]
     megabytes: int = 0
+    ahead: bool = False
 
 
 # How edge is installed
@@ -129,6 +143,14 @@ def requirements(*extras: str, own: bool = False) -> list[str]:
     except metadata.PackageNotFoundError as error:
         raise UnavailableError(f"{DISTRIBUTION} is not installed", "python -m edge.setup") from error
     return select(rows, extras, own=own)
+
+
+def own_requirements(tree: str | None) -> list[str]:
+    """What edge needs without any extra, which an installed wheel has brought."""
+    if tree is None:
+        return []
+    project = tomllib.loads((Path(tree) / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return list(project["dependencies"])
 
 
 def select(rows: Iterable[str], extras: Iterable[str], *, own: bool = False) -> list[str]:
@@ -232,16 +254,32 @@ def has_pip(python: Path) -> bool:
         return False
 
 
+def restore_pip(python: Path) -> bool:
+    """Whether the pip that Python brings along is there now."""
+    command = [str(python), "-m", "ensurepip", "--default-pip"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(command, capture_output=True, timeout=120, check=False)
+    return has_pip(python)
+
+
 # The steps
 
 
 def plan(machine: Machine, choice: Choice, *, before: Choice | None = None) -> list[Step]:
     """What to run on `machine`, in order. before: what an earlier run chose."""
     pip = [machine.python, "-m", "pip", "--disable-pip-version-check"]
-    install = [*pip, "install", "-c", str(PINS)]
+    # Python compiles what is imported, which is a small part of what is installed.
+    install = [*pip, "install", "--no-compile", "-c", str(PINS)]
     steps = []
     if machine.tree:
         steps.append(Step("pip itself", [*pip, "install", "--quiet", f"pip=={PIP}"]))
+    native = [machine.python, "-m", "edge.machine.build_llamacpp", *(["--cuda"] if choice.cuda else [])]
+    builds = choice.build and bool({*NATIVE} & {*choice.extras})
+    if builds:
+        tools = [*install, *own_requirements(machine.tree), *BUILD_TOOLS]
+        steps.append(Step("what builds llama.cpp", tools, BASE_MB + BUILD_TOOLS_MB))
+        ahead = [*native, "--wheel", "--progress", "json"]
+        steps.append(Step("llama.cpp, beside the rest", ahead, ahead=True))
     gpu = bool(machine.cuda) or choice.cuda
     runtime = bool({"onnx", "export-onnx"} & {*choice.extras})
     torch = bool({"train", "bench"} & {*choice.extras})
@@ -254,7 +292,7 @@ def plan(machine: Machine, choice: Choice, *, before: Choice | None = None) -> l
     both = [*pip, "uninstall", "--quiet", "--yes", "onnxruntime", "onnxruntime-gpu"]
     if runtime and before and before.cuda and not choice.cuda:
         steps.append(Step("ONNX Runtime for the GPU is removed", both))
-    size = BASE_MB + sum(EXTRAS[extra] for extra in choice.extras)
+    size = sum(EXTRAS[extra] for extra in choice.extras) + (0 if builds else BASE_MB)
     if machine.tree:
         packages = ["-e", f"{machine.tree}[{','.join(choice.extras)}]"]
     else:
@@ -265,9 +303,8 @@ def plan(machine: Machine, choice: Choice, *, before: Choice | None = None) -> l
         steps.append(Step("ONNX Runtime for the CPU is removed", both))
         name = "onnxruntime-gpu" if torch else "onnxruntime-gpu[cuda,cudnn]"  # torch brings the libraries
         steps.append(Step("ONNX Runtime for the GPU", [*install, name], 300))
-    if choice.build and {*NATIVE} & {*choice.extras}:
-        native = [machine.python, "-m", "edge.machine.build_llamacpp"]
-        steps.append(Step("llama.cpp", [*native, *(["--cuda"] if choice.cuda else [])]))
+    if builds:
+        steps.append(Step("llama.cpp", native))
     return steps
 
 
@@ -296,16 +333,74 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-class Meter:
-    """What pip downloads: a line a package, and a status with what is left to come."""
+def bar(done: float, total: float) -> str:
+    """Twenty characters, which any console has."""
+    full = int(20 * done / total) if total else 0
+    return f"[{'#' * full}{'.' * (20 - full)}]"
 
-    def __init__(self, megabytes: int) -> None:
+
+class Ahead:
+    """The build of llama.cpp beside pip's steps: its process, and how far it is."""
+
+    def __init__(self, command: list[str], tree: str | None) -> None:
+        self.done = self.total = 0
+        self.left: float | None = None
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # the step that needs the build says what went wrong
+            cwd=tree,
+            **child_process.APART,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in map(json.loads, lines):
+                if line.get("total"):
+                    self.done, self.total, self.left = line["done"], line["total"], line["seconds_left"]
+
+    def status(self) -> str:
+        """How far it is; "" before it compiles and after it."""
+        if not self.total or self.process.poll() is not None:
+            return ""
+        left = f", {clock(self.left)} left" if self.left is not None else ""
+        return f"llama.cpp {bar(self.done, self.total)} {self.done} of {self.total}{left}"
+
+    def wait(self) -> None:
+        """Show how far it is until it has ended."""
+        meter = Meter(0, self)
+        while self.process.poll() is None:
+            meter.show()
+            time.sleep(_TICK_S)
+        meter.clear()
+
+    def stop(self) -> None:
+        """End it, and all that it has started. What is compiled stays for the next time."""
+        if self.process.poll() is None and sys.platform == "win32":
+            command = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
+            subprocess.run(command, capture_output=True, check=False)
+        elif self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait()
+        self._reader.join()
+
+
+class Meter:
+    """What pip downloads, a line a package; and a status: what is left to come, and of a build beside it."""
+
+    def __init__(self, megabytes: int, ahead: Ahead | None = None) -> None:
         self.expected = megabytes * 1e6
         self.done = 0.0
         self.tail: list[str] = []
         self._current, self._cuda = 0.0, False
         self._start = self._last = time.monotonic()
-        self._shown = 0
+        self._shown, self._unpacking = 0, ""
+        self._ahead = ahead
 
     def line(self, text: str) -> None:
         """Take one line of pip's output, with `--progress-bar raw`."""
@@ -313,7 +408,7 @@ class Meter:
             self._current = float(match[1])
             if self._current and self._current == float(match[2]):
                 self.done, self._current = self.done + self._current, 0.0
-            self._status()
+            self.show()
             return
         self.tail = [*self.tail[-40:], text]
         if text.startswith("Collecting nvidia-") and not self._cuda:
@@ -324,7 +419,8 @@ class Meter:
             if not match[1].endswith(".metadata"):
                 self.say(f"  {match[1].split('/')[-1]} ({match[2]})")
         elif match := re.match(r"Installing collected packages: (.+)", text):
-            self.say(f"  unpacking {len(match[1].split(','))} of them")
+            self._unpacking = f"unpacking {len(match[1].split(','))} packages"
+            self.say(f"  {self._unpacking}")
 
     def say(self, text: str) -> None:
         sys.stdout.write("\r" * bool(self._shown) + text.ljust(self._shown) + "\n")
@@ -332,24 +428,34 @@ class Meter:
         self._shown = 0
 
     def status(self, now: float) -> str:
+        """What is downloaded and what is built, with the time left; "" where there is nothing to say."""
         got = self.done + self._current
         expected = max(self.expected, got)
         left = (now - self._start) * (expected - got) / got if got else 0.0
         rest = f", {clock(left)} left" if expected > got > 1e6 else ""
-        return f"  {got / 1e6:,.0f} of about {expected / 1e6:,.0f} MB{rest}"
+        loaded = f"{bar(got, expected)} {got / 1e6:,.0f} of about {expected / 1e6:,.0f} MB{rest}"
+        parts = (self._unpacking or loaded * (got > 0), self._ahead.status() if self._ahead else "")
+        return "  " + "; ".join(filter(None, parts)) if any(parts) else ""
 
-    def _status(self) -> None:
+    def show(self) -> None:
+        """The status, now and then: in its place on a terminal, else as a line."""
         now, terminal = time.monotonic(), sys.stdout.isatty()
-        if now - self._last < (0.5 if terminal else 15.0):
+        if now - self._last < (_TICK_S if terminal else 15.0) or not (text := self.status(now)):
             return
         self._last = now
-        text = self.status(now)
         if terminal:
+            text = text[: shutil.get_terminal_size().columns - 1]
             sys.stdout.write("\r" + text.ljust(self._shown))
             sys.stdout.flush()
             self._shown = len(text)
         else:
             self.say(text)
+
+    def clear(self) -> None:
+        """Take the status off a terminal."""
+        sys.stdout.write("\r" + " " * self._shown + "\r" if self._shown else "")
+        sys.stdout.flush()
+        self._shown = 0
 
 
 # Running
@@ -385,32 +491,74 @@ def problem(log: str, again: str, place: Path) -> EdgeError:
     return EdgeError("pip failed:\n" + "\n".join(log.strip().splitlines()[-12:]), f"then: {again}")
 
 
-def run_pip(step: Step, again: str, place: Path) -> None:
-    """Run a step of pip and show what it downloads. Raises EdgeError."""
+def run_pip(step: Step, again: str, place: Path, ahead: Ahead | None = None) -> None:
+    """Run a step of pip and show what it downloads, and what is built beside it. Raises EdgeError."""
     command = step.command
     if step.megabytes:
         at = command.index("install") + 1
         command = [*command[:at], "--progress-bar", "raw", *command[at:]]
-    meter = Meter(step.megabytes)
+    meter = Meter(step.megabytes, ahead)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    with subprocess.Popen(
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**env, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
         encoding="utf-8",
         errors="replace",
-    ) as process:
+    )
+
+    def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            meter.line(line.rstrip())
+        with process.stdout as output:
+            for line in output:
+                lines.put(line.rstrip())
+        lines.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=_TICK_S)
+            except queue.Empty:
+                meter.show()
+                continue
+            if line is None:
+                break
+            meter.line(line)
+        process.wait()
+    finally:
+        stop(process)
+        reader.join()
+        meter.clear()
     if process.returncode != 0:
         raise problem("\n".join(meter.tail), again, place)
 
 
+def stop(process: subprocess.Popen[str]) -> None:
+    """End the process; one that Ctrl-C has reached too may put things in order first."""
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+
+
+def sweep(packages: Path) -> None:
+    """Remove what a pip that was killed has left in an environment: it takes that for installed."""
+    for folder in [*packages.glob("~*"), *packages.glob("*.dist-info")]:
+        if folder.name.startswith("~") or not (folder / "RECORD").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def make_environment(folder: Path, again: str) -> None:
-    """Make `folder` an environment with pip, anew where half of one lies there. Raises UnavailableError."""
-    if has_pip(python_of(folder)):
+    """Make `folder` an environment with pip, anew where half of one lies there. Raises UnavailableError.
+
+    One that lacks nothing but pip, which was stopped while it replaced itself, keeps its packages.
+    """
+    if has_pip(python_of(folder)) or restore_pip(python_of(folder)):
         return
     sys.stdout.write(f"an environment for Python {sys.version.split()[0]}: {folder}\n")
     command = [sys.executable, "-m", "venv", "--clear", str(folder)]
@@ -498,6 +646,33 @@ def bring_llamacpp(step: Step, machine: Machine, choice: Choice, again: str) -> 
     return replace(choice, extras=extras, build=False)
 
 
+def run_steps(steps: list[Step], machine: Machine, choice: Choice, again: str, folder: Path) -> Choice:
+    """Run the steps in order, those that are `ahead` beside the others; the choice that holds then.
+
+    Raises EdgeError.
+    """
+    ahead = None
+    shown = [step for step in steps if not step.ahead]
+    try:
+        for step in steps:
+            if step.ahead:
+                ahead = Ahead(step.command, machine.tree)
+                continue
+            size = f": about {step.megabytes:,} MB, less what pip has kept" if step.megabytes else ""
+            sys.stdout.write(f"[{shown.index(step) + 1}/{len(shown)}] {step.title}{size}\n")
+            sys.stdout.flush()
+            if step.title != "llama.cpp":
+                run_pip(step, again, folder, ahead)
+                continue
+            if ahead:
+                ahead.wait()
+            choice = bring_llamacpp(step, machine, choice, again)
+    finally:
+        if ahead:
+            ahead.stop()
+    return choice
+
+
 def setup(options: argparse.Namespace, again: str) -> None:
     """Install what the options ask for. Raises EdgeError."""
     tree = source_tree()
@@ -516,16 +691,11 @@ def setup(options: argparse.Namespace, again: str) -> None:
         check_space(folder, steps, again)
     if tree:
         make_environment(folder, again)
+    if tree and folder == tree / ".venv":
+        sweep(packages_of(folder))
     write_state(folder, choice, "")
     start = time.monotonic()
-    for number, step in enumerate(steps, 1):
-        size = f": about {step.megabytes:,} MB, less what pip has kept" if step.megabytes else ""
-        sys.stdout.write(f"[{number}/{len(steps)}] {step.title}{size}\n")
-        sys.stdout.flush()
-        if step.title != "llama.cpp":
-            run_pip(step, again, folder)
-        else:
-            choice = bring_llamacpp(step, machine, choice, again)
+    choice = run_steps(steps, machine, choice, again, folder)
     write_state(folder, choice, digest(tree, choice))
     command = folder / ("Scripts/edge.exe" if sys.platform == "win32" else "bin/edge")
     sys.stdout.write(
@@ -552,6 +722,7 @@ def main(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a folder's name that this console cannot show
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         check_width(sys.maxsize > 2**32)
         setup(arguments(argv), again)
     except EdgeError as error:

@@ -48,6 +48,7 @@ from edge.machine.llamacpp_source import (
     sdist,
     tail,
 )
+from edge.progress import add_progress_option, report
 from edge.setup import NO_LLAMACPP, PINS, clock
 
 if TYPE_CHECKING:
@@ -273,7 +274,8 @@ def wheel(chosen: Plan, console: Console, *, force: bool = False) -> Path:
     with _claimed(work, anew=force):
         csrc = work / CSRC.name
         shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
-        defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": (csrc / "build.cmake").as_posix()}
+        included = ";".join((csrc / name).as_posix() for name in ("build.cmake", "compile_time.cmake"))
+        defines = chosen.defines | {"CMAKE_PROJECT_llama.cpp_INCLUDE": included}
         if chosen.cxx_flags:
             forced = f'-include "{(csrc / HEADER.name).as_posix()}"'
             defines["CMAKE_CXX_FLAGS"] = forced if chosen.cxx_flags == "include-header" else chosen.cxx_flags
@@ -337,6 +339,7 @@ class _BuildSteps:
         if not step:
             return
         done, total = int(step[1]), int(step[2])
+        report("compiling", done, total, unit="steps")
         self.bar.update(self._task, completed=done, total=total)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._said > _SAID_EVERY_S:
@@ -586,7 +589,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cuda", action="store_true", help="for an NVIDIA GPU (needs nvcc)")
     parser.add_argument("--force", action="store_true", help="build again, whatever the cache holds")
     parser.add_argument("--portable", action="store_true", help="for machines like it, not for it alone")
+    parser.add_argument("--wheel", action="store_true", help="make the wheel, and install nothing")
+    add_progress_option(parser)
     options = parser.parse_args(argv)
+    if options.wheel:
+        wanted = plan(cuda=options.cuda, portable=options.portable)
+        if not stock_llamacpp.library_folder() and build_info().get("wanted") != wanted.key:
+            wheel(wanted, plain_console(), force=options.force)
+        return 0
     install(cuda=options.cuda, force=options.force, portable=options.portable)
     return 0
 

@@ -8,10 +8,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,8 +22,8 @@ from edge.errors import EdgeError, UnavailableError, UsageError
 from edge.setup import Choice, Machine, Meter
 
 ROOT = Path(__file__).parents[2]
-LINUX = Machine("linux", "", ".venv/bin/python", "/src")
-WINDOWS = Machine("win32", "13.1", r".venv\Scripts\python.exe", r"C:\src")
+LINUX = Machine("linux", "", ".venv/bin/python", str(ROOT))
+WINDOWS = Machine("win32", "13.1", r".venv\Scripts\python.exe", str(ROOT))
 SERVE = Choice(("serve", "onnx"))
 
 
@@ -29,7 +31,14 @@ def words(machine: Machine, choice: Choice, before: Choice | None = None) -> lis
     """The steps, without what all of them begin with."""
     rows = [" ".join(step.command) for step in setup.plan(machine, choice, before=before)]
     pip = f"{machine.python} -m pip --disable-pip-version-check "
-    return [row.removeprefix(pip).replace(str(setup.PINS), "PINS") for row in rows]
+    short = {str(setup.PINS): "PINS", f"{ROOT}[": "/src[", "install --no-compile -c": "install -c"}
+    return [shortened(row.removeprefix(pip), short) for row in rows]
+
+
+def shortened(text: str, short: dict[str, str]) -> str:
+    for long, word in short.items():
+        text = text.replace(long, word)
+    return text
 
 
 def options(**given: Any) -> argparse.Namespace:
@@ -46,9 +55,13 @@ def test_the_extras_are_those_of_the_distribution() -> None:
 def test_serving_alone() -> None:
     assert words(LINUX, SERVE) == [
         "install --quiet pip==26.1",
+        "install -c PINS msgspec numpy psutil pyyaml rich scikit-build-core cmake ninja",
+        ".venv/bin/python -m edge.machine.build_llamacpp --wheel --progress json",
         "install -c PINS -e /src[serve,onnx]",
         ".venv/bin/python -m edge.machine.build_llamacpp",
     ]
+    ahead = [step.ahead for step in setup.plan(LINUX, SERVE)]
+    assert ahead == [False, False, True, False, False]
     assert words(LINUX, replace(SERVE, build=False))[-1] == "install -c PINS -e /src[serve,onnx]"
     assert words(LINUX, Choice(("onnx",)))[-1] == "install -c PINS -e /src[onnx]"
 
@@ -56,22 +69,22 @@ def test_serving_alone() -> None:
 def test_cuda_has_one_onnx_runtime() -> None:
     remove = "uninstall --quiet --yes onnxruntime onnxruntime-gpu"
     cuda = replace(SERVE, cuda=True)
-    assert words(replace(LINUX, cuda="13.0"), cuda)[2:] == [
+    assert words(replace(LINUX, cuda="13.0"), cuda)[4:] == [
         remove,
         "install -c PINS onnxruntime-gpu[cuda,cudnn]",
         ".venv/bin/python -m edge.machine.build_llamacpp --cuda",
     ]
     assert "install -c PINS onnxruntime-gpu" in words(LINUX, Choice(cuda=True))  # torch brings the libraries
-    assert words(LINUX, SERVE, cuda)[1] == remove  # back to the processor
+    assert words(LINUX, SERVE, cuda)[3] == remove  # back to the processor
 
 
 def test_windows_takes_torch_for_its_gpu_from_where_it_is() -> None:
     torch = "--no-deps --index-url https://download.pytorch.org/whl/{} torch"
     train = Choice(("train",))
-    assert words(WINDOWS, train)[1] == f"install -c PINS {torch.format('cu130')}"
-    assert words(replace(WINDOWS, cuda="12.8"), train)[1].endswith(torch.format("cu126"))
+    assert words(WINDOWS, train)[3] == f"install -c PINS {torch.format('cu130')}"
+    assert words(replace(WINDOWS, cuda="12.8"), train)[3].endswith(torch.format("cu126"))
     # One for the CPU is there already, and pip would be content with it.
-    assert "--force-reinstall" in words(replace(WINDOWS, torch="cpu"), train)[1]
+    assert "--force-reinstall" in words(replace(WINDOWS, torch="cpu"), train)[3]
     for other in (replace(WINDOWS, torch="cuda"), replace(WINDOWS, cuda=""), replace(LINUX, cuda="13.0")):
         assert not any("--index-url" in row for row in words(other, train))
     assert not any("--index-url" in row for row in words(WINDOWS, SERVE))
@@ -85,7 +98,8 @@ def test_a_wheel_takes_its_own_requirements(monkeypatch: pytest.MonkeyPatch) -> 
         'torch; extra == "train"',
     ]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: rows)
-    assert words(replace(LINUX, tree=None), SERVE)[0] == "install -c PINS numpy fastapi onnxruntime>=1"
+    assert words(replace(LINUX, tree=None), SERVE)[2] == "install -c PINS numpy fastapi onnxruntime>=1"
+    assert words(replace(LINUX, tree=None), SERVE)[0] == "install -c PINS scikit-build-core cmake ninja"
     assert setup.requirements("onnx", own=True) == ["onnxruntime>=1"]
 
 
@@ -159,18 +173,19 @@ def test_what_is_downloaded_is_counted(capsys: pytest.CaptureFixture[str]) -> No
     meter.line("Progress 40000000 of 40000000")
     meter.line("Progress 10000000 of 20000000")
     status = meter.status(meter._start + 10)
-    assert status == "  50 of about 100 MB, 0:10 left"
+    assert status == "  [##########..........] 50 of about 100 MB, 0:10 left"
     meter.line("Collecting nvidia-cublas (from torch)")
     assert "of about 2,600 MB" in meter.status(meter._start + 10)
     meter.line("Installing collected packages: a, b")
     said = capsys.readouterr().out
-    assert said.startswith("  torch-2.13.0-cp311.whl (40.0 MB)\n") and "unpacking 2 of them" in said
+    assert said.startswith("  torch-2.13.0-cp311.whl (40.0 MB)\n") and "unpacking 2 packages" in said
+    assert meter.status(meter._start + 10) == "  unpacking 2 packages"
 
 
 def test_more_than_expected_is_no_negative_time() -> None:
     meter = Meter(1)
     meter.line("Progress 5000000 of 5000000")
-    assert meter.status(meter._start + 1) == "  5 of about 5 MB"
+    assert meter.status(meter._start + 1) == f"  [{'#' * 20}] 5 of about 5 MB"
 
 
 def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +201,7 @@ def test_half_an_environment_is_made_anew_or_removed(tmp_path: Path, monkeypatch
     python = setup.python_of(folder)
     python.parent.mkdir(parents=True)
     python.touch()
-    assert not setup.has_pip(python)
+    assert not setup.has_pip(python) and not setup.restore_pip(python)
     calls = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -213,15 +228,17 @@ def test_a_failed_build_leaves_the_rest_and_says_so(
     monkeypatch.setattr(setup, "driver_cuda", lambda: "")
     monkeypatch.setattr(setup, "lacks", lambda places, choice: False)
     ran: list[str] = []
-    monkeypatch.setattr(setup, "run_pip", lambda step, again, place: ran.append(step.title))
+    monkeypatch.setattr(setup, "run_pip", lambda step, again, place, ahead: ran.append(step.title))
+    monkeypatch.setattr(setup, "Ahead", lambda command, tree: Mock())
+    monkeypatch.setattr(setup, "own_requirements", lambda tree: [])
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     assert setup.main(["--extras", "serve"]) == 1
     said = capsys.readouterr().err
     assert "all else is installed" in said and "edge.setup --extras serve --no-build" in said
     assert setup.main(["--no-build"]) == 0
-    assert ran == ["pip itself", "packages"] * 2
+    assert ran == ["pip itself", "what builds llama.cpp", "packages", "pip itself", "packages"]
     setup.python_of(tmp_path / ".venv").touch()
-    assert setup.main([]) == 0 and len(ran) == 4  # nothing is left to do, and what was chosen stays
+    assert setup.main([]) == 0 and len(ran) == 5  # nothing is left to do, and what was chosen stays
 
 
 def test_without_llama_cpp_onnx_takes_its_place(
@@ -234,7 +251,7 @@ def test_without_llama_cpp_onnx_takes_its_place(
     step = setup.Step("llama.cpp", ["build"])
     after = setup.bring_llamacpp(step, LINUX, Choice(("serve", "train")), "AGAIN")
     assert after == Choice(("serve", "onnx", "train", "export-onnx"), build=False)
-    assert ran[-1].endswith("-e /src[onnx,export-onnx]")
+    assert ran[-1].endswith(f"-e {ROOT}[onnx,export-onnx]")
     assert "served by ONNX Runtime" in capsys.readouterr().out
     ran.clear()
     assert setup.bring_llamacpp(step, LINUX, SERVE, "AGAIN --build") == replace(SERVE, build=False)
@@ -255,6 +272,60 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(setup, "setup", stopped)
     assert setup.main(["--extras", "serve"]) == 130
     assert "goes on where it stopped: " in capsys.readouterr().err
+
+
+BUILD = """
+import json, time
+for done in (10, 20):
+    print(json.dumps({"stage": "compiling", "done": done, "total": 40, "seconds_left": 65.0}), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_build_goes_on_beside_pip_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ahead = setup.Ahead([sys.executable, "-c", BUILD], None)
+    while ahead.done < 20:
+        time.sleep(0.01)
+    assert ahead.status() == "llama.cpp [##########..........] 20 of 40, 1:05 left"
+    monkeypatch.setattr(setup, "_TICK_S", 0.01)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    pip = "import time; print('Installing collected packages: a', flush=True); time.sleep(0.5)"
+    setup.run_pip(setup.Step("packages", [sys.executable, "-c", pip]), "AGAIN", tmp_path, ahead)
+    assert "  unpacking 1 packages; llama.cpp [####" in capsys.readouterr().out
+    ahead.stop()
+    assert ahead.process.returncode and ahead.status() == ""
+    ahead.wait()  # at once
+
+
+def test_ctrl_c_ends_pip_and_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = [sys.executable, "-c", "import time; time.sleep(60)"]
+    started: list[Any] = []
+    real = subprocess.Popen
+
+    def popen(*words: Any, **options: Any) -> Any:
+        started.append(real(*words, **options))
+        return started[-1]
+
+    def stopped(self: Meter) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(Meter, "show", stopped)
+    monkeypatch.setattr(setup, "_END_S", 0.01)
+    steps = [setup.Step("build", endless, ahead=True), setup.Step("packages", endless)]
+    with pytest.raises(KeyboardInterrupt):
+        setup.run_steps(steps, replace(LINUX, tree=None), SERVE, "AGAIN", tmp_path)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_what_a_killed_pip_left_is_swept(tmp_path: Path) -> None:
+    for name in ("~orch", "whole-1.0.dist-info", "half-1.0.dist-info", "half"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "whole-1.0.dist-info" / "RECORD").touch()
+    setup.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "whole-1.0.dist-info"]
 
 
 def test_pip_that_fails_is_reported(tmp_path: Path) -> None:

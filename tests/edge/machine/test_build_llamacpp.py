@@ -46,6 +46,7 @@ def test_versions_are_those_of_the_constraints() -> None:
     )
     assert pins[llamacpp_source.PACKAGE] == llamacpp_source.VERSION
     assert {name: pins[name] for name in llamacpp_source.BUILD_TOOLS} == llamacpp_source.BUILD_TOOLS
+    assert {*setup.BUILD_TOOLS} == {*llamacpp_source.BUILD_TOOLS}
 
 
 @pytest.mark.usefixtures("gcc_on_x86")
