@@ -24,7 +24,7 @@ from convert.verify import probes
 from convert.verify.gguf_reader import GgufReader
 from convert.verify.logits import Reference
 from convert.verify.onnx_reader import OnnxReader
-from convert.verify.reader import Reader
+from convert.verify.reader import Reader, Side
 from convert.verify.torch_reader import TorchReader
 from edge.artefact import find, json_file, manifest
 from edge.errors import InputError
@@ -70,7 +70,7 @@ BOUNDS = {
     "int4": Bound(1e-1, 0.90, "--precision int8, or --precision int4 --scheme mixed,"),
 }
 # Anything smaller: three bits and less.
-_SMALL = Bound(2e-1, 0.80, "Q4_K_M")
+SMALL = Bound(2e-1, 0.80, "Q4_K_M")
 
 
 @dataclass
@@ -78,13 +78,15 @@ class Report:
     """The comparison of `b` with `a`, from which it was made.
 
     unequal: what forbids that `b` stands for `a`. warnings: where logits differ more than b's type allows.
-    facts: of the tokenizer and the template, "equal" or "unequal", and counts. logits: as Divergence.numbers.
+    unseen: what a server does not show. facts: of the tokenizer and the template, "equal", "unequal" or
+    "unseen", and counts. logits: as Divergence.numbers.
     """
 
     a: Reader
-    b: Reader
+    b: Side
     unequal: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     logits: dict[str, Any] = field(default_factory=dict)
@@ -103,15 +105,16 @@ class Report:
             "unequal": self.unequal,
             "warnings": self.warnings,
             "notes": self.notes,
+            **({"unseen": self.unseen} if self.unseen else {}),
             "seconds": round(self.seconds, 1),
         }
 
-    def refuse(self) -> None:
-        """Raise InputError, naming each difference, unless `b` may be published."""
+    def refuse(self, hint: str = "") -> None:
+        """Raise InputError, naming each difference and what to do, unless `b` may stand for `a`."""
         if self.unequal:
             raise InputError(
                 f"{self.b.path} is not the model that {self.a.path} is:\n  " + "\n  ".join(self.unequal),
-                "take the tokenizer files and the chat template of the model it came from, and make it again",
+                hint or "take tokenizer files and chat template of the model it came from, and make it again",
             )
 
 
@@ -122,12 +125,12 @@ def compare(a: Reader, b: Reader, *, console: Console | None = None) -> Report:
     """
     began = time.monotonic()
     report = Report(a, b)
-    _compare_template(report)
-    _compare_tokenizers(report)
-    _compare_stops(report)
+    compare_template(report)
+    compare_tokenizers(report)
+    compare_stops(report)
     if not report.unequal:
         with phase(console, f"comparing logits: {a.path} and {b.path}"):
-            _compare_logits(report)
+            _compare_logits(report, b)
     report.seconds = time.monotonic() - began
     return report
 
@@ -147,8 +150,12 @@ def prove(a: Reader, b: Reader, console: Console) -> Report:
 # Template, token ids, round trip, stop tokens
 
 
-def _compare_template(report: Report) -> None:
+def compare_template(report: Report) -> None:
     a, b = report.a.template, report.b.template
+    if b is None:
+        report.facts["chat_template"] = "unseen"
+        report.unseen.append("the chat template's text; what it makes of a conversation is compared")
+        return
     report.facts["chat_template"] = "equal" if a == b else "unequal"
     if a != b:
         pairs = enumerate(zip(a, b, strict=False))
@@ -164,7 +171,7 @@ def _compare_template(report: Report) -> None:
         )
 
 
-def _compare_tokenizers(report: Report) -> None:
+def compare_tokenizers(report: Report) -> None:
     """Ids of what is served (prompts) and of plain texts; whether ids become the same texts again."""
     a, b = report.a, report.b
     conversations = [*probes.fixed(), *probes.from_data(a.manifest or b.manifest).probes]
@@ -197,7 +204,7 @@ def _compare_tokenizers(report: Report) -> None:
         )
 
 
-def _special_texts(a: Reader, b: Reader) -> list[str]:
+def _special_texts(a: Reader, b: Side) -> list[str]:
     """Texts around special tokens of A, and around those that only one of the two takes as special."""
     tokens = a.special_tokens()
     # llama.cpp holds tokens of spaces as such, transformers as SentencePiece's underscores.
@@ -211,8 +218,12 @@ def _around(ids: list[int], others: list[int]) -> list[int]:
     return ids[max(0, start - 2) : start + 8]
 
 
-def _compare_stops(report: Report) -> None:
+def compare_stops(report: Report) -> None:
     a, b = report.a, report.b
+    if b.stop_ids is None:
+        report.facts["stops"] = "unseen"
+        report.unseen.append("stop tokens: the server neither names them nor lets a token be forced")
+        return
     report.facts["stop_ids"] = sorted(b.stop_ids)
     # A file made elsewhere names one end token, its runtime finds the others by itself.
     missing, added = a.stop_ids - b.stop_ids - b.more_ends, b.stop_ids - a.stop_ids - a.more_ends
@@ -221,19 +232,18 @@ def _compare_stops(report: Report) -> None:
         report.unequal.append(f"stop tokens: A ends at {sorted(a.stop_ids)}, B at {sorted(b.stop_ids)}")
     elif more := sorted(b.more_ends - a.stop_ids - a.more_ends):
         report.notes.append(
-            f"llama.cpp would also stop at {', '.join(map(str, more))}, which it knows by name; "
-            f"the model's own files do not"
+            f"{b.runtime} would also stop at {', '.join(map(str, more))}, the model's own files do not"
         )
 
 
 # Logits
 
 
-def _compare_logits(report: Report) -> None:
+def _compare_logits(report: Report, b: Reader) -> None:
     try:
-        with contextlib.closing(Reference(report.a, report.b)) as reference:
+        with contextlib.closing(Reference(report.a, b)) as reference:
             report.notes += reference.notes
-            report.logits = reference.against(report.b)
+            report.logits = reference.against(b)
     except InputError as error:
         report.notes.append(f"logits are not compared: {error.message}")
         return
@@ -243,19 +253,32 @@ def _compare_logits(report: Report) -> None:
         report.warnings.append(warning)
 
 
+def bound_of(kind: str) -> Bound:
+    """What weights of `kind` may cost."""
+    return BOUNDS.get(kind) or BOUNDS.get(kind.split(" ")[0], SMALL)
+
+
 def too_far(kind: str, logits: dict[str, Any]) -> str:
-    """The warning where logits differ more than weights of `kind` should, and what to take instead; or ""."""
-    bound = BOUNDS.get(kind) or BOUNDS.get(kind.split(" ")[0], _SMALL)
-    if logits["kl_mean"] <= bound.kl and logits["top1"] >= bound.top1:
+    """The warning where logits differ more than weights of `kind` should, and what to take instead; or "".
+
+    The divergence counts where it is known.
+    """
+    bound = bound_of(kind)
+    kl = logits.get("kl_mean")
+    if (kl is None or kl <= bound.kl) and logits["top1"] >= bound.top1:
         return ""
     better = f": {bound.better} would be closer" if bound.better else ""
+    divergence = "" if kl is None else f"mean KL {kl:.2g} (at most {bound.kl:g}), "
     return (
-        f"{kind} differs more than weights of this type should: mean KL {logits['kl_mean']:.2g} "
-        f"(at most {bound.kl:g}), same top token {logits['top1']:.1%} (at least {bound.top1:.1%}){better}"
+        f"{kind} differs more than weights of this type should: {divergence}"
+        f"same top token {logits['top1']:.1%} (at least {bound.top1:.1%}){better}"
     )
 
 
 # Showing and keeping
+
+
+_COLOURS = {"equal": "green", "unequal": "red", "unseen": "yellow"}
 
 
 def show(report: Report, console: Console) -> None:
@@ -266,22 +289,22 @@ def show(report: Report, console: Console) -> None:
     table.add_column(f"{a.stage} ({a.kind})", overflow="fold")
     table.add_column(f"{b.stage} ({b.kind})", overflow="fold")
     table.add_column("", style="bold")
-    lengths = [f"{len(reader.template):,} characters" for reader in (a, b)]
-    stops = [", ".join(map(str, sorted(reader.stop_ids))) for reader in (a, b)]
+    lengths = ["" if reader.template is None else f"{len(reader.template):,} characters" for reader in (a, b)]
+    stops = [", ".join(map(str, sorted(reader.stop_ids or ()))) for reader in (a, b)]
     for label, left, right, key in (
         ("chat template", *lengths, "chat_template"),
-        ("prompt ids", f"{facts['texts']} texts", "", "token_ids"),
+        ("prompt ids", f"{facts.get('texts')} texts" if "texts" in facts else "", "", "token_ids"),
+        ("prompt lengths", f"{facts.get('prompts')} conversations", "", "prompt_lengths"),
         ("text -> ids -> text", f"exact: {facts.get('round_trip_exact')}", "", "round_trip"),
         ("stop tokens", *stops, "stops"),
     ):
         if key in facts:
-            table.add_row(
-                label, left, right, f"[{'green' if facts[key] == 'equal' else 'red'}]{facts[key]}[/]"
-            )
+            table.add_row(label, left, right, f"[{_COLOURS[facts[key]]}]{facts[key]}[/]")
     if logits.get("positions"):
         table.add_section()
-        table.add_row("KL divergence, mean", "", "", f"{logits['kl_mean']:.2e}")
-        table.add_row("KL divergence, p99", "", "", f"{logits['kl_p99']:.2e}")
+        if "kl_mean" in logits:
+            table.add_row("KL divergence, mean", "", "", f"{logits['kl_mean']:.2e}")
+            table.add_row("KL divergence, p99", "", "", f"{logits['kl_p99']:.2e}")
         table.add_row("same top token", "", f"{logits['positions']:,} positions", f"{logits['top1']:.3f}")
         if "greedy_tokens" in logits:
             share = f"{logits['greedy_equal']} of {logits['greedy_tokens']} tokens"
@@ -302,6 +325,7 @@ def _remarks(report: Report, console: Console) -> None:
     for word, lines, style in (
         ("unequal", report.unequal, "red"),
         ("warning", report.warnings, "yellow"),
+        ("unseen", report.unseen, "yellow"),
         ("note", report.notes, "dim"),
     ):
         for line in lines:
@@ -326,7 +350,8 @@ def keep(report: Report) -> bool:
     """Put the report into B's edge.json; False where B has none. Its digest stays: no file has changed."""
     if report.b.manifest is None:
         return False
-    folder = report.b.path if report.b.path.is_dir() else report.b.path.parent
+    given = Path(report.b.path)
+    folder = given if given.is_dir() else given.parent
     path = folder / manifest.FILE
     data = json_file.read(path, required=True)
     data["verify"] = {**data.get("verify", {}), **report.numbers()}

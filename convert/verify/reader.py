@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from edge.artefact.manifest import Manifest
 from edge.backends.base import Logits
@@ -17,6 +18,35 @@ from edge.prompt import AddedTokens, Prompt, token_ids
 
 # The texts of the probes one after the other, for a model without a chat template.
 _PLAIN = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+
+
+class Side(Protocol):
+    """What a comparison reads of either side, before any weights: a stage, or a server that answers for one.
+
+    path: what was given. runtime: what computes it, for notes. template, stop_ids: None where a server does
+    not show them; the rest is as of Reader.
+    """
+
+    @property
+    def path(self) -> Path | str: ...
+    @property
+    def manifest(self) -> Manifest | None: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def runtime(self) -> str: ...
+    @property
+    def template(self) -> str | None: ...
+    @property
+    def stop_ids(self) -> frozenset[int] | None: ...
+    @property
+    def more_ends(self) -> frozenset[int]: ...
+    def prompt_ids(self, conversations: Iterable[list[dict[str, str]]]) -> list[list[int]]: ...
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+    def decode(self, rows: list[list[int]]) -> list[str]: ...
+    def special_tokens(self) -> list[str]: ...
 
 
 class Reader(ABC):
@@ -29,6 +59,7 @@ class Reader(ABC):
     comparison.
     """
 
+    runtime = "llama.cpp"  # the only one that knows ends by name
     more_ends: frozenset[int] = frozenset()
     slowness: int = 2
 
