@@ -57,7 +57,8 @@ class Api:
                 kind = response.headers.get("Content-Type", "")
                 text = response.read(_MOST + 1)
         except urllib.error.HTTPError as error:
-            raise self._status(url, error) from error
+            with error:
+                raise self._status(url, error) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._silence(url, error) from error
         if len(text) > _MOST:
@@ -102,7 +103,7 @@ class Api:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLError):
             return EdgeError(
-                f"{url}: no safe connection: {reason.reason or reason}",
+                f"{url}: no safe connection: {getattr(reason, 'verify_message', '') or reason}",
                 "a certificate of your own: name its authority in SSL_CERT_FILE; a server without TLS: http://",
             )
         if isinstance(reason, TimeoutError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,9 @@ from edge.progress import counted, phase
 
 # The probability of all tokens together that a server does not name is at least this: it rounds.
 _REST = 1e-7
-# Beyond this no weights of four bits and more are still those of A: the demo's in Q2_K differ by less.
-_OTHER = compare.Bound(1.0, 0.6)
+# Beyond this no weights of four bits and more are still those of A. The demo's model in Q2_K: 0.29 and 83 %,
+# the model that it was tuned from: 1.2 and 44 %.
+_OTHER = compare.Bound(0.6, 0.7)
 _HINT = (
     "serve the files of this run: edge serve RUN, edge export gguf or ollama or deploy; or give the right URL"
 )
@@ -42,13 +43,40 @@ _HINT = (
 
 @dataclass
 class _Row:
-    """ids: a prompt and its answer but for the last token. tops: (ids of one text, log-probability) of each
-    token that the server names, for each token of the answer; empty without log-probabilities.
+    """ids: a prompt and its answer. tops: (ids of one text, log-probability) of each token that the server
+    names, for each token of the answer; empty without log-probabilities. ended: at a stop token.
     """
 
     ids: list[int]
     answer: list[int]
     tops: list[list[tuple[tuple[int, ...], float]]]
+    ended: bool
+
+
+@dataclass
+class _Answers:
+    """What was added. ends: answers that A ends within the limit. missed: those that go on at the server."""
+
+    divergence: Divergence = field(default_factory=Divergence)
+    ends: int = 0
+    missed: int = 0
+
+    def add(self, row: _Row, ours: NDArray[np.float64], stop_ids: frozenset[int]) -> None:
+        """ours: A's log-probabilities at each token of the answer and behind it, (tokens + 1, vocabulary)."""
+        equal, ends = True, False
+        best = ours.argmax(axis=1).tolist()
+        for position, token in enumerate(row.answer):
+            self.divergence.same += best[position] == token
+            if equal and not ends and best[position] in stop_ids:
+                ends = True
+                # Some name the token at which they end.
+                self.missed += token not in stop_ids or position + 1 < len(row.answer)
+            equal = equal and best[position] == token
+            self.divergence.equal_greedy += equal
+            if row.tops and row.tops[position]:
+                self.divergence.kl.append(_coarse_kl(ours[position], row.tops[position]))
+        self.ends += ends or (equal and row.ended and best[-1] in stop_ids)
+        self.divergence.greedy += len(row.answer)
 
 
 def compare_served(a: Reader, b: UrlReader, *, console: Console | None = None) -> Report:
@@ -130,15 +158,16 @@ class _Vocabulary:
             [whole] = self._reader.encode([answer.text])
             # The text may have been cut within its last token.
             whole = whole if answer.ended else whole[:-1]
-            return _Row((prompt + whole)[:-1], whole, [])
-        row = _Row([], [], [])
+            return _Row(prompt + whole, whole, [], answer.ended)
+        row = _Row([], [], [], answer.ended)
         for token in answer.tokens:
             if not (ids := self._ids(token)):
+                row.ended = False
                 break
             row.answer.append(ids[0])
             pairs = ((self._ids(top), top.logprob) for top in token.top_logprobs or [token])
             row.tops.append([(ids, logprob) for ids, logprob in pairs if ids and logprob is not None])
-        row.ids = (prompt + row.answer)[:-1]
+        row.ids = prompt + row.answer
         return row
 
     def _ids(self, token: Token) -> tuple[int, ...]:
@@ -171,20 +200,18 @@ class _Vocabulary:
 
 
 def _compare_answers(report: Report, b: UrlReader, rows: list[_Row]) -> None:
-    divergence = Divergence()
+    answers = _Answers()
     try:
-        every = report.a.all_logits([row.ids for row in rows], [len(row.answer) for row in rows])
+        every = report.a.all_logits([row.ids for row in rows], [len(row.answer) + 1 for row in rows])
         for row, logits in zip(counted(rows, "answers"), every, strict=True):
-            _add(divergence, row, log_softmax(logits))
+            answers.add(row, log_softmax(logits), report.a.stop_ids)
     except InputError as error:
         report.notes.append(f"answers are not compared: {error.message}")
         return
-    if not divergence.kl:
-        report.unseen.append("log-probabilities: the server gives none; whole answers alone are compared")
-    positions = sum(len(row.answer) for row in rows)
+    divergence = answers.divergence
     report.logits = divergence.numbers() | {
-        "positions": positions,
-        "top1": divergence.same / positions,
+        "positions": divergence.greedy,
+        "top1": divergence.same / divergence.greedy,
         "greedy_equal": divergence.equal_greedy,
         "greedy_tokens": divergence.greedy,
     }
@@ -193,20 +220,15 @@ def _compare_answers(report: Report, b: UrlReader, rows: list[_Row]) -> None:
             f"the divergence is over the {b.top} tokens that the server names and all others together: at "
             "most that of the whole vocabulary"
         )
+    else:
+        report.unseen.append("log-probabilities: the server gives none; whole answers alone are compared")
+    # One that quantisation moved is no lost stop token.
+    if answers.missed > 1 and 2 * answers.missed > answers.ends:
+        report.facts["stops"] = "unequal"
+        report.unequal.append(
+            f"stop tokens: of {answers.ends} answers that end in A, {answers.missed} go on at the server"
+        )
     _judge(report, b.kind)
-
-
-def _add(divergence: Divergence, row: _Row, ours: NDArray[np.float64]) -> None:
-    """ours: A's log-probabilities, (length of the answer, vocabulary)."""
-    equal = True
-    best = ours.argmax(axis=1)
-    for position, token in enumerate(row.answer):
-        divergence.same += int(best[position] == token)
-        equal = equal and bool(best[position] == token)
-        divergence.equal_greedy += equal
-        if row.tops and row.tops[position]:
-            divergence.kl.append(_coarse_kl(ours[position], row.tops[position]))
-    divergence.greedy += len(row.answer)
 
 
 def _coarse_kl(ours: NDArray[np.float64], named: list[tuple[tuple[int, ...], float]]) -> float:

@@ -303,7 +303,11 @@ class LlamaServer(UrlReader):
         body = {"prompt": self._prompt_ids(messages), "n_predict": count, "n_probs": top, "temperature": 0}
         answer = self._api.ask("/completion", _Native, body | {"return_tokens": True} | self._neutral)
         left = answer.completion_probabilities[::-1]
-        tokens = [left.pop() if left and left[-1].id == id else Token(id=id) for id in answer.tokens]
+        texts = self._a.decode([answer.tokens[: count + 1] for count in range(len(answer.tokens))])
+        tokens = [
+            left.pop() if left and left[-1].id == id and not text.endswith("\ufffd") else Token(id=id)
+            for id, text in zip(answer.tokens, texts, strict=True)
+        ]
         return Answer(answer.content, tokens if top else [], length, answer.stop_type == "eos")
 
 
