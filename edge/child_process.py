@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
+# The engine's process, named here so that it can be started before anything of it is imported.
+ENGINE = "edge.engine.worker"
 # Keywords of Popen for a group of its own: a terminal's Ctrl-C never reaches it.
 APART: dict[str, Any] = {
     "start_new_session": True,

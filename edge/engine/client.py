@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import secrets
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -84,17 +85,42 @@ class Stream:
 Answer = TypeVar("Answer", msg.Encoded, msg.Embedded)
 
 
+class Worker:
+    """A process that was told what to load. It connects to `listener`, and first sends `secret`.
+
+    process: one that was started before, whose imports have begun; None starts one.
+    """
+
+    def __init__(self, load: Load, process: subprocess.Popen[bytes] | None = None) -> None:
+        self.secret = secrets.token_bytes(_SECRET_BYTES)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        host, port = self.listener.getsockname()
+        order = {"host": host, "port": port, "secret": self.secret.hex(), "load": dataclasses.asdict(load)}
+        self.process = process or child_process.start(child_process.ENGINE)
+        assert self.process.stdin is not None
+        # One that is gone already is noticed by its exit code. The pipe stays open while this process lives.
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(order).encode("utf-8") + b"\n")
+            self.process.stdin.flush()
+
+
 class EngineProcess:
     """A supervised worker. `start` returns at once; `wait_ready` when the model is loaded or cannot be.
 
-    ready: the loaded model, None while there is none; load_s: seconds that loading took. stats: the newest
-    gauges. failure: why the model was given up. restarts: workers that had to be replaced. on_done: called
-    for every request that ends.
+    begun: the first worker, where it was started before. ready: the loaded model, None while there is none;
+    load_s: seconds that loading took. stats: the newest gauges. failure: why the model was given up.
+    restarts: workers that had to be replaced. on_done: called for every request that ends.
     """
 
-    def __init__(self, load: Load, on_done: Callable[[msg.Done], None] | None = None) -> None:
+    def __init__(
+        self,
+        load: Load,
+        on_done: Callable[[msg.Done], None] | None = None,
+        begun: Worker | None = None,
+    ) -> None:
         self.load = load
         self._on_done = on_done
+        self._begun = begun
         self.ready: BackendInfo | None = None
         self.load_s = 0.0
         self.stats: msg.Stats | None = None
@@ -280,22 +306,20 @@ class EngineProcess:
     async def _run_once(self) -> tuple[int, bool]:
         """One worker's life: (exit code, whether it had loaded)."""
         loop = asyncio.get_running_loop()
-        secret = secrets.token_bytes(_SECRET_BYTES)
+        # asyncio's own subprocesses need a certain event loop on Windows; this works on every loop.
+        worker, self._begun = self._begun or Worker(self.load), None
+        process = self._process = worker.process
         linked: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = loop.create_future()
 
         async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
                 received = await asyncio.wait_for(reader.readexactly(_SECRET_BYTES), 5.0)
-                if secrets.compare_digest(received, secret) and not linked.done():
+                if secrets.compare_digest(received, worker.secret) and not linked.done():
                     linked.set_result((reader, writer))
                     return
             writer.close()
 
-        server = await asyncio.start_server(greet, "127.0.0.1", 0)
-        host, port = server.sockets[0].getsockname()[:2]
-        order = {"host": host, "port": port, "secret": secret.hex(), "load": dataclasses.asdict(self.load)}
-        # asyncio's own subprocesses need a certain event loop on Windows; this works on every loop.
-        process = self._process = _spawn(json.dumps(order).encode("utf-8") + b"\n")
+        server = await asyncio.start_server(greet, sock=worker.listener)
         ended = loop.run_in_executor(None, process.wait)
         watch: asyncio.Task[None] | None = None
         try:
@@ -405,14 +429,3 @@ class EngineProcess:
         self._broken = ""
         for key in [*self._streams, *self._calls]:
             self._end(key, error)
-
-
-def _spawn(order: bytes) -> subprocess.Popen[bytes]:
-    """A worker that was given its order; its standard input stays open while this process lives."""
-    process = child_process.start("edge.engine.worker")
-    assert process.stdin is not None
-    # One that is gone already is noticed by its exit code.
-    with contextlib.suppress(OSError):
-        process.stdin.write(order)
-        process.stdin.flush()
-    return process

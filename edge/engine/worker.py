@@ -255,7 +255,13 @@ def main() -> int:
     # Ctrl-C and a service's stop reach the whole group; the HTTP process decides how to end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    order = json.loads(sys.stdin.buffer.readline())
+    # What every model needs, while the one who orders is still planning.
+    from edge.loading import tune_llamacpp  # noqa: F401
+
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0
+    order = json.loads(line)
     link = Link((order["host"], order["port"]), order["secret"])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     load = Load(**order["load"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
 
+from edge import child_process
 from edge.errors import EdgeError, UnavailableError, UsageError
 from edge.progress import report
 from edge.server.access import BACKLOG
@@ -34,7 +38,8 @@ def main(argv: list[str]) -> int:
         from edge.server import ray_app
 
         return ray_app.main(args, access)
-    with bind(args.host, args.port) as listener:
+    early = contextlib.nullcontext() if args.wait else _early_worker()
+    with bind(args.host, args.port) as listener, early as process:
         # Imported late: --help, a wrong argument and a port in use are answered at once.
         from edge.artefact import find
         from edge.server import model_plans
@@ -46,6 +51,9 @@ def main(argv: list[str]) -> int:
         if args.accept_any_model and len(models) > 1:
             raise UsageError("--accept-any-model goes with a single model", "leave it out, or serve one")
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        if process is not None:
+            first = args.default or next(iter(models))
+            models[first] = model_plans.begin(models[first], process)
 
         from edge.server import launch
 
@@ -61,6 +69,20 @@ def main(argv: list[str]) -> int:
             max_connections=args.max_connections,
             awaited=functools.partial(find.models_state, args.paths[0]) if args.wait else None,
         )
+
+
+@contextlib.contextmanager
+def _early_worker() -> Iterator[subprocess.Popen[bytes]]:
+    """The first engine process, which imports while this one does; it has ended with the block."""
+    process = child_process.start(child_process.ENGINE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from edge.artefact import find, manifest
+from edge.engine.client import Worker
 from edge.engine.worker import Load
 from edge.errors import InputError, UsageError
 from edge.loading import load_plan
@@ -45,6 +47,12 @@ def plan_all(args: argparse.Namespace) -> dict[str, Callable[[], Planned]]:
         if name == args.default or (args.default is None and len(models) == 1):
             models[name] = functools.partial(_first_then, [first], plan)
     return models
+
+
+def begin(plan: Callable[[], Planned], process: subprocess.Popen[bytes]) -> Callable[[], Planned]:
+    """The same plan, by which `process` begins to load at once: the server's own imports take a while yet."""
+    first = plan()
+    return functools.partial(_first_then, [replace(first, begun=Worker(first.load, process))], plan)
 
 
 def plan_awaited(path: Path, args: argparse.Namespace) -> Planned:

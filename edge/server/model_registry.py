@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from edge.artefact.find import Artefact
 from edge.backends.base import BackendInfo
-from edge.engine.client import EngineProcess
+from edge.engine.client import EngineProcess, Worker
 from edge.engine.worker import Load
 from edge.errors import EdgeError, RequestError
 from edge.server.metrics import Metrics
@@ -35,11 +35,12 @@ _LOOK_S, _REPLAN_S = 1.0, 15.0
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """How an artefact is to be loaded now. bytes: the estimated memory that it takes."""
+    """How an artefact is to be loaded now. bytes: the estimated memory that it takes. begun: who loads it."""
 
     load: Load
     artefact: Artefact | None = None
     bytes: int = 0
+    begun: Worker | None = None
 
 
 @dataclass(eq=False)
@@ -272,7 +273,11 @@ class Registry:
 
     async def _open(self, entry: ModelEntry, planned: Planned) -> ServedModel:
         """A new engine for `entry`, ready, put in place of the one before."""
-        engine = EngineProcess(planned.load, on_done=lambda done: self.metrics.ended(entry.name, done))
+        engine = EngineProcess(
+            planned.load,
+            on_done=lambda done: self.metrics.ended(entry.name, done),
+            begun=planned.begun,
+        )
         engine.start()
         try:
             await engine.wait_ready()

@@ -235,3 +235,13 @@ def test_a_gpu_that_holds_fewer_layers_than_planned_gets_fewer(
     most = 0
     with pytest.raises(llamacpp.MemoryFullError, match="context"):
         open_backend(Load("llamacpp", str(path), dataclasses.asdict(settings)))
+
+
+def test_a_worker_that_is_told_nothing_ends_quietly() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.engine.worker"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
