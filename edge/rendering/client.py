@@ -88,6 +88,21 @@ class Renderer:
         return reply
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
+        # What ended the process may have come from outside, as where a system's memory is short: once more.
+        for _ in range(2):
+            reply, code, seconds = self._attempt(request)
+            if reply is not None:
+                return reply
+            if seconds >= RENDER_S:
+                return {
+                    "refused": f"takes more than {RENDER_S:g} s for these messages",
+                    "code": "prompt_too_long",
+                }
+        why = f"ended the process that renders it (exit code {code}), which may have {MEMORY // 2**20} MiB"
+        return {"refused": why, "code": "prompt_too_long"}
+
+    def _attempt(self, request: bytes) -> tuple[dict[str, Any] | None, int | None, float]:
+        """The reply, or None and the exit code of the process that has ended; the seconds that it took."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         if not self._greeted:
@@ -109,18 +124,13 @@ class Renderer:
             process.stdin.write(request)
             process.stdin.flush()
             reply = read_frame(process.stdout)
+        seconds = time.monotonic() - began
         if reply is not None:
-            return dict(reply)
+            return dict(reply), None, seconds
         code = self._end()
         # The next one loads while the client reads its error.
         self._started()
-        if time.monotonic() - began >= RENDER_S:
-            return {
-                "refused": f"takes more than {RENDER_S:g} s for these messages",
-                "code": "prompt_too_long",
-            }
-        why = f"ended the process that renders it (exit code {code}), which may have {MEMORY // 2**20} MiB"
-        return {"refused": why, "code": "prompt_too_long"}
+        return None, code, seconds
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:

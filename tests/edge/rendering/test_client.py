@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from edge.errors import InputError, RequestError
 from edge.rendering import client
 from edge.rendering.client import Renderer
+from edge.rendering.protocol import read_frame
 from tests.support.fake_server import ROOT
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -88,18 +90,35 @@ def test_memory_is_bounded(renderer: Renderer) -> None:
     assert renderer.render("{{ a }}", {"a": 1}) == "1"
 
 
-def test_a_death_in_a_rendering_is_answered(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_death_in_a_rendering_is_the_templates_where_it_comes_twice(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
     renderer.render("x", {})
+    died: list[int | None] = []
+
+    def read(stream: IO[bytes]) -> Any:
+        reply = read_frame(stream)
+        if "text" not in reply or len(died) == deaths:
+            return reply
+        died.append(renderer.pid)
+        return None
+
     with monkeypatch.context() as patch:
-        patch.setattr(client, "read_frame", lambda _: None)
-        with pytest.raises(RequestError, match="ended the process that renders it"):
-            renderer.render("x", {})
+        patch.setattr(client, "read_frame", read)
+        if deaths == 1:
+            assert renderer.render("x", {}) == "x"
+        else:
+            with pytest.raises(RequestError, match="ended the process that renders it") as caught:
+                renderer.render("x", {})
+            assert (caught.value.status, caught.value.code) == (400, "prompt_too_long")
+    assert len({*died}) == deaths and renderer.pid not in died
     assert renderer.render("x", {}) == "x"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("size", [1, 10**6], ids=["reading", "writing"])
-def test_a_process_that_is_stopped_is_ended(
+def test_a_process_that_is_stopped_is_replaced(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     renderer.render("x", {})
@@ -108,14 +127,13 @@ def test_a_process_that_is_stopped_is_ended(
     rescue = threading.Timer(4.0, os.kill, (renderer.pid, KILL))
     os.kill(renderer.pid, signal.SIGSTOP)
     rescue.start()
-    began = time.monotonic()
-    monkeypatch.setattr(client, "_SILENT_S", 0.2)
-    with pytest.raises(RequestError, match="ended the process"):
-        renderer.render("{{ a }}", {"a": "x" * size})
+    began, ended_after, limits = time.monotonic(), client._ended_after, iter([0.2])
+    monkeypatch.setattr(
+        client, "_ended_after", lambda seconds, process: ended_after(next(limits, seconds), process)
+    )
+    assert renderer.render("{{ a }}", {"a": "x" * size}) == "x" * size
     rescue.cancel()
-    monkeypatch.undo()
     assert time.monotonic() - began < 3.0
-    assert renderer.render("{{ a }}", {"a": 1}) == "1"
 
 
 def test_an_interrupted_rendering_does_not_answer_the_next(
