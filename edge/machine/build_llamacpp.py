@@ -70,6 +70,8 @@ OFF = (
 )
 _SAID_EVERY_S = 15.0
 NO_REPACKING = "weights are not repacked (use_extra_bufts=False): slower than it could be"
+# MinGW's own libraries lie where Python does not look for any: each DLL has them, and shows them to no other.
+WHOLE = "-static -Wl,--exclude-libs,ALL"
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 # Machine -> the processors that a portable build is for, and the definitions that say so to CMake. AVX2 is
 # the least that edge's own kernels need.
@@ -168,8 +170,8 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Pla
     cpus, cpu_defines = PORTABLE[kind] if portable else ("", {})
     defines |= cpu_defines
     if sys.platform == "win32" and tool.kind != "msvc":
-        # CMake would look for MSVC; the compiler's own libraries lie where Python does not look for any.
-        defines |= {"CMAKE_GENERATOR": "Ninja", "CMAKE_SHARED_LINKER_FLAGS": "-static"}
+        # Left alone, CMake looks for MSVC.
+        defines |= {"CMAKE_GENERATOR": "Ninja", "CMAKE_SHARED_LINKER_FLAGS": WHOLE}
     if sys.platform == "darwin":
         defines["GGML_METAL"] = "ON" if hardware.apple_gpu() else "OFF"
     cuda_version = ""

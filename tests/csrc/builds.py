@@ -28,7 +28,8 @@ WINDOWS = {
     "CMAKE_SYSTEM_PROCESSOR": "x86_64",
     "CMAKE_C_COMPILER": "x86_64-w64-mingw32-gcc-posix",
     "CMAKE_CXX_COMPILER": "x86_64-w64-mingw32-g++-posix",
-    **dict.fromkeys(("CMAKE_EXE_LINKER_FLAGS", "CMAKE_SHARED_LINKER_FLAGS"), "-static"),
+    "CMAKE_EXE_LINKER_FLAGS": "-static",
+    "CMAKE_SHARED_LINKER_FLAGS": build_llamacpp.WHOLE,
     # Debian's headers do not know all of Windows 8, which llama.cpp asks for.
     **dict.fromkeys(("CMAKE_C_FLAGS", "CMAKE_CXX_FLAGS"), "-D_WIN32_WINNT=0x0601"),
 }
