@@ -1,6 +1,7 @@
 """Engines side by side on this machine: one program, one table, interleaved rounds.
 
     python -m bench.engines MODEL.gguf                 our server, a bare llama.cpp loop, reference servers
+    python -m bench.engines MODEL.gguf --only streams --streams 1,8,16 --peers llama-server,openvino --busy
     python -m bench.engines RUN --backend onnx         our engine, onnxruntime-genai's Generator, transformers
     python -m bench.engines RUN/gguf RUN/onnx --merged RUN/merged --gpu [--report docs/reports/serve-GPU]
     python -m bench.engines RUN/onnx --gpu --only http --streams 1,8,32,128
@@ -21,9 +22,10 @@ import dataclasses
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ from bench.engines.race import Case, Rates, Row, Side
 from bench.measure.load import get_json
 from bench.measure.process_probe import noise
 from bench.measure.workloads import counts
-from bench.servers.reference_servers import llama_cpp_server, llama_server, xllamacpp
-from bench.servers.target import Running, ours, started
+from bench.servers.reference_servers import llama_cpp_server, llama_server, openvino_command, xllamacpp
+from bench.servers.target import Running, Target, ours, started
 from edge.artefact import find, manifest
 from edge.backends import onnx
 from edge.backends.base import Backend
@@ -54,6 +56,9 @@ _PACKAGES = (
     "edge", "llama-cpp-python", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
     "onnxruntime-genai-cuda", "torch", "transformers",
 )  # fmt: skip
+# What our server is set beside.
+BARE, LLAMA_SERVER, OPENVINO = "bare", "llama-server", "openvino"
+PEERS = (BARE, LLAMA_SERVER, OPENVINO, "xllamacpp", "llama_cpp.server")
 Rows = Generator[Row, None, None]
 
 
@@ -86,7 +91,7 @@ class Bench:
 
 
 def streams(bench: Bench) -> Rows:
-    """Our server beside a bare llama.cpp loop and llama-server, at several numbers of streams."""
+    """Our server beside what `--peers` names; with `--busy` again while another program uses a core."""
     path, options = bench.artefact.path, bench.options
     slots = max(options.streams)
     with contextlib.ExitStack() as stack:
@@ -94,37 +99,66 @@ def streams(bench: Bench) -> Rows:
         settings = asyncio.run(get_json(server.url, "/info"))["settings"]
         bench.settings[path.name] = settings
         flash = settings["flash_attention"] == "on"
-        model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(path)))
-        bare = bare_llamacpp.BareLoop(model, options.threads, flash, settings["kv"] == "unified")
-        measured: list[Side] = [sides.Server(server), bare]
-        if options.reference_servers:
+        measured: list[Side] = [sides.Server(server)]
+        if BARE in options.peers:
+            model = stack.enter_context(contextlib.closing(bare_llamacpp.Model(path)))
+            unified = settings["kv"] == "unified"
+            measured.append(bare_llamacpp.BareLoop(model, options.threads, flash, unified))
+        if LLAMA_SERVER in options.peers:
             target = llama_server(
                 path, slots=slots, context=CONTEXT, threads=options.threads, flash_attention=flash
             )
             other = started(target, bench.logs / "llama-server.log", watch=False)
             measured.append(sides.Server(stack.enter_context(other)))
-        # The longer a step, the less of it is HTTP.
-        alone = 0.95 if bench.artefact.header.weights_bytes > _LARGE else 0.85
-        total: dict[int, float] = {}
-        for count in sorted(options.streams):
-            goals = {"llama-server": 1.0} | ({bare.name: alone} if count == 1 else {})
-            tokens = (options.tokens or TOKENS,) * count
-            case = Case(f"{count} streams", tokens, "total", measured, model.vocab, options.prompt, goals)
-            rates = yield from bench.race(case)
-            total[count] = statistics.median(result.total for result in rates["edge"])
-            if count > 8 in total:
-                growth = total[count] / total[8]
-                what = f"{count} streams against 8"
-                yield Row(what, f"{growth:.2f} x", goal="not lower", reached=growth >= 0.97)
+        if OPENVINO in options.peers:
+            openvino = stack.enter_context(sides.OpenVINO(openvino_command(path, options.threads)))
+            bench.settings[openvino.name] = {"version": openvino.version}
+            measured.append(openvino)
+        yield from streams_of(bench, measured)
+        if options.busy:
+            with busy_core():
+                yield from streams_of(bench, measured, ", a busy core")
+
+
+def streams_of(bench: Bench, measured: Sequence[Side], beside: str = "") -> Rows:
+    """The rows of `streams`. beside: what else goes on meanwhile."""
+    options, header = bench.options, bench.artefact.header
+    # The longer a step, the less of it is HTTP.
+    alone = 0.95 if header.weights_bytes > _LARGE else 0.85
+    total: dict[int, float] = {}
+    for count in sorted(options.streams):
+        goals = {LLAMA_SERVER: 1.2 if count == 1 else 1.4 if count <= 8 else 1.5, sides.OpenVINO.name: 1.0}
+        goals |= {bare_llamacpp.BareLoop.name: alone} if count == 1 else {}
+        tokens = (options.tokens or TOKENS,) * count
+        name = f"{count} streams{beside}"
+        case = Case(name, tokens, "total", measured, header.vocab_size, options.prompt, goals)
+        rates = yield from bench.race(case)
+        total[count] = statistics.median(result.total for result in rates["edge"])
+        if count > 8 in total:
+            growth = total[count] / total[8]
+            yield Row(f"{name} against 8", f"{growth:.2f} x", goal="not lower", reached=growth >= 0.97)
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Another program that computes without a pause."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def servers(bench: Bench) -> Rows:
-    """Eight streams against the two servers that come as Python packages."""
-    path, threads = bench.artefact.path, bench.options.threads
-    for goal, target in (
-        (1.5, xllamacpp(path, slots=8, context=CONTEXT, threads=threads)),
-        (6.0, llama_cpp_server(path, context=CONTEXT, threads=threads)),
-    ):
+    """Eight streams against the servers that come as Python packages, as far as `--peers` names them."""
+    path, threads, peers = bench.artefact.path, bench.options.threads, bench.options.peers
+    targets: list[tuple[float, Target]] = []
+    if "xllamacpp" in peers:
+        targets.append((1.5, xllamacpp(path, slots=8, context=CONTEXT, threads=threads)))
+    if "llama_cpp.server" in peers:
+        targets.append((6.0, llama_cpp_server(path, context=CONTEXT, threads=threads)))
+    for goal, target in targets:
         with (
             bench.edge("--slots", "8", "--ctx", str(CONTEXT)) as server,
             started(target, bench.logs / f"{target.name}.log", watch=False) as other,
@@ -331,7 +365,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tokens", type=int, help=f"tokens of an answer (default: {TOKENS})")
     options.add_argument("--rounds", type=int, default=5, help="of each comparison (default: %(default)s)")
     options.add_argument("--threads", type=int, default=hardware.cpu_threads())
-    options.add_argument("--no-reference-servers", dest="reference_servers", action="store_false")
+    options.add_argument(
+        "--peers",
+        default=",".join(peer for peer in PEERS if peer != OPENVINO),
+        help=f"some of {', '.join(PEERS)} (default: %(default)s)",
+    )
+    options.add_argument(
+        "--busy", action="store_true", help="streams: again while another program uses a core"
+    )
     options.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
     options.add_argument("--flash-attention", default="off", help="bare: on, off or on,off")
     options.add_argument("--kv-unified", default="on", help="bare: on, off or on,off")
@@ -346,7 +387,7 @@ def parts_of(artefact: find.Artefact, options: argparse.Namespace) -> list[str]:
         return [options.only]
     if options.gpu or artefact.kind == "onnx":
         return ["libraries"]
-    return ["streams", *(["servers"] if options.reference_servers else []), "features"]
+    return ["streams", "servers", "features"]
 
 
 def load_transformers(options: argparse.Namespace, console: Console) -> list[Side]:
@@ -366,6 +407,9 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     options.streams, options.caps = counts(options.streams), counts(options.caps)
     options.flash_attention, options.kv_unified = map(switches, (options.flash_attention, options.kv_unified))
+    options.peers = options.peers.split(",")
+    if unknown := set(options.peers) - set(PEERS):
+        raise UsageError(f"--peers {', '.join(sorted(unknown))}: the names are {', '.join(PEERS)}")
     for name in ("prompt", "threads", "rounds"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1")

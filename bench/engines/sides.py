@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +142,51 @@ class Generator:
             generator.get_next_tokens()
             times.append(time.perf_counter() - began)
         return stream_rates([times[:count] for count in tokens], tokens, times[-1])
+
+
+class OpenVINO:
+    """OpenVINO GenAI over a GGUF file in a process of its own, without HTTP; entered while it runs.
+
+    command: how it is started, see bench/servers/openvino_child.py.
+    """
+
+    name = "OpenVINO GenAI"
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self.version = ""
+
+    def __enter__(self) -> OpenVINO:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        self.version = str(self._answer()["version"])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        # Closes the pipes, too.
+        self._process.communicate()
+
+    def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
+        """Raises EdgeError where it ends, or an answer has fewer tokens than asked for."""
+        assert self._process.stdin is not None
+        asked = {"prompts": [list(prompt) for prompt in prompts], "tokens": list(tokens)}
+        self._process.stdin.write(json.dumps(asked).encode("ascii") + b"\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if answer["made"] != list(tokens):
+            raise EdgeError(f"{self.name} made {answer['made']} tokens, {list(tokens)} were asked for")
+        return Rates(sum(tokens) / answer["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        """The next line that is an answer; the library writes others."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(b"{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise EdgeError(f"{self.name} ended with code {self._process.wait()}", " ".join(self._command))
 
 
 class Transformers:

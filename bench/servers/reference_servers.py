@@ -1,5 +1,5 @@
-"""Reference servers to measure against: llama.cpp's own, built from the same sources with the same flags, and
-two that come as Python packages, in an environment of their own.
+"""What to measure against: llama.cpp's own server, built from the same sources with the same flags, and what
+comes as Python packages, in environments of their own: two servers, and OpenVINO GenAI.
 
 `python -m bench.servers.reference_servers` builds and installs them (minutes) and prints their paths.
 """
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _PACKAGES = (
     "starlette-context==0.3.6",
     "PyYAML==6.0.4",
 )
+_OPENVINO = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
 _ON = ("LLAMA_BUILD_COMMON", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER", "BUILD_SHARED_LIBS")
 
 
@@ -65,13 +67,25 @@ def llama_server_binary(*, cuda: bool = False) -> Path:
 def servers_python() -> Path:
     """The interpreter of an environment with xllamacpp and llama_cpp.server, the latter on our own build."""
     plan = build_llamacpp.plan()
-    key = hashlib.sha256("\n".join([plan.key, *_PACKAGES]).encode()).hexdigest()[:16]
+    return _environment(
+        [plan.key, *_PACKAGES],
+        lambda: [*_PACKAGES, str(build_llamacpp.wheel(plan, Console(stderr=True)))],
+    )
+
+
+def openvino_python() -> Path:
+    """The interpreter of an environment with OpenVINO GenAI."""
+    return _environment(_OPENVINO, lambda: _OPENVINO)
+
+
+def _environment(facts: Sequence[str], packages: Callable[[], Sequence[str]]) -> Path:
+    """The interpreter of an environment that has `packages`, made once for the same facts."""
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     folder = hardware.cache_dir() / "reference-servers" / f"python-{key}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not (folder / "complete").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        wheel = build_llamacpp.wheel(plan, Console(stderr=True))
-        _run([str(python), "-m", "pip", "install", "--quiet", *_PACKAGES, str(wheel)])
+        _run([str(python), "-m", "pip", "install", "--quiet", *packages()])
         (folder / "complete").touch()
     return python
 
@@ -146,6 +160,12 @@ def xllamacpp(path: Path, *, slots: int, context: int, threads: int) -> Target:
     return Target("xllamacpp", command, LlamaServer(), "/health", "/props")
 
 
+def openvino_command(path: Path, threads: int) -> list[str]:
+    """What runs OpenVINO GenAI over the same file; see openvino_child.py."""
+    script = Path(__file__).with_name("openvino_child.py")
+    return [str(openvino_python()), str(script), str(path), str(threads)]
+
+
 class LlamaCppServer(Dialect):
     """llama_cpp.server's /v1/completions, greedy, whole answers: it counts tokens in those alone.
 
@@ -191,7 +211,7 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench.servers.reference_servers", description=__doc__).parse_args(
         argv
     )
-    sys.stdout.write(f"{llama_server_binary()}\n{servers_python()}\n")
+    sys.stdout.write(f"{llama_server_binary()}\n{servers_python()}\n{openvino_python()}\n")
     return 0
 
 

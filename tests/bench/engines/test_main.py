@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from bench.engines import __main__ as engines
 from bench.engines import race, sides
+from bench.servers import target
 from edge.errors import InputError, UsageError
 from tests.bench.engines.test_race import Told
 from tests.support import tiny_llama
@@ -51,7 +53,9 @@ def test_the_cases_name_each_goal() -> None:
     assert sum(engines.CPU.unequal) == 64 * 8
 
 
-@pytest.mark.parametrize("words", [["--streams", "0"], ["--flash-attention", "yes"], ["--rounds", "0"]])
+@pytest.mark.parametrize(
+    "words", [["--streams", "0"], ["--flash-attention", "yes"], ["--rounds", "0"], ["--peers", "bare,vllm"]]
+)
 def test_odd_options_are_refused(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         engines.main([str(tmp_path), *words])
@@ -84,6 +88,39 @@ def test_a_whole_run_of_the_bare_loop(
     assert "小.gguf" in facts["about"] and "小.gguf" in shown
     assert json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))["rows"] == facts["rows"]
     assert "| what | measured |" in report.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_our_server_beside_peers_and_again_beside_a_busy_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(race, "PAUSE_S", 0.0)
+    # Another of our servers stands in for llama-server, and a line for OpenVINO.
+    monkeypatch.setattr(
+        engines,
+        "llama_server",
+        lambda path, **_: dataclasses.replace(target.ours(path, "--no-tune"), name="llama-server"),
+    )
+    child = (
+        'import json, sys; print(\'{"version": "1"}\', flush=True)\n'
+        "for line in sys.stdin:\n"
+        '    print(json.dumps({"seconds": 9e9, "made": json.loads(line)["tokens"]}), flush=True)'
+    )
+    monkeypatch.setattr(engines, "openvino_command", lambda *_: [sys.executable, "-c", child])
+    path = tiny_llama.write(tmp_path / "m.gguf")
+    words = ["--only", "streams", "--streams", "1,2", "--peers", "llama-server,openvino", "--busy"]
+    assert engines.main([str(path), *words, "--rounds", "1", "--tokens", "3", "--threads", "1"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["what"] for row in facts["rows"]] == [
+        f"{count} streams{beside}: {side}"
+        for beside in ("", ", a busy core")
+        for count in (1, 2)
+        for side in ("edge", "llama-server", "OpenVINO GenAI")
+    ]
+    assert [row["goal"] for row in facts["rows"][:6]] == ["", "1.2 x", "1 x", "", "1.4 x", "1 x"]
+    assert all(row["reached"] for row in facts["rows"] if row["what"].endswith("OpenVINO GenAI"))
+    assert facts["settings"]["OpenVINO GenAI"] == {"version": "1"}
 
 
 class FakeGenerator:

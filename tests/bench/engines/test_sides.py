@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,3 +68,25 @@ def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:
 def test_prompts_are_never_asked_twice() -> None:
     jobs = [job for _ in range(2) for job in sides.new_jobs(20, 8)]
     assert len({job.prompt for job in jobs}) == 40 and {job.tokens for job in jobs} == {8}
+
+
+def test_openvino_is_asked_line_by_line_and_must_make_every_token() -> None:
+    child = """
+import json, sys
+print("a note of the library")
+print(json.dumps({"version": "1.2"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    made = [min(count, 9) for count in asked["tokens"]]
+    print(json.dumps({"seconds": 2.0, "made": made}), flush=True)
+    if asked["prompts"] == [[7]]:
+        break
+"""
+    with sides.OpenVINO([sys.executable, "-c", child]) as side:
+        assert side.version == "1.2"
+        assert side.run([[1, 2], [3]], (4, 8)).total == 6.0
+        with pytest.raises(EdgeError, match=r"made \[9\] tokens, \[10\] were asked for"):
+            side.run([[1]], (10,))
+        side.run([[7]], (1,))
+        with pytest.raises(EdgeError, match="ended with code 0"):
+            side.run([[1]], (1,))
