@@ -190,8 +190,10 @@ class KVCache:
         """Keep a copy of what a slot holds, which is about to go."""
         slot = self._slots[index]
         tokens = slot.tokens[: slot.length]
-        if self.ram.limit and slot.length >= _SHORTEST_IN_RAM and not self.ram.covers(tokens):
-            self.ram.save(tokens, self._backend.save(index))
+        short = slot.length < _SHORTEST_IN_RAM
+        if not self.ram.limit or short or self.ram.covers(tokens) or not self.ram.make_room(slot.length):
+            return
+        self.ram.save(tokens, self._backend.save(index))
 
     def extend(self, index: int, tokens: Sequence[int]) -> None:
         """Tell that the backend has computed `tokens` at the end of the slot."""

@@ -34,6 +34,7 @@ class PrefixRam:
         self._sorted: list[Kept] = []
         # The least recently used first.
         self._used: dict[Kept, None] = {}
+        self._token_bytes = 0.0
         self.bytes = self.hits = self.evictions = 0
 
     def best(self, prompt: NDArray[np.int32]) -> tuple[int, Kept] | None:
@@ -54,15 +55,26 @@ class PrefixRam:
 
     def save(self, tokens: NDArray[np.int32], cells: Cells) -> None:
         """Keep the cells of `tokens`, which are not covered, unless they alone are over the limit."""
-        if len(cells) > self.limit:
+        self._token_bytes = len(cells) / len(tokens)
+        if not self.make_room(len(tokens)):
             return
         kept = Kept(_order(tokens), tokens.copy(), cells)
         self._sorted.insert(self._place(kept.order), kept)
         self._touch(kept)
         self.bytes += len(cells)
-        while self.bytes > self.limit:
+
+    def make_room(self, tokens: int) -> bool:
+        """Drop what `tokens` more have no room beside, so that copying them stays within the limit.
+
+        False where they alone are over it, as far as is known before the first copy.
+        """
+        size = tokens * self._token_bytes
+        if size > self.limit:
+            return False
+        while self.bytes + size > self.limit:
             self._remove(next(iter(self._used)))
             self.evictions += 1
+        return True
 
     def use(self, kept: Kept, shared: int) -> None:
         """Tell that a slot now holds its first `shared` tokens. What a slot holds whole is not kept twice."""

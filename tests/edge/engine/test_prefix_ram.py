@@ -66,6 +66,17 @@ def test_the_least_recently_used_leaves_and_the_bound_holds() -> None:
     assert (ram.bytes, ram.evictions) == (20, 1)
 
 
+def test_room_is_made_before_a_copy_is() -> None:
+    ram = PrefixRam(25)
+    assert ram.make_room(100)
+    for n in (1, 2):
+        ram.save(ids(n, n), b"z" * 10)
+    assert not ram.make_room(6) and ram.bytes == 20
+    assert ram.make_room(2) and ram.bytes == 10
+    assert [shared(ram, n, n) for n in (1, 2)] == [0, 2]
+    assert ram.make_room(5) and ram.bytes == 0
+
+
 def test_what_a_slot_holds_whole_is_not_kept_twice() -> None:
     ram = PrefixRam(LIMIT)
     ram.save(ids(1, 2, 3), b"abc")
