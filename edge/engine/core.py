@@ -202,6 +202,8 @@ class Engine:
         idle = not self._requests and not self._embeds
         if idle:
             self._report(force=True)
+            while self._inbox.empty() and self.cache.keep_long():
+                pass
         self._receive(block=wait and idle and self._draining is None)
         self._expire()
         if self._draining is not None and not self._requests:

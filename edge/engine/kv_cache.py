@@ -20,6 +20,8 @@ from edge.backends.base import Backend, Cells
 from edge.engine.prefix_ram import Kept, PrefixRam
 from edge.engine.prefix_store import SHORTEST, PrefixStore, common
 
+# Copying so many tokens takes longer than a step or so: it is done while nothing runs.
+_LONG = 2048
 # Fewer tokens than this, and than one in so many of a copy in RAM, are as quickly computed as copied.
 _SHORTEST_IN_RAM, _COPIED_FOR_ONE = 16, 64
 
@@ -185,6 +187,18 @@ class KVCache:
         self.extend(index, tokens.tolist())
         self.truncate(index, shared)
         return True
+
+    def keep_long(self) -> bool:
+        """Copy to RAM what a slot of many tokens holds, where there is room: for while no request waits.
+
+        False where nothing was copied.
+        """
+        for index, slot in enumerate(self._slots):
+            tokens = slot.tokens[: slot.length]
+            if slot.length >= _LONG and self.ram.fits(slot.length) and not self.ram.covers(tokens):
+                self.ram.save(tokens, self._backend.save(index))
+                return self.ram.covers(tokens)
+        return False
 
     def _to_ram(self, index: int) -> None:
         """Keep a copy of what a slot holds, which is about to go."""

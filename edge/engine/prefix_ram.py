@@ -59,19 +59,27 @@ class PrefixRam:
         if not self.make_room(len(tokens)):
             return
         kept = Kept(_order(tokens), tokens.copy(), cells)
-        self._sorted.insert(self._place(kept.order), kept)
+        at = self._place(kept.order)
+        # Beginnings of it say nothing more.
+        while at and kept.order.startswith(self._sorted[at - 1].order):
+            at -= 1
+            self._remove(self._sorted[at])
+        self._sorted.insert(at, kept)
         self._touch(kept)
         self.bytes += len(cells)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether `tokens` more have room beside all that is kept. Unknown before the first copy: then True."""
+        return self.bytes + tokens * self._token_bytes <= self.limit
 
     def make_room(self, tokens: int) -> bool:
         """Drop what `tokens` more have no room beside, so that copying them stays within the limit.
 
         False where they alone are over it, as far as is known before the first copy.
         """
-        size = tokens * self._token_bytes
-        if size > self.limit:
+        if tokens * self._token_bytes > self.limit:
             return False
-        while self.bytes + size > self.limit:
+        while not self.fits(tokens):
             self._remove(next(iter(self._used)))
             self.evictions += 1
         return True

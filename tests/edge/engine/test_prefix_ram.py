@@ -77,6 +77,14 @@ def test_room_is_made_before_a_copy_is() -> None:
     assert ram.make_room(5) and ram.bytes == 0
 
 
+def test_a_beginning_is_not_kept_beside_the_whole() -> None:
+    ram = PrefixRam(LIMIT)
+    for tokens in ((1,), (1, 2), (2, 2), (1, 2, 3)):
+        ram.save(ids(*tokens), b"x" * 5)
+    assert (ram.bytes, ram.evictions) == (10, 0)
+    assert (shared(ram, 1, 2, 3), shared(ram, 2, 2)) == (3, 2)
+
+
 def test_what_a_slot_holds_whole_is_not_kept_twice() -> None:
     ram = PrefixRam(LIMIT)
     ram.save(ids(1, 2, 3), b"abc")
@@ -144,6 +152,29 @@ def test_little_gain_is_not_worth_a_copy() -> None:
     for same, (prompt, want) in enumerate([([1] * 15, 0), ([2] * 24, 0), ([2] * 30, 30)]):
         assert cache.acquire([*prompt, 0]) == (0, want), same
         cache.release(0)
+
+
+def test_long_texts_are_copied_while_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    backend, ram = FakeBackend(slots=2, context=4096, batch=4096), PrefixRam(98_304)
+    save = backend.save
+    monkeypatch.setattr(backend, "save", lambda slot: saved.append(slot) or save(slot))
+    desk = Desk(backend, ram=ram)
+    texts = ["a" * 2100, "b" * 2000, "c" * 2100, "d" * 40]
+    for key, text in enumerate(texts[:2]):
+        desk.submit(key, text, max_tokens=1)
+        desk.idle()
+        desk.engine.turn()
+    # Not again, and not the shorter one.
+    assert saved == [0] and shared(ram, *texts[0].encode()) == 2100
+    desk.submit(2, texts[2], max_tokens=1)
+    desk.idle()
+    # It takes the first one's slot, whose copy is there; there is no room for another.
+    desk.engine.turn()
+    assert saved == [0] and shared(ram, *texts[2].encode()) == 0
+    desk.submit(3, texts[3], max_tokens=1)
+    desk.idle()
+    assert saved == [0, 1] and ram.evictions == 1
 
 
 @pytest.mark.slow
