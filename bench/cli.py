@@ -12,13 +12,11 @@ import dataclasses
 import json
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.measure.workloads import WORKLOADS, Plan, counts
-from edge.console import handling
 from edge.errors import UsageError
 from edge.progress import add_progress_option, result
 
@@ -82,9 +80,7 @@ def main(argv: list[str]) -> int:
     from bench.report import build
     from bench.side_by_side import run
 
-    # As at Ctrl-C, every server that was started is stopped.
-    with handling((signal.SIGTERM,), signal.default_int_handler):
-        report = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
+    report = run(args.run, plan, out=args.out, command="edge bench " + shlex.join(argv))
     result(**build.headline(report))
     sys.stdout.write(json.dumps(build.headline(report), ensure_ascii=False) + "\n")
     return 0

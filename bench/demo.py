@@ -84,11 +84,9 @@ def main(argv: list[str]) -> int:
         )
     console = plain_console()
     times = run_stages(console, stages(args), args.run / JOURNAL)
-    # As at Ctrl-C, every server that was started is stopped.
-    with handling((signal.SIGTERM,), signal.default_int_handler):
-        start = time.monotonic()
-        line = ask_and_measure(Console(), args.run, args.base)
-        times[QUESTIONS] = time.monotonic() - start
+    start = time.monotonic()
+    line = ask_and_measure(Console(), args.run, args.base)
+    times[QUESTIONS] = time.monotonic() - start
     (args.run / JOURNAL).unlink()
     console.print(", ".join(f"{name} {clock(seconds)}" for name, seconds in times.items()))
     sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -69,11 +69,12 @@ def load_train_config(
     """Read `path` and apply `overrides` ("key=value", later ones win); None: these alone.
 
     needs: the keys that must be given.
-    Raises InputError where the file is missing or no YAML mapping; UsageError, which names the key, for an
-    unknown key (with the nearest known name), a value of the wrong type or range, a missing key, and a
-    LLaMA-Factory feature that is not supported.
+    Raises InputError where the file is missing or no YAML mapping; UsageError, which names the file and the
+    key, for an unknown key (with the nearest known name), a value of the wrong type or range, a missing key,
+    and a LLaMA-Factory feature that is not supported.
     """
     given = _read(path) if path else {}
+    overridden = set()
     for override in overrides or []:
         key, separator, text = override.partition("=")
         key = key.strip().removeprefix("--")
@@ -84,7 +85,14 @@ def load_train_config(
         values = ("null", "none", "~", *(("true", "false") if kind == "resume" else ()))
         as_text = kind in ("text", "names", "resume") and text not in values
         given[key] = text if as_text else _scalar(key, text)
-    return parse(given, needs)
+        overridden.add(key)
+    try:
+        return parse(given, needs)
+    except UsageError as error:
+        # What was given beside the file is not in it.
+        if path is None or overridden & {*re.findall(r"\w+", error.message)}:
+            raise
+        raise UsageError(f"{path}: {error.message}", error.hint) from error
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:

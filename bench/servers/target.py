@@ -19,6 +19,7 @@ from bench.measure.http1 import ProtocolError
 from bench.measure.load import Baseline, Dialect, Ours, get
 from bench.measure.process_probe import MemoryWatch, tree
 from edge.child_process import APART
+from edge.console import handling
 from edge.errors import EdgeError
 from edge.machine.hardware import free_port
 
@@ -135,26 +136,28 @@ def started(target: Target, log: Path, *, limit: float = 300.0, watch: bool = Tr
     port = free_port()
     command = [word.format(port=port) if word == "{port}" else word for word in target.command]
     log.parent.mkdir(parents=True, exist_ok=True)
-    # A group of its own: Ctrl-C reaches the one who measures, who then stops its targets in order.
-    began = time.perf_counter()
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", **target.environment},
-            **APART,
-        )
-    try:
-        memory = MemoryWatch(process.pid)
-        with memory if watch else contextlib.nullcontext():
-            running = Running(target, f"http://127.0.0.1:{port}", process, log, memory, began)
-            _wait(running, limit)
-            running.load_s = time.perf_counter() - began
-            yield running
-    finally:
-        stop(process)
+    # SIGTERM, whose own action would leave the target running, is as Ctrl-C.
+    with handling((signal.SIGTERM,), signal.default_int_handler):
+        # A group of its own: Ctrl-C reaches the one who measures, who then stops its targets in order.
+        began = time.perf_counter()
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", **target.environment},
+                **APART,
+            )
+        try:
+            memory = MemoryWatch(process.pid)
+            with memory if watch else contextlib.nullcontext():
+                running = Running(target, f"http://127.0.0.1:{port}", process, log, memory, began)
+                _wait(running, limit)
+                running.load_s = time.perf_counter() - began
+                yield running
+        finally:
+            stop(process)
 
 
 def _wait(running: Running, limit: float) -> None:

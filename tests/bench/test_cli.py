@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -115,6 +116,45 @@ def test_stop_ends_grandchildren_that_will_not(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.returncode is not None
     assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("moment", ["loading", "ready"])
+def test_a_target_ends_with_the_one_that_measures(tmp_path: Path, moment: str) -> None:
+    serve = (
+        "import http.server, os, sys; print(os.getpid(), flush=True); "
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), http.server.SimpleHTTPRequestHandler)"
+        ".serve_forever()"
+        if moment == "ready"
+        else "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    measures = (
+        "import sys, time; from pathlib import Path; from bench.measure.load import Ours; "
+        "from bench.servers.target import Target, started\n"
+        f"target = Target('x', [sys.executable, '-c', {serve!r}, '{{port}}'], Ours(), '/', '/')\n"
+        "with started(target, Path('log')):\n    print('ready', flush=True); time.sleep(60)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", measures],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env=env,
+    )
+    with process:
+        assert process.stdout is not None
+        if moment == "ready":
+            assert process.stdout.readline() == b"ready\n"
+        until, log = time.monotonic() + 20, tmp_path / "log"
+        while not log.is_file() or not log.read_text().endswith("\n"):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        target = int(log.read_text().split()[0])
+        process.terminate()
+        assert process.wait(20) != 0
+    assert not psutil.pid_exists(target)
 
 
 def test_free_ports_are_free() -> None:

@@ -397,3 +397,20 @@ def test_recorded_paths_hold_in_other_working_folders(tmp_path, monkeypatch):
     keys = recorded(parse(given | {"model_name_or_path": "Qwen/Qwen3-0.6B", "dataset_dir": "ONLINE"}))
     assert (keys["model_name_or_path"], keys["dataset_dir"]) == ("Qwen/Qwen3-0.6B", "ONLINE")
     assert "warnings" not in keys
+
+
+def test_the_file_of_a_wrong_value_is_named_and_not_for_what_was_given_beside_it(tmp_path):
+    path = tmp_path / "训练.yaml"
+    path.write_text(
+        "model_name_or_path: m\ndataset: d\noutput_dir: o\nlearning_rate: fast\n", encoding="utf-8"
+    )
+    with pytest.raises(UsageError) as caught:
+        load_train_config(path)
+    assert caught.value.message.startswith(f"{path}: learning_rate: 'fast'")
+    for overrides, message in (
+        (["learning_rate=1e-4", "lora_rank=-1"], "lora_rank: -1"),
+        (["learning_rate=slow"], "learning_rate: 'slow'"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            load_train_config(path, overrides)
+        assert caught.value.message.startswith(message)
