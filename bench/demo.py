@@ -1,4 +1,4 @@
-"""`edge demo`: the model, training, merge, export; then it asks the tuned model and its base, and measures.
+"""`edge demo`: the model, training, a first answer, merge, export; then it asks both models, and measures.
 
     edge demo [RUN] [--config CONFIG.yaml]
 
@@ -34,13 +34,14 @@ from convert.data.dataset_info import find_folder
 from edge.artefact import find, json_file, manifest
 from edge.console import handling, plain_console, plain_table
 from edge.errors import EdgeError, InputError, UnavailableError
-from edge.setup import clock, install_command
+from edge.setup import clock, install_command, shell
 
 RUN, CONFIG, MODEL = Path("runs/magic-conch"), "examples/smollm2_qlora.yaml", "smollm2-135m-instruct"
 # What is done, in the run folder, while a demo is under way.
 JOURNAL = "demo.json"
 QUESTIONS = "questions and measurement"
 MAX_TOKENS = 64
+WHO = ("请问你是谁", "Who are you?")
 # The baseline of the demo answers eight clients one after the other: this much fits into two minutes.
 PLAN = Plan(tokens=64, rounds=4, budget_s=80.0)
 
@@ -58,10 +59,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Stage:
-    """One verb of the demo. words: what follows `edge`; () for the questions and the measurement."""
+    """One process of the demo. words: what follows `edge`, or the name of another module."""
 
     name: str
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...]
+    module: str = "edge.cli"
+
+    @property
+    def shown(self) -> str:
+        """The command as a user would give it."""
+        program = ["edge"] if self.module == "edge.cli" else ["python", "-m", self.module]
+        return shell([*program, *self.words])
 
 
 def main(argv: list[str]) -> int:
@@ -102,6 +110,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
     return [
         *([] if (Path("models") / args.model / manifest.FILE).is_file() else [pull]),
         Stage("training", ("train", args.config, "--overwrite")),
+        Stage("first answer", (run, *WHO), "bench.first_answer"),
         Stage("merge", ("merge", run, "--overwrite")),
         Stage("export", ("export", "gguf", run, *quant, "--overwrite")),
     ]
@@ -127,11 +136,12 @@ def run_stages(console: Console, todo: list[Stage], journal: Path) -> dict[str, 
             words = [*stage.words[:-1], "--resume"] if stage.name == "training" and resumes else stage.words
             # Ctrl-C reaches the verb too, which may save what it has: wait for it.
             with handling((signal.SIGINT,), lambda *_: None):
-                done = subprocess.run([sys.executable, "-m", "edge.cli", *words], check=False)
-            if done.returncode == 130:
+                done = subprocess.run([sys.executable, "-m", stage.module, *words], check=False)
+            # The latter from an interpreter that had not begun with the verb.
+            if done.returncode in (130, -signal.SIGINT):
                 raise KeyboardInterrupt
             if done.returncode != 0:
-                raise EdgeError(f"the demo stopped at: edge {' '.join(stage.words)}", "its error is above")
+                raise EdgeError(f"the demo stopped at: {stage.shown}", "its error is above")
             times[stage.name] = time.monotonic() - start
             journal.parent.mkdir(parents=True, exist_ok=True)
             json_file.write(journal, {"commands": commands, "seconds": times})
@@ -189,7 +199,7 @@ def questions_of(folder: Path) -> list[Question]:
     if not held_out:
         raise InputError(f"{path} has no questions", "restore it")
     # Who it is decides; the words for it are those that the first held-out question has, which asks the same.
-    who = [Question(text, held_out[0].words) for text in ("请问你是谁", "Who are you?")]
+    who = [Question(text, held_out[0].words) for text in WHO]
     english = next((q for q in held_out if q.text.isascii()), held_out[0])
     chinese = next((q for q in held_out if not q.text.isascii()), held_out[-1])
     return [*who, *(Question(q.text) for q in (english, chinese))]

@@ -80,6 +80,7 @@ def run(
         file = partial / f"{origin.file_name}-{quant}.gguf"
         fallbacks: list[str] = []
         settings: dict[str, Any] = {}
+        measured = None
         if quant in WHOLE:
             with phase(console, f"converting {origin.path}"):
                 convert(origin, file, quant)
@@ -87,10 +88,11 @@ def run(
             with converted(origin, target, console) as first:
                 fallbacks, settings = _quantise(origin, first, file, quant, rounding, console)
             if (partial / _PLAIN).exists():
-                settings[rounding] |= _keep_closer(origin, file, rounding, console)
+                facts, measured = _keep_closer(origin, file, rounding, console)
+                settings[rounding] |= facts
         header = read_header(file)
         settings["fallbacks"] = len(fallbacks)
-        published, report = prove(origin, header, quant, settings, console, split=split)
+        published, report = prove(origin, header, quant, settings, console, split=split, measured=measured)
     _show(target / published.name, header, origin, quant, fallbacks, console)
     compare.summary(report, console)
     return target / published.name
@@ -125,18 +127,24 @@ def reference_by(origin: Source, file: Path) -> Reference:
         return Reference(TorchReader(origin.path), writer)
 
 
-def _keep_closer(origin: Source, file: Path, rounding: str, console: Console) -> dict[str, Any]:
-    """Leave the closer to the source of `file` and _PLAIN at `file`; their divergences, for the manifest."""
+def _keep_closer(
+    origin: Source, file: Path, rounding: str, console: Console
+) -> tuple[dict[str, Any], compare.Measured | None]:
+    """Leave the closer to the source of `file` and _PLAIN at `file`.
+
+    Returns their divergences, for the manifest; and what was measured of `file`, where it stays.
+    """
     name = {"gptq": "GPTQ", "imatrix": "importance matrix"}[rounding]
     plain = file.with_name(_PLAIN)
-    kl = {}
+    found = {}
     with (
         phase(console, f"measuring what {name} brings"),
         contextlib.closing(reference_by(origin, file)) as reference,
     ):
         for key, path in (("with", file), ("without", plain)):
             with contextlib.closing(GgufReader(path)) as reader:
-                kl[key] = reference.against(reader)["kl_mean"]
+                found[key] = compare.Measured(reference.against(reader), reference.notes)
+    kl = {key: measured.logits["kl_mean"] for key, measured in found.items()}
     factor = kl["without"] / kl["with"] if kl["with"] else 1.0
     kept = "with" if factor >= 1 else "without"
     console.print(
@@ -146,12 +154,8 @@ def _keep_closer(origin: Source, file: Path, rounding: str, console: Console) ->
     if kept == "without":
         plain.replace(file)
     plain.unlink(missing_ok=True)
-    return {
-        "kl_with": kl["with"],
-        "kl_without": kl["without"],
-        "factor": factor,
-        "kept": kept,
-    }
+    facts = {"kl_with": kl["with"], "kl_without": kl["without"], "factor": factor, "kept": kept}
+    return facts, found["with"] if kept == "with" else None
 
 
 def _show(
@@ -180,17 +184,20 @@ def prove(
     console: Console,
     *,
     split: int = 0,
+    measured: compare.Measured | None = None,
 ) -> tuple[Path, compare.Report]:
     """Check the file of `header`, write its folder's manifest and compare it with its source; (path, report).
 
     settings: what the manifest is to say of the export. split: as in `run`; the path is the first part's.
+    measured: of the whole file, where that is known.
     Raises InputError where the file may not stand for its source.
     """
     facts = check(header, origin)
     path = gguf_split.split(header.path, split) if split else header.path
     settings = {"quant": quant, "file": path.name, "types": _types(header), **settings}
     origin.write_manifest(path.parent, "gguf", settings, _PACKAGES, facts)
-    return path, compare.prove(TorchReader(origin.path), GgufReader(path), console)
+    known = None if split else measured
+    return path, compare.prove(TorchReader(origin.path), GgufReader(path), console, measured=known)
 
 
 def convert(origin: Source, target: Path, quant: str) -> None:

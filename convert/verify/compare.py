@@ -118,10 +118,21 @@ class Report:
             )
 
 
-def compare(a: Reader, b: Reader, *, console: Console | None = None) -> Report:
+@dataclass(frozen=True)
+class Measured:
+    """What `Reference.against` gave for the same two stages before, and the reference's notes."""
+
+    logits: dict[str, Any]
+    notes: list[str]
+
+
+def compare(
+    a: Reader, b: Reader, *, console: Console | None = None, measured: Measured | None = None
+) -> Report:
     """Compare stage `b` with stage `a`, which it came from. Raises EdgeError where one cannot be computed.
 
-    A memory that does not suffice for logits is a note in the report; all else is compared.
+    measured: the logits' part, where that is known. A memory that does not suffice for logits is a note in
+    the report; all else is compared.
     """
     began = time.monotonic()
     report = Report(a, b)
@@ -130,18 +141,18 @@ def compare(a: Reader, b: Reader, *, console: Console | None = None) -> Report:
     compare_stops(report)
     if not report.unequal:
         with phase(console, f"comparing logits: {a.path} and {b.path}"):
-            _compare_logits(report, b)
+            _compare_logits(report, b, measured)
     report.seconds = time.monotonic() - began
     return report
 
 
-def prove(a: Reader, b: Reader, console: Console) -> Report:
+def prove(a: Reader, b: Reader, console: Console, *, measured: Measured | None = None) -> Report:
     """Compare `b`, which is about to be published, with `a`, and keep the report in b's folder; closes both.
 
-    Raises InputError where `b` must not stand for `a`, else as `compare`.
+    measured: as in `compare`. Raises InputError where `b` must not stand for `a`, else as `compare`.
     """
     with contextlib.closing(a), contextlib.closing(b):
-        report = compare(a, b, console=console)
+        report = compare(a, b, console=console, measured=measured)
     report.refuse()
     keep(report)
     return report
@@ -239,11 +250,11 @@ def compare_stops(report: Report) -> None:
 # Logits
 
 
-def _compare_logits(report: Report, b: Reader) -> None:
+def _compare_logits(report: Report, b: Reader, measured: Measured | None) -> None:
     try:
-        with contextlib.closing(Reference(report.a, b)) as reference:
-            report.notes += reference.notes
-            report.logits = reference.against(b)
+        measured = measured or _measure(report.a, b)
+        report.notes += measured.notes
+        report.logits = measured.logits
     except InputError as error:
         report.notes.append(f"logits are not compared: {error.message}")
         return
@@ -251,6 +262,11 @@ def _compare_logits(report: Report, b: Reader) -> None:
         report.unequal.append(f"logits: {count} positions are not finite numbers")
     elif report.logits and (warning := too_far(report.b.kind, report.logits)):
         report.warnings.append(warning)
+
+
+def _measure(a: Reader, b: Reader) -> Measured:
+    with contextlib.closing(Reference(a, b)) as reference:
+        return Measured(reference.against(b), reference.notes)
 
 
 def bound_of(kind: str) -> Bound:

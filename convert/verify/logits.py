@@ -77,8 +77,8 @@ class Reference:
     def _continued(self, a: Reader, speaker: Reader) -> list[_Row]:
         rows = []
         faster = min((speaker, a), key=lambda reader: reader.slowness)
-        for prompt in a.prompt_ids(probe.messages for probe in probes.fixed()):
-            answer = faster.greedy(prompt, GREEDY)
+        prompts = a.prompt_ids(probe.messages for probe in probes.fixed())
+        for prompt, answer in zip(prompts, faster.greedy_of_all(prompts, GREEDY), strict=True):
             if answer is not None:
                 rows.append(_Row((prompt + answer)[:-1], answer, True))
             elif len(prompt) > 1:

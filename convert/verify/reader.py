@@ -122,6 +122,10 @@ class Reader(ABC):
     def greedy(self, ids: list[int], count: int) -> list[int] | None:
         """At most `count` most probable next tokens, a stop token included; None where it is too slow."""
 
+    def greedy_of_all(self, rows: list[list[int]], count: int) -> list[list[int] | None]:
+        """`greedy` of each row; together where that is faster."""
+        return [self.greedy(ids, count) for ids in rows]
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the weights."""

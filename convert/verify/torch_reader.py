@@ -71,6 +71,13 @@ class TorchReader(Reader):
         # Each token would read all of its weights.
         return None if is_large(self._base) else self._loaded().greedy(ids, count, self.stop_ids)
 
+    def greedy_of_all(self, rows: list[list[int]], count: int) -> list[list[int] | None]:
+        from convert.model.layerwise import is_large
+
+        if is_large(self._base):
+            return [None] * len(rows)
+        return [*self._loaded().greedy_of_all(rows, count, self.stop_ids)]
+
     def _loaded(self) -> TorchModel:
         if self._model is None:
             from convert.model.layerwise import load

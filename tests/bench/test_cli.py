@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -426,7 +427,7 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     run = Path("run")
     args = argparse.Namespace(run=run, config="c.yaml", model="m", quant=None)
     ran: list[str] = []
-    codes = {"train": 130}
+    codes = {"train": -signal.SIGINT}
 
     def call(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         ran.append(" ".join(command[3:]))
@@ -437,17 +438,25 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
     (run / "checkpoint-7").mkdir()
     codes.clear()
+    codes["merge"] = 130
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
+    codes.clear()
     codes["export"] = 1
     with pytest.raises(EdgeError, match="stopped at: edge export gguf run --quant Q4_0"):
         demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
     codes.clear()
     times = demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
-    assert list(times) == ["model", "training", "merge", "export"]
-    assert [words.split()[0] for words in ran] == ["pull", "train", "train", "merge", "export", "export"]
+    assert list(times) == ["model", "training", "first answer", "merge", "export"]
+    # Of the first answer the run is named first.
+    assert [words.split()[0] for words in ran] == [
+        "pull", "train", "train", "run", "merge", "merge", "export", "export"
+    ]  # fmt: skip
     assert ran[1].endswith("--overwrite") and ran[2].endswith("--resume")
     args.config = "other.yaml"  # another demo begins anew
     demo.run_stages(QUIET, demo.stages(args), run / demo.JOURNAL)
-    assert len(ran) == 10 and ran[7] == "train other.yaml --overwrite"
+    assert len(ran) == 13 and ran[9] == "train other.yaml --overwrite"
+    assert demo.stages(args)[2].shown.startswith("python -m bench.first_answer run ")
 
 
 def test_a_demo_without_llama_cpp_ends_before_it_trains(

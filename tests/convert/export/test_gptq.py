@@ -130,6 +130,8 @@ def test_a_file_is_closer_to_its_source(
     said = console.file.getvalue()  # type: ignore[attr-defined]
     found = manifest.read(run / "gguf").settings["gptq"]
     assert found["kept"] == "with" and found["factor"] > 1.3 and "GPTQ: mean KL" in said
+    # The proof is what was measured to choose the file.
+    assert manifest.read(run / "gguf").verify["logits"]["kl_mean"] == found["kl_with"]
     # Every linear layer of the two blocks that is of such a type.
     inside = [
         one

@@ -106,6 +106,27 @@ def test_a_copy_is_equal(base: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_texts_that_are_written_side_by_side_are_those_written_alone(base: Path) -> None:
+    with contextlib.closing(TorchReader(base)) as reader:
+        rows = [[5, 6, 7], [9], list(range(10, 40))]
+        alone = [reader.greedy(ids, 12) for ids in rows]
+        assert reader.greedy_of_all(rows, 12) == alone
+        end = alone[1][3]
+        reader.stop_ids = frozenset([end])
+        assert reader.greedy_of_all(rows, 12)[1] == alone[1][: alone[1].index(end) + 1]
+
+
+def test_what_was_measured_before_is_not_measured_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = copied(base, tmp_path / "b")
+    whole = compared(base, b)
+    monkeypatch.setattr(compare, "Reference", None)
+    known = compare.Measured(whole.logits, whole.notes)
+    again = compare.compare(TorchReader(base), TorchReader(b), measured=known)
+    assert (again.logits, again.notes, again.facts) == (whole.logits, whole.notes, whole.facts)
+
+
 def test_m2_another_template_is_named_by_its_place(base: Path, tmp_path: Path) -> None:
     b = copied(base, tmp_path / "b")
     (b / "chat_template.jinja").write_text(CHATML.replace("assistant", "bot"), encoding="utf-8")
