@@ -69,7 +69,7 @@ class PrefixRam:
         self.bytes += len(cells)
 
     def fits(self, tokens: int) -> bool:
-        """Whether `tokens` more have room beside all that is kept. Unknown before the first copy: then True."""
+        """Whether `tokens` more have room beside what is kept; True where that is not known yet."""
         return self.bytes + tokens * self._token_bytes <= self.limit
 
     def make_room(self, tokens: int) -> bool:
