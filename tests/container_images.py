@@ -1,11 +1,12 @@
 """The images of deploy/, built and used: a training, an export, answers over HTTP, and what is refused.
 
-    sudo python -m tests.container_images FOLDER [--keep]
+    sudo python -m tests.container_images FOLDER
 
 Needs root, buildah and debootstrap, and no registry: the base is made by debootstrap. Containers run in
 chroots (buildah's chroot isolation), so their network is this machine's: a port that compose.yaml would map
-is asked as it is. pip's settings are this machine's, mounted while packages are installed. It takes half an
-hour on two cores and 15 GB in FOLDER, which is emptied at the end: no suite runs it.
+is asked as it is. pip's settings are this machine's, mounted while packages are installed; TORCH_INDEX_URL is
+as in deploy/.env. It takes half an hour on two cores and 15 GB in FOLDER, which is removed at the end: no
+suite runs it.
 """
 
 from __future__ import annotations
@@ -100,16 +101,21 @@ def pip_mounts(folder: Path) -> list[str]:
         mounts[certificates] = settings["cert"]
     for value in settings.values():
         for word in value.split():
-            path = word.removeprefix("file://")
-            if path.startswith("/") and Path(path).exists():
-                mounts[path] = path
+            # The pages of an index name files beside its folder.
+            path = Path(word.removeprefix("file://"))
+            path = path.parent if word.startswith("file://") else path
+            if path.is_absolute() and path.exists():
+                mounts[str(path)] = str(path)
     lines = [f"{name} = {value}" for name, value in settings.items()]
     (folder / "pip.conf").write_text("\n".join(["[global]", *lines, ""]), encoding="utf-8")
     mounts[str(folder / "pip.conf")] = "/etc/pip.conf"
     options = [option for source, target in mounts.items() for option in ("-v", f"{source}:{target}:ro")]
-    for name, value in rows:
-        if name == "index-url":
-            options += ["--build-arg", f"PIP_INDEX_URL={value}", "--build-arg", f"TORCH_INDEX_URL={value}"]
+    indexes = {
+        "PIP_INDEX_URL": dict(rows).get("index-url"),
+        "TORCH_INDEX_URL": os.environ.get("TORCH_INDEX_URL"),
+    }
+    for name, value in indexes.items():
+        options += ["--build-arg", f"{name}={value}"] if value else []
     return options
 
 
@@ -337,15 +343,11 @@ def check_memory(container: Container) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--keep", action="store_true", help="leave the images there, and begin with them")
-    args = parser.parse_args(argv)
-    folder = args.folder.absolute()
+    folder = parser.parse_args(argv).folder.absolute()
     buildah = Buildah(folder)
+    containers: dict[str, Container] = {}
     try:
-        names = buildah("images", "--format", "{{.Name}}")
-        if BASE not in names:
-            make_base(buildah)
-        containers = {}
+        make_base(buildah)
         for target in LIMITS:
             build(buildah, target)
             containers[target] = Container(buildah, target, folder / "volumes")
@@ -357,11 +359,9 @@ def main(argv: list[str]) -> int:
         check_serving(containers["serve"], containers["ui"])
         check_page(containers["ui"])
     finally:
-        shutil.rmtree(folder / "volumes", ignore_errors=True)
-        for name in buildah("containers", "--quiet").split():
-            buildah("rm", name)
-        if not args.keep:
-            shutil.rmtree(folder)
+        for container in containers.values():
+            buildah("rm", container.name)
+        shutil.rmtree(folder)
     say("all of it holds")
     return 0
 
