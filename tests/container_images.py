@@ -344,6 +344,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder.absolute()
+    if folder.exists():
+        parser.error(f"{folder} is there already, and would be removed at the end: give another one")
     buildah = Buildah(folder)
     containers: dict[str, Container] = {}
     try:

@@ -5,12 +5,14 @@ That the images are built and work is the matter of tests/container_images.py.
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,50 @@ def test_init_makes_a_key_once(copied: Path) -> None:
     assert "stays as it is" in init(copied)
     assert file.read_text(encoding="utf-8") == written
     assert sorted(path.name for path in copied.iterdir() if path.name.startswith(".env")) == [".env"]
+
+
+def enter(*words: str) -> subprocess.CompletedProcess[str]:
+    """The images' entry point, on this machine."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["sh", str(DEPLOY / "entrypoint.sh"), *words],
+        env={**os.environ, "PATH": path, "EDGE_LLAMA_CPU": "native"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the images are Linux")
+def test_a_container_is_well_while_it_answers_even_to_ask_for_a_key() -> None:
+    statuses = [200, 401, 503]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/health"
+            self.send_response(statuses.pop(0))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        port = server.server_port
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert [enter("health", str(port)).returncode for _ in range(3)] == [0, 0, 1]
+        server.shutdown()
+    gone = enter("health", str(port))
+    assert gone.returncode == 1 and "Traceback" not in gone.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32" or Path("/cache").exists(), reason="a /cache is there")
+def test_a_folder_that_cannot_be_written_is_named_with_the_cure() -> None:
+    refused = enter("serve", "runs/run")
+    first, second = refused.stderr.splitlines()
+    assert refused.returncode == 1
+    assert first == f"error: /cache cannot be written by the container's user {os.getuid()}"
+    assert "chown" in second and "EDGE_UID" in second
 
 
 @pytest.mark.slow
