@@ -139,12 +139,12 @@ def begin(config: TrainConfig, length: int) -> Run:
     from convert.train import distributed, finetune, memory_estimate
     from convert.train.load_model import choose_place
 
-    console = Console(stderr=True)
-    if not length:
-        return finetune.Run.begin(config, overwrite=True, console=console, again="")
-    config = dataclasses.replace(config, cutoff_len=length)
-    base, place = Path(config.model_name_or_path), choose_place(config)
+    console, place = Console(stderr=True), choose_place(config)
     world = distributed.join(cpu=place.device == "cpu")
+    if not length:
+        return finetune.Run.begin(config, overwrite=True, console=console, again="", world=world)
+    config = dataclasses.replace(config, cutoff_len=length)
+    base = Path(config.model_name_or_path)
     in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
     # Neither a chat format nor a report: the rows are random.
     nothing: Any = None

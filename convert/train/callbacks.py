@@ -54,7 +54,7 @@ class Watch:
         self.best, self._console, self._first = best, console, loop.world.first
         self._loop, self._config, self._folder = loop, loop.config, folder
         self._evaluate, self._save, self._answers, self._accuracy = evaluate, save, ask, accuracy
-        self._in_epoch = steps_in_epoch(loop.config, len(loop.items), loop.world.size)
+        self._in_epoch = steps_in_epoch(loop.config, len(loop.items), loop.world.shares)
         self._began = loop.state.step
         self._trackers = trackers.Trackers(loop.config, folder) if self._first else None
         self._bar = Progress(

@@ -111,7 +111,7 @@ def save(loop: Loop, run: Path, *, data: str, base: dict[str, Any], best: Best) 
                 stage="checkpoint",
                 name=f"{run.absolute().name}, step {loop.state.step}",
                 **base,
-                settings={**_deciding(config), **compute, "data": data, "processes": loop.world.size},
+                settings={**_deciding(config), **compute, "data": data, "processes": loop.world.shares},
                 versions=manifest.versions("torch", "transformers", "peft", "bitsandbytes"),
             ),
         )
@@ -176,9 +176,9 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, int(state["global_step"]), state, about.settings)
 
 
-def check_same(resumed: Checkpoint, config: TrainConfig, *, data: str, processes: int) -> list[str]:
+def check_same(resumed: Checkpoint, config: TrainConfig, *, data: str) -> list[str]:
     """Notes on changed keys that are allowed. Raises UsageError for those that would make it another run."""
-    now = {**_deciding(config), "data": data, "processes": processes}
+    now = {**_deciding(config), "data": data}
     name = resumed.folder.name
     if resumed.settings.get("data") != data:
         raise UsageError(

@@ -12,9 +12,11 @@ import errno
 import functools
 import math
 import os
+import platform
 import shutil
 import tempfile
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from convert.config import TrainConfig, recorded
+from convert.config import PATHS, TrainConfig, recorded
 from convert.data import prepare
 from convert.data.encode import Sample
 from convert.model import chat_format, hub
@@ -85,12 +87,12 @@ def run(
     again: the command that resumes this run, for messages. Raises EdgeError subclasses for a base model, data
     or values that cannot be used, and at the first loss that is NaN or infinite; ExistsError where an earlier
     result stands and `overwrite` was not given, or another training runs there; Stopped, with a checkpoint
-    written, after Ctrl-C.
+    written, after Ctrl-C. Where several processes train, also EdgeError for one that ended or is gone.
     """
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     try:
-        with run_lock.hold(Path(config.output_dir)):
-            job = Run.begin(config, overwrite=overwrite, console=console, again=again)
+        with _together(config) as world, run_lock.hold(Path(config.output_dir)):
+            job = Run.begin(config, overwrite=overwrite, console=console, again=again, world=world)
             with trainer.out_of_memory(job.config):
                 job.load()
                 job.build_objective()
@@ -108,8 +110,11 @@ def run(
             f"the disk is full: {folder if inside else file}; {_last_checkpoint(folder)}",
             f"free some space, then: {again}",
         ) from error
-    finally:
-        distributed.leave()
+
+
+def _together(config: TrainConfig) -> AbstractContextManager[distributed.World]:
+    place = choose_place(replace(config, quantization_bit=None))
+    return distributed.together(cpu=place.device == "cpu", timeout=config.ddp_timeout)
 
 
 def plan(config: TrainConfig, *, overwrite: bool = False, measure: bool = False) -> dict[str, Any]:
@@ -118,9 +123,14 @@ def plan(config: TrainConfig, *, overwrite: bool = False, measure: bool = False)
     measure: load the model and try a few steps, where no earlier training tells the speed. Raises as `run`.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    job = Run.begin(config, overwrite=overwrite, console=console, again="")
-    steps = trainer.total_steps(config, len(job.data.train), job.world.size)
-    tokens = time_estimate.tokens(config, job.data.train, steps, job.world.size)
+    with _together(config) as world:
+        return _plan(Run.begin(config, overwrite=overwrite, console=console, again="", world=world), measure)
+
+
+def _plan(job: Run, measure: bool) -> dict[str, Any]:
+    config, console = job.config, job.console
+    steps = trainer.total_steps(config, len(job.data.train), job.world.shares)
+    tokens = time_estimate.tokens(config, job.data.train, steps, job.world.shares)
     speed, source = time_estimate.earlier(job.folder, job.kind()) or (0.0, "")
     if not speed and measure:
         with trainer.out_of_memory(job.config):
@@ -179,14 +189,26 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, config: TrainConfig, *, overwrite: bool, console: Console, again: str) -> Run:
+    def begin(
+        cls,
+        config: TrainConfig,
+        *,
+        overwrite: bool,
+        console: Console,
+        again: str,
+        world: distributed.World | None = None,
+    ) -> Run:
         """Read the base's configuration, its chat format and the data; say what will be trained.
 
-        Raises EdgeError subclasses where any of them cannot be used, or the memory does not suffice.
+        world: the processes that train together; none: this one alone. Raises EdgeError subclasses where any
+        of these cannot be used, differs between the processes, or where the memory does not suffice.
         """
+        world = world or distributed.World()
         trackers.named(config)
         report("reading the data")
-        resumed = _starting_point(config, overwrite or config.overwrite_output_dir)
+        resumed = _starting_point(config, overwrite or config.overwrite_output_dir, world)
+        if resumed is not None:
+            world = replace(world, begun=resumed.settings.get("processes", world.size))
         base = hub.resolve(config.model_name_or_path, config.model_revision, config.cache_dir)
         chat = prepare.chat_of(config, base)
         about: list[str] = []
@@ -195,7 +217,6 @@ class Run:
         notes = [*config.warnings, *about, *chat.warnings]
         data = prepare.prepare(config, chat)
         place = choose_place(config)
-        world = distributed.join(cpu=place.device == "cpu", timeout=config.ddp_timeout)
         config, about = deepspeed.mapped(config, world)
         notes += about
         if fsdp.asked(config, world):
@@ -211,6 +232,7 @@ class Run:
         elif config.rope_scaling:
             notes.append(f"rope_scaling changes nothing: cutoff_len {config.cutoff_len} fits the model")
         job = cls(config, base, chat, data, place, world, resumed, console, again, given=given)
+        notes += job.compare()
         for line in [*notes, *job.notes(), *data.report.lines(), *place.notes]:
             console.print(f"note: {line}", style="yellow")
         console.print(job.plan())
@@ -259,14 +281,44 @@ class Run:
             for row in prepare.held_rows(self.config)[: self.config.eval_answers]
         ]
 
+    def compare(self) -> list[str]:
+        """Compare what the processes train from; returns a note where output_dir is not shared by them.
+
+        Raises UsageError where it differs.
+        """
+        if self.world.size == 1:
+            return []
+        paths = (*PATHS, "cache_dir", "tokenized_path", "deepspeed", "adapter_name_or_path")
+        keys = {key: value for key, value in recorded(self.config).items() if key not in paths}
+        files = sorted(path for path in self.base.glob("*") if path.suffix in (".json", ".safetensors"))
+        self.world.agree(
+            {
+                **manifest.versions("edge", *_PACKAGES),
+                **keys,
+                **{f"the size of the model's {path.name}": path.stat().st_size for path in files},
+                "the rows' digest": self.digest,
+                "the device": self.place.device,
+                "the type that computes": dtype_name(self.place.dtype),
+                "the checkpoint": self.resumed and self.resumed.folder.name,
+            }
+        )
+        lock = self.folder / run_lock.FILE
+        locks = self.world.gather(lock.read_text(encoding="utf-8") if lock.is_file() else "")
+        if set(locks) == {locks[0]}:
+            return []
+        return [
+            f"output_dir {self.folder} is not one folder for all processes: checkpoints and result lie on "
+            f"{platform.node()} alone; to resume, copy the last checkpoint to the other nodes"
+        ]
+
     def notes(self) -> list[str]:
         """Warnings on what the settings make of these rows. Raises UsageError for another run to resume."""
         config, data, rows = self.config, self.data, len(self.data.train)
         notes = list(data.notes)
         if config.default_system is not None:
             notes.append("default_system is trained in: send the same system message when you ask the model")
-        steps = trainer.total_steps(config, rows, self.world.size)
-        in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
+        steps = trainer.total_steps(config, rows, self.world.shares)
+        in_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.shares
         if steps < 20:
             notes.append(
                 f"only {steps} optimizer steps: {in_step} of {rows} rows go into each; "
@@ -286,7 +338,12 @@ class Run:
             notes.append(f"the validation loss of {held} rows says little")
         if self.resumed is not None:
             notes += [f"{reason}: passed over" for reason in self.resumed.passed]
-            notes += checkpoint.check_same(self.resumed, config, data=self.digest, processes=self.world.size)
+            notes += checkpoint.check_same(self.resumed, config, data=self.digest)
+            if self.world.size != self.world.shares:
+                notes.append(
+                    f"{self.resumed.folder.name} is of {self.world.shares} processes: a step keeps as many "
+                    f"micro-batches, on {self.world.size} now"
+                )
         return notes
 
     def plan(self) -> str:
@@ -303,7 +360,7 @@ class Run:
         processes = f", sharded over {world.size} processes" if world.sharded else processes
         return (
             f"{data.rows} {rows} to train on, {data.held_rows} held out, longest {data.longest} tokens, "
-            f"{trainer.total_steps(config, len(data.train), world.size)} steps; "
+            f"{trainer.total_steps(config, len(data.train), world.shares)} steps; "
             f"{Path(config.model_name_or_path).name} in {weights} on {place.device}{processes}, "
             f"computing in {dtype_name(place.dtype)}"
         )
@@ -317,6 +374,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             init_adapter.make_start(self.base, self.given)
         self.world.wait()
+        if not (folder / manifest.FILE).is_file():
+            raise InputError(
+                f"{folder} is not there on {platform.node()}: process 0 made it on another node",
+                "give all nodes one output_dir",
+            )
         self.base = folder
 
     def load(self) -> None:
@@ -447,7 +509,8 @@ class Run:
                 self.stop(watch)
             self.results = {"train_loss": state.loss}
             if watch.best.folder and self.config.keeps_best and watch.best.step != state.step:
-                checkpoint.load_weights(self.model, Path(watch.best.folder))
+                if self.world.first:  # the one that publishes; others may not see its folder
+                    checkpoint.load_weights(self.model, Path(watch.best.folder))
                 self.console.print(f"the weights are those of step {watch.best.step}, the best evaluation")
                 self.results |= {"best_step": watch.best.step, "eval_loss": watch.best.loss}
             elif self.data.held:
@@ -573,12 +636,22 @@ def _target(config: TrainConfig) -> Path:
     return Path(config.output_dir) / ("merged" if config.whole else "adapter")
 
 
-def _starting_point(config: TrainConfig, overwrite: bool) -> checkpoint.Checkpoint | None:
+def _starting_point(
+    config: TrainConfig, overwrite: bool, world: distributed.World
+) -> checkpoint.Checkpoint | None:
     """The checkpoint to resume from, None to begin anew. Raises ExistsError where something would be lost."""
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint is not None:
         manifest.check_target(_target(config), True)
-        return checkpoint.find(folder, config.resume_from_checkpoint)
+        try:
+            return checkpoint.find(folder, config.resume_from_checkpoint)
+        except InputError as error:
+            if world.size == 1:
+                raise
+            raise InputError(
+                f"{error.message} (on {platform.node()})",
+                "every node reads the checkpoint: give all one output_dir, or copy it to each",
+            ) from error
     manifest.check_target(_target(config), overwrite)
     old = [path for _, path in checkpoint.listed(folder) if (path / manifest.FILE).is_file()]
     if old and not overwrite:

@@ -125,7 +125,7 @@ class Loop:
         self.optimizer = _optimizer(groups, config, device)
         # float16 gradients underflow without a scale; too large a scale overflows, and is halved, by design.
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        self.state = Progress(total=total_steps(config, len(items), self.world.size))
+        self.state = Progress(total=total_steps(config, len(items), self.world.shares))
         # The random numbers of the step that comes next.
         self.random = random_state(device)
 
@@ -218,7 +218,7 @@ class Loop:
         """Groups of micro-batches behind the first `done`, each with the epochs that are done after it."""
         config = self.config
         shuffle = None if config.disable_shuffling else random.Random(config.seed)
-        in_step = config.gradient_accumulation_steps * self.world.size
+        in_step = config.gradient_accumulation_steps * self.world.shares
         step = epoch = 0
         while True:
             micro = batches(self.items, config.per_device_train_batch_size, shuffle)

@@ -262,6 +262,8 @@ def test_a_run_of_another_kind_leaves_no_file_of_the_earlier_one(made: Made) -> 
 def test_processes_wait_as_long_as_ddp_timeout_says(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(distributed.distributed, "init_process_group", lambda _, **how: asked.update(how))
+    monkeypatch.setattr(distributed, "_watch", lambda *_, **how: None)
+    monkeypatch.setattr(distributed, "_peers", [])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     # What LLaMA-Factory's examples have.
