@@ -19,13 +19,14 @@ _README = """\
 Ray Serve runs this model in replicas, each with an engine of its own. On every node: edge with the extra
 `ray`, and this run at {run}. On the first one:
 
-    export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
+    export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
     export {variable}={value}
     ray start --head
     {command}
 
-`command` in {config} is what stands behind `edge serve`: --replicas, --ctx, --slots, --api-key-file. After a
-new export write the configuration anew (--overwrite) and deploy it again: replicas are replaced one by one.
+`command` in {config} is what stands behind `edge serve`: --replicas, --ctx, --slots. API keys come from
+EDGE_API_KEY or the file EDGE_API_KEY_FILE in the environment of `ray start`. After a new export write the
+configuration anew (--overwrite) and deploy it again: replicas are replaced one by one.
 """
 
 

@@ -14,24 +14,27 @@ import re
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from starlette.types import ASGIApp, Message, Scope
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from starlette.requests import Request
+from starlette.types import ASGIApp
 
 import edge
 from edge.console import STOP_SIGNALS, handling
-from edge.errors import EdgeError, InputError, UnavailableError, UsageError
+from edge.errors import EdgeError, InputError, RequestError, UnavailableError, UsageError
 from edge.progress import report
 from edge.rendering.client import RENDERER
 from edge.server import options, ray_entrance
-from edge.server.access import Access
+from edge.server.access import KEY_VARIABLE, Access
+from edge.server.api import health
 from edge.server.app import create_app
 from edge.server.model_plans import plan_all
 from edge.server.model_registry import Planned, Registry
 
-_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 # Ray's least is 75 MiB; nothing but requests and answers goes through its store.
 _STORE = 80 * 2**20
 # What Ray reads when it starts: no telemetry, our entrance, and replicas that see the GPUs.
@@ -67,21 +70,27 @@ class Replica:
         assert entry.served is not None
         entry.served.engine.check_alive()
 
-    async def state(self, scope: Scope) -> tuple[str, list[Message]]:
-        """This replica's id, and the messages of its answer to a GET."""
-        messages: list[Message] = []
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": b""}
-
-        async def send(message: Message) -> None:
-            messages.append(message)
-
-        await self._app(scope, receive, send)
-        return serve.get_replica_context().replica_id.unique_id, messages
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What this replica says of itself; Ray hands it to the routers every second, past the queue."""
+        request = Request({"type": "http", "app": self._app})
+        pages: dict[str, Any] = {"/metrics": bytes((await health.metrics(request)).body).decode("utf-8")}
+        for path, route in (("/health", health.health), ("/ready", health.ready), ("/info", health.info)):
+            try:
+                pages[path] = await route(request)
+            except RequestError as error:
+                pages[path] = error
+        return pages
 
     async def __del__(self) -> None:
         await self._registry.close(0.5)
+
+
+class Router(ConsistentHashRouter):  # type: ignore[misc]
+    """Ray's router by sessions, which also hands what the replicas say to `ray_entrance` in its process."""
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        super().update_replicas(replicas)
+        ray_entrance.states = {each.replica_id.unique_id: each.routing_stats for each in replicas}
 
 
 def deployment(
@@ -117,10 +126,11 @@ def deployment(
         health_check_timeout_s=10.0,
         max_constructor_retry_count=1,
         request_router_config={
-            "request_router_class": _ROUTER,
+            "request_router_class": f"{__name__}.{Router.__name__}",
+            "request_routing_stats_period_s": 1.0,
             "request_router_kwargs": {"num_fallback_replicas": most - 1},
             # A slot that was freed is noticed after so long.
-            "max_backoff_s": 0.1,
+            "max_backoff_s": 0.25,
         },
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
@@ -147,6 +157,13 @@ def application(settings: dict[str, Any]) -> serve.Application:
         args = options.parser().parse_args(settings["command"])
     except SystemExit as error:
         raise UsageError(f"the config's command is none of edge serve: {settings['command']}") from error
+    if args.api_key_file is not None:
+        raise UsageError(
+            "--api-key-file does not go with a config: Ray's proxy reads the keys too",
+            f"start Ray with {KEY_VARIABLE} or {ray_entrance.KEY_FILE_VARIABLE} in its environment",
+        )
+    file = os.environ.get(ray_entrance.KEY_FILE_VARIABLE)
+    args.api_key_file = Path(file) if file else None
     access = options.access_of(args)
     args.replicas = options.replicas_of(args)
     app, planned = _replicated(args, access)
@@ -163,6 +180,8 @@ def main(args: argparse.Namespace, access: Access) -> int:
     """Serve until a signal comes; the exit code. Raises EdgeError where the replicas cannot be made."""
     report("planning")
     app, planned = _replicated(args, access)
+    if args.api_key_file is not None:
+        os.environ[ray_entrance.KEY_FILE_VARIABLE] = str(args.api_key_file.absolute())
     settings = planned.load.settings
     fewest, most = args.replicas
     count = str(most) if fewest == most else f"{fewest} to {most}"

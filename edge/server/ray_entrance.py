@@ -7,21 +7,24 @@ in plain text, or not at all, where a replica is gone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import RequestError
 from edge.server import error_body
+from edge.server.access import KEY_VARIABLE, Access, read_keys
 from edge.server.api import anthropic, ollama, openai_responses
 from edge.server.app import ERROR_BODIES
-from edge.server.auth import MAX_BODY, too_large
-from edge.server.metrics import merged
+from edge.server.auth import MAX_BODY, Guard, too_large
+from edge.server.metrics import CONTENT_TYPE, merged
 from edge.server.streaming import openai_failure
 
 # Names of Ray's application and of its deployment.
@@ -29,11 +32,12 @@ APP, DEPLOYMENT = "edge", "Replica"
 # In the environment of Ray's processes it puts `middlewares` around the proxy.
 VARIABLE, VALUE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "edge.server.ray_entrance:middlewares"
 _SESSION = b"x-session-id"
-# Asked of every replica, past the queue: they must answer while all slots are taken.
+# Their answers come from what the replicas told last: a request for them would wait for a slot.
 _STATE = frozenset({"/health", "/ready", "/info", "/metrics"})
-_STATE_S = 5.0
-# What a replica needs of their scopes.
-_KEPT = ("type", "method", "path", "raw_path", "query_string", "headers", "server", "client", "scheme")
+# Replica -> path -> its answer: a page, JSON or a RequestError. Ray's router in this process writes it.
+states: dict[str, dict[str, Any]] = {}
+# The path of --api-key-file, for the proxy's process.
+KEY_FILE_VARIABLE = "EDGE_API_KEY_FILE"
 # Characters of a raw prompt by which its session is told.
 _BEGINNING = 256
 
@@ -43,14 +47,17 @@ class Entrance:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._replicas: Any = None
+        file = os.environ.get(KEY_FILE_VARIABLE)
+        keys = read_keys(Path(file) if file else None, KEY_VARIABLE)
+        self._state_of_all = Guard(self._state, access=Access(tuple(keys)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _Answer(scope, send)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] in ("GET", "HEAD") and scope["path"] in _STATE:
-            await self._state(scope, answer)
+            await self._state_of_all(_with_families(scope), receive, send)
+            return
         elif scope["method"] == "POST":
             message = await _body(receive)
             if len(message["body"]) > MAX_BODY:
@@ -64,36 +71,20 @@ class Entrance:
             await self._app(scope, receive, answer)
         await answer.end()
 
-    async def _state(self, scope: Scope, answer: _Answer) -> None:
-        """The best answer of all replicas; their metrics together."""
-        asked = {key: scope[key] for key in _KEPT if key in scope}
-        try:
-            from ray import serve  # the proxy has it; the rest of this module needs none
-            from ray.serve.handle import DeploymentHandle
-
-            if self._replicas is None:
-                # It raises where there is none yet. The proxy sets that one up for itself, so it is not used.
-                serve.get_deployment_handle(DEPLOYMENT, APP)
-                self._replicas = DeploymentHandle(DEPLOYMENT, APP)
-            response = self._replicas.broadcast("state", asked)
-            results = await response.results_async(timeout_s=_STATE_S, return_exceptions=True)
-        except Exception:  # Ray has many, and each means that no replica answered
-            results = []
-        answers: dict[str, list[Message]] = dict(each for each in results if isinstance(each, tuple))
-        if not answers:
-            await answer.refuse(_refusal(404))
-            return
-        start, *rest = min(answers.values(), key=lambda messages: int(messages[0]["status"]))
-        if scope["path"] == "/metrics" and start["status"] == 200 and scope["method"] == "GET":
-            pages = {
-                name: _text(messages) for name, messages in answers.items() if messages[0]["status"] == 200
-            }
-            body = merged(pages).encode("utf-8")
-            kept = [(key, value) for key, value in start["headers"] if key != b"content-length"]
-            start = {**start, "headers": kept}
-            rest = [{"type": "http.response.body", "body": body}]
-        for message in (start, *rest):
-            await answer(message)
+    async def _state(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What the replicas said last: the best answer, and their metrics together."""
+        path = scope["path"]
+        answers = {name: pages[path] for name, pages in states.items() if path in pages}
+        refused: list[Any] = [each for each in answers.values() if isinstance(each, RequestError)]
+        whole = {name: each for name, each in answers.items() if not isinstance(each, RequestError)}
+        if not whole:
+            error = refused[0] if refused else _refusal(404)
+            response = error_body.respond(scope, error)
+        elif path == "/metrics":
+            response = Response(merged(whole), headers={"content-type": CONTENT_TYPE})
+        else:
+            response = JSONResponse(next(iter(whole.values())))
+        await response(scope, receive, send)
 
 
 class _Answer:
@@ -135,7 +126,7 @@ class _Answer:
 
     async def refuse(self, error: RequestError) -> None:
         self._ended = True
-        scope = {**self._scope, "app": SimpleNamespace(state=SimpleNamespace(error_bodies=ERROR_BODIES))}
+        scope = _with_families(self._scope)
         await error_body.respond(scope, error)(scope, _nothing, self._send)
 
 
@@ -208,8 +199,9 @@ async def _nothing() -> Message:
     return {"type": "http.disconnect"}
 
 
-def _text(messages: Iterable[Message]) -> str:
-    return b"".join(message.get("body", b"") for message in messages).decode("utf-8")
+def _with_families(scope: Scope) -> Scope:
+    """The scope with what error bodies are found by; Ray's own scope has to be picklable."""
+    return {**scope, "app": SimpleNamespace(state=SimpleNamespace(error_bodies=ERROR_BODIES))}
 
 
 def middlewares() -> list[Middleware]:

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    reply = "One answer of a hundred letters. " * 3
+    reply = "One answer of a thousand letters. " * 30
     with ray_server(reply=reply, context=1024, slots=4, step_s=0.01, max_queue=500) as started:
         until(lambda: len(sums(started, "edge_ready")) == 2)
         yield started
@@ -53,6 +53,12 @@ def until(condition: Any, seconds: float = 120.0) -> None:
         time.sleep(0.1)
 
 
+def status(server: Server, path: str, key: str) -> int:
+    with contextlib.suppress(httpx.HTTPError):
+        return server.get(path, headers={"x-api-key": key}).status_code
+    return 0
+
+
 def sums(server: Server, metric: str, label: str = "replica") -> Counter[str]:
     """The values of a metric by one of its labels."""
     answer = server.get("/metrics")
@@ -60,6 +66,12 @@ def sums(server: Server, metric: str, label: str = "replica") -> Counter[str]:
     for labels, value in re.findall(rf"(?m)^{metric}{{(.*)}} (\S+)$", answer.text):
         counts[dict(re.findall(r'(\w+)="([^"]*)"', labels))[label]] += int(float(value))
     return counts
+
+
+def counted(server: Server, metric: str, label: str) -> Counter[str]:
+    """`sums` of what is over: replicas tell it once a second."""
+    time.sleep(2.5)
+    return sums(server, metric, label)
 
 
 def idle(server: Server) -> bool:
@@ -106,15 +118,13 @@ def talk(server: Server, conversations: int, turns: int, **headers: str) -> tupl
 
 
 def test_a_conversation_stays_with_the_replica_that_holds_its_prefix(server: Server) -> None:
-    before = sums(server, "edge_answers_total")
     prompt, cached = talk(server, 4, 4)
-    after = sums(server, "edge_answers_total")
     # A session of its own for each request: replicas by chance, as without affinity.
     scattered_prompt, scattered = talk(server, 4, 4, **{"x-session-id": "{number}-{turn}-by-chance"})
     say(f"affinity: {cached} of {prompt} prompt tokens cached; by chance {scattered} of {scattered_prompt}")
-    assert all(count % 4 == 0 for count in (after - before).values())
     # All but what each turn adds.
     assert cached > 0.6 * prompt
+    assert scattered < cached
 
 
 async def streams(url: str, count: int, seed: int) -> Counter[str]:
@@ -123,7 +133,8 @@ async def streams(url: str, count: int, seed: int) -> Counter[str]:
 
     async def stream(client: httpx.AsyncClient, number: int) -> str:
         leaves = chance.choice([None, 0, 1, 3, 10])
-        body = {"messages": user(f"stream {number}"), "max_tokens": 80, "stream": True}
+        body = {"messages": user(f"stream {number}"), "max_tokens": 200, "stream": True}
+        body["speculate"] = False
         read, last = 0, ""
         async with client.stream("POST", CHAT, json=body) as response:
             async for line in response.aiter_lines():
@@ -139,10 +150,10 @@ async def streams(url: str, count: int, seed: int) -> Counter[str]:
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.matrix)])
 def test_clients_that_leave_leave_nothing_running(server: Server, count: int) -> None:
-    before = sums(server, "edge_answers_total", "reason")
+    before = counted(server, "edge_answers_total", "reason")
     ends = asyncio.run(streams(server.url, count, count))
-    until(lambda: idle(server), 10)
-    after = sums(server, "edge_answers_total", "reason") - before
+    after = counted(server, "edge_answers_total", "reason") - before
+    assert idle(server)
     say(f"{count} streams: clients {dict(ends)}, engines {dict(after)}")
     assert set(ends) <= {"left", "whole"} and ends.total() == count
     # A client may leave before its request has a replica; one that is gone may have been answered whole.
@@ -156,7 +167,9 @@ async def asked_while(url: str, count: int, event: Any) -> list[tuple[str, int, 
 
     async def ask(client: httpx.AsyncClient, number: int) -> tuple[str, int, str, httpx.Headers]:
         stream = number % 2 == 0
-        body = {"messages": user(f"request {number}"), "max_tokens": 80, "stream": stream}
+        # Two of one session, so that either kind is on each replica.
+        body = {"messages": user(f"request {number // 2}"), "max_tokens": 80, "stream": stream}
+        body["speculate"] = False
         answer = await client.post(CHAT, json=body)
         if answer.status_code != 200:
             return "json", answer.status_code, error(answer)["code"], answer.headers
@@ -185,15 +198,12 @@ def test_a_killed_replica_loses_what_it_had_begun_and_nothing_else() -> None:
         ends = Counter((kind, status, end) for kind, status, end, _ in rows)
         say(f"40 requests, a replica of 4 slots killed: {dict(ends)}")
         lost = [row for row in rows if row[2] != "whole"]
-        assert {row[2] for row in lost} == {"replica_lost"} and len(lost) == 4
-        assert all(
-            status == 503 and headers["retry-after"] == "1"
-            for kind, status, _, headers in lost
-            if kind == "json"
-        )
-        assert {kind for kind, *_ in lost} == {"json", "stream"}
+        # Those that had a slot of it, and no other.
+        assert 2 <= len(lost) <= 4 and {row[2] for row in lost} == {"replica_lost"}
+        assert {(kind, status) for kind, status, *_ in lost} == {("json", 503), ("stream", 200)}
+        assert {headers["retry-after"] for kind, _, _, headers in lost if kind == "json"} == {"1"}
         until(lambda: len(sums(server, "edge_ready")) == 2)
-        assert idle(server)
+        until(lambda: idle(server), 10)
         assert victim.pid not in [process.pid for process in replicas(server)]
 
 
@@ -216,6 +226,7 @@ def test_what_a_config_says_is_checked_before_ray_takes_it(
         ({"digest": "sha256:0"}, InputError, "holds another export than the config was written for"),
         ({"command": [str(run), "--no-such"]}, UsageError, "none of edge serve"),
         ({"command": [*command, "--host", "0.0.0.0"]}, UsageError, "reachable by others"),
+        ({"command": [*command, "--api-key-file", "a"]}, UsageError, "Ray's proxy reads the keys too"),
         ({"command": [str(run), "--replicas", "4096"]}, UsageError, "each engine needs a core"),
     ):
         with pytest.raises(kind, match=message):
@@ -227,7 +238,7 @@ def test_a_real_model_by_the_command_line(tmp_path: Path) -> None:
     run = tiny_llama.publish(tmp_path / "运行 run")
     serve = [sys.executable, "-m", "edge.cli", "serve", str(run), "--port", "0", "--no-tune", "--ctx", "256"]
     with launch([*serve, "--replicas", "2", "--threads", "1"], EDGE_API_KEY="secret") as server:
-        until(lambda: server.get("/ready", headers={"x-api-key": "secret"}).status_code == 200)
+        until(lambda: status(server, "/ready", "secret") == 200)
         assert server.get("/health").status_code == 200
         assert server.get("/metrics").status_code == 401
         answer = server.post("/generate", {"prompt": "hi", "max_tokens": 4}, headers={"x-api-key": "secret"})
@@ -236,6 +247,20 @@ def test_a_real_model_by_the_command_line(tmp_path: Path) -> None:
         assert sum("edge.engine.worker" in process.cmdline() for process in engines) == 2
     psutil.wait_procs(engines, timeout=10)
     assert not [process for process in engines if process.is_running()]
+
+
+# As the README of the export has it; a source tree beside that.
+CLUSTER = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    VARIABLE: VALUE,
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def run_deploy(command: list[str], config: Path) -> bool:
+    done = subprocess.run([*command, str(config)], env={**os.environ, **CLUSTER}, capture_output=True)
+    return done.returncode == 0
 
 
 @contextlib.contextmanager
@@ -247,8 +272,7 @@ def head(port: int) -> Iterator[None]:
     words = [word for name, value in ports.items() for word in (name, str(value))]
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "2"]
     command += ["--object-store-memory", str(80 * 2**20), "--dashboard-port", str(port), *words]
-    more = {"RAY_USAGE_STATS_ENABLED": "0", VARIABLE: VALUE, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env={**os.environ, **more}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, **CLUSTER}, stdout=subprocess.DEVNULL)
     try:
         yield
     finally:
@@ -257,6 +281,14 @@ def head(port: int) -> Iterator[None]:
             with contextlib.suppress(psutil.Error):
                 one.kill()
         process.wait()
+
+
+def publish_another(run: Path) -> None:
+    """The same model with another digest, as a new export has."""
+    with manifest.publish(run / "gguf") as partial:
+        tiny_llama.write(partial / "微小.gguf")
+        (partial / "new.txt").write_text("new", "utf-8")
+        manifest.write(partial, manifest.Manifest("gguf", "微小", stop_ids=[2, 7]))
 
 
 def write_config(run: Path, port: int) -> Path:
@@ -289,27 +321,21 @@ def test_a_rolling_update_under_load(tmp_path: Path) -> None:
         return None
 
     with head(dashboard):
-        until(
-            lambda: (
-                subprocess.run([*deploy, str(write_config(run, port))], capture_output=True).returncode == 0
-            )
-        )
+        until(lambda: run_deploy(deploy, write_config(run, port)))
         until(lambda: digest() == manifest.read(run / "gguf").digest)
         before = manifest.read(run / "gguf").digest
         shutil.rmtree(run / "gguf")
-        tiny_llama.publish(run, name="微小二")
+        publish_another(run)
         after = manifest.read(run / "gguf").digest
         assert after != before
-        counts = asyncio.run(
-            under_load(url, lambda: update([*deploy, str(write_config(run, port))], digest, after))
-        )
+        counts = asyncio.run(under_load(url, lambda: update(deploy, write_config(run, port), digest, after)))
         say(f"requests around an update: {dict(counts)}")
         assert {status for status, _ in counts} == {200}
         assert {which for _, which in counts} == {before, after}
 
 
-def update(command: list[str], digest: Any, after: str) -> None:
-    assert subprocess.run(command, capture_output=True).returncode == 0
+def update(command: list[str], config: Path, digest: Any, after: str) -> None:
+    assert run_deploy(command, config)
     # Both replicas answer with the new one.
     until(lambda: {digest() for _ in range(12)} == {after})
 

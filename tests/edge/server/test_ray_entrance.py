@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from edge.errors import RequestError
+from edge.server import ray_entrance
 from edge.server.auth import MAX_BODY
 from edge.server.ray_entrance import Entrance, session
 
@@ -136,3 +139,37 @@ def test_a_torn_stream_ends_with_its_familys_error(path: str, kind: str, end: st
     assert text.startswith("one\n\n") and end in text and "ask again" in text
     whole = post(Proxy(start(200, kind), part(b"one\n\n"), part(b"", False)), path)
     assert whole.text == "one\n\n"
+
+
+def get(path: str, **headers: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Entrance(Proxy()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get(path, headers=headers)
+
+    return asyncio.run(ask())
+
+
+def test_the_state_is_what_the_replicas_told_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDGE_API_KEY", raising=False)
+    monkeypatch.setattr(ray_entrance, "states", {})
+    assert (get("/ready").status_code, get("/metrics").status_code) == (503, 503)
+    page = '# HELP a A.\n# TYPE a counter\na{m="x"} %d\n'
+    gone = RequestError("no", status=503, code="model_failed")
+    first = {"/ready": gone, "/metrics": page % 1}
+    states = {"r1": first, "r2": {"/ready": {"status": "ready"}, "/metrics": page % 2}, "r3": {}}
+    monkeypatch.setattr(ray_entrance, "states", states)
+    assert get("/ready").json() == {"status": "ready"}
+    assert get("/metrics").text.splitlines()[2:] == ['a{replica="r1",m="x"} 1', 'a{replica="r2",m="x"} 2']
+    monkeypatch.setattr(ray_entrance, "states", {"r1": first})
+    assert (get("/ready").status_code, get("/ready").json()["error"]["code"]) == (503, "model_failed")
+    assert get("/ready", host="evil.example").status_code == 403
+
+
+def test_the_state_needs_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_entrance, "states", {"r": {"/ready": {}, "/health": {}}})
+    (tmp_path / "keys").write_text("one\n", "utf-8")
+    monkeypatch.setenv(ray_entrance.KEY_FILE_VARIABLE, str(tmp_path / "keys"))
+    assert get("/ready").status_code == 401
+    assert get("/health").status_code == 200
+    assert get("/ready", authorization="Bearer one").status_code == 200
