@@ -22,6 +22,7 @@ import yaml
 
 from edge.setup import EXTRAS
 from tests.test_docs import unknown_options
+from tests.test_layout import imports, sources
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -103,8 +104,8 @@ def test_the_images_build_from_what_is_there() -> None:
         assert set(extras.split(",")) <= set(EXTRAS)
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignored
-    for sources in re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
-        for source in sources.split():
+    for copied in re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
+        for source in copied.split():
             assert list(ROOT.glob(source)), source
             kept = (f"!{source.split('/')[0]}", f"!{source}")
             assert any(line in ignored for line in kept), source
@@ -112,6 +113,17 @@ def test_the_images_build_from_what_is_there() -> None:
         assert "USER 1000:0" in stage
     final = dockerfile[dockerfile.index("FROM ${BASE} AS base") :]
     assert "build-essential" not in final and "PIP_INDEX_URL" not in final
+
+
+def test_what_builds_llamacpp_is_copied_before_it_is_run() -> None:
+    texts, seen, todo = sources(), set[str](), ["edge.machine.build_llamacpp", "edge.setup"]
+    while todo:
+        if (module := todo.pop()) not in seen:
+            seen.add(module)
+            todo += [name for _, name in imports(module, texts)]
+    copied = re.findall(r"^COPY edge/(\w+) edge/", text("Dockerfile"), re.MULTILINE)
+    folders = {name.split(".")[1] for name in seen if name.count(".") > 1}
+    assert folders == set(copied) - {"csrc"} and all(name.startswith("edge.") for name in seen)
 
 
 def test_requirements_are_the_projects() -> None:
