@@ -3,28 +3,34 @@
     sudo python3 tests/fresh_root.py FOLDER [--command "make demo"]... [--bind PATH]...
 
 Makes FOLDER/root by debootstrap, installs the packages that README.md names, copies the last commit into it
-and runs the commands there (by default both). Every line of theirs is printed with the time since its command
-began, and the terminal as it stood after 30 s, 2 and 5 minutes is repeated at the end. pip's settings and
-proxies, and what --bind names (a mirror on this machine), are those outside. It takes an hour on two cores:
-no suite runs it.
+and runs the commands there (by default both), each in a terminal of its own. Every line of theirs is printed
+with the time since its command began; the terminal as it stood after 30 s, 2 and 5 minutes goes into files
+beside the root, with what was written to it (tmux reads that). pip's settings and proxies, and what --bind
+names (a mirror on this machine), are those outside. It takes an hour on two cores: no suite runs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import pty
 import re
+import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1]
 SNAPSHOTS_S = (30, 120, 300)
-SHOWN = 20
-# What begins a stage: of the setup, of its build, and of the demo, whose running stage stands in brackets.
-STAGE = re.compile(r"^\[\d+/\d+\] ([^:]+)|^(llama\.cpp: building)|> \[([^]]+)\]|^\[([a-z]+)\] >")
+ROWS, COLUMNS = 40, 110
+# What begins a stage: of the setup, and of the demo, whose running stage stands in brackets.
+STAGE = re.compile(r"^\[\d+/\d+\] ([^:]+)|> \[([a-z ]+)\]|^\[([a-z ]+)\] >")
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def prerequisites() -> list[str]:
@@ -36,19 +42,60 @@ def prerequisites() -> list[str]:
     return names[1].split()
 
 
-def run_timed(command: list[str]) -> tuple[int, list[tuple[float, str]]]:
-    """Run it and print each line with its time; the exit code, and seconds and text of each line."""
-    start, lines = time.monotonic(), list[tuple[float, str]]()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append((time.monotonic() - start, line.rstrip("\n")))
-            sys.stdout.write(f"{clock(lines[-1][0])} {line}")
-            sys.stdout.flush()
-    lines.append((time.monotonic() - start, f"exit code {process.returncode}"))
-    return process.returncode, lines
+def run_timed(command: list[str]) -> tuple[int, list[tuple[float, bytes]]]:
+    """Run it in a terminal and print each line with its time; the exit code, and what was written when."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp(command[0], command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    start, written, rest = time.monotonic(), list[tuple[float, bytes]](), b""
+    while data := read(terminal):
+        written.append((time.monotonic() - start, data))
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            sys.stdout.write(f"{clock(written[-1][0])} {plain(line)}\n")
+        sys.stdout.flush()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(terminal)
+    written.append((time.monotonic() - start, b""))
+    return code, written
+
+
+def read(terminal: int) -> bytes:
+    """What comes next from a terminal; nothing once its program has ended."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
+
+
+def plain(line: bytes) -> str:
+    """What is left to see of a line: the last that was written over it, without colours."""
+    text = CONTROL.sub("", line.decode("utf-8", "replace")).rstrip("\r")
+    return text.rpartition("\r")[2].rstrip()
+
+
+def timed_lines(written: list[tuple[float, bytes]]) -> list[tuple[float, str]]:
+    """Seconds and text of each line, and the last moment."""
+    lines, rest = list[tuple[float, str]](), b""
+    for second, data in written:
+        *ended, rest = (rest + data).split(b"\n")
+        lines += [(second, plain(line)) for line in ended]
+    return [*lines, (written[-1][0], plain(rest))]
+
+
+def screen(written: list[tuple[float, bytes]], second: float, file: Path) -> None:
+    """Keep in `file` the terminal as it stood at `second`, by tmux; what was written to it lies beside."""
+    raw = file.with_suffix(".raw")
+    raw.write_bytes(b"".join(data for moment, data in written if moment <= second))
+    tmux = ["tmux", "-L", f"fresh-root-{os.getpid()}"]
+    size = ["-x", str(COLUMNS), "-y", str(ROWS)]
+    show = f"cat {shlex.quote(str(raw))}; exec sleep 60"
+    subprocess.run([*tmux, "-f", "/dev/null", "new-session", "-d", *size, show], check=True)
+    time.sleep(1.0)
+    shown = subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True).stdout
+    subprocess.run([*tmux, "kill-server"], check=True)
+    file.write_bytes(shown.rstrip() + b"\n")
 
 
 def clock(seconds: float) -> str:
@@ -100,7 +147,13 @@ def inside(root: Path, line: str) -> list[str]:
         for name, value in os.environ.items()
         if name.startswith("PIP_") or name.lower().endswith("_proxy") or name == "SSL_CERT_FILE"
     ]
-    environment = [f"HOME={Path.home()}", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *passed]
+    environment = [
+        f"HOME={Path.home()}",
+        "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG=C.UTF-8",
+        "TERM=screen",
+        *passed,
+    ]
     return ["chroot", str(root), "env", "-i", *environment, "sh", "-c", f"cd /src && {line}"]
 
 
@@ -123,12 +176,14 @@ def main(argv: list[str]) -> int:
     for line in [*steps, *(args.command or ["make demo", "make test"])]:
         copy_settings(root)
         sys.stdout.write(f"== {line}\n")
-        code, lines = run_timed(inside(root, line))
+        code, written = run_timed(inside(root, line))
+        lines = timed_lines(written)
         summary += [f"== {line}: exit code {code}, {clock(lines[-1][0]).strip()}"]
         summary += [f"   {clock(seconds)}  {name}" for name, seconds in stages(lines)]
-        for moment in SNAPSHOTS_S if line not in steps else ():
-            shown = [text for second, text in lines if second <= moment][-SHOWN:]
-            summary += [f"-- the terminal after {moment} s", *(f"   {text}" for text in shown)]
+        for moment in SNAPSHOTS_S if line not in steps and lines[-1][0] > SNAPSHOTS_S[0] else ():
+            file = args.folder / f"{re.sub(r'[^a-z]+', '-', line)}-{moment}s.txt"
+            screen(written, moment, file)
+            summary += [f"   the terminal after {moment} s: {file}"]
         if code != 0:
             break
     sys.stdout.write("\n".join(["", *summary, ""]))
