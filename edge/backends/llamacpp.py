@@ -27,6 +27,7 @@ from edge.backends.llamacpp_threads import ThreadController
 from edge.backends.llamacpp_vocabulary import Vocabulary
 from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.machine import build_llamacpp
+from edge.machine.build_check import load_backends
 from edge.machine.llamacpp_source import BUILD
 
 # Shorter steps end soon enough by themselves; a callback at each node of the graph costs a little.
@@ -469,4 +470,5 @@ def library() -> Any:
         _callbacks.append(lib.llama_log_callback(_append))
         lib.llama_log_set(_callbacks[0], None)
         lib.llama_backend_init()
+        load_backends(lib)
     return lib

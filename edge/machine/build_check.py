@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,10 +81,28 @@ def write_model(path: Path) -> None:
     path.write_bytes(out + b"".join(data + b"\0" * (-len(data) % 32) for _, _, _, data in tensors))
 
 
+def load_backends(lib: Any) -> None:
+    """Load the backends of a llama.cpp that has them as files beside it (GGML_BACKEND_DL); without one it
+    loads no model. A llama.cpp with its backends built in is left alone.
+
+    lib: llama-cpp-python's low-level bindings.
+    """
+    # Only Windows does not look for a function in what a library is linked with.
+    ggml = ctypes.CDLL(str(lib._base_path / "ggml.dll")) if sys.platform == "win32" else lib._lib
+    try:
+        count, load = ggml.ggml_backend_reg_count, ggml.ggml_backend_load_all_from_path
+    except AttributeError:
+        return  # all is in one file
+    count.restype, load.argtypes, load.restype = ctypes.c_size_t, [ctypes.c_char_p], None
+    if count() == 0:
+        load(os.fsencode(lib._base_path))
+
+
 def logits(path: Path, *, extra: bool, gpu: bool) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """Logits `[chunks, VOCAB]` after each of CHUNKS."""
     import llama_cpp.llama_cpp as lib
 
+    load_backends(lib)
     model_params = lib.llama_model_default_params()
     model_params.use_extra_bufts = extra
     model_params.n_gpu_layers = 99 if gpu else 0

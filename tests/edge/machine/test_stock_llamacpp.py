@@ -6,13 +6,15 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
 from edge.artefact import manifest
 from edge.errors import EdgeError, UnavailableError, UsageError
-from edge.machine import build_llamacpp, doctor, stock_llamacpp
+from edge.machine import build_check, build_llamacpp, doctor, stock_llamacpp
 from edge.machine.build_llamacpp import NoCompilerError
 from edge.machine.llamacpp_source import PACKAGE, STOCK, VERSION
 from edge.setup import NO_LLAMACPP
@@ -157,3 +159,29 @@ def test_the_check_decodes_with_the_library_that_is_named(
     assert "not found" in build_llamacpp.check("plain")
     shutil.copytree(package / "lib", tmp_path, dirs_exist_ok=True, symlinks=True)
     assert build_llamacpp.check("plain") == "ok"
+
+
+@pytest.mark.parametrize(("there", "loaded"), [(0, [b"/lib"]), (1, [])])
+def test_backends_that_are_files_are_loaded_where_there_are_none(there: int, loaded: list[bytes]) -> None:
+    asked: list[bytes] = []
+    ggml = SimpleNamespace(
+        # As ctypes' functions have attributes of their own.
+        ggml_backend_reg_count=Mock(return_value=there),
+        ggml_backend_load_all_from_path=Mock(side_effect=asked.append),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "platform", "linux")
+        build_check.load_backends(SimpleNamespace(_base_path=Path("/lib"), _lib=ggml))
+    assert asked == loaded
+
+
+def test_backends_on_windows_are_asked_for_by_their_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    ggml = Mock(ggml_backend_reg_count=Mock(return_value=0))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(build_check.ctypes, "CDLL", lambda name: opened.append(name) or ggml)
+    build_check.load_backends(SimpleNamespace(_base_path=Path("lib")))
+    assert opened == [str(Path("lib") / "ggml.dll")]
+    ggml.ggml_backend_load_all_from_path.assert_called_once_with(b"lib")
+    del ggml.ggml_backend_load_all_from_path  # llama.cpp as one file
+    build_check.load_backends(SimpleNamespace(_base_path=Path("lib")))
