@@ -83,8 +83,8 @@ def target(name: str, url: str) -> Target:
     """The server at `url`: Ollama's interface where the path ends with /api, OpenAI's otherwise.
 
     The model is the fragment of the URL, or the only one that the server lists. The key, where one is needed,
-    is in the variable KEY. Raises InputError where the server lists none or several, EdgeError where it does
-    not answer.
+    is in the variable KEY. Raises InputError where the server lists none or several or wants another key,
+    EdgeError where it does not answer.
     """
     parts = urlsplit(url)
     base, path, key = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/"), os.environ.get(KEY, "")
@@ -114,7 +114,7 @@ def only_model(name: str, url: str, base: str, listing: str, key: str) -> str:
     if status != 200 or not models:
         raise InputError(
             f"{name}: {base}{listing} lists no model (HTTP {status})",
-            f"check the URL; a key goes into the variable {KEY}",
+            "check the URL: is it a model's server?",
         )
     if len(models) > 1:
         raise InputError(
@@ -124,8 +124,14 @@ def only_model(name: str, url: str, base: str, listing: str, key: str) -> str:
 
 
 def fetch(name: str, base: str, path: str, key: str, body: Any = None) -> tuple[int, bytes]:
-    """Status and body. Raises EdgeError where nothing answers."""
+    """Status and body. Raises EdgeError where nothing answers, InputError where another key is wanted."""
     try:
-        return asyncio.run(get(base, path, limit=60.0, key=key, body=body))
+        status, answer = asyncio.run(get(base, path, limit=60.0, key=key, body=body))
     except (OSError, TimeoutError, ProtocolError) as error:
         raise EdgeError(f"{name}: {base}{path} does not answer: {error}", "is the server running?") from error
+    if status in (401, 403):
+        wrong = f"does not take the key in {KEY}" if key else "wants a key"
+        raise InputError(
+            f"{name}: {base}{path} {wrong} (HTTP {status})", f"put its key into the variable {KEY}"
+        )
+    return status, answer

@@ -37,6 +37,7 @@ class Other(BaseHTTPRequestHandler):
     """OpenAI's and Ollama's interface, as far as they are asked. `strict`: unknown fields are refused."""
 
     strict = False
+    locked = False
     models: tuple[str, ...] = ("m",)
     bodies: list[dict[str, Any]]
 
@@ -51,8 +52,11 @@ class Other(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def _wrong_key(self) -> bool:
+        return self.locked and self.headers.get("authorization") != f"Bearer {KEY}"
+
     def do_GET(self) -> None:
-        if self.headers.get("authorization") not in (None, f"Bearer {KEY}"):
+        if self._wrong_key():
             return self._send(401, "application/json", "{}")
         field, key = ("models", "name") if self.path.endswith("tags") else ("data", "id")
         said = {field: [{key: name} for name in self.models]}
@@ -60,6 +64,8 @@ class Other(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self._wrong_key():
+            return self._send(401, "application/json", "{}")
         self.bodies.append(body)
         if self.path.endswith("/generate"):
             rows: list[dict[str, Any]] = [{"response": "la ", "done": False}] * 2
@@ -93,7 +99,7 @@ def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(external.KEY, KEY)
-    with other() as (url, handler):
+    with other(locked=True) as (url, handler):
         target = external.target("vllm", url)
         assert target.forced and target.stage == "" and target.dialect.key == KEY
         sample = asyncio.run(ask(target.url, target.dialect, Job("Hello", 0, 10)))
@@ -138,6 +144,18 @@ def test_models_of_an_outside_server() -> None:
         external.target("x", url)
     with pytest.raises(EdgeError, match="does not answer"):
         external.target("x", "http://127.0.0.1:9")
+
+
+def test_a_key_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with other(locked=True) as (url, _):
+        for fragment in ("", "#m"):
+            monkeypatch.delenv(external.KEY, raising=False)
+            with pytest.raises(InputError, match="wants a key") as caught:
+                external.target("x", url + fragment)
+            assert external.KEY in caught.value.hint
+            monkeypatch.setenv(external.KEY, "other")
+            with pytest.raises(InputError, match="does not take the key in"):
+                external.target("x", url + fragment)
 
 
 @pytest.mark.parametrize(
