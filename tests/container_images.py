@@ -122,13 +122,11 @@ def pip_mounts(folder: Path) -> list[str]:
 def build(buildah: Buildah, target: str) -> None:
     """Build one image, and check what it holds."""
     options = ["--isolation", "chroot", "--build-arg", f"BASE={BASE}", *pip_mounts(buildah.folder)]
-    options += ["--target", target, "-t", f"localhost/edge-{target}"]
-    options += ["-f", str(SOURCES / "deploy" / "Dockerfile"), str(SOURCES)]
+    file = SOURCES / "deploy" / "Dockerfile"
     start = time.monotonic()
-    with buildah.start("bud", *options) as process:
-        process.wait()
-    if process.returncode:
-        raise SystemExit(f"{target} was not built, as the lines above say")
+    buildah(
+        "bud", *options, "--target", target, "-t", f"localhost/edge-{target}", "-f", str(file), str(SOURCES)
+    )
     say(f"{target}: built in {time.monotonic() - start:.0f} s")
     image = json.loads(buildah("inspect", "--type", "image", f"localhost/edge-{target}"))
     layers = [layer["size"] for layer in json.loads(image["Manifest"])["layers"]]

@@ -1,14 +1,16 @@
-"""Training passes on a CUDA GPU: padding-free rows, replayed as CUDA graphs.
+"""Training passes over padding-free rows, on a CUDA GPU replayed as CUDA graphs.
 
-A small model's step is bound by launching its ten thousand kernels, not by what they compute. A batch
-becomes one sequence, padded to one of few sizes; the passes through the decoder at a size are captured once,
-forward and backward, and replayed for every later batch of that size. Embeddings and the loss stay outside:
-they are few kernels, and depend on the batch.
+A batch becomes one sequence, so that no product is computed for padding. On a GPU a small model's step is
+bound by launching its ten thousand kernels, not by what they compute: there the sequence is padded to one of
+few sizes; the passes through the decoder at a size are captured once, forward and backward, and replayed for
+every later batch of that size. Embeddings and the loss stay outside: they are few kernels, and depend on the
+batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,6 +60,8 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     # The rotary embedding may have changed the type.
     query, key, value = (part.to(value.dtype).transpose(1, 2)[0] for part in (query, key, value))
+    if not query.is_cuda:
+        return _attention_by_rows(query, key, value, bounds.tolist(), more), None
     longest = more["max_length_q"]
     # With a sliding window: tokens before its own that a token sees.
     reach = more["sliding_window"] - 1 if more.get("sliding_window") else None
@@ -69,19 +73,34 @@ def attention(
     return out[None], None
 
 
-def attention_name(place: Place, *, longest: int, asked: str = "auto") -> str:
-    """The attention that a model is loaded with, to be trained on rows of at most `longest` tokens.
+def _attention_by_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], more: dict[str, Any]
+) -> torch.Tensor:
+    """As `attention`, of (tokens, heads, width), with a call of torch's own for each row."""
+    window = more.get("sliding_window")
+    rows = []
+    for start, end in pairwise(bounds):
+        mask = None
+        if window and end - start > window:
+            mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
+        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        rows.append(
+            functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=more.get("scaling"), enable_gqa=True
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(rows)[None]
 
-    asked: by flash_attn.
-    """
-    if asked == "disabled":
+
+def attention_name(config: TrainConfig, place: Place, *, longest: int) -> str:
+    """The attention that a model is loaded with, to be trained on rows of at most `longest` tokens."""
+    if config.flash_attn == "disabled":
         return "eager"
-    if place.device != "cuda" and asked == "auto":
-        return "eager" if place.device == "cpu" and longest <= _EAGER_LONGEST else "sdpa"
-    if place.device != "cuda":
-        return "sdpa"
-    register()
-    return ATTENTION
+    if place.device == "cuda" or likely(config, place):
+        register()
+        return ATTENTION
+    eager = place.device == "cpu" and config.flash_attn == "auto" and longest <= _EAGER_LONGEST
+    return "eager" if eager else "sdpa"
 
 
 def decoder(model: Any) -> Any:
@@ -92,12 +111,12 @@ def decoder(model: Any) -> Any:
 
 def likely(config: TrainConfig, place: Place) -> bool:
     """Whether rows will be padding-free, as far as that is known before the model is loaded."""
-    return place.device == "cuda" and not config.whole and not _refused(config, place.dtype)
+    return place.device in ("cuda", "cpu") and not config.whole and not _refused(config, place)
 
 
-def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
+def _refused(config: TrainConfig, place: Place) -> str:
     """Why the settings need padded rows ("" if they do not)."""
-    if dtype == torch.float32:
+    if place.device == "cuda" and place.dtype == torch.float32:
         return "float32 has no flash attention"
     if config.flash_attn == "disabled":
         return "flash_attn is disabled"
@@ -108,17 +127,17 @@ def _refused(config: TrainConfig, dtype: torch.dtype) -> str:
     return ""
 
 
-def usable(model: Any, config: TrainConfig, dtype: torch.dtype) -> str:
+def usable(model: Any, config: TrainConfig, place: Place) -> str:
     """Why the model, with its adapter, cannot be trained on padding-free rows ("" if it can)."""
-    if why := _refused(config, dtype):
+    if why := _refused(config, place):
         return why
     shape = model.config.get_text_config()
-    if torch.cuda.get_device_capability() < (8, 0):
+    if place.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU has no flash attention"
     if getattr(shape, "attn_logit_softcapping", None):
         return "its attention caps its logits"
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    if width > 256:
+    if place.device == "cuda" and width > 256:
         return "its heads are wider than flash attention takes"
     return head_is_more(model)
 
@@ -146,12 +165,17 @@ def head(
     if place.device != "cuda" or config.whole:
         if config.enable_liger_kernel:
             use_liger(model, place)
-        return LossHead(model, autocast=half), ""
+        if place.device == "mps" or config.whole or usable(model, config, place):
+            return LossHead(model, autocast=half), ""
+        if place.dtype == torch.float32 and not sharded:
+            # In 16 bits an adapter computes in float32 on a CPU, which the fused layer does not.
+            fuse(model)
+        return LossHead(model, autocast=half, body=Body(model, place.device, autocast=half)), ""
     # All on one stream, for each keeps its workspaces; and the default stream cannot be captured.
     torch.cuda.set_stream(torch.cuda.Stream())
     if keeps_embeddings_off(model, place):
         keep_embeddings_off(model)
-    if why := usable(model, config, place.dtype):
+    if why := usable(model, config, place):
         if config.enable_liger_kernel:
             use_liger(model, place)
         how = f"rows are padded to the longest of their batch, kernels are launched one by one: {why}"
@@ -162,7 +186,7 @@ def head(
     why = "its weights are sharded over processes" if sharded else capturable(model)
     if not why and torch.cuda.mem_get_info()[0] < 2 * passes:
         why = f"CUDA graphs need {2 * passes / 2**30:.2f} GiB free"
-    body = Body(model, autocast=half, capture=not why)
+    body = Body(model, place.device, autocast=half, capture=not why)
     how = f"kernels are launched one by one: {why}" if why else "passes are captured as CUDA graphs"
     if config.enable_liger_kernel:
         # Its gates read out of bounds over padding-free rows (seen on an H100).
@@ -207,18 +231,21 @@ class _Replay(torch.autograd.Function):  # type: ignore[misc]
 class Body:
     """The decoder of a causal model, over padding-free rows in one sequence.
 
-    autocast: the type to compute in where parameters have another. capture: whether to replay passes as CUDA
-    graphs; gradients must then be buffers that stay in place, and the stream not the default one. A pass is
-    captured when its size comes for the second time: what is set up at first use is there by then.
+    device: cuda or cpu. autocast: the type to compute in where parameters have another. capture: whether to
+    replay passes as CUDA graphs; gradients must then be buffers that stay in place, and the stream not the
+    default one. A pass is captured when its size comes for the second time: what is set up at first use is
+    there by then.
     """
 
-    def __init__(self, model: Any, *, autocast: torch.dtype | None, capture: bool) -> None:
+    def __init__(
+        self, model: Any, device: str, *, autocast: torch.dtype | None, capture: bool = False
+    ) -> None:
         self._decoder = decoder(model)
         self._embeddings = model.get_input_embeddings()
-        self._autocast, self._capture, self._model = autocast, capture, model
+        self._autocast, self._capture, self._model, self._device = autocast, capture, model, device
         # With a mask of four axes transformers makes none of its own.
-        self._mask = torch.zeros(1, 1, 1, 1, device="cuda")
-        self._anchor = torch.zeros((), device="cuda", requires_grad=True)
+        self._mask = torch.zeros(1, 1, 1, 1, device=device)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._seen: set[tuple[int, int]] = set()
         self._graphs: dict[tuple[int, int], _Graphs] = {}
         if capture:
@@ -227,9 +254,11 @@ class Body:
     def __call__(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """(tokens, width): the last hidden state of each of `ids` (tokens,), rows of `lengths`."""
         tokens = len(ids)
-        whole = size(tokens) if self._model.training else tokens
         starts = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(length) for length in lengths])
+        if self._device == "cpu":
+            return self._pass(self._embeddings(ids[None]), positions[None], starts)[0]
+        whole = size(tokens) if self._model.training else tokens
         # Empty rows fill up the number of rows to a power of two, and one more takes the padding.
         rows = max(8, 1 << len(lengths).bit_length())
         bounds = functional.pad(starts, (0, rows + 1 - len(starts)), value=whole).int()
@@ -251,7 +280,8 @@ class Body:
     def _pass(self, embedded: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         longest = embedded.shape[1]
         # Without a cache: a cast kept from one pass would be missing in the graph of another.
-        with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+        on = self._autocast is not None
+        with torch.autocast(self._device, self._autocast, enabled=on, cache_enabled=False):
             return self._decoder(
                 inputs_embeds=embedded,
                 position_ids=positions,

@@ -392,7 +392,7 @@ class Run:
             if self.full
             else place,
             double_quant=config.double_quantization,
-            attention=cuda_graphs.attention_name(place, longest=self.data.longest, asked=config.flash_attn),
+            attention=cuda_graphs.attention_name(config, place, longest=self.data.longest),
             sharded=self.world.sharded,
         )
         self.quantized = quantized_layers(self.model) if place.four_bit or place.eight_bit else []

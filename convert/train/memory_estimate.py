@@ -170,21 +170,23 @@ class Passes:
         half = autocast(config, place)
         item = int((half or place.dtype).itemsize)
         packed = cuda_graphs.likely(config, place)
+        graphs = packed and place.device == "cuda"
         self._cutoff = config.cutoff_len
-        eager = cuda_graphs.attention_name(place, longest=min(longest, self._cutoff)) == "eager"
+        eager = cuda_graphs.attention_name(config, place, longest=min(longest, config.cutoff_len)) == "eager"
         rank = 0 if full else config.lora_rank
         if half is None and item == 2 and not full:
             inputs = 4 * (5 * hidden + query + inner + 7 * rank)
         else:
             inputs = item * (2 * hidden + query + inner + 7 * rank)
         # The float32 copies are kept in place of the 16-bit input.
-        norms = item * hidden if item == 4 or packed else 8 * hidden - item * hidden
+        norms = item * hidden if item == 4 or graphs else 8 * hidden - item * hidden
         # Eager attention repeats key and value for each query head.
         attention = item * (3 * query if eager else query + 2 * key)
         self._kept = inputs + norms + attention + item * 3 * inner
         # The softmax is computed in float32, and a copy in 16 bits is used.
         self._scores = heads * (4 if item == 4 else 6) if eager else 0
-        self._hidden, self._inner, self._item, self._packed = item * hidden, item * inner, item, packed
+        self._hidden, self._inner, self._item = item * hidden, item * inner, item
+        self._packed, self._graphs = packed, graphs
         self._dequantised = hidden * inner * item if place.four_bit or place.eight_bit else 0
         self._layers, self._width, self._vocabulary = (
             int(shape.num_hidden_layers),
@@ -225,7 +227,8 @@ class Passes:
         lengths = [min(len(sample.ids), self._cutoff) for sample in samples]
         learnt = sum(min(sample.learnt, self._cutoff) for sample in samples)
         scores = len(lengths) * self._scores * max(lengths) ** 2
-        tokens = cuda_graphs.size(sum(lengths)) if self._packed else len(lengths) * max(lengths)
+        tokens = sum(lengths) if self._packed else len(lengths) * max(lengths)
+        tokens = cuda_graphs.size(tokens) if self._graphs else tokens
         return tokens, learnt, scores
 
     def _loss(self, learnt: int) -> int:

@@ -63,6 +63,23 @@ class Alone:
         return torch.cat([self._decoder(input_ids=one[None]).last_hidden_state[0] for one in pieces])
 
 
+class Tokens:
+    """Counts the tokens that the first layer computes, padding too."""
+
+    def __init__(self, adapted: Any) -> None:
+        self._layer, self.seen = adapted.get_base_model().model.layers[0], 0
+
+    def __enter__(self) -> Tokens:
+        self._hook = self._layer.register_forward_pre_hook(self._count)
+        return self
+
+    def _count(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.seen += inputs[0].shape[0] * inputs[0].shape[1]
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+
 def gradients(adapted: Any) -> torch.Tensor:
     return torch.cat([one.grad.flatten().float() for one in adapted.parameters() if one.requires_grad])
 
@@ -96,6 +113,53 @@ def test_joined_rows_have_the_losses_and_gradients_of_padded_ones(base: Any, kin
     assert torch.equal(rows, same)
     torch.testing.assert_close(joined, padded, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other, slope, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_rows_on_a_cpu_are_joined_too(base: Any, kind: str, bits: int | None) -> None:
+    place, setting = load_model.Place("cpu", torch.float32, bits == 4), config(quantization_bit=bits)
+    name = cuda_graphs.attention_name(setting, place, longest=70)
+    assert name == cuda_graphs.ATTENTION
+    adapted = adapter(base, place, setting, name)
+    found = []
+    for padded in (True, False):
+        head = LossHead(adapted) if padded else cuda_graphs.head(adapted, setting, place)[0]
+        adapted.zero_grad()
+        with Tokens(adapted) as tokens:
+            losses, rows = head(BATCHES[kind], "cpu")
+        losses.mean().backward()
+        found.append((losses.detach(), rows, gradients(adapted), tokens.seen))
+    (want, rows, slope, many), (losses, same, other, few) = found
+    assert few == sum(len(one.ids) for one in BATCHES[kind]) < many
+    assert torch.equal(rows, same)
+    torch.testing.assert_close(losses, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other, slope, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"flash_attn": "disabled"}, {"finetuning_type": "full"}], ids=str)
+def test_what_is_padded_on_a_cpu_has_an_attention_for_it(changes: dict[str, Any]) -> None:
+    place, setting = load_model.Place("cpu", torch.float32, False), config(quantization_bit=None, **changes)
+    assert cuda_graphs.attention_name(setting, place, longest=512) == "eager"
+    assert cuda_graphs.attention_name(setting, place, longest=513) == (
+        "eager" if "flash_attn" in changes else "sdpa"
+    )
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_no_token_sees_another_row_or_beyond_its_window(window: int | None) -> None:
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 5, 25, 26])
+    query, key, value = torch.randn(1, 4, 26, 8), torch.randn(1, 2, 26, 8), torch.randn(1, 2, 26, 8)
+    row = torch.bucketize(torch.arange(26), bounds[1:], right=True)
+    back = torch.arange(26)[:, None] - torch.arange(26)
+    seen = (row[:, None] == row) & (back >= 0) & (back < (window or 26))
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, enable_gqa=True, scale=0.3
+    )
+    more = {"cu_seq_lens_q": bounds, "max_length_q": 26, "scaling": 0.3, "sliding_window": window}
+    out, _ = cuda_graphs.attention(None, query, key, value, None, **more)
+    torch.testing.assert_close(out, want.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_few_sizes_and_little_padding() -> None:
@@ -192,7 +256,9 @@ def test_a_run_goes_the_way_of_one_that_is_not_recorded(base: Any, optim: str) -
         if record:
             head, _ = cuda_graphs.head(adapted, setting, place)
         else:
-            body = cuda_graphs.Body(adapted, autocast=load_model.autocast(setting, place), capture=False)
+            body = cuda_graphs.Body(
+                adapted, "cuda", autocast=load_model.autocast(setting, place), capture=False
+            )
             head = LossHead(adapted, autocast=load_model.autocast(setting, place), body=body)
         losses: list[float] = []
         runner = trainer.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)

@@ -19,7 +19,7 @@ from convert.config import TrainConfig
 from convert.data import prepare
 from convert.data.encode import Sample
 from convert.model import chat_format, hf_folder, hub, lora_adapter
-from convert.train import distributed, finetune, load_model
+from convert.train import cuda_graphs, distributed, finetune, load_model
 from edge.artefact import manifest
 from edge.errors import ExistsError, InputError, UsageError
 from tests.support.runs import configure
@@ -55,7 +55,7 @@ def plain(made: Made) -> torch.Tensor:
         {"adam_beta1": 0.0},
         {"adam_beta2": 0.5},
         {"adam_epsilon": 1.0},
-        {"flash_attn": "sdpa"},
+        {"flash_attn": "disabled"},
         {"pure_bf16": True},
     ],
     ids=str,
@@ -66,7 +66,7 @@ def test_the_weights_change(made: Made, plain: torch.Tensor, changes: dict[str, 
 
 @pytest.mark.slow
 def test_the_attention_is_the_one_that_is_named(made: Made) -> None:
-    for name, attention in (("disabled", "eager"), ("fa2", "sdpa")):
+    for name, attention in (("disabled", "eager"), ("fa2", cuda_graphs.ATTENTION)):
         job = finetune.Run.begin(made(name, flash_attn=name), overwrite=False, console=QUIET, again="")
         job.load()
         assert job.model.config._attn_implementation == attention
