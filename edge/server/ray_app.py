@@ -214,7 +214,8 @@ def run(app: serve.Application, host: str, port: int, cpus: int, shape: str) -> 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         with handling(STOP_SIGNALS, lambda *_: stopped.set()):
-            quiet = {"log_level": "WARNING", "enable_access_log": False}
+            # Its controller and proxy write a traceback for what this process says in a sentence.
+            quiet = {"log_level": "CRITICAL", "enable_access_log": False}
             where = {"host": host, "port": port}
             serve.start(proxy_location="HeadOnly", http_options=where, logging_config=quiet)
             try:

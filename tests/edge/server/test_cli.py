@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge.artefact import find, manifest
-from edge.errors import EdgeError, InputError, UsageError
+from edge.errors import EdgeError, InputError, UnavailableError, UsageError
 from edge.server import cli
 from tests.support import tiny_llama
 from tests.support.fake_server import Server, launch
@@ -258,3 +258,10 @@ def test_waiting_is_for_a_single_model() -> None:
     for more in (["b"], ["--lora", "x.gguf"]):
         with pytest.raises(UsageError, match="--wait goes with a single model"):
             cli.main(["a", *more, "--wait", "--port", "0"])
+
+
+def test_replicas_need_ray(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match="--replicas needs the package 'ray'") as caught:
+        cli.main([str(run), "--replicas", "2"])
+    assert "--extras ray" in str(caught.value)

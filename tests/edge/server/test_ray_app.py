@@ -8,11 +8,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,31 @@ def test_a_killed_replica_loses_what_it_had_begun_and_nothing_else() -> None:
         until(lambda: len(sums(server, "edge_ready")) == 2)
         until(lambda: idle(server), 10)
         assert victim.pid not in [process.pid for process in replicas(server)]
+
+
+@pytest.mark.matrix
+def test_an_end_waits_for_answers_and_names_what_it_tears_off() -> None:
+    with ray_server(reply="abc " * 200, context=1024, slots=4, step_s=0.05, drain=2.0) as server:
+        bodies: list[dict[str, Any]] = [
+            {"messages": user(), "max_tokens": tokens, "stream": stream, "speculate": False}
+            for tokens, stream in ((20, False), (700, True))
+        ]
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(server.post, CHAT, body) for body in bodies]
+            until(lambda: sums(server, "edge_running_requests").total() == 2, 10)
+            server.process.send_signal(signal.SIGINT)
+            short, long = (answer.result() for answer in answers)
+        assert short.status_code == 200
+        assert events(long)[-1]["error"]["code"] == "replica_lost"
+        assert server.process.wait(60) == 0
+
+
+@pytest.mark.matrix
+def test_replicas_are_added_under_load() -> None:
+    with ray_server(reply="abc " * 200, context=1024, slots=4, step_s=0.1, replicas=[1, 2]) as server:
+        assert len(sums(server, "edge_ready")) == 1
+        rows = asyncio.run(asked_while(server.url, 60, lambda: until(lambda: len(replicas(server)) == 2)))
+        assert {(status, end) for _, status, end, _ in rows} == {(200, "whole")}
 
 
 # Ray's own modules use what pydantic calls deprecated.
