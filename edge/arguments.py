@@ -8,6 +8,8 @@ from edge.artefact.find import SUFFIXES
 
 # As edge.backends.onnx_providers has them, which is slow to import.
 DEVICES = ("auto", "cpu", "cuda", "dml", "coreml", "openvino")
+# The variable with the key of a server that `edge verify` asks.
+VERIFY_KEY = "EDGE_VERIFY_API_KEY"
 PATH_HELP = "a run, a folder with a model, or a .gguf or .onnx file"
 
 

@@ -26,7 +26,10 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "merge": ("convert.merge", "adapter -> 16-bit merged model"),
     "export": ("convert.export.cli", "merged model -> GGUF or ONNX; adapter -> GGUF"),
-    "verify": ("convert.verify.cli", "compare two stages of a model: tokenizer, stop tokens, logits"),
+    "verify": (
+        "convert.verify.cli",
+        "compare two stages of a model, or a stage and a server: tokenizer, stop tokens, logits",
+    ),
     "serve": ("edge.server.cli", "serve a run, a GGUF folder or a GGUF file over HTTP"),
     "ui": ("edge.ui.cli", "tune, compare, export and serve in the browser"),
     "webui": ("edge.ui.cli", "the same"),

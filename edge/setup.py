@@ -254,8 +254,11 @@ def has_pip(python: Path) -> bool:
         return False
 
 
-def restore_pip(python: Path) -> bool:
-    """Whether the pip that Python brings along is there now."""
+def restore_pip(folder: Path) -> bool:
+    """Put the pip that Python brings along into an environment that lacks one; whether that works now."""
+    python = python_of(folder)
+    for record in packages_of(folder).glob("pip-*.dist-info"):
+        shutil.rmtree(record, ignore_errors=True)  # it would be taken for installed
     command = [str(python), "-m", "ensurepip", "--default-pip"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(command, capture_output=True, timeout=120, check=False)
@@ -558,7 +561,7 @@ def make_environment(folder: Path, again: str) -> None:
 
     One that lacks nothing but pip, which was stopped while it replaced itself, keeps its packages.
     """
-    if has_pip(python_of(folder)) or restore_pip(python_of(folder)):
+    if has_pip(python_of(folder)) or restore_pip(folder):
         return
     sys.stdout.write(f"an environment for Python {sys.version.split()[0]}: {folder}\n")
     command = [sys.executable, "-m", "venv", "--clear", str(folder)]

@@ -122,11 +122,13 @@ def pip_mounts(folder: Path) -> list[str]:
 def build(buildah: Buildah, target: str) -> None:
     """Build one image, and check what it holds."""
     options = ["--isolation", "chroot", "--build-arg", f"BASE={BASE}", *pip_mounts(buildah.folder)]
-    file = SOURCES / "deploy" / "Dockerfile"
+    options += ["--target", target, "-t", f"localhost/edge-{target}"]
+    options += ["-f", str(SOURCES / "deploy" / "Dockerfile"), str(SOURCES)]
     start = time.monotonic()
-    buildah(
-        "bud", *options, "--target", target, "-t", f"localhost/edge-{target}", "-f", str(file), str(SOURCES)
-    )
+    with buildah.start("bud", *options) as process:
+        process.wait()
+    if process.returncode:
+        raise SystemExit(f"{target} was not built, as the lines above say")
     say(f"{target}: built in {time.monotonic() - start:.0f} s")
     image = json.loads(buildah("inspect", "--type", "image", f"localhost/edge-{target}"))
     layers = [layer["size"] for layer in json.loads(image["Manifest"])["layers"]]

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from convert.verify.http_json import KEY
+from edge.arguments import VERIFY_KEY
 from edge.errors import UsageError
 from edge.progress import add_progress_option, result
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("b", metavar="B", help="what was made from it, or the URL of a server")
     parser.add_argument("--lora", type=Path, metavar="ADAPTER.gguf", help="goes on top of B, a base as GGUF")
     parser.add_argument("--model", default="", metavar="NAME", help="of a server with several models")
-    parser.add_argument("--api-key", metavar="KEY", help=f"of a server (default: the variable {KEY})")
+    parser.add_argument("--api-key", metavar="KEY", help=f"of a server (default: the variable {VERIFY_KEY})")
     add_progress_option(parser)
     options = parser.parse_args(argv)
     if re.match("https?://", options.b):
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
             raise UsageError("--lora goes on top of a file, not of a server", "leave it out")
         from convert.verify import served
 
-        key = options.api_key or os.environ.get(KEY, "")
+        key = options.api_key or os.environ.get(VERIFY_KEY, "")
         report = served.run(options.a, options.b, model=options.model, key=key)
     else:
         if options.model or options.api_key:

@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from edge.arguments import VERIFY_KEY
 from edge.errors import EdgeError, InputError
 
 T = TypeVar("T")
 
-KEY = "EDGE_VERIFY_API_KEY"
 # Bytes of an answer; the largest that is meant has 24 tokens with 20 alternatives each.
 _MOST = 64 << 20
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
@@ -86,7 +86,7 @@ class Api:
         if error.code in (401, 403):
             wrong = "does not take this key" if self.key else "wants a key"
             return InputError(
-                f"{url} {wrong} (HTTP {error.code})", f"give it: --api-key KEY, or the variable {KEY}"
+                f"{url} {wrong} (HTTP {error.code})", f"give it: --api-key KEY, or the variable {VERIFY_KEY}"
             )
         message = _message(error)
         if error.code in (429, 503):
@@ -137,7 +137,7 @@ def open_api(url: str, key: str) -> Api:
         raise InputError(f"{url} names no host", "give one as http://127.0.0.1:8000")
     if parts.username is not None:
         raise InputError(
-            "a key or a password does not belong into the URL", f"--api-key KEY, or the variable {KEY}"
+            "a key or a password does not belong into the URL", f"--api-key KEY, or the variable {VERIFY_KEY}"
         )
     path = re.sub(r"(/v1|/api)?(/chat/completions|/completions|/models|/chat)?/*$", "", parts.path)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname

@@ -114,6 +114,7 @@ def _rows(report: Report, b: UrlReader) -> Iterator[_Row]:
     prompts = a.prompt_ids(conversations)
     vocabulary = _Vocabulary(a)
     counts: list[tuple[int | None, int]] = []
+    cut = 0
     for messages, prompt in zip(conversations, prompts, strict=True):
         try:
             answer = b.answer(messages, GREEDY)
@@ -124,8 +125,16 @@ def _rows(report: Report, b: UrlReader) -> Iterator[_Row]:
             report.notes.append(f"a conversation is refused: {error.message}")
             continue
         counts.append((answer.prompt_tokens, len(prompt)))
-        if len(prompt) <= LONGEST_PROMPT and (row := vocabulary.row(prompt, answer)).answer:
+        if len(prompt) > LONGEST_PROMPT:
+            continue
+        row = vocabulary.row(prompt, answer)
+        cut += len(row.answer) < len(answer.tokens)
+        if row.answer:
             yield row
+    if cut:
+        report.unseen.append(
+            f"the rest of {cut} answers: from a token on that the server names by a part of a character"
+        )
     _compare_lengths(report, counts)
 
 

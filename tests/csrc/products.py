@@ -4,8 +4,8 @@ INSTRUCTIONS: avx2, avx-vnni or avx512-vnni; left out, all that this processor h
 them in build/csrc, which takes a minute or two, once.
 """
 
+import argparse
 import subprocess
-import sys
 
 from tests.csrc import builds
 
@@ -18,5 +18,7 @@ BUILDS = {
 
 
 if __name__ == "__main__":
-    [name] = sys.argv[1:] or ["native"]
+    parser = argparse.ArgumentParser(prog="python -m tests.csrc.products")
+    parser.add_argument("instructions", nargs="?", choices=BUILDS, default="native")
+    name = parser.parse_args().instructions
     subprocess.run([builds.built(name, BUILDS[name], "products") / "products"], check=True)

@@ -11,6 +11,8 @@ import pytest
 from edge.machine import build_check
 from tests.csrc import builds
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Build:
@@ -33,8 +35,8 @@ ALL = [
     Build("avx-vnni-of-512", builds.AVX_VNNI_OF_512, "avx512_vnni"),
     Build("avx512-vnni", builds.AVX512, "avx512_vnni"),
     Build("amx", builds.AMX, "amx_int8"),
-    Build("windows-avx2", builds.AVX2 | builds.WINDOWS, "avx2", WINE),
-    Build("windows-libraries", builds.AVX512 | LIBRARIES, "avx512_vnni", WINE, ("operators", "decode")),
+    Build("windows-libraries", builds.AVX2 | LIBRARIES, "avx2", WINE, ("operators", "decode")),
+    Build("windows-avx512-vnni", builds.AVX512 | builds.WINDOWS, "avx512_vnni", WINE),
     Build("arm", builds.ARM, emulator=("qemu-aarch64", "-cpu", "max"), programs=("decode",)),
 ]
 
@@ -52,7 +54,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform == "win32" or platform.machine() not in ("x86_64", "AMD64") or "avx2" not in builds.CPU,
     reason="attention and products of our own are for CPUs with AVX2",

@@ -201,7 +201,7 @@ def test_half_an_environment_is_made_anew_or_removed(tmp_path: Path, monkeypatch
     python = setup.python_of(folder)
     python.parent.mkdir(parents=True)
     python.touch()
-    assert not setup.has_pip(python) and not setup.restore_pip(python)
+    assert not setup.has_pip(python) and not setup.restore_pip(folder)
     calls = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -213,6 +213,17 @@ def test_half_an_environment_is_made_anew_or_removed(tmp_path: Path, monkeypatch
         setup.make_environment(folder, "AGAIN")
     assert "python3-venv" in caught.value.hint and not folder.exists()
     assert calls[-1][1:] == ["-m", "venv", "--clear", str(folder)]
+
+
+@pytest.mark.slow
+def test_an_environment_without_pip_keeps_its_packages(tmp_path: Path) -> None:
+    folder = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    packages = setup.packages_of(folder)
+    (packages / "kept").mkdir()
+    (packages / "pip-26.1.dist-info").mkdir()  # of a pip that was removed while it replaced itself
+    setup.make_environment(folder, "AGAIN")
+    assert setup.has_pip(setup.python_of(folder)) and (packages / "kept").is_dir()
 
 
 def test_a_failed_build_leaves_the_rest_and_says_so(

@@ -141,6 +141,19 @@ def test_servers_that_show_less(model: TableModel, folder: Path) -> None:
     assert report.unequal and "mean KL" not in report.unequal[0]
 
 
+def test_an_answer_is_compared_up_to_a_part_of_a_character(
+    model: TableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [ids] = model.encode(["a ᠠ b"])
+    engine = Engine("openai", model)
+    monkeypatch.setattr(engine, "_speak", lambda *_: (ids, False))
+    with serving(engine) as url:
+        report = compare_served(model, open_url(url, model))
+    whole = len(model.encode(["a "])[0])
+    assert report.logits["positions"] == 10 * whole < 10 * len(ids)
+    assert any("the rest of 10 answers" in line for line in report.unseen)
+
+
 def test_the_divergence_of_some_tokens_and_the_rest() -> None:
     p, q = np.array([0.5, 0.25, 0.125, 0.125]), [0.25, 0.25]
     named = [((0,), math.log(q[0])), ((1,), math.log(q[1]))]
