@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from convert.config import load_train_config
 from convert.export import gguf_split
+from convert.model import hub
+from edge import cli
 from edge.artefact import json_file, manifest
-from edge.errors import ExistsError
+from edge.errors import ExistsError, UsageError
+from edge.server.model_plans import lora_argument
 from tests.support import tiny_llama, windows
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +125,22 @@ def test_the_rules_are_in_force(tmp_path: Path) -> None:
         tmp_path.rmdir()
     with pytest.raises(OSError, match="privilege"):
         (tmp_path / "link").symlink_to(file)
+
+
+def test_drives_in_arguments_are_no_names_and_no_hub_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("D:\\models\\x", "C:foo", "D:/models", "\\\\host\\share\\a"):
+        assert not hub.is_hub_id(path), path
+    assert hub.is_hub_id("owner/name")
+    assert lora_argument("conch=D:\\runs\\x") == ("conch", Path("D:\\runs\\x"))
+    assert lora_argument("D:\\runs\\x") == (None, Path("D:\\runs\\x"))
+    assert cli._YAML.search("D:\\runs\\a b\\conch.yaml") and not cli._YAML.search("output_dir=D:\\a.yaml")
+    file = tmp_path / "crlf.yaml"
+    file.write_bytes("output_dir: 'D:\\runs\\x'\r\ndataset: 行\r\n".encode())
+    with pytest.raises(UsageError, match="is a path of Windows"):
+        load_train_config(file, needs=())
+    # Of this module alone: pathlib asks for the name, too.
+    monkeypatch.setattr("convert.config.os", SimpleNamespace(**{**vars(os), "name": "nt"}))
+    assert load_train_config(file, needs=()).output_dir == "D:\\runs\\x"
+    assert load_train_config(None, ["output_dir=D:\\runs\\y"], needs=()).output_dir == "D:\\runs\\y"
