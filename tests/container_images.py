@@ -289,7 +289,7 @@ def train(ui: Container) -> None:
     }
     (ui.volumes / "runs" / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     for path in ui.volumes.rglob("*"):
-        os.chown(path, USER, 0)
+        os.chown(path, USER, 0, follow_symlinks=False)
     for words in (("train", "runs/run.yaml"), ("merge", "runs/run"), ("export", "gguf", "runs/run")):
         start = time.monotonic()
         ui.run(*words)
