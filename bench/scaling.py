@@ -310,17 +310,20 @@ class Place:
     measured: Measured
 
 
-def places(file: Path) -> tuple[dict[str, float], list[Place]]:
-    """The costs of a core of Python, and the rows, of a JSON file. Raises InputError where it is not one."""
+def places(file: Path) -> tuple[float, list[Place]]:
+    """Seconds of a core that HTTP takes for a token, and the rows, of a JSON file.
+
+    Raises InputError where it lacks a key.
+    """
     content = json_file.read(file, required=True)
     try:
         rows = [Place(**row | {"measured": Measured(**row["measured"])}) for row in content["places"]]
-        return content["python"], rows
+        return float(content["http_token_s"]), rows
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: {error}", "see docs/reports/scaling.json for its keys") from error
 
 
-def row(place: Place, python: dict[str, float], prompt: int, answer: int) -> list[str]:
+def row(place: Place, http_token_s: float, prompt: int, answer: int) -> list[str]:
     """Requests/s with all slots taken; TTFT at 80 % of that; memory of a replica; cores for HTTP."""
     slots = place.measured.slots
 
@@ -333,14 +336,14 @@ def row(place: Place, python: dict[str, float], prompt: int, answer: int) -> lis
     waits = [one.first - one.start for one in simulate(replicas(), load, by_load)]
     rate = full * place.replicas / place.simulated
     cache = slots * place.context * place.cell / 1e9
-    cores = rate * (python["request_s"] + answer * python["token_s"])
+    cores = rate * answer * http_token_s
     quick, slow = np.quantile(waits, [0.5, 0.99])
     return [
         place.name,
         place.model,
         f"{rate:,.2f}" if rate < 10 else f"{rate:,.0f}",
         f"{rate * answer:,.0f}",
-        f"{quick:.2f} / {slow:.2f} s",
+        f"{1000 * quick:,.0f} / {1000 * slow:,.0f} ms",
         f"{place.weights:g} + {cache:.1f} GB",
         f"{cores:,.2f}" if cores < 10 else f"{cores:,.0f}",
         place.breaks,
@@ -355,9 +358,9 @@ _HEADINGS = (
 
 def table(file: Path, *, prompt: int = 100, answer: int = 200) -> str:
     """The rows of `file` as Markdown."""
-    python, rows = places(file)
+    http_token_s, rows = places(file)
     lines = [_HEADINGS, ["---"] * 2 + ["---:"] * 5 + ["---"]]
-    lines += [row(place, python, prompt, answer) for place in rows]
+    lines += [row(place, http_token_s, prompt, answer) for place in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
