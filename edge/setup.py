@@ -384,11 +384,12 @@ class Ahead:
 
     def stop(self) -> None:
         """End it, and all that it has started. What is compiled stays for the next time."""
-        if self.process.poll() is None and sys.platform == "win32":
-            command = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
-            subprocess.run(command, capture_output=True, check=False)
-        elif self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
+        if self.process.poll() is None:
+            if sys.platform == "win32":
+                command = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
+                subprocess.run(command, capture_output=True, check=False)
+            else:
+                os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait()
         self._reader.join()
 
