@@ -167,7 +167,9 @@ def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
         path.write_bytes(write_gguf(data, made["tensors"], 4096))
 
     monkeypatch.setattr(gguf, "GgufReader", lambda path: None)
-    monkeypatch.setattr(compare, "prove", lambda a, b, console: compare.Report(a, a, facts={"texts": 0}))
+    monkeypatch.setattr(
+        compare, "prove", lambda a, b, console, measured: compare.Report(a, a, facts={"texts": 0})
+    )
     made["prepare"] = prepare
     return made
 
