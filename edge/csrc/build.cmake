@@ -25,6 +25,12 @@ function(edge_sources)
         ggml_backend_cpu_repack_buffer_type=edge_buffer_type)
     edge_replace(amx/amx.cpp ggml_aligned_malloc=edge_aligned_malloc)
     edge_replace(repack.cpp ggml_backend_buft_alloc_buffer=edge_alloc_buffer)
+    if(TARGET llama AND LINUX)
+        set_source_files_properties(
+            ${llama.cpp_SOURCE_DIR}/src/llama-kv-cache.cpp
+            TARGET_DIRECTORY llama
+            PROPERTIES COMPILE_DEFINITIONS ggml_backend_buffer_clear=edge_buffer_clear)
+    endif()
     edge_replace(ops.cpp ggml_compute_forward_flash_attn_ext=edge_upstream_flash_attn_ext)
     if(MINGW AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
         # Windows' GCC moves vectors as if the stack were aligned for them, which it is to 16 bytes only.
