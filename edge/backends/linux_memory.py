@@ -1,7 +1,8 @@
 """This process' memory on Linux: pages that nobody needs are returned, those of weights become huge pages.
 
-- llama.cpp clears a whole KV cache when it creates one, so the system provides pages for KV cells that most
-  requests never reach. A private page of zeros still reads as zeros after it was returned.
+- A stock llama.cpp clears a whole KV cache when it creates one (ours does not touch it: edge/csrc/pages.cpp), so
+  the system provides pages for KV cells that most requests never reach. A private page of zeros still reads as
+  zeros after it was returned.
 - llama.cpp repacks most weights into memory of its own and keeps the pages of the mapped file beside them.
 - Decoding reads all weights for each token. In pages of 4 KiB those are more than a processor's TLB covers.
   llama.cpp's weights are allocated in huge pages (edge/csrc/pages.cpp); onnxruntime does not ask for any.
@@ -41,10 +42,14 @@ def return_zero_pages() -> Iterator[None]:
     before = _anonymous()
     yield
     libc, zeros = _libc(), bytes(_CHUNK)
+    resident = (ctypes.c_ubyte * (_CHUNK // mmap.PAGESIZE))()
     for start, end in _added(before, _anonymous()):
         if end - start >= _MIN_RANGE:
             # Whole chunks only: huge pages are returned as they were taken.
             for chunk in range(-(-start // _CHUNK) * _CHUNK, end - _CHUNK + 1, _CHUNK):
+                # To read pages that were never touched would cost as much as to clear them.
+                if libc.mincore(chunk, _CHUNK, resident) == 0 and not any(resident):
+                    continue
                 if libc.memcmp(chunk, zeros, _CHUNK) == 0:
                     libc.madvise(chunk, _CHUNK, _MADV_DONTNEED)
 
