@@ -1,8 +1,8 @@
 """This process' memory on Linux: pages that nobody needs are returned, those of weights become huge pages.
 
-- A stock llama.cpp clears a whole KV cache when it creates one, so the system provides pages for KV cells that
-  most requests never reach; ours does not touch it (edge/csrc/pages.cpp). A private page of zeros still reads
-  as zeros after it was returned.
+- A stock llama.cpp clears a whole KV cache when it creates one, so the system provides pages for KV cells
+  that most requests never reach; ours does not touch it (edge/csrc/pages.cpp). A private page of zeros still
+  reads as zeros after it was returned.
 - llama.cpp repacks most weights into memory of its own and keeps the pages of the mapped file beside them.
 - Decoding reads all weights for each token. In pages of 4 KiB those are more than a processor's TLB covers.
   llama.cpp's weights are allocated in huge pages (edge/csrc/pages.cpp); onnxruntime does not ask for any.
