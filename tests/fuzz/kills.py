@@ -96,7 +96,7 @@ def checkpoints(folder: Path) -> Iterator[tuple[Draw, Check]]:
     loop: Any = SimpleNamespace(
         config=parse(keys), device="cpu", dtype=torch.float32, model=model, optimizer=optimizer,
         random={"cpu": torch.zeros(8)}, scaler=torch.amp.GradScaler("cpu", enabled=False), state=Progress(),
-        world=SimpleNamespace(size=1),
+        world=SimpleNamespace(shares=1),
     )  # fmt: skip
 
     def train(steps: list[int]) -> None:

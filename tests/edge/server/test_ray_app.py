@@ -33,7 +33,8 @@ from tests.support.ray_server import ray_server, replicas
 
 pytest.importorskip("ray")
 # A Ray takes seconds to start, on a busy machine a minute.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# A cluster takes both cores for a while: these run alone.
+pytestmark = [pytest.mark.slow, pytest.mark.timing, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,7 @@ def talk(server: Server, conversations: int, turns: int, **headers: str) -> tupl
     return sum(usage["prompt_tokens"] for usage in usages), cached
 
 
+@pytest.mark.matrix
 def test_a_conversation_stays_with_the_replica_that_holds_its_prefix(server: Server) -> None:
     prompt, cached = talk(server, 4, 4)
     # A session of its own for each request: replicas by chance, as without affinity.
@@ -150,8 +152,9 @@ async def streams(url: str, count: int, seed: int) -> Counter[str]:
         return Counter(await asyncio.gather(*(stream(client, number) for number in range(count))))
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.matrix)])
-def test_clients_that_leave_leave_nothing_running(server: Server, count: int) -> None:
+@pytest.mark.matrix
+def test_clients_that_leave_leave_nothing_running(server: Server) -> None:
+    count = 200
     before = counted(server, "edge_answers_total", "reason")
     ends = asyncio.run(streams(server.url, count, count))
     after = counted(server, "edge_answers_total", "reason") - before
