@@ -101,7 +101,7 @@ class World:
 def together(*, cpu: bool, timeout: int = 1800) -> Iterator[World]:
     """`join` for the time of the block. An error that ends it ends the other processes too, with its message.
 
-    Raises EdgeError where another process ended or is gone.
+    Where another process ended or is gone, this one ends with that reason and exit code 1.
     """
     world = join(cpu=cpu, timeout=timeout)
     message = "its own output says why"
@@ -112,7 +112,9 @@ def together(*, cpu: bool, timeout: int = 1800) -> Iterator[World]:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         # gloo says that a connection closed; why, the connections to the processes say.
         if world.size > 1 and (reason := _peers[0].reason()):
-            raise EdgeError(reason, peers.HINT) from error
+            leave(message)
+            # At once: gloo aborts now and then while Python ends with a connection that was lost.
+            peers.exit_now(reason)
         raise
     except EdgeError as error:
         message = error.message

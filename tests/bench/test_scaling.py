@@ -71,6 +71,7 @@ def test_the_pages_table_is_what_the_command_prints(tmp_path: Path) -> None:
         scaling.table(tmp_path / "x.json")
 
 
+@pytest.mark.matrix
 @pytest.mark.timing
 def test_two_servers_do_what_the_simulation_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the step times of this machine, and by those that were committed before the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -60,7 +61,10 @@ def test_prefixes_in_ram_are_told(server: Server) -> None:
         cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
     # The template's head alone is common to both.
     assert cached[0] == cached[1] < 10 and cached[2] > 200
-    told = server.get("/info").json()["cache_ram"]
+    # The engine tells it a few times a second.
+    until = time.monotonic() + 5
+    while not (told := server.get("/info").json()["cache_ram"])["hits"] and time.monotonic() < until:
+        time.sleep(0.05)
     assert told["limit"] == 2**20 and 0 < told["bytes"] <= 2**20
     assert (told["hits"], told["evictions"]) == (1, 0)
     text = server.get("/metrics").text
