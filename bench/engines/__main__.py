@@ -242,7 +242,7 @@ def cases(
     ]
     if not library:
         result.append(case("decode, 8 streams", (size.tokens,) * 8, plain, {other: 0.95}))
-    if library:
+    else:
         # The Generator's batch runs until its longest answer ends.
         what = f"total, {size.streams} streams, joining and leaving"
         result.append(case(what, size.unequal, slow, {other: 1.0}))

@@ -48,8 +48,8 @@ def _only(gib: float) -> Iterator[None]:
         assert ballast.stdin is not None and ballast.stdout is not None
         if not ballast.stdout.readline():
             raise EdgeError("the GPU's memory could not be taken")
+        # Popen closes its input at the end, which ends it.
         yield
-        ballast.stdin.close()
 
 
 def _capped(

@@ -87,7 +87,7 @@ def run(
     again: the command that resumes this run, for messages. Raises EdgeError subclasses for a base model, data
     or values that cannot be used, and at the first loss that is NaN or infinite; ExistsError where an earlier
     result stands and `overwrite` was not given, or another training runs there; Stopped, with a checkpoint
-    written, after Ctrl-C. Where several processes train, also EdgeError for one that ended or is gone.
+    written, after Ctrl-C. Where several processes train, see also `distributed.together`.
     """
     console = console or Console(highlight=False, markup=False, soft_wrap=True)
     try:

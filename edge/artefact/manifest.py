@@ -100,11 +100,12 @@ def file_digest(path: Path) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of `packages`; one that is missing is left out."""
+    """Installed versions of `packages`; one that is missing is left out. `edge` is what runs."""
     installed = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            installed[package] = metadata.version(package)
+            # The package index has a distribution of that name that is somebody else's.
+            installed[package] = __version__ if package == "edge" else metadata.version(package)
     return installed
 
 
@@ -129,7 +130,7 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
         raise InputError(
             f"{folder}: the names {names!a} are no text in this locale", "rename them"
         ) from error
-    manifest.versions = {"edge": __version__, **manifest.versions}
+    manifest.versions = versions("edge") | manifest.versions
     manifest.created = manifest.created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     json_file.write(folder / FILE, asdict(manifest))
     return manifest

@@ -26,9 +26,9 @@ _GROUPS = 64
 _GREEDY = 1e-4
 # Nucleus sampling sorts this many of the best candidates; a flatter distribution is cut without sorting.
 _PROBE = 128
-# From so many logits in a step on, sampling takes long enough to be worth several threads.
-PARALLEL_FROM = 2**20
-PARALLEL_GREEDY_FROM = 2**22
+# From so many logits in a step on, sampling takes long enough to be worth several threads; the second is for
+# greedy rows, which are quicker.
+PARALLEL_FROM, PARALLEL_GREEDY_FROM = 2**20, 2**22
 _THREADS = 4
 
 

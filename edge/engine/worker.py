@@ -93,10 +93,8 @@ def open_backend(load: Load) -> Backend:
 
 def _open_llamacpp(load: Load) -> Backend:
     """With smaller batches, then with fewer layers on the GPU, where its memory turns out to hold no more."""
-    from edge.artefact.gguf_shards import read_whole
     from edge.backends.llamacpp import LlamaCpp, MemoryFullError, Model, Settings
     from edge.loading import tune_llamacpp
-    from edge.loading.load_plan import BATCH
 
     planned = settings = msgspec.convert(load.settings, Settings)
     lora = Path(load.lora) if load.lora else None
@@ -109,6 +107,10 @@ def _open_llamacpp(load: Load) -> Backend:
             tuned = tune_llamacpp.settings(model, settings) if load.tune else settings
             return LlamaCpp(model, tuned, extra_stop_ids=frozenset(load.stop_ids), lora=lora)
         except MemoryFullError:
+            # Imported late: a start that goes well needs neither.
+            from edge.artefact.gguf_shards import read_whole
+            from edge.loading.load_plan import BATCH
+
             if model is not None:
                 model.close()
             layers = settings.gpu_layers

@@ -95,10 +95,9 @@ class Server(uvicorn.Server):
 async def _serve(listener: socket.socket, registry: Registry, server: Server) -> int:
     asyncio.get_running_loop().set_exception_handler(loop_error)
     host, port = listener.getsockname()[:2]
-    address = f"[{host}]" if ":" in host else host
     names = ", ".join(registry.entries)
-    url = f"http://{address}:{port}"
-    _print(f"{names}: {url}  (loading; /docs describes the interface, Ctrl-C ends it)")
+    url = url_of(host, port)
+    say(f"{names}: {url}  (loading; /docs describes the interface, Ctrl-C ends it)")
     report("loading", url=url, models=[*registry.entries])
     loading = registry.start()
     # It is ready before the model is, and costs the first request nothing.
@@ -107,7 +106,7 @@ async def _serve(listener: socket.socket, registry: Registry, server: Server) ->
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None:
-            _print(_ready_line(loading.result()))
+            say(_ready_line(loading.result()))
             report("ready", url=url, models=[*registry.entries])
         elif loading.done():
             server.should_exit = True
@@ -131,6 +130,13 @@ def _ready_line(model: ServedModel) -> str:
     )
 
 
-def _print(text: str) -> None:
+def url_of(host: str, port: int) -> str:
+    """Where a server on that address is asked."""
+    address = f"[{host}]" if ":" in host else host
+    return f"http://{address}:{port}"
+
+
+def say(text: str) -> None:
+    """A line for whoever started the server, at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -115,7 +115,8 @@ def replicas_of(args: argparse.Namespace) -> tuple[int, int]:
         raise UsageError(f"--replicas {args.replicas} is neither a number nor MIN-MAX", "such as 2, or 1-4")
     if len(args.paths) > 1:
         raise UsageError("--replicas goes with a single model", "serve the others by themselves")
-    given = [name for name in _UNREPLICATED if getattr(args, name) != parser().get_default(name)]
+    defaults = parser()
+    given = [name for name in _UNREPLICATED if getattr(args, name) != defaults.get_default(name)]
     if given:
         raise UsageError(
             f"--{given[0].replace('_', '-')} does not go with --replicas", "leave one of them out"

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 import re
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from edge.server import options, ray_entrance
 from edge.server.access import KEY_VARIABLE, Access
 from edge.server.api import health
 from edge.server.app import create_app
+from edge.server.launch import say, url_of
 from edge.server.model_plans import plan_all
 from edge.server.model_registry import Planned, Registry
 
@@ -57,6 +57,8 @@ class Replica:
         logging.basicConfig(level=logging.INFO, format=_FORMAT)
         self._registry = Registry({name: lambda: planned}, accept_any=accept_any)
         self._app = create_app(self._registry, access)
+        # What a route needs of a request that asks for this replica's state.
+        self._request = Request({"type": "http", "app": self._app})
         RENDERER.start()
         await self._registry.start()
 
@@ -65,18 +67,15 @@ class Replica:
 
     async def check_health(self) -> None:
         """As /ready: raises RequestError where no engine answers."""
-        entry = self._registry.entry(None)
-        entry.ready()
-        assert entry.served is not None
-        entry.served.engine.check_alive()
+        await health.ready(self._request)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What this replica says of itself; Ray hands it to the routers every second, past the queue."""
-        request = Request({"type": "http", "app": self._app})
-        pages: dict[str, Any] = {"/metrics": bytes((await health.metrics(request)).body).decode("utf-8")}
+        metrics = await health.metrics(self._request)
+        pages: dict[str, Any] = {"/metrics": bytes(metrics.body).decode("utf-8")}
         for path, route in (("/health", health.health), ("/ready", health.ready), ("/info", health.info)):
             try:
-                pages[path] = await route(request)
+                pages[path] = await route(self._request)
             except RequestError as error:
                 pages[path] = error
         return pages
@@ -192,9 +191,8 @@ def main(args: argparse.Namespace, access: Access) -> int:
 
 def run(app: serve.Application, host: str, port: int, cpus: int, shape: str) -> int:
     """Start a Ray of this machine alone, serve `app` until a signal comes, and drain. Raises EdgeError."""
-    address = f"[{host}]" if ":" in host else host
-    url = f"http://{address}:{port}"
-    _print(f"{url}  (loading by Ray Serve; /docs describes the interface, Ctrl-C ends it)")
+    url = url_of(host, port)
+    say(f"{url}  (loading by Ray Serve; /docs describes the interface, Ctrl-C ends it)")
     report("loading", url=url)
     began, stopped = time.monotonic(), threading.Event()
     os.environ.update(_ENVIRONMENT)
@@ -222,7 +220,7 @@ def run(app: serve.Application, host: str, port: int, cpus: int, shape: str) -> 
                 serve.run(app, name=ray_entrance.APP, route_prefix="/")
             except RuntimeError as error:
                 raise _failure() from error
-            _print(f"ready in {time.monotonic() - began:.1f} s: {shape}")
+            say(f"ready in {time.monotonic() - began:.1f} s: {shape}")
             report("ready", url=url)
             stopped.wait()
             serve.delete(ray_entrance.APP)
@@ -247,8 +245,3 @@ def _replicated(args: argparse.Namespace, access: Access) -> tuple[serve.Applica
     access = dataclasses.replace(access, admin_keys=())
     shape = {"replicas": args.replicas, "drain": args.drain, "accept_any": args.accept_any_model}
     return deployment(name, planned, access, **shape), planned
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

@@ -196,6 +196,12 @@ def test_a_later_process_of_the_same_number_protects_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_versions_are_of_what_is_installed_and_of_the_edge_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's distribution is called edge too."""
+    monkeypatch.setattr(manifest.metadata, "version", {"edge": "9", "numpy": "2"}.__getitem__)
+    assert manifest.versions("edge", "numpy") == {"edge": __version__, "numpy": "2"}
+
+
 def test_every_manifest_says_which_edge_wrote_it(tmp_path: Path) -> None:
     given = manifest.Manifest("merged", "x", versions={"torch": "1"})
     assert manifest.write(tmp_path, given).versions == {"edge": __version__, "torch": "1"}
