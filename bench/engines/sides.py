@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import subprocess
@@ -172,8 +173,10 @@ class OpenVINO:
         """Raises EdgeError where it ends, or an answer has fewer tokens than asked for."""
         assert self._process.stdin is not None
         asked = {"prompts": [list(prompt) for prompt in prompts], "tokens": list(tokens)}
-        self._process.stdin.write(json.dumps(asked).encode("ascii") + b"\n")
-        self._process.stdin.flush()
+        # One that is gone is noticed by its answer, which does not come.
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps(asked).encode("ascii") + b"\n")
+            self._process.stdin.flush()
         answer = self._answer()
         if answer["made"] != list(tokens):
             raise EdgeError(f"{self.name} made {answer['made']} tokens, {list(tokens)} were asked for")
