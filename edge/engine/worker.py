@@ -264,7 +264,11 @@ def main() -> int:
     if not line:
         return 0
     order = json.loads(line)
-    link = Link((order["host"], order["port"]), order["secret"])
+    try:
+        link = Link((order["host"], order["port"]), order["secret"])
+    except OSError as error:
+        sys.stderr.write(f"error: the server that this engine was started for does not answer: {error}\n")
+        return 1
     threading.Thread(target=_end_with_parent, daemon=True).start()
     load = Load(**order["load"])
     began = time.monotonic()

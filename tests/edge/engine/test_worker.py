@@ -245,3 +245,19 @@ def test_a_worker_that_is_told_nothing_ends_quietly() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_server_that_is_gone_is_said_without_a_traceback() -> None:
+    """As where Ctrl-C ended it while its engine was still importing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+    order = {"host": host, "port": port, "secret": SECRET.hex(), "load": dataclasses.asdict(Load("fake", ""))}
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.engine.worker"],
+        input=json.dumps(order) + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: the server that this engine was started for does not answer: ")
