@@ -88,7 +88,8 @@ def screen(written: list[tuple[float, bytes]], second: float, file: Path) -> Non
     """Keep in `file` the terminal as it stood at `second`, by tmux; what was written to it lies beside."""
     raw = file.with_suffix(".raw")
     raw.write_bytes(b"".join(data for moment, data in written if moment <= second))
-    tmux = ["tmux", "-L", f"fresh-root-{os.getpid()}"]
+    # A server of its own for each picture: one that has been told to end may still hold its socket.
+    tmux = ["tmux", "-L", f"fresh-root-{os.getpid()}-{file.stem}"]
     size = ["-x", str(COLUMNS), "-y", str(ROWS)]
     show = f"cat {shlex.quote(str(raw))}; exec sleep 60"
     subprocess.run([*tmux, "-f", "/dev/null", "new-session", "-d", *size, show], check=True)
