@@ -277,17 +277,18 @@ def bound_of(kind: str) -> Bound:
 def too_far(kind: str, logits: dict[str, Any]) -> str:
     """The warning where logits differ more than weights of `kind` should, and what to take instead; or "".
 
-    The divergence counts where it is known.
+    The divergence counts where it is known. A single position is a tie that rounding turned, and no share.
     """
     bound = bound_of(kind)
-    kl = logits.get("kl_mean")
-    if (kl is None or kl <= bound.kl) and logits["top1"] >= bound.top1:
+    kl, positions = logits.get("kl_mean"), logits["positions"]
+    turned = round((1 - logits["top1"]) * positions)
+    if (kl is None or kl <= bound.kl) and turned <= max(1, round((1 - bound.top1) * positions, 6)):
         return ""
     better = f": {bound.better} would be closer" if bound.better else ""
     divergence = "" if kl is None else f"mean KL {kl:.2g} (at most {bound.kl:g}), "
     return (
         f"{kind} differs more than weights of this type should: {divergence}"
-        f"same top token {logits['top1']:.1%} (at least {bound.top1:.1%}){better}"
+        f"same top token {logits['top1']:.2%} (at least {bound.top1:.1%}){better}"
     )
 
 

@@ -1,9 +1,11 @@
-"""LLaMA-Factory's own training, from a YAML's keys. Run as a program.
+"""LLaMA-Factory's own training, from a YAML's keys. Run as a program, with a YAML's path or without.
 
-It reads {"keys": the YAML, "alike": bool} from stdin, and trains into output_dir. alike: what differs from
-training here is taken out: the line end behind an answer's end token is not learnt, and the first step's rate
-is the first part of the ramp. The versions that it declares lie in .peers/llamafactory-train; torch and what
-else it needs is .venv's.
+    python -m bench.training.whole CONFIG.yaml --peer "python -m tests.support.llamafactory_train"
+
+Without a path it reads {"keys": the YAML, "alike": bool} from stdin. It trains into output_dir. alike: what
+differs from training here is taken out: the line end behind an answer's end token is not learnt, and the
+first step's rate is the first part of the ramp. The versions that it declares lie in
+.peers/llamafactory-train; torch and what else it needs is .venv's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 PEERS = Path(__file__).parents[2] / ".peers"
 OWN = PEERS / "llamafactory-train"
@@ -44,7 +48,10 @@ def _take_out_zero_rate(optimization: Any) -> None:
 
 
 def main() -> None:
-    asked = json.loads(sys.stdin.read())
+    if sys.argv[1:]:
+        asked = {"keys": yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8")), "alike": False}
+    else:
+        asked = json.loads(sys.stdin.read())
     sys.path.insert(0, str(OWN))
     sys.path.append(str(PEERS))
     os.environ |= {"DISABLE_VERSION_CHECK": "1", "HF_HOME": asked["keys"]["output_dir"]}

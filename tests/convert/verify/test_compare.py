@@ -54,6 +54,22 @@ def test_divergence_of_known_distributions() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "positions", "turned", "kl", "warns"),
+    [
+        ("float16", 675, 1, 7.5e-7, False),  # the demo's merge
+        ("float16", 675, 2, 7.5e-7, True),
+        ("float16", 3000, 3, 7.5e-7, False),
+        ("float16", 675, 0, 2e-4, True),
+        ("Q8_0", 100, 3, None, False),
+        ("Q8_0", 100, 4, None, True),
+    ],
+)
+def test_what_a_type_may_turn(kind: str, positions: int, turned: int, kl: float | None, warns: bool) -> None:
+    numbers: dict[str, Any] = {"positions": positions, "top1": 1 - turned / positions, "kl_mean": kl}
+    assert bool(compare.too_far(kind, numbers)) == warns
+
+
 def test_greedy_texts_are_equal_up_to_the_first_other_token() -> None:
     def tops(*ids: int) -> Any:
         return np.eye(4, dtype=np.float32)[list(ids)] * 9
