@@ -3,9 +3,9 @@
     python -m bench.training.whole examples/smollm2_qlora.yaml --peer "llamafactory-cli train" --rounds 3
     python -m bench.training.whole examples/smollm2_qlora.yaml quantization_bit=null --peer "python peer.py"
 
-Each side is a process of its own, in turn. It gets a YAML of the same keys with an output_dir of its own, where
-an adapter and a trainer_state.json of as many steps must lie at its end. The time is that of the whole process:
-imports, loading, steps, writing. The last line is JSON.
+Each side is a process of its own, in turn. It gets a YAML of the same keys with an output_dir of its own. An
+adapter and a trainer_state.json of as many steps must lie there at its end. The time is that of the whole
+process: imports, loading, steps, writing. The last line is JSON.
 """
 
 from __future__ import annotations
