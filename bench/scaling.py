@@ -2,6 +2,7 @@
 
     python -m bench.scaling measure URL > measured.json      # of one `edge serve` that nobody else asks
     python -m bench.scaling check measured.json URL URL      # the simulation beside a run over these servers
+    python -m bench.scaling check measured.json URL --replicas 2   # beside a run over replicas behind a URL
     python -m bench.scaling table docs/reports/scaling.json  # the table of docs/scaling.md
 
 The simulation knows no model: a replica is slots, the time of a step by its rows, and the engine's own policy
@@ -272,25 +273,34 @@ def _size(url: str) -> tuple[int, int]:
     return int(about["slots"]), int((about["settings"] or {}).get("batch", BATCH))
 
 
-def check(measured: Measured, urls: Sequence[str], *, per_client: int = 8, words: int = 16) -> dict[str, Any]:
+def check(
+    measured: Measured, urls: Sequence[str], *, replicas: int = 1, per_client: int = 8, words: int = 16
+) -> dict[str, Any]:
     """A run over the servers at `urls`, as many clients as they have slots, beside its simulation.
 
-    Answers have half to one and a half times the usual length, so that they do not all begin at once.
+    replicas: behind each URL. Behind one they share the requests by conversation, as Ray's router does; each
+    request begins one. Answers have half to one and a half times the usual length, so that they do not all
+    begin at once.
     """
-    clients, draw = measured.slots * len(urls), random.Random(0)
+    count = len(urls) * replicas
+    clients, draw = measured.slots * count, random.Random(0)
     asyncio.run(_closed(urls, _jobs(clients, words, _ANSWER, "warm"), clients))
     lengths = [draw.randint(_ANSWER // 2, 3 * _ANSWER // 2) for _ in range(per_client * clients)]
     jobs = [replace(_jobs(1, words, tokens, f"{n} ")[0], index=n) for n, tokens in enumerate(lengths)]
     samples = asyncio.run(_closed(urls, jobs, clients))
     prompt = int(median(one.prompt_tokens or 0 for one in samples))
-    requests = [Request(key, prompt, tokens, 0.0) for key, tokens in enumerate(lengths, 1)]
-    done = simulate([Replica(measured) for _ in urls], requests, by_client, clients=clients)
+    requests = [
+        Request(key, prompt, tokens, 0.0, conversation=draw.randrange(count))
+        for key, tokens in enumerate(lengths, 1)
+    ]
+    route = by_client if replicas == 1 else by_conversation
+    done = simulate([Replica(measured) for _ in range(count)], requests, route, clients=clients)
     run = request_rate(samples), median(ttft(one) or 0.0 for one in samples)
     rows = {}
     for name, simulated, real in zip(("requests_per_s", "ttft_p50_s"), figures(done), run, strict=True):
         rows[name] = {"simulated": simulated, "run": real, "ratio": simulated / real}
     near = all(abs(row["ratio"] - 1) <= NEAR for row in rows.values())
-    return {"replicas": len(urls), "clients": clients, "requests": len(samples), "near": near, **rows}
+    return {"replicas": count, "clients": clients, "requests": len(samples), "near": near, **rows}
 
 
 @dataclass(frozen=True)
@@ -371,6 +381,7 @@ def main(argv: list[str]) -> int:
     for verb in ("check", "table"):
         verbs.add_parser(verb).add_argument("file", type=Path)
     verbs.choices["check"].add_argument("urls", nargs="+")
+    verbs.choices["check"].add_argument("--replicas", type=int, default=1, help="behind each URL")
     args = parser.parse_args(argv)
     if args.verb == "table":
         sys.stdout.write(table(args.file))
@@ -378,7 +389,7 @@ def main(argv: list[str]) -> int:
     if args.verb == "measure":
         sys.stdout.write(json.dumps(asdict(measure(args.url)), indent=1) + "\n")
         return 0
-    outcome = check(Measured(**json_file.read(args.file, required=True)), args.urls)
+    outcome = check(Measured(**json_file.read(args.file, required=True)), args.urls, replicas=args.replicas)
     sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
     return 0 if outcome["near"] else 1
 

@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,11 @@ from bench import scaling
 from bench.scaling import Measured, Replica, Request
 from edge.errors import InputError
 from tests.support.fake_server import fake_server
+from tests.support.ray_server import ray_server
 
 ROOT = Path(__file__).parents[2]
+# What the servers over the fake backend are told; seconds.
+STEPS: dict[str, Any] = {"slots": 8, "context": 2048, "batch": 512, "step_s": 0.02, "token_s": 0.0002}
 # Steps of 10 ms, and 10 ms for each row beyond the first; 1 ms for a prompt's token, 5 ms for HTTP.
 ONE = Measured(slots=2, batch=512, step_s=[[1, 0.01], [2, 0.02]], prompt_token_s=0.001, first_s=0.015)
 
@@ -75,9 +79,8 @@ def test_the_pages_table_is_what_the_command_prints(tmp_path: Path) -> None:
 @pytest.mark.timing
 def test_two_servers_do_what_the_simulation_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the step times of this machine, and by those that were committed before the run."""
-    settings = {"slots": 8, "context": 2048, "batch": 512, "step_s": 0.02, "token_s": 0.0002}
     with ExitStack() as stack:
-        urls = [stack.enter_context(fake_server(reply="x" * 400, **settings)).url for _ in range(2)]
+        urls = [stack.enter_context(fake_server(reply="x" * 400, **STEPS)).url for _ in range(2)]
         measured = scaling.measure(urls[0])
         assert measured.slots == 8 and measured.step(8, 0) > 0.02
         assert scaling.main(["check", str(ROOT / "docs" / "reports" / "scaling-fake.json"), *urls]) == 0
@@ -88,3 +91,17 @@ def test_two_servers_do_what_the_simulation_says(tmp_path: Path, capsys: pytest.
         steps = [[rows, seconds / 2] for rows, seconds in measured.step_s]
         path.write_text(json.dumps(asdict(replace(measured, step_s=steps))), encoding="utf-8")
         assert scaling.main(["check", str(path), *urls]) == 1
+
+
+@pytest.mark.matrix
+@pytest.mark.timing
+@pytest.mark.timeout(600)
+def test_replicas_behind_one_entrance_do_what_the_simulation_says() -> None:
+    """Ray's replicas, by the step times of one of them behind the same entrance."""
+    pytest.importorskip("ray")
+    with ray_server(reply="x" * 400, replicas=[1, 1], max_queue=200, **STEPS) as one:
+        measured = scaling.measure(one.url)
+    with ray_server(reply="x" * 400, replicas=[2, 2], max_queue=200, **STEPS) as both:
+        outcome = scaling.check(measured, [both.url], replicas=2)
+    assert outcome["replicas"] == 2 and outcome["requests"] == 128
+    assert outcome["near"], outcome
