@@ -127,7 +127,8 @@ def streams_of(bench: Bench, measured: Sequence[Side], beside: str = "") -> Rows
     alone = 0.95 if header.weights_bytes > _LARGE else 0.85
     total: dict[int, float] = {}
     for count in sorted(options.streams):
-        goals = {LLAMA_SERVER: 1.2 if count == 1 else 1.4 if count <= 8 else 1.5, sides.OpenVINO.name: 1.0}
+        quiet = 1.2 if count == 1 else 1.4 if count <= 8 else 1.5
+        goals = {LLAMA_SERVER: 2.0 if beside else quiet, sides.OpenVINO.name: 1.5}
         goals |= {bare_llamacpp.BareLoop.name: alone} if count == 1 else {}
         tokens = (options.tokens or TOKENS,) * count
         name = f"{count} streams{beside}"
