@@ -446,9 +446,10 @@ def show(
     """The table and the JSON line on standard output, and the report's files."""
     machine, versions = hardware.describe(), manifest.versions(*_PACKAGES)
     names = ", ".join(path.name for path in options.paths)
-    processor = hardware.gpus()[0].name if options.gpu else f"{machine['cpu']}, {options.threads} threads"
+    processor = hardware.gpus()[0].name if options.gpu else hardware.processor(machine)
+    threads = "" if options.gpu else f"{options.threads} threads, "
     about = (
-        f"{names}; {processor}; {options.rounds} rounds, prompts of {options.prompt} tokens; "
+        f"{names}; {processor}; {threads}{options.rounds} rounds, prompts of {options.prompt} tokens; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     )
     facts = {

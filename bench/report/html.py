@@ -8,6 +8,7 @@ from typing import Any
 from bench.report import grid, table
 from bench.report.definitions import DEFINITIONS
 from convert import svg_charts
+from edge.machine import hardware
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -27,7 +28,7 @@ def page(report: dict[str, Any]) -> str:
     machine = report["machine"]
     parts = [
         f"<h1>{escape(table.heading(report))}</h1>",
-        f"<p>{escape(machine['cpu'])}, {machine['threads']} cores, {escape(report['created'][:10])}; "
+        f"<p>{escape(hardware.processor(machine))}, {escape(report['created'][:10])}; "
         f"<code>{escape(report['command'])}</code></p>",
         *(f'<p class="warning">{escape(text)}</p>' for text in report["warnings"]),
         *pictures(report).values(),

@@ -16,6 +16,7 @@ from bench.report import grid
 from bench.report.definitions import DEFINITIONS
 from edge.artefact import json_file
 from edge.console import plain_table
+from edge.machine import hardware
 
 # Characters that the terminal's table needs, for what and for each target.
 FIRST_COLUMN, COLUMN = 28, 26
@@ -215,7 +216,7 @@ def block(report: dict[str, Any], *, brief: bool = False) -> str:
         f"\n{report['settings']['tokens']} greedy output tokens after the same prompts, "
         f"{' and '.join(str(case['rounds']) for case in report['cases'])} rounds; in brackets: how many "
         f"times better than {report['reference']}, with the least and the most of the rounds; "
-        f"{machine['cpu']}, {machine['threads']} cores; {report['created'][:10]}; `{report['command']}`."
+        f"{hardware.processor(machine)}; {report['created'][:10]}; `{report['command']}`."
     )
     if any(name.startswith("baseline") for name in report["targets"]):
         text += " The baseline does not stream: its first token comes with its last."
@@ -272,7 +273,7 @@ def markdown(report: dict[str, Any]) -> str:
             "## What the figures mean\n\n"
             + "".join(f"- {name}: {text}\n" for name, text in DEFINITIONS.items()),
             "## Machine\n\n"
-            f"- {machine['cpu']}, {machine['threads']} cores used, {machine['os']}, GPU: {gpus}{read}\n"
+            f"- {hardware.processor(machine)}, {machine['os']}, GPU: {gpus}{read}\n"
             f"- before: others used {noise['busy']:.0%} of the processors, jitter {noise['jitter']:.0%}\n"
             f"- {', '.join(f'{name} {version}' for name, version in report['versions'].items())}, "
             f"Python {machine['python']}\n"

@@ -252,7 +252,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["## Held-out questions", "", hits, ""]
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    processors = [f"{machine['cpu']}, {machine['threads']} cores", *(gpu["name"] for gpu in machine["gpus"])]
+    processors = [hardware.processor(machine), *(gpu["name"] for gpu in machine["gpus"])]
     lines += ["## What the figures mean", "", *(f"- {name}: {text}" for name, text in DEFINITIONS.items())]
     lines += [
         *("", "## Machine", ""),

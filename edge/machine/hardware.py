@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ FLAGS = (
     "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sme",
 )  # fmt: skip
+# Of these, those that multiply integers, the quickest first, and their names.
+_PRODUCTS = {
+    "amx_int8": "AMX", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512bw": "AVX512",
+    "avx2": "AVX2", "i8mm": "i8mm", "asimddp": "dotprod",
+}  # fmt: skip
 
 # Platform -> the variable that moves the folder for caches, and where it lies in the home folder.
 _CACHES = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("HOME", "Library/Caches")}
@@ -368,6 +373,13 @@ def describe() -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
+
+
+def processor(machine: Mapping[str, Any]) -> str:
+    """The CPU of `describe`, and what multiplies integers quickest on it: `NAME, 2 cores (AVX2)`."""
+    flags = machine.get("flags", ())
+    quickest = next((name for flag, name in _PRODUCTS.items() if flag in flags), "")
+    return f"{machine['cpu']}, {machine['threads']} cores" + (f" ({quickest})" if quickest else "")
 
 
 def free_port() -> int:

@@ -233,6 +233,20 @@ def test_describe_is_consistent() -> None:
     assert found["cpu"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["avx", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "amx_int8"], " (AMX)"),
+        (["avx", "avx2", "avx512f", "avx512bw"], " (AVX512)"),
+        (["avx", "avx2", "fma"], " (AVX2)"),
+        (["asimd", "asimddp", "i8mm"], " (i8mm)"),
+        ([], ""),
+    ],
+)
+def test_a_report_names_the_instructions_that_decide(flags: list[str], shown: str) -> None:
+    assert hardware.processor({"cpu": "X", "threads": 2, "flags": flags}) == f"X, 2 cores{shown}"
+
+
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hardware, "cache_dir", lambda: tmp_path / "edge")
     assert hardware.writable_cache("tune") == tmp_path / "edge" / "tune"
