@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.measure.workloads import WORKLOADS, Plan, counts
+from bench.servers.address import name_and_url
 from edge.errors import UsageError
 from edge.progress import add_progress_option, result
 
@@ -26,7 +26,6 @@ TARGETS = (
     "baseline", "baseline-bf16", "transformers-static", "edge", "edge-onnx", "genai", "llama-server",
     "xllamacpp", "llama_cpp.server",
 )  # fmt: skip
-_NAME = re.compile(r"[\w][\w.-]*")
 
 
 def main(argv: list[str]) -> int:
@@ -100,7 +99,7 @@ def target_names(words: str) -> tuple[str, ...]:
     targets = tuple(dict.fromkeys(name.strip() for name in words.split(",")))
     for target in targets:
         if "=" in target:
-            name_and_url(target)
+            name_and_url(target, "--targets")
         elif target not in TARGETS:
             choices = f"there are {', '.join(TARGETS)}; or give NAME=URL"
             raise UsageError(f"--targets: there is no '{target}'", choices)
@@ -115,19 +114,3 @@ def target_names(words: str) -> tuple[str, ...]:
             "measure one after the other, with --out for each",
         )
     return targets
-
-
-def name_and_url(given: str) -> tuple[str, str]:
-    """(name, URL) of `NAME=URL`. Raises UsageError where it is no such pair."""
-    name, _, url = given.partition("=")
-    parts = urlsplit(url)
-    try:
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or not _NAME.fullmatch(name):
-        raise UsageError(
-            f"--targets: '{given}' is not NAME=URL",
-            "such as vllm=http://127.0.0.1:8000 or ollama=http://127.0.0.1:11434/api#MODEL",
-        )
-    return name, url

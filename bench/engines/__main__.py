@@ -4,7 +4,7 @@
     python -m bench.engines MODEL.gguf --only streams --streams 1,8,16 --peers llama-server,openvino --busy
     python -m bench.engines RUN --backend onnx         our engine, onnxruntime-genai's Generator, transformers
     python -m bench.engines RUN/gguf RUN/onnx --merged RUN/merged --gpu [--report docs/reports/serve-GPU]
-    python -m bench.engines RUN/onnx --gpu --only http --streams 1,8,32,128
+    python -m bench.engines RUN/onnx --gpu --only http --streams 1,8,32,128 [--beside vllm=http://127.0.0.1:8000]
     python -m bench.engines MODEL.gguf --gpu --only small-gpu --caps 6,8
     python -m bench.engines MODEL.gguf --only bare --streams 1,8 --kv-unified on,off --flash-attention on,off
 
@@ -21,11 +21,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from bench.engines.race import Case, Rates, Row, Side
 from bench.measure.load import get_json
 from bench.measure.process_probe import noise
 from bench.measure.workloads import counts
+from bench.servers import external
+from bench.servers.address import name_and_url
 from bench.servers.reference_servers import llama_cpp_server, llama_server, openvino_command, xllamacpp
 from bench.servers.target import Running, Target, ours, started
 from edge.artefact import find, manifest
@@ -287,25 +291,44 @@ def libraries(bench: Bench) -> Rows:
 
 
 def http(bench: Bench) -> Rows:
-    """Our server beside our engine without HTTP: clients that ask for answer after answer."""
+    """Our server beside our engine without HTTP, or beside the servers of `--beside`: clients that ask for
+    answer after answer.
+    """
     options, slots = bench.options, max(bench.options.streams)
     device = "cuda" if options.gpu else "cpu"
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(
             bench.edge("--slots", str(slots), "--ctx", str(CONTEXT), "--device", device)
         )
-        backend = open_ours(bench.artefact, options, slots)
-        stack.callback(backend.close)
-        bench.settings[bench.artefact.path.name] = {"device": backend.info.device, **backend.info.settings}
+        info = asyncio.run(get_json(server.url, "/info"))
+        bench.settings[bench.artefact.path.name] = {"device": info["device"], **info["settings"]}
+        # On a processor they would take from what is measured.
+        askers = None
+        if options.gpu:
+            spawn = multiprocessing.get_context("spawn")
+            askers = stack.enter_context(ProcessPoolExecutor(sides.ASKERS, spawn))
+        others = [
+            stack.enter_context(started(external.target(*given), bench.logs / "none"))
+            for given in options.beside
+        ]
+        for other in others:
+            bench.settings[other.target.name] = external.told(other.target)
+        backend = None if others else open_ours(bench.artefact, options, slots)
+        if backend is not None:
+            stack.callback(backend.close)
         for count in options.streams:
-            pair = sides.Server(server, count), sides.Ours(backend, "edge without HTTP", count)
+            measured: list[Side] = [sides.Server(one, count, askers) for one in (server, *others)]
+            goals = {}
+            if backend is not None:
+                measured.append(sides.Ours(backend, "edge without HTTP", count))
+                goals = {measured[-1].name: 0.9}
             tokens = (options.tokens or TOKENS,) * (ANSWERS * count)
             case = Case(
-                f"{count} clients, {ANSWERS} answers each", tokens, "total", pair, backend.info.vocab,
-                options.prompt, goals={pair[1].name: 0.9},
+                f"{count} clients, {ANSWERS} answers each", tokens, "total", measured,
+                bench.artefact.header.vocab_size, options.prompt, goals=goals,
             )  # fmt: skip
             yield from bench.race(case)
-    if options.gpu:
+    if options.gpu and not others:
         with bench.edge("--ctx", str(LONG_CONTEXT), "--device", device) as server:
             yield features.long_prompt(server, streams=16, tokens=2000, rounds=options.rounds)
 
@@ -375,6 +398,10 @@ def parser() -> argparse.ArgumentParser:
         "--busy", action="store_true", help="streams: again while another program uses a core"
     )
     options.add_argument("--requests", type=int, default=1000, help="of the memory test; 0 leaves it out")
+    options.add_argument(
+        "--beside", action="append", default=[], metavar="NAME=URL",
+        help="http: a server that runs already and speaks OpenAI's completions, in place of our engine alone",
+    )  # fmt: skip
     options.add_argument("--flash-attention", default="off", help="bare: on, off or on,off")
     options.add_argument("--kv-unified", default="on", help="bare: on, off or on,off")
     options.add_argument("--ctx", type=int, default=0, help="bare: KV cells (default: what the streams need)")
@@ -411,6 +438,7 @@ def main(argv: list[str]) -> int:
     options.peers = options.peers.split(",")
     if unknown := set(options.peers) - set(PEERS):
         raise UsageError(f"--peers {', '.join(sorted(unknown))}: the names are {', '.join(PEERS)}")
+    options.beside = [name_and_url(given, "--beside") for given in options.beside]
     for name in ("prompt", "threads", "rounds"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1")

@@ -19,19 +19,23 @@ from bench.measure.metrics import ratio
 from bench.report import grid
 
 PAUSE_S = 0.3
+# Of a core, beyond which who asks may be what limits.
+_BUSY = 0.8
 
 
 @dataclass
 class Rates:
     """Tokens/s: of all that was asked for, prompts included; while all streams decoded; of reading prompts.
 
-    memory_share: decoding over the most that the memory allows. None where it is not known.
+    memory_share: decoding over the most that the memory allows. asking: the share of a core that asking a
+    server took, the most of several processes. None where it is not known.
     """
 
     total: float
     decode: float | None = None
     prefill: float | None = None
     memory_share: float | None = None
+    asking: float | None = None
 
 
 class Side(Protocol):
@@ -126,7 +130,9 @@ def shown(results: Sequence[Rates]) -> str:
         words += [f"{name} {statistics.median(values):.1f}"] if values else []
     shares = [result.memory_share for result in results if result.memory_share is not None]
     share = f", {statistics.median(shares):.0%} of what the memory allows" if shares else ""
-    return f"{', '.join(words)} tokens/s{share}"
+    asking = statistics.median(result.asking or 0.0 for result in results)
+    limit = f" at least: who asked used {asking:.0%} of a core" if asking > _BUSY else ""
+    return f"{', '.join(words)} tokens/s{share}{limit}"
 
 
 def markdown(table: Sequence[Row], about: str) -> str:

@@ -9,13 +9,14 @@ import json
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bench.engines.race import Rates, Side, stream_rates
 from bench.measure import workloads
-from bench.measure.load import closed_loop
-from bench.measure.metrics import token_rate
+from bench.measure.load import Dialect, closed_loop
+from bench.measure.metrics import Sample, token_rate
 from bench.servers import genai_loop
 from bench.servers.target import Running
 from edge.backends.base import Backend
@@ -25,6 +26,8 @@ from edge.engine.sampling import Params
 from edge.errors import EdgeError
 
 _INDEX = itertools.count()
+# Processes that ask a server, where one would not keep up with what is measured.
+ASKERS = 4
 
 
 def new_jobs(count: int, tokens: int) -> list[workloads.Job]:
@@ -35,24 +38,44 @@ def new_jobs(count: int, tokens: int) -> list[workloads.Job]:
 class Server:
     """A running server over HTTP. It reads prompts of its own, in words, of about the length asked for.
 
-    clients: how many ask at once, each for its next answer when it has the last one; None: all.
+    clients: how many ask at once, each for its next answer when it has the last one; None: all. askers: the
+    processes that they are spread over, because one of them reads some ten thousand pieces a second; None:
+    this one.
     """
 
-    def __init__(self, server: Running, clients: int | None = None) -> None:
-        self.name, self.server, self._clients = server.target.name, server, clients
+    def __init__(
+        self, server: Running, clients: int | None = None, askers: ProcessPoolExecutor | None = None
+    ) -> None:
+        self.name, self.server, self._clients, self._askers = server.target.name, server, clients, askers
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
         """Ask for tokens[0] tokens in as many streams. Raises EdgeError where an answer is not whole."""
         jobs = new_jobs(len(tokens), tokens[0])
         clients = self._clients or len(jobs)
-        samples = asyncio.run(closed_loop(self.server.url, self.server.target.dialect, jobs, clients))
+        where = self.server.url, self.server.target.dialect
+        if self._askers is None:
+            asked = [_ask(*where, jobs, clients)]
+        else:
+            count = min(ASKERS, clients)
+            parts = [(jobs[n::count], len(range(n, clients, count))) for n in range(count)]
+            asked = [one.result() for one in [self._askers.submit(_ask, *where, *part) for part in parts]]
+        samples = [sample for part, _ in asked for sample in part]
         for sample in samples:
             if sample.state != "ok":
                 raise EdgeError(
                     f"an answer of {self.name} is not whole: {sample.error or sample.completion_tokens}",
                     self.server.log_tail(),
                 )
-        return Rates(token_rate(samples))
+        return Rates(token_rate(samples), asking=max(share for _, share in asked))
+
+
+def _ask(
+    url: str, dialect: Dialect, jobs: Sequence[workloads.Job], clients: int
+) -> tuple[list[Sample], float]:
+    """All answers, and the share of a core that it took to ask for them and to read them."""
+    wall, used = time.perf_counter(), time.process_time()
+    samples = asyncio.run(closed_loop(url, dialect, jobs, clients))
+    return samples, (time.process_time() - used) / (time.perf_counter() - wall)
 
 
 class Ours:

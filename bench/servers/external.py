@@ -11,6 +11,7 @@ than was asked for is counted apart, and the target marked. Which weights such a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class OpenAI(Dialect):
         body = {"model": self.model, "prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.force:
-            body |= {"ignore_eos": True, "min_tokens": job.tokens}
+            # Not min_tokens too: vLLM would then mask the end tokens at each step.
+            body["ignore_eos"] = True
         return "POST", f"{self.path}/completions", body
 
     def read(self, answer: dict[str, Any]) -> Part:
@@ -100,6 +102,15 @@ def target(name: str, url: str) -> Target:
     return Target(
         name, [], dialect, listing, listing, health=listing, stage="", url=base, forced=dialect.force
     )
+
+
+def told(target: Target) -> dict[str, Any]:
+    """What the server behind `target` says of itself: version, where it has vLLM's route for it."""
+    status, body = fetch(target.name, target.url, "/version", target.dialect.key)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if status == 200:
+            return {"url": target.url, "version": str(json.loads(body)["version"])}
+    return {"url": target.url}
 
 
 def only_model(name: str, url: str, base: str, listing: str, key: str) -> str:

@@ -15,6 +15,7 @@ from bench.engines import race, sides
 from bench.servers import target
 from edge.errors import InputError, UsageError
 from tests.bench.engines.test_race import Told
+from tests.bench.servers.test_target import other
 from tests.support import tiny_llama
 
 
@@ -54,7 +55,14 @@ def test_the_cases_name_each_goal() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--streams", "0"], ["--flash-attention", "yes"], ["--rounds", "0"], ["--peers", "bare,vllm"]]
+    "words",
+    [
+        ["--streams", "0"],
+        ["--flash-attention", "yes"],
+        ["--rounds", "0"],
+        ["--peers", "bare,vllm"],
+        ["--beside", "vllm"],
+    ],
 )
 def test_odd_options_are_refused(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(UsageError):
@@ -122,6 +130,26 @@ def test_our_server_beside_peers_and_again_beside_a_busy_core(
     assert goals == ["", "1.2 x", "1.5 x", "", "1.4 x", "1.5 x"] + 2 * ["", "2 x", "1.5 x"]
     assert all(row["reached"] for row in facts["rows"] if row["what"].endswith("OpenVINO GenAI"))
     assert facts["settings"]["OpenVINO GenAI"] == {"version": "1"}
+
+
+@pytest.mark.slow
+def test_our_server_beside_one_that_runs_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(race, "PAUSE_S", 0.0)
+    path = tiny_llama.write(tmp_path / "m.gguf")
+    words = ["--only", "http", "--streams", "1,2", "--rounds", "1", "--tokens", "3", "--threads", "1"]
+    with other(version="0.25.0") as (url, handler):
+        assert engines.main([str(path), *words, "--beside", f"vllm={url}"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["what"] for row in facts["rows"]] == [
+        f"{count} clients, 3 answers each: {side}" for count in (1, 2) for side in ("edge", "vllm")
+    ]
+    assert facts["rows"][1]["ratio"] and facts["settings"]["vllm"] == {"url": url, "version": "0.25.0"}
+    # Whether it can be forced; then three answers for each client, in the round that warms and in the other.
+    assert len(handler.bodies) == 1 + 2 * 3 * (1 + 2)
+    assert all(body["ignore_eos"] and body["max_tokens"] == 3 for body in handler.bodies[1:])
 
 
 class FakeGenerator:

@@ -64,6 +64,9 @@ def test_the_row_of_a_side_has_all_its_rates() -> None:
         == "total 11.0, decode 21.0, prefill 310.0 tokens/s, 45% of what the memory allows"
     )
     assert race.shown([Rates(10.0)]) == "total 10.0 tokens/s"
+    assert race.shown([Rates(10.0, asking=0.5)]) == "total 10.0 tokens/s"
+    busy = race.shown([Rates(10.0, asking=0.97)])
+    assert busy == "total 10.0 tokens/s at least: who asked used 97% of a core"
     [only] = race.rows(Case("c", (1,), "total", (), 500), {"edge": [Rates(10.0)]})
     assert only == Row("c: edge", "total 10.0 tokens/s")
     text = race.markdown([Row("what", "value", "2.00 x", "1.5 x", True)], "小卡; 3 rounds")

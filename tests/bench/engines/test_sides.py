@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.engines import sides
 from bench.engines.race import Rates
+from bench.servers import external
+from bench.servers.target import started
 from edge.backends.fake import FakeBackend
 from edge.errors import EdgeError
+from tests.bench.servers.test_target import other
 
 
 def test_ours_makes_what_was_asked_for_and_fails_otherwise() -> None:
@@ -39,6 +45,23 @@ def test_clients_ask_for_answer_after_answer() -> None:
     backend.step = watched  # type: ignore[method-assign]
     assert sides.Ours(backend, clients=2).run([[65] * 5] * 7, (4,) * 7).total > 0
     assert most == 2
+
+
+@pytest.mark.slow
+def test_who_asks_is_spread_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "ASKERS", 2)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        other() as (url, handler),
+        started(external.target("x", url), tmp_path / "log") as server,
+        ProcessPoolExecutor(2, spawn) as askers,
+    ):
+        found = sides.Server(server, 3, askers).run([], (4,) * 7)
+        assert found.total > 0 and found.asking is not None and found.asking > 0
+        # The first one asked whether the server can be forced.
+        assert len({body["prompt"] for body in handler.bodies[1:]}) == len(handler.bodies[1:]) == 7
+        # Fewer clients than processes.
+        assert sides.Server(server, 1, askers).run([], (4,) * 3).total > 0
 
 
 def test_two_of_a_kind_take_turns_and_both_are_warm() -> None:

@@ -25,6 +25,7 @@ from bench.measure.load import ask, spread_evenly
 from bench.measure.workloads import Job, Plan
 from bench.report.definitions import DEFINITIONS
 from bench.servers import external, library_server
+from bench.servers.address import name_and_url
 from bench.servers.library_server import Request, next_batch
 from bench.servers.target import started
 from edge.artefact import manifest
@@ -34,10 +35,14 @@ KEY = "k-1"
 
 
 class Other(BaseHTTPRequestHandler):
-    """OpenAI's and Ollama's interface, as far as they are asked. `strict`: unknown fields are refused."""
+    """OpenAI's and Ollama's interface, as far as they are asked.
+
+    strict: unknown fields are refused. version: what vLLM's route for it answers, "" without that route.
+    """
 
     strict = False
     locked = False
+    version = ""
     models: tuple[str, ...] = ("m",)
     bodies: list[dict[str, Any]]
 
@@ -58,6 +63,9 @@ class Other(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._wrong_key():
             return self._send(401, "application/json", "{}")
+        if self.path == "/version":
+            status = 200 if self.version else 404
+            return self._send(status, "application/json", json.dumps({"version": self.version}))
         field, key = ("models", "name") if self.path.endswith("tags") else ("data", "id")
         said = {field: [{key: name} for name in self.models]}
         return self._send(200, "application/json", json.dumps(said))
@@ -105,7 +113,7 @@ def test_an_openai_server_is_asked_for_exact_lengths_with_raw_prompts(
         sample = asyncio.run(ask(target.url, target.dialect, Job("Hello", 0, 10)))
     asked = handler.bodies[-1]
     assert (asked["prompt"], asked["model"], asked["temperature"]) == ("Hello", "m", 0.0)
-    assert (asked["max_tokens"], asked["min_tokens"], asked["ignore_eos"]) == (10, 10, True)
+    assert (asked["max_tokens"], asked["ignore_eos"]) == (10, True) and "min_tokens" not in asked
     assert (sample.state, sample.prompt_tokens, sample.text) == ("ok", 7, "la la la ")
     # Ten tokens in three pieces of unknown size.
     assert [tokens for _, tokens in sample.events] == [3, 3, 4]
@@ -146,6 +154,13 @@ def test_models_of_an_outside_server() -> None:
         external.target("x", "http://127.0.0.1:9")
 
 
+def test_what_an_outside_server_tells_of_itself() -> None:
+    with other(version="0.25.0") as (url, _):
+        assert external.told(external.target("vllm", url)) == {"url": url, "version": "0.25.0"}
+    with other() as (url, _):
+        assert external.told(external.target("x", url)) == {"url": url}
+
+
 def test_a_key_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     with other(locked=True) as (url, _):
         for fragment in ("", "#m"):
@@ -164,7 +179,7 @@ def test_a_key_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_names_and_urls_are_checked(given: str) -> None:
     with pytest.raises(UsageError, match="NAME=URL"):
-        cli.name_and_url(given)
+        name_and_url(given, "--targets")
 
 
 def test_target_names() -> None:
