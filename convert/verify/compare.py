@@ -274,21 +274,24 @@ def bound_of(kind: str) -> Bound:
     return BOUNDS.get(kind) or BOUNDS.get(kind.split(" ")[0], SMALL)
 
 
-def too_far(kind: str, logits: dict[str, Any]) -> str:
+def too_far(kind: str, logits: dict[str, Any], *, known: bool = True) -> str:
     """The warning where logits differ more than weights of `kind` should, and what to take instead; or "".
 
-    The divergence counts where it is known. A single position is a tie that rounding turned, and no share.
+    known: `kind` is what the weights are, not what they are held to. The divergence counts where it is known.
+    A single position is a tie that rounding turned, and no share.
     """
     bound = bound_of(kind)
     kl, positions = logits.get("kl_mean"), logits["positions"]
     turned = round((1 - logits["top1"]) * positions)
     if (kl is None or kl <= bound.kl) and turned <= max(1, round((1 - bound.top1) * positions, 6)):
         return ""
-    better = f": {bound.better} would be closer" if bound.better else ""
+    who, better = f"{kind} differs more than weights of this type should", bound.better
+    if not known:
+        who, better = "it differs more than weights of 16 bits should", ""
     divergence = "" if kl is None else f"mean KL {kl:.2g} (at most {bound.kl:g}), "
     return (
-        f"{kind} differs more than weights of this type should: {divergence}"
-        f"same top token {logits['top1']:.2%} (at least {bound.top1:.1%}){better}"
+        f"{who}: {divergence}same top token {logits['top1']:.2%} (at least {bound.top1:.1%})"
+        f"{f': {better} would be closer' if better else ''}"
     )
 
 
@@ -303,8 +306,8 @@ def show(report: Report, console: Console) -> None:
     a, b, facts, logits = report.a, report.b, report.facts, report.logits
     table = Table(title=f"{a.stage} and {b.stage}", title_justify="left", show_header=True)
     table.add_column("")
-    table.add_column(f"{a.stage} ({a.kind})", overflow="fold")
-    table.add_column(f"{b.stage} ({b.kind})", overflow="fold")
+    for side in (a, b):
+        table.add_column(f"{side.stage} ({side.kind})" if side.kind else side.stage, overflow="fold")
     table.add_column("", style="bold")
     lengths = ["" if reader.template is None else f"{len(reader.template):,} characters" for reader in (a, b)]
     stops = [", ".join(map(str, sorted(reader.stop_ids or ()))) for reader in (a, b)]

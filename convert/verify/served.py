@@ -256,7 +256,7 @@ def _judge(report: Report, kind: str) -> None:
     logits = report.logits
     if not kind:
         report.unseen.append("the type of the weights: they are held to the bounds of 16 bits")
-    if not (warning := compare.too_far(kind or "bfloat16", logits)):
+    if not (warning := compare.too_far(kind or "bfloat16", logits, known=bool(kind))):
         return
     few_bits = kind and compare.bound_of(kind) == compare.SMALL
     kl, far = logits.get("kl_mean"), logits["top1"] < _OTHER.top1

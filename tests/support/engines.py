@@ -1,4 +1,7 @@
-"""Servers of other projects, with the JSON of their documentation, over a model that is a table of logits."""
+"""Servers of other projects, with the JSON of their documentation, over a model that is a table of logits.
+
+vLLM's is as 0.25.0 answered.
+"""
 
 from __future__ import annotations
 
@@ -105,6 +108,8 @@ class Engine:
             "openai": (),
         }[self.kind]
         if route not in ("_v1_models", "_v1_chat_completions", *routes):
+            if self.kind == "vllm":
+                return 404, {"detail": "Not Found"}
             return 404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}
         return getattr(self, route)(body)
 
@@ -115,38 +120,42 @@ class Engine:
         return 200, {"object": "list", "data": [{"id": name, "owned_by": owner} for name in self.models]}
 
     def _v1_chat_completions(self, body: Any) -> tuple[int, Any]:
-        wanted = body.get("top_logprobs", 0)
+        wanted, bias = body.get("top_logprobs", 0), body.get("logit_bias", {})
         if wanted > self.top:
             return 400, {"error": {"message": f"top_logprobs: at most {self.top}"}}
-        if "logit_bias" in body and not self.bias:
+        if bias and not self.bias:
             return 400, {"error": {"message": "logit_bias is not supported"}}
+        if beyond := [int(token) for token in bias if int(token) >= VOCAB]:
+            return 400, {"error": {"message": f"token_id(s) {beyond} in logit_bias contain out-of-vocab ids"}}
         prompt = self._prompt(body["messages"])
-        ids, ended = self._speak(prompt, body["max_tokens"], body.get("logit_bias", {}))
+        ids, end = self._speak(prompt, body["max_tokens"], bias)
+        # vLLM counts and names the token at which it ends.
+        made = ids if self.kind != "vllm" or end is None else [*ids, end]
         by_id = body.get("return_tokens_as_token_ids", False)
-        content = self._named(prompt, ids, wanted, "token_id" if by_id else "text") if wanted else None
+        content = self._named(prompt, made, wanted, "token_id" if by_id else "text") if wanted else None
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": self.model.decode([ids])[0]},
-            "finish_reason": "stop" if ended else "length",
+            "finish_reason": "length" if end is None else "stop",
             "logprobs": {"content": content} if content else None,
         }
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(made)}
         return 200, {"object": "chat.completion", "choices": [choice], "usage": usage}
 
     def _prompt(self, messages: Any) -> list[int]:
         return self.before + self.model.prompt_ids([messages])[0]
 
-    def _speak(self, prompt: list[int], count: int, bias: dict[str, float]) -> tuple[list[int], bool]:
-        """Greedy ids, without the end; whether it came to one."""
+    def _speak(self, prompt: list[int], count: int, bias: dict[str, float]) -> tuple[list[int], int | None]:
+        """Greedy ids, and the end behind them; None where they reached `count`."""
         ids: list[int] = []
         while len(ids) < count:
             row = self.model.next(prompt + ids).copy()
             for token, value in bias.items():
                 row[int(token)] += value
             if int(row.argmax()) in self.stops and (self.ends or bias):
-                return ids, True
+                return ids, int(row.argmax())
             ids.append(int(row.argmax()))
-        return ids, False
+        return ids, None
 
     def _named(self, prompt: list[int], ids: list[int], top: int, how: str) -> list[dict[str, Any]]:
         """The log-probabilities of an answer."""
@@ -155,11 +164,17 @@ class Engine:
             row = self.model.next(prompt + ids[:place]).astype(np.float64)
             row -= np.log(np.exp(row - row.max()).sum()) + row.max()
             best = [self._entry(int(id), row[id], how) for id in np.argsort(-row)[:top]]
+            if how == "token_id":
+                # Bytes of the alternatives' names, not of what they stand for.
+                best = [entry | {"bytes": [*entry["token"].encode()]} for entry in best]
             rows.append(self._entry(token, row[token], how) | {"top_logprobs": best})
         return rows
 
     def _entry(self, token: int, logprob: float, how: str) -> dict[str, Any]:
         text = SPECIAL[token] if token < 3 else self.model.decode([[token]])[0]
+        if self.kind == "vllm":
+            # A part of a character has neither text nor bytes.
+            text = text.replace("\ufffd", "")
         entry: dict[str, Any] = {"token": text, "logprob": float(logprob), "bytes": list(text.encode())}
         if how == "token_id":
             entry["token"] = f"token_id:{token}"
@@ -179,7 +194,7 @@ class Engine:
             ids = self.model.prompt_ids([body["messages"]])[0]
         else:
             ids = self.model.encode([body["content"] if self.kind == "llama-server" else body["prompt"]])[0]
-        return 200, {"tokens": ids, "count": len(ids), "max_model_len": 512}
+        return 200, {"tokens": ids, "count": len(ids), "max_model_len": 512, "token_strs": None}
 
     def _detokenize(self, body: Any) -> tuple[int, Any]:
         # Control tokens are written out.
@@ -188,12 +203,12 @@ class Engine:
 
     def _completion(self, body: Any) -> tuple[int, Any]:
         prompt, top = body["prompt"], body["n_probs"]
-        ids, ended = self._speak(prompt, body["n_predict"], {})
+        ids, end = self._speak(prompt, body["n_predict"], {})
         texts = self.model.decode([ids[: count + 1] for count in range(len(ids))])
         whole = [not text.endswith("\ufffd") for text in texts]
         # Tokens that end within a character have no entry.
         named = [*itertools.compress(self._named(prompt, ids, top, "id"), whole)]
-        stop = "eos" if ended else "limit"
+        stop = "limit" if end is None else "eos"
         text = self.model.decode([ids])[0]
         return 200, {"content": text, "tokens": ids, "stop_type": stop, "completion_probabilities": named}
 
@@ -206,12 +221,12 @@ class Engine:
 
     def _api_chat(self, body: Any) -> tuple[int, Any]:
         prompt = self._prompt(body["messages"])
-        ids, ended = self._speak(prompt, body["options"]["num_predict"], {})
+        ids, end = self._speak(prompt, body["options"]["num_predict"], {})
         message = {"role": "assistant", "content": self.model.decode([ids])[0]}
         answer: dict[str, Any] = {
             "message": message,
             "done": True,
-            "done_reason": "stop" if ended else "length",
+            "done_reason": "length" if end is None else "stop",
         }
         if body.get("logprobs"):
             answer["logprobs"] = self._named(prompt, ids, body["top_logprobs"], "text")

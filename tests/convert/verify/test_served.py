@@ -69,6 +69,14 @@ def test_another_model(model: TableModel, folder: Path, kind: str) -> None:
     report = asked(model, kind, TableModel(folder, seed=1))
     assert len(report.unequal) == 1 and report.unequal[0].startswith("weights: ")
     assert report.facts["prompt_lengths"] == "equal"
+    # No type is named, or advised, that the server does not show.
+    seen = kind in ("llama-server", "ollama")
+    assert ("float16 would be closer" in report.unequal[0], "merged (float16)" in text(report)) == (
+        False,
+        True,
+    )
+    assert report.unequal[0].startswith(f"weights: {'F16' if seen else 'it'} differs more than weights of ")
+    assert "()" not in text(report)
 
 
 @pytest.mark.slow
@@ -108,9 +116,10 @@ def test_a_stop_token_that_is_left_out(model: TableModel, kind: str) -> None:
     assert asked(model, kind, stops=[2]).unequal == ["stop tokens: A ends at [0, 2], B at [2]"]
 
 
-def test_a_server_that_never_ends(model: TableModel) -> None:
+@pytest.mark.parametrize("kind", ["llama-server", "vllm"])
+def test_a_server_that_never_ends(model: TableModel, kind: str) -> None:
     """Its stop set is right where an end is forced: llama-server with --ignore-eos."""
-    report = asked(model, "llama-server", ends=False)
+    report = asked(model, kind, ends=False)
     assert report.facts["stops"] == "unequal" and report.facts["stop_ids"] == [0, 2]
     assert re.match(r"stop tokens: of (\d) answers that end in A, \d go on at the server", report.unequal[0])
 
@@ -146,7 +155,7 @@ def test_an_answer_is_compared_up_to_a_part_of_a_character(
 ) -> None:
     [ids] = model.encode(["a ᠠ b"])
     engine = Engine("openai", model)
-    monkeypatch.setattr(engine, "_speak", lambda *_: (ids, False))
+    monkeypatch.setattr(engine, "_speak", lambda *_: (ids, None))
     with serving(engine) as url:
         report = compare_served(model, open_url(url, model))
     whole = len(model.encode(["a "])[0])

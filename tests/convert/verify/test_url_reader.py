@@ -57,11 +57,23 @@ def test_llama_server_names_no_token_that_ends_within_a_character(
     [ids] = model.encode(["ᠠ"])
     assert len(ids) == 3 and ids[1] == ids[2]
     engine = Engine("llama-server", model)
-    monkeypatch.setattr(engine, "_speak", lambda *_: (ids, False))
+    monkeypatch.setattr(engine, "_speak", lambda *_: (ids, None))
     with serving(engine) as url:
         answer = open_url(url, model).answer([{"role": "user", "content": "a"}], 3)
     assert [token.id for token in answer.tokens] == ids
     assert [token.logprob is None for token in answer.tokens] == [True, True, False]
+
+
+def test_vllm_names_the_token_at_which_it_ends(model: TableModel) -> None:
+    with serving(Engine("vllm", model)) as url:
+        reader = open_url(url, model)
+        answers = [reader.answer([{"role": "user", "content": word}], 24) for word in ("a", "b", "c", "d")]
+    ended = [answer for answer in answers if answer.ended]
+    assert ended
+    for answer in answers:
+        ids = [int(token.token.removeprefix("token_id:")) for token in answer.tokens]
+        assert (ids[-1] in model.stop_ids) == answer.ended
+        assert model.decode([ids])[0] == answer.text
 
 
 def test_the_thinking_mode_is_asked_for_where_prompts_are_tokenized(model: TableModel) -> None:
