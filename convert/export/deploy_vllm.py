@@ -23,8 +23,14 @@ from edge.server.tool_dialects import dialect_of
 
 CONFIG = "config.yaml"
 _HERE = Path("deploy", "vllm")
-# The dialect of tool calls in the chat template -> vLLM's parser for it.
-_TOOL_PARSERS = {"hermes": "hermes", "deepseek": "deepseek_v3", "llama3": "llama3_json", "mistral": "mistral"}
+# The dialect of tool calls in the chat template -> vLLM's parser for it, and the tokens without which that
+# parser fails at every request, as where a model was trained on another family's template.
+_TOOL_PARSERS = {
+    "hermes": ("hermes", ()),
+    "deepseek": ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")),
+    "llama3": ("llama3_json", ("<|python_tag|>",)),
+    "mistral": ("mistral", ("[TOOL_CALLS]",)),
+}
 # Our server closes the reasoning that a template always opens, where the model was trained without any.
 _CLOSED = (
     "{%% set prompt %%}%s{%% endset %%}{{ prompt if not prompt.rstrip().endswith('%s') "
@@ -90,8 +96,21 @@ def _options(source: Source, model: str, context: int | None) -> dict[str, Any]:
     if thinking in ("on", "off") and "enable_thinking" in source.template:
         options["default-chat-template-kwargs"] = json.dumps({"enable_thinking": thinking == "on"})
     if thinking in ("on", "mixed") and THINK in source.template:
-        options["reasoning-parser"] = "qwen3" if "enable_thinking" in source.template else "deepseek_r1"
+        # Qwen's reads text; with the other one vLLM does not start where these are no tokens.
+        by_text = "enable_thinking" in source.template or not _has(source, (THINK, THINK_END))
+        options["reasoning-parser"] = "qwen3" if by_text else "deepseek_r1"
     dialect = dialect_of(source.template)
-    if dialect is not None and (parser := _TOOL_PARSERS.get(dialect.name)):
-        options |= {"enable-auto-tool-choice": True, "tool-call-parser": parser}
+    if dialect is not None and dialect.name in _TOOL_PARSERS:
+        parser, marks = _TOOL_PARSERS[dialect.name]
+        if _has(source, marks):
+            options |= {"enable-auto-tool-choice": True, "tool-call-parser": parser}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _has(source: Source, marks: tuple[str, ...]) -> bool:
+    """Whether each of `marks` is a token of the model."""
+    # Imported late, as an export's other libraries.
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(source.path / "tokenizer.json"))
+    return None not in map(tokenizer.token_to_id, marks)

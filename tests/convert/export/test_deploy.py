@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
 
 import edge
 from convert.export import cli
@@ -17,6 +18,7 @@ from edge.errors import ExistsError, InputError, UsageError
 from edge.prompt import AddedTokens
 from edge.server import options
 from tests.support.tiny_llama import publish
+from tests.support.tool_templates import ANSWERS
 from tests.support.toy import CHATML, THINKING, make_stub
 
 
@@ -73,8 +75,34 @@ def test_reasoning_tools_and_types(tmp_path: Path) -> None:
     tools = CHATML + "{% if tools %}<tool_call></tool_call>{% endif %}"
     options = options_of(make_run(tmp_path / "b", template=tools))
     assert (options["tool-call-parser"], options["enable-auto-tool-choice"]) == ("hermes", True)
-    options = options_of(make_run(tmp_path / "c", template=THINKING, thinking="on"))
-    assert options["reasoning-parser"] == "deepseek_r1"
+    options = options_of(make_run(tmp_path / "c", template=switch + THINKING, thinking="mixed"))
+    assert options["reasoning-parser"] == "qwen3" and "default-chat-template-kwargs" not in options
+
+
+def grown(run: Path, *tokens: str) -> Path:
+    """`run` whose tokenizer has `tokens` too."""
+    path = run / "merged" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([*tokens])
+    path.write_text(tokenizer.to_str(), "utf-8")
+    return run
+
+
+def test_parsers_that_need_tokens_are_named_where_the_model_has_them(tmp_path: Path) -> None:
+    """vLLM's for Llama, Mistral and DeepSeek raise at every request without theirs."""
+    run = make_run(tmp_path / "r", template=THINKING, thinking="on")
+    assert options_of(run)["reasoning-parser"] == "qwen3"
+    assert options_of(grown(run, "<think>"))["reasoning-parser"] == "qwen3"
+    assert options_of(grown(run, "</think>"))["reasoning-parser"] == "deepseek_r1"
+    for dialect, parser, *marks in (
+        ("deepseek", "deepseek_v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        ("llama3", "llama3_json", "<|python_tag|>"),
+        ("mistral", "mistral", "[TOOL_CALLS]"),
+    ):
+        run = make_run(tmp_path / dialect, template=ANSWERS[dialect][1])
+        assert not {"enable-auto-tool-choice", "tool-call-parser"} & options_of(run).keys()
+        options = options_of(grown(run, *marks))
+        assert (options["tool-call-parser"], options["enable-auto-tool-choice"]) == (parser, True)
 
 
 def test_reasoning_that_a_template_always_opens_is_closed(tmp_path: Path) -> None:
