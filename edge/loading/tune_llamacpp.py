@@ -36,7 +36,7 @@ def measure(model: Model, asked: Settings) -> dict[str, Any]:
             dataclasses.replace(asked, slots=slots, context=context, capacity=slots * context, **choice),
         )
 
-    timing = tune_trials.Trials(open_context, slots=asked.slots, context=asked.context)
+    timing = tune_trials.Trials(open_context, slots=asked.slots, context=asked.context, layout="unified")
     # A quantised V cache exists only with flash attention.
     flash = [False, True] if asked.kv_type == "f16" else [True]
     rows = _trials(
