@@ -67,7 +67,7 @@ def once(command: list[str], keys: dict[str, Any], folder: Path) -> dict[str, An
         raise EdgeError(f"{shlex.join(command)} trained no adapter", "\n  ".join(said))
     state = json.loads(states[0].read_text(encoding="utf-8"))
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
-    return {"seconds": seconds, "steps": state["global_step"], "last_loss": losses[-1]}
+    return {"seconds": seconds, "steps": state["global_step"], "last_loss": losses[-1] if losses else None}
 
 
 def compare(keys: dict[str, Any], peer: list[str], rounds: int) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def compare(keys: dict[str, Any], peer: list[str], rounds: int) -> dict[str, Any
             sides[side].append(found)
             sys.stderr.write(
                 f"round {number + 1} of {rounds}: {side}: {found['seconds']:.1f} s, {found['steps']} steps, "
-                f"loss {found['last_loss']:.3f}\n"
+                f"loss {found['last_loss']}\n"
             )
     if len({found["steps"] for side in sides.values() for found in side}) > 1:
         raise EdgeError("the two sides made another number of steps", "compare what their logs say")
