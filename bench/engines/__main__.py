@@ -491,8 +491,10 @@ def show(
     }
     if options.report:
         text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-        options.report.with_suffix(".json").write_text(text, encoding="utf-8")
-        options.report.with_suffix(".md").write_text(race.markdown(table, about), encoding="utf-8")
+        # Not with_suffix: a report's name may end in 1.5B.
+        written = {".json": text, ".md": race.markdown(table, about)}
+        for suffix, content in written.items():
+            Path(f"{options.report}{suffix}").write_text(content, encoding="utf-8")
     console = Console()
     console.print(plain_table(race.HEADINGS, [row.cells() for row in table], title=about, left=5))
     for warning in warnings:
