@@ -59,8 +59,8 @@ def test_prefixes_in_ram_are_told(server: Server) -> None:
     for word in ("one ", "two ", "one "):
         answer = server.post("/generate", {"prompt": 50 * word, "cache_prompt": True}).json()
         cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-    # The template's head alone is common to both.
-    assert cached[0] == cached[1] < 10 and cached[2] > 200
+    # The template's head alone is common to both, and to earlier tests.
+    assert cached[0] <= cached[1] < 10 and cached[2] > 200
     # The engine tells it a few times a second.
     until = time.monotonic() + 5
     while not (told := server.get("/info").json()["cache_ram"])["hits"] and time.monotonic() < until:
