@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell lets what it runs in the background ignore Ctrl-C, and programs hand that on to those that they start.
+# A shell lets what it runs in the background ignore Ctrl-C, and that is handed on to what is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Of tests side by side each worker keeps to one core: threads that spin would wait for another's.
