@@ -271,15 +271,6 @@ def _write(chosen: list[tuple[torch.Tensor, _Tensor]], inputs: torch.Tensor, tar
         tensor.write(part)
 
 
-def _lower_products(x: torch.Tensor) -> torch.Tensor:
-    """x.T @ x of (tokens, columns) on the diagonal and below, which is all that its factors are made of."""
-    columns = x.shape[1]
-    products, width = torch.zeros(columns, columns), max(SUB, columns // 8)
-    for first in range(0, columns, width):
-        torch.mm(x[:, first:].T, x[:, first : first + width], out=products[first:, first : first + width])
-    return products
-
-
 def choose(
     weights: torch.Tensor,
     scale: torch.Tensor,
@@ -301,7 +292,7 @@ def choose(
     order = x.square().mean(0).argsort(descending=True)
     x = x[:, order]
     drift = ((targets / length)[:, order] - x).T @ x / tokens
-    covariance = _lower_products(x) / tokens
+    covariance = x.T @ x / tokens
     if not (covariance.isfinite().all() and drift.isfinite().all()):
         raise InputError(
             "the model's activations contain NaN or infinity on its own rows", "merge again: edge merge"
