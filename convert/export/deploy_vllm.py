@@ -112,5 +112,6 @@ def _has(source: Source, marks: tuple[str, ...]) -> bool:
     # Imported late, as an export's other libraries.
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(source.path / "tokenizer.json"))
+    # from_file takes no path in another encoding than UTF-8.
+    tokenizer = Tokenizer.from_str((source.path / "tokenizer.json").read_text(encoding="utf-8"))
     return None not in map(tokenizer.token_to_id, marks)

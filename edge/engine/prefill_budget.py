@@ -180,7 +180,8 @@ class PrefillBudget:
         if quiet is None:
             return self._tokens(ALONE_S)
         seconds = min(max(PREFILL_SHARE * quiet, UNFELT_S - quiet), ALONE_S)
-        return self._added.longest(seconds, TWICE * quiet, self._batch) or self._tokens(seconds)
+        longest = self._added.longest(seconds, TWICE * quiet, self._batch)
+        return min(longest, self._batch) or self._tokens(seconds)
 
     def _tokens(self, seconds: float) -> int:
         """How many prompt tokens are read in `seconds` while nothing else runs, within the bounds of a

@@ -30,7 +30,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # their ids are their
 def _tokenizer(folder: str) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(folder + "/tokenizer.json")
+    # from_file takes no path in another encoding than UTF-8.
+    return Tokenizer.from_str(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
 
 
 class TableModel(Reader):

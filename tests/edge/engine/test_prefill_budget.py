@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge.engine.prefill_budget import Newcomers, PrefillBudget, StepTimes
@@ -156,6 +156,7 @@ steps = st.tuples(
 )
 
 
+@example([(1, 0, 1, 0.0), (1, 1, 4, 1.0), (1, 1, 1, 0.0)], 33)
 @given(st.lists(steps, max_size=40), st.sampled_from([4, 33, 512]))
 def test_whatever_steps_take_the_budget_stays_within_its_bounds(
     history: list[tuple[int, int, int, float]], batch: int
