@@ -124,7 +124,8 @@ class AddedTimes:
         for larger in SIZES[1 : bisect.bisect_right(SIZES, most)]:
             if larger > (largest := max(self._seen)):
                 allowed = min(most, GROWTH * largest, int(largest * seconds / self._seen[largest]))
-                return max(larger, SIZES[bisect.bisect_right(SIZES, allowed) - 1])
+                # Fewer may be allowed than the smallest size: it is not to be counted from the end.
+                return max(larger, SIZES[max(bisect.bisect_right(SIZES, allowed) - 1, 0)])
             if self._of(larger) > seconds:
                 break
             chunk = larger
@@ -180,8 +181,7 @@ class PrefillBudget:
         if quiet is None:
             return self._tokens(ALONE_S)
         seconds = min(max(PREFILL_SHARE * quiet, UNFELT_S - quiet), ALONE_S)
-        longest = self._added.longest(seconds, TWICE * quiet, self._batch)
-        return min(longest, self._batch) or self._tokens(seconds)
+        return self._added.longest(seconds, TWICE * quiet, self._batch) or self._tokens(seconds)
 
     def _tokens(self, seconds: float) -> int:
         """How many prompt tokens are read in `seconds` while nothing else runs, within the bounds of a

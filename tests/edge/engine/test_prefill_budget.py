@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge.engine.prefill_budget import Newcomers, PrefillBudget, StepTimes
+from edge.engine.prefill_budget import SIZES, Newcomers, PrefillBudget, StepTimes
 
 
 def one(key: int = 1) -> Newcomers:
@@ -186,3 +186,11 @@ def test_more_rows_are_never_expected_to_be_quicker(
     expected = times.at(rows)
     assert expected is not None
     assert low * 0.999 <= expected <= high * 1.001
+
+
+def test_a_chunk_grows_from_the_smallest_where_fewer_tokens_were_seen() -> None:
+    """One prompt of four tokens took a second: the next size is tried, and no step is filled."""
+    budget = PrefillBudget(512)
+    budget.learn(1, 0, 0.0)
+    budget.learn(1, 4, 1.0)
+    assert budget.chunk(1, Newcomers(1, 300, 2, 3)) <= SIZES[1]
