@@ -23,6 +23,7 @@ READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 NESTED = {
     "export": ("deploy", "gguf", "lora", "ollama", "onnx"),
     "bench": ("train", "compare"),
+    "bench.scaling": ("check", "measure", "table"),
 }
 
 
