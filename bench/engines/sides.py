@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,8 @@ from edge.errors import EdgeError
 _INDEX = itertools.count()
 # Processes that ask a server, where one would not keep up with what is measured.
 ASKERS = 4
+# Of what a process that failed wrote.
+_LAST_LINES = 5
 
 
 def new_jobs(count: int, tokens: int) -> list[workloads.Job]:
@@ -181,8 +184,9 @@ class OpenVINO:
         self.version = ""
 
     def __enter__(self) -> OpenVINO:
+        self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
         self.version = str(self._answer()["version"])
         return self
@@ -191,6 +195,7 @@ class OpenVINO:
         self._process.kill()
         # Closes the pipes, too.
         self._process.communicate()
+        self._errors.close()
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Rates:
         """Raises EdgeError where it ends, or an answer has fewer tokens than asked for."""
@@ -212,7 +217,10 @@ class OpenVINO:
             if line.startswith(b"{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise EdgeError(f"{self.name} ended with code {self._process.wait()}", " ".join(self._command))
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode("utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
+        raise EdgeError(f"{self.name} ended with code {code}", "\n    ".join([" ".join(self._command), *said]))
 
 
 class Transformers:

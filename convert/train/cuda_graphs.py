@@ -78,12 +78,14 @@ def _attention_by_rows(
 ) -> torch.Tensor:
     """As `attention`, of (tokens, heads, width), with a call of torch's own for each row."""
     window = more.get("sliding_window")
+    lengths = [end - start for start, end in pairwise(bounds)]
     rows = []
-    for start, end in pairwise(bounds):
+    # Split at once: slices would each add a gradient of the whole length.
+    for length, *parts in zip(lengths, *(part.split(lengths) for part in (query, key, value)), strict=True):
         mask = None
-        if window and end - start > window:
-            mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
-        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        if window and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
         rows.append(
             functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=more.get("scaling"), enable_gqa=True
@@ -153,12 +155,19 @@ def capturable(model: Any) -> str:
 
 
 def head(
-    model: Any, config: TrainConfig, place: Place, *, passes: int = 0, sharded: bool = False
+    model: Any,
+    config: TrainConfig,
+    place: Place,
+    *,
+    passes: int = 0,
+    sharded: bool = False,
+    keep: bool = False,
 ) -> tuple[LossHead, str]:
     """The losses of a model to be trained, and on a CUDA GPU a line that says how they are computed.
 
     passes: bytes that a forward and backward pass needs; a graph keeps them, beside those of a batch of a new
-    size. sharded: the weights are, see `convert.train.fsdp`. The model has the attention `attention_name`.
+    size. sharded: the weights are, see `convert.train.fsdp`. keep: on a CPU, weights in 4 bits are
+    dequantised once. The model has the attention `attention_name`.
     On a GPU an adapted model's embeddings go to the system's memory if they can.
     """
     half = autocast(config, place)
@@ -169,7 +178,7 @@ def head(
             return LossHead(model, autocast=half), ""
         if place.dtype == torch.float32 and not sharded:
             # In 16 bits an adapter computes in float32 on a CPU, which the fused layer does not.
-            fuse(model)
+            fuse(model, keep=keep)
         return LossHead(model, autocast=half, body=Body(model, place.device, autocast=half)), ""
     # All on one stream, for each keeps its workspaces; and the default stream cannot be captured.
     torch.cuda.set_stream(torch.cuda.Stream())

@@ -239,7 +239,14 @@ class Run:
         shards = world.size if world.sharded else 1
         tokens = chat.tokenizer.get_vocab_size()
         job.need = memory_estimate.check(
-            base, config, data, place, console=console, shards=shards, tokens=tokens
+            base,
+            config,
+            data,
+            place,
+            console=console,
+            shards=shards,
+            tokens=tokens,
+            alone=world.size == 1,
         )
         return job
 
@@ -413,7 +420,12 @@ class Run:
         """What is minimised: the loss of the learnt tokens, or of answers against the reference model."""
         config = self.config
         head, how = cuda_graphs.head(
-            self.model, config, self.place, passes=self.need.passes, sharded=self.world.sharded
+            self.model,
+            config,
+            self.place,
+            passes=self.need.passes,
+            sharded=self.world.sharded,
+            keep=self.need.kept > 0,
         )
         if how:
             self.console.print(how)

@@ -14,20 +14,30 @@ from torch import nn
 from torch.nn import functional
 
 
-def fuse(model: Any) -> None:
-    """Let an adapted model train in fewer kernels. What is not known to be the same stays as it is."""
-    from peft.tuners.lora import LoraLayer
+def fuse(model: Any, *, keep: bool = False) -> None:
+    """Let an adapted model train in fewer kernels. What is not known to be the same stays as it is.
 
+    keep: weights in 4 bits are dequantised now, once, and not for each product.
+    """
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            if isinstance(module.get_base_layer(), nn.Linear) and _is_plain(module):
-                module.forward = functools.partial(_adapted, module, module.forward)
+        if _is_plain(module):
+            kept = _dequantised(module.get_base_layer()) if keep else None
+            module.forward = functools.partial(_adapted, module, module.forward, kept)
         elif hasattr(module, "variance_epsilon") and _is_rms_norm(module):
             module.forward = functools.partial(_normed, module)
 
 
+def weights(model: Any) -> int:
+    """Numbers in the weights that `fuse` keeps, where it is told to."""
+    return sum(module.get_base_layer().weight.numel() for module in model.modules() if _is_plain(module))
+
+
 def _is_plain(module: Any) -> bool:
-    """Whether the layer has one adapter, without dropout, and adds nothing but its product."""
+    """Whether a module is a linear layer with one adapter, without dropout, that adds but its product."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), nn.Linear):
+        return False
     names = list(module.lora_A)
     return (
         len(names) == 1
@@ -38,15 +48,15 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-def _adapted(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """forward: peft's own, for what the fused one does not know."""
+def _adapted(module: Any, forward: Any, kept: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """forward: peft's own, for what the fused one does not know. kept: the weight, where it is kept."""
     (name,) = module.lora_A
     base = module.get_base_layer()
     unfused = module.disable_adapters or module.merged or not module.training or bool(args) or bool(kwargs)
     if unfused or x.dtype != _dtype(base):
         return forward(x, *args, **kwargs)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return AdaptedLinear.apply(x, base, a, b, module.scaling[name])
+    return AdaptedLinear.apply(x, base, kept, a, b, module.scaling[name])
 
 
 def _dtype(base: Any) -> torch.dtype:
@@ -69,19 +79,19 @@ class AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]
     """x W' + bias + scaling (x A') B', the last added to the first in place.
 
     x: (..., in); A: (rank, in) and B: (out, rank) in float32, computed with in x's type. W (and bias) are
-    those of `base`: dequantised for each product, without gradients.
+    those of `base`, without gradients: W is `kept`, or dequantised for each product.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, base: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any, x: torch.Tensor, base: Any, kept: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> Any:
         flat = x.reshape(-1, x.shape[-1])
-        out = functional.linear(flat, _dequantised(base), base.bias)
+        out = functional.linear(flat, _dequantised(base) if kept is None else kept, base.bias)
         low = flat @ a.to(x.dtype).T
         out.addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(flat, low, a, b)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.base, ctx.kept, ctx.scaling = base, kept, scaling
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -92,10 +102,10 @@ class AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]
         of_b = (slope.T @ low).to(b.dtype).mul_(ctx.scaling)
         of_a = (down.T @ flat).to(a.dtype)
         if not ctx.needs_input_grad[0]:
-            return None, None, of_a, of_b, None
-        of_x = slope @ _dequantised(ctx.base)
+            return None, None, None, of_a, of_b, None
+        of_x = slope @ (_dequantised(ctx.base) if ctx.kept is None else ctx.kept)
         of_x.addmm_(down, a.to(slope.dtype))
-        return of_x.view(*gradients[0].shape[:-1], of_x.shape[-1]), None, of_a, of_b, None
+        return of_x.view(*gradients[0].shape[:-1], of_x.shape[-1]), None, None, of_a, of_b, None
 
 
 def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:

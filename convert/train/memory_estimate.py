@@ -24,7 +24,7 @@ from convert.config import TrainConfig
 from convert.data.encode import Judged, Sample
 from convert.data.prepare import Prepared
 from convert.model import quiet_bitsandbytes
-from convert.train import cuda_graphs, fsdp, malloc_trim
+from convert.train import cuda_graphs, fsdp, fused_kernels, malloc_trim
 from convert.train.load_model import (
     NF4_BLOCK,
     Place,
@@ -53,12 +53,14 @@ _SCALES = 256
 class Estimate:
     """Bytes at the peak. weights: as they lie on the device. trained: parameters that are trained, and what
     the optimizer keeps of them. passes: gradients, activations and what is computed with. other: the process
-    itself. While the weights are read the files' pages are in memory too; those the system takes back."""
+    itself. kept: of the weights, copies of those in 4 bits that are dequantised once. While the weights are
+    read the files' pages are in memory too; those the system takes back."""
 
     weights: int
     trained: int
     passes: int
     other: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
@@ -241,6 +243,12 @@ class Passes:
         return 2 * learnt * self._hidden + rows * self._vocabulary * 8
 
 
+def dequantised_once(model: Any, config: TrainConfig, place: Place) -> int:
+    """Bytes of the weights in 4 bits that a CPU may keep dequantised as well; 0 where it cannot."""
+    able = place.device == "cpu" and place.four_bit and place.dtype == torch.float32
+    return 4 * fused_kernels.weights(model) if able and cuda_graphs.likely(config, place) else 0
+
+
 def _batches(config: TrainConfig, data: Prepared) -> Iterator[list[Any]]:
     """The batches that will come, of ten epochs at most."""
     shuffle = None if config.disable_shuffling else random.Random(config.seed)
@@ -270,15 +278,21 @@ def check(
     console: Console,
     shards: int = 1,
     tokens: int = 0,
+    alone: bool = True,
 ) -> Estimate:
     """Say what training will take. Raises EdgeError, with settings that fit, where less is free.
 
-    shards: as for `estimate`; tokens: as for `skeleton`.
+    shards: as for `estimate`; tokens: as for `skeleton`; alone: no other process trains with this one.
     """
     model = skeleton(base, config, place, tokens=tokens)
     need = estimate(base, config, data, place, model=model, shards=shards)
-    room = free(place)
-    console.print(f"memory: {need} at the peak, {room / 2**30:.2f} GiB free")
+    room, said = free(place), ""
+    copies = dequantised_once(model, config, place)
+    # As much again is left to other programs.
+    if copies and alone and need.total + 2 * copies <= room:
+        need = replace(need, weights=need.weights + copies, kept=copies)
+        said = f"; {copies / 2**30:.2f} GiB of it for weights that are dequantised once, not in every step"
+    console.print(f"memory: {need} at the peak, {room / 2**30:.2f} GiB free{said}")
     if need.total <= room or config.ignore_memory:
         return need
 

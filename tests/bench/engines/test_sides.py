@@ -103,7 +103,7 @@ for line in sys.stdin:
     made = [min(count, 9) for count in asked["tokens"]]
     print(json.dumps({"seconds": 2.0, "made": made}), flush=True)
     if asked["prompts"] == [[7]]:
-        break
+        sys.exit("no such product")
 """
     with sides.OpenVINO([sys.executable, "-c", child]) as side:
         assert side.version == "1.2"
@@ -111,5 +111,5 @@ for line in sys.stdin:
         with pytest.raises(EdgeError, match=r"made \[9\] tokens, \[10\] were asked for"):
             side.run([[1]], (10,))
         side.run([[7]], (1,))
-        with pytest.raises(EdgeError, match="ended with code 0"):
+        with pytest.raises(EdgeError, match=r"(?s)ended with code 1.*no such product"):
             side.run([[1]], (1,))

@@ -169,15 +169,15 @@ def test_few_sizes_and_little_padding() -> None:
         assert tokens <= cuda_graphs.size(tokens) < tokens * 1.13
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("bits", "keep"), [(None, False), (4, False), (4, True)])
 @pytest.mark.parametrize("rank", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}])
-def test_fused_layers_are_pefts(base: Any, bits: int | None, rank: dict[str, Any]) -> None:
+def test_fused_layers_are_pefts(base: Any, bits: int | None, keep: bool, rank: dict[str, Any]) -> None:
     setting = config(quantization_bit=bits, **rank)
     adapted = adapter(base, load_model.Place("cpu", torch.float32, bits == 4), setting)
     found = []
     for step in range(2):
         if step:
-            fused_kernels.fuse(adapted)
+            fused_kernels.fuse(adapted, keep=keep)
         adapted.zero_grad()
         torch.manual_seed(0)
         losses, _ = LossHead(adapted)(BATCHES["rows"], "cpu")
@@ -189,6 +189,19 @@ def test_fused_layers_are_pefts(base: Any, bits: int | None, rank: dict[str, Any
     layer = adapted.get_base_model().model.layers[0]
     took = [isinstance(one.forward, functools.partial) for one in (layer.mlp.up_proj, layer.input_layernorm)]
     assert took == ["use_dora" not in rank and "lora_dropout" not in rank, True]
+
+
+def test_kept_weights_are_dequantised_no_more(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, setting = load_model.Place("cpu", torch.float32, True), config()
+    adapted = adapter(base, place, setting, cuda_graphs.attention_name(setting, place, longest=70))
+    asked = []
+    dequantised = fused_kernels._dequantised
+    monkeypatch.setattr(fused_kernels, "_dequantised", lambda one: asked.append(one) or dequantised(one))
+    head, _ = cuda_graphs.head(adapted, setting, place, keep=True)
+    assert len(asked) == 3 * 7
+    losses, _ = head(BATCHES["rows"], "cpu")
+    losses.mean().backward()
+    assert len(asked) == 3 * 7
 
 
 def test_a_norm_of_another_kind_stays(base: Any) -> None:

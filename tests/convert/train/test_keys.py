@@ -19,7 +19,7 @@ from convert.config import TrainConfig
 from convert.data import prepare
 from convert.data.encode import Sample
 from convert.model import chat_format, hf_folder, hub, lora_adapter
-from convert.train import cuda_graphs, distributed, finetune, load_model
+from convert.train import cuda_graphs, distributed, finetune, load_model, memory_estimate
 from edge.artefact import manifest
 from edge.errors import ExistsError, InputError, UsageError
 from tests.support.runs import configure
@@ -70,6 +70,24 @@ def test_the_attention_is_the_one_that_is_named(made: Made) -> None:
         job = finetune.Run.begin(made(name, flash_attn=name), overwrite=False, console=QUIET, again="")
         job.load()
         assert job.model.config._attn_implementation == attention
+
+
+@pytest.mark.slow
+def test_what_is_dequantised_once_trains_the_same_adapter(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, room = [], 2**40
+    for kept in (True, False):
+        monkeypatch.setattr(memory_estimate, "free", lambda _, room=room: room)
+        config = made(f"kept {kept}", quantization_bit=4)
+        job = finetune.Run.begin(config, overwrite=False, console=QUIET, again="")
+        job.load()
+        job.build_objective()
+        layer = job.model.get_base_model().model.layers[0].mlp.up_proj
+        assert any(isinstance(one, torch.Tensor) for one in layer.forward.args) == kept
+        found.append(weights(config))
+        room = job.need.total  # leaves nothing beside the copies
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow

@@ -107,6 +107,28 @@ def test_t12_refused_before_the_first_step_with_what_fits(base, monkeypatch):
         check()
 
 
+def test_weights_in_4_bits_are_dequantised_once_where_that_leaves_room(base, monkeypatch):
+    data, bytes_once = rows(20, 30), 4 * 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128)
+    before = estimated(base, data, four_bit=True, quantization_bit=4)
+
+    def kept(room, *, dtype=torch.float32, alone=True, **changes):
+        monkeypatch.setattr(memory_estimate, "free", lambda _: room)
+        console, place = Console(record=True, width=200), load_model.Place("cpu", dtype, True)
+        setting = config(base, quantization_bit=4, **changes)
+        need = memory_estimate.check(base, setting, data, place, console=console, alone=alone)
+        assert ("dequantised once" in console.export_text()) == (need.kept > 0)
+        return need
+
+    needs = [kept(before.total + 2 * bytes_once), kept(before.total + 2 * bytes_once - 1)]
+    assert [need.kept for need in needs] == [bytes_once, 0]
+    assert [need.total - before.total for need in needs] == [bytes_once, 0]
+    # What is not computed with in place has no use of them; several processes share the memory.
+    much = 10 * before.total
+    assert kept(much).kept == bytes_once
+    others = [kept(much, alone=False), kept(much, dtype=torch.bfloat16), kept(much, lora_dropout=0.5)]
+    assert [need.kept for need in (*others, kept(much, flash_attn="disabled"))] == [0] * 4
+
+
 def changes_of(message, changes):
     """The settings that a refusal proposes."""
     words = message.split("this fits: ")[1].split(";")[0]
