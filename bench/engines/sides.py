@@ -219,8 +219,9 @@ class OpenVINO:
                 return answer
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().decode("utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
-        raise EdgeError(f"{self.name} ended with code {code}", "\n    ".join([" ".join(self._command), *said]))
+        said = self._errors.read().decode("utf-8", errors="replace").strip().splitlines()
+        hint = "\n    ".join([" ".join(self._command), *said[-_LAST_LINES:]])
+        raise EdgeError(f"{self.name} ended with code {code}", hint)
 
 
 class Transformers:
