@@ -7,6 +7,7 @@ and not for the products.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ def fuse(model: Any, *, keep: bool = False) -> None:
     """
     for module in model.modules():
         if _is_plain(module):
-            kept = _dequantised(module.get_base_layer()) if keep else None
-            module.forward = functools.partial(_adapted, module, module.forward, kept)
+            layer = module.get_base_layer()
+            base = _Base(layer, _dequantised(layer) if keep else None)
+            module.forward = functools.partial(_adapted, module, module.forward, base)
         elif hasattr(module, "variance_epsilon") and _is_rms_norm(module):
             module.forward = functools.partial(_normed, module)
 
@@ -48,15 +50,26 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-def _adapted(module: Any, forward: Any, kept: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """forward: peft's own, for what the fused one does not know. kept: the weight, where it is kept."""
+@dataclass(frozen=True)
+class _Base:
+    """A layer under its adapter. kept: its weight, where that is dequantised once."""
+
+    layer: Any
+    kept: torch.Tensor | None
+
+    def weight(self) -> Any:
+        """(out, in): what the layer computes with."""
+        return _dequantised(self.layer) if self.kept is None else self.kept
+
+
+def _adapted(module: Any, forward: Any, base: _Base, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """forward: peft's own, for what the fused one does not know."""
     (name,) = module.lora_A
-    base = module.get_base_layer()
     unfused = module.disable_adapters or module.merged or not module.training or bool(args) or bool(kwargs)
-    if unfused or x.dtype != _dtype(base):
+    if unfused or x.dtype != _dtype(base.layer):
         return forward(x, *args, **kwargs)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return AdaptedLinear.apply(x, base, kept, a, b, module.scaling[name])
+    return AdaptedLinear.apply(x, base, a, b, module.scaling[name])
 
 
 def _dtype(base: Any) -> torch.dtype:
@@ -66,7 +79,7 @@ def _dtype(base: Any) -> torch.dtype:
 
 
 def _dequantised(base: Any) -> Any:
-    """(out, in): the weight that a layer computes with."""
+    """(out, in): a layer's weight, out of its 4 bits where it has those."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return base.weight.data
@@ -79,19 +92,19 @@ class AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]
     """x W' + bias + scaling (x A') B', the last added to the first in place.
 
     x: (..., in); A: (rank, in) and B: (out, rank) in float32, computed with in x's type. W (and bias) are
-    those of `base`, without gradients: W is `kept`, or dequantised for each product.
+    those of `base`, without gradients.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, base: Any, kept: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any, x: torch.Tensor, base: _Base, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> Any:
         flat = x.reshape(-1, x.shape[-1])
-        out = functional.linear(flat, _dequantised(base) if kept is None else kept, base.bias)
+        out = functional.linear(flat, base.weight(), base.layer.bias)
         low = flat @ a.to(x.dtype).T
         out.addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(flat, low, a, b)
-        ctx.base, ctx.kept, ctx.scaling = base, kept, scaling
+        ctx.base, ctx.scaling = base, scaling
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -102,10 +115,10 @@ class AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]
         of_b = (slope.T @ low).to(b.dtype).mul_(ctx.scaling)
         of_a = (down.T @ flat).to(a.dtype)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, of_a, of_b, None
-        of_x = slope @ (_dequantised(ctx.base) if ctx.kept is None else ctx.kept)
+            return None, None, of_a, of_b, None
+        of_x = slope @ ctx.base.weight()
         of_x.addmm_(down, a.to(slope.dtype))
-        return of_x.view(*gradients[0].shape[:-1], of_x.shape[-1]), None, None, of_a, of_b, None
+        return of_x.view(*gradients[0].shape[:-1], of_x.shape[-1]), None, of_a, of_b, None
 
 
 def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:
