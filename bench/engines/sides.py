@@ -19,7 +19,7 @@ from bench.measure import workloads
 from bench.measure.load import Dialect, closed_loop
 from bench.measure.metrics import Sample, token_rate
 from bench.servers import genai_loop
-from bench.servers.target import Running
+from bench.servers.target import Running, last_lines
 from edge.backends.base import Backend
 from edge.engine import protocol as msg
 from edge.engine.core import Engine
@@ -219,8 +219,8 @@ class OpenVINO:
                 return answer
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().decode("utf-8", errors="replace").strip().splitlines()
-        hint = "\n    ".join([" ".join(self._command), *said[-_LAST_LINES:]])
+        said = last_lines(self._errors.read(), _LAST_LINES)
+        hint = "\n    ".join([" ".join(self._command), *said])
         raise EdgeError(f"{self.name} ended with code {code}", hint)
 
 

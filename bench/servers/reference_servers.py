@@ -21,7 +21,7 @@ from rich.console import Console
 
 from bench.measure.load import Dialect, Part
 from bench.measure.workloads import Job
-from bench.servers.target import Target
+from bench.servers.target import Target, last_lines
 from edge.artefact.gguf_shards import read_whole
 from edge.console import guarded
 from edge.errors import EdgeError
@@ -100,8 +100,8 @@ def _run(command: list[str]) -> None:
         [program, *command[1:]], capture_output=True, check=False, env={**os.environ, "PATH": path}
     )
     if done.returncode != 0:
-        tail = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()[-15:]
-        raise EdgeError(f"{command[0]} failed", "\n  ".join(tail))
+        said = last_lines(done.stdout + done.stderr, 15)
+        raise EdgeError(f"{command[0]} failed", "\n  ".join(said))
 
 
 class LlamaServer(Dialect):

@@ -116,8 +116,12 @@ class Running:
     def log_tail(self) -> str:
         if self.process is None:
             return "(it was started elsewhere)"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
-        return "\n    ".join(lines[-_LOG_LINES:])
+        return "\n    ".join(last_lines(self.log.read_bytes(), _LOG_LINES))
+
+
+def last_lines(written: bytes, count: int) -> list[str]:
+    """The end of what a program wrote."""
+    return written.decode("utf-8", "replace").strip().splitlines()[-count:]
 
 
 @contextlib.contextmanager

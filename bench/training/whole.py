@@ -26,6 +26,7 @@ import yaml
 
 from bench.measure import metrics
 from bench.measure.process_probe import noise, warnings
+from bench.servers.target import last_lines
 from convert.config import load_train_config, recorded
 from edge.artefact import manifest
 from edge.console import guarded
@@ -63,7 +64,7 @@ def once(command: list[str], keys: dict[str, Any], folder: Path) -> dict[str, An
     seconds = time.perf_counter() - began
     states = [*out.rglob("trainer_state.json")]
     if done.returncode or not states or not [*out.rglob("adapter_model.safetensors")]:
-        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()[-6:]
+        said = last_lines(done.stderr or done.stdout, 6)
         raise EdgeError(f"{shlex.join(command)} trained no adapter", "\n  ".join(said))
     state = json.loads(states[0].read_text(encoding="utf-8"))
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
