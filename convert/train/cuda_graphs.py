@@ -174,11 +174,11 @@ def head(
     if place.device != "cuda" or config.whole:
         if config.enable_liger_kernel:
             use_liger(model, place)
-        if place.device == "mps" or config.whole or usable(model, config, place):
-            return LossHead(model, autocast=half), ""
-        if place.dtype == torch.float32 and not sharded:
+        if place.dtype == torch.float32 and likely(config, place) and not sharded:
             # In 16 bits an adapter computes in float32 on a CPU, which the fused layer does not.
             fuse(model, keep=keep)
+        if place.device == "mps" or config.whole or usable(model, config, place):
+            return LossHead(model, autocast=half), ""
         return LossHead(model, autocast=half, body=Body(model, place.device, autocast=half)), ""
     # All on one stream, for each keeps its workspaces; and the default stream cannot be captured.
     torch.cuda.set_stream(torch.cuda.Stream())

@@ -204,6 +204,17 @@ def test_kept_weights_are_dequantised_no_more(base: Any, monkeypatch: pytest.Mon
     assert len(asked) == 3 * 7
 
 
+def test_what_is_said_to_be_kept_is_kept_where_rows_are_padded_too(base: Any) -> None:
+    """Whether rows can be joined shows only when the model is there, after its memory was estimated."""
+    place, setting = load_model.Place("cpu", torch.float32, True), config()
+    adapted = adapter(base, place, setting, cuda_graphs.attention_name(setting, place, longest=70))
+    adapted.config.attn_logit_softcapping = 50.0
+    assert cuda_graphs.usable(adapted, setting, place)
+    cuda_graphs.head(adapted, setting, place, keep=True)
+    layer = adapted.get_base_model().model.layers[0].mlp.up_proj
+    assert layer.forward.args[-1].kept is not None
+
+
 def test_a_norm_of_another_kind_stays(base: Any) -> None:
     adapted = adapter(base, load_model.Place("cpu", torch.float32, False), config(quantization_bit=None))
     norm = adapted.get_base_model().model.norm
