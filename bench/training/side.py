@@ -170,9 +170,8 @@ def train(side: str, run: Run, course: Course) -> None:
     """Load the base of a run, put its adapter over it and train, as the side does."""
     if side == "plain":
         return _plain(run, course)
-    run.load()
-    run.build_objective()
-    run.resume()
+    from convert.train import cuda_graphs
+
     before = 0
 
     def report(state: Any) -> None:
@@ -180,8 +179,12 @@ def train(side: str, run: Run, course: Course) -> None:
         course.step(state.loss, state.tokens - before)
         before = state.tokens
 
-    course.begin()
-    run.loop.run(report)
+    run.load()
+    with cuda_graphs.own_stream(run.place):
+        run.build_objective()
+        run.resume()
+        course.begin()
+        run.loop.run(report)
 
 
 def _plain(run: Run, course: Course) -> None:

@@ -9,6 +9,8 @@ batch.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -168,7 +170,8 @@ def head(
     passes: bytes that a forward and backward pass needs; a graph keeps them, beside those of a batch of a new
     size. sharded: the weights are, see `convert.train.fsdp`. keep: on a CPU, weights in 4 bits are
     dequantised once. The model has the attention `attention_name`.
-    On a GPU an adapted model's embeddings go to the system's memory if they can.
+    On a GPU an adapted model's embeddings go to the system's memory if they can, and this and all passes are
+    called within `own_stream`.
     """
     half = autocast(config, place)
     if place.device != "cuda" or config.whole:
@@ -180,8 +183,6 @@ def head(
         if place.device == "mps" or config.whole or usable(model, config, place):
             return LossHead(model, autocast=half), ""
         return LossHead(model, autocast=half, body=Body(model, place.device, autocast=half)), ""
-    # All on one stream, for each keeps its workspaces; and the default stream cannot be captured.
-    torch.cuda.set_stream(torch.cuda.Stream())
     if keeps_embeddings_off(model, place):
         keep_embeddings_off(model)
     if why := usable(model, config, place):
@@ -201,6 +202,26 @@ def head(
         # Its gates read out of bounds over padding-free rows (seen on an H100).
         how += "; in place of liger-kernel's layers, which gain less"
     return LossHead(model, autocast=half, body=body), f"rows are padding-free, {how}"
+
+
+@contextlib.contextmanager
+def own_stream(place: Place) -> Iterator[None]:
+    """Training's own stream of a CUDA GPU, for the time of the block; elsewhere nothing.
+
+    All of training is on one stream, for each keeps its workspaces; and the default one cannot be captured.
+    Models are loaded before: bitsandbytes quantises on the default stream, whichever is current, without
+    waiting for the copy of what it quantises.
+    """
+    if place.device != "cuda":
+        yield
+        return
+    own, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    own.wait_stream(before)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        before.wait_stream(own)
 
 
 def size(tokens: int) -> int:

@@ -95,10 +95,11 @@ def run(
             job = Run.begin(config, overwrite=overwrite, console=console, again=again, world=world)
             with trainer.out_of_memory(job.config):
                 job.load()
-                job.build_objective()
-                job.resume()
-                job.fit()
-                return job.publish()
+                with cuda_graphs.own_stream(job.place):
+                    job.build_objective()
+                    job.resume()
+                    job.fit()
+                    return job.publish()
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -162,10 +163,10 @@ def _plan(job: Run, measure: bool) -> dict[str, Any]:
 class Run:
     """One training run: what it is made from, and what its steps build from that.
 
-    `begin` reads and checks everything but the weights. Then, in this order: load, build_objective, resume,
-    fit, publish. resumed: the checkpoint to resume from. given: the configuration that `start` makes the base
-    of. need: the memory that is estimated. quantized: names of the layers in 4 or 8 bits. pissa: the adapter
-    as PiSSA initialised it.
+    `begin` reads and checks everything but the weights. Then, in this order: load; and within
+    `cuda_graphs.own_stream` build_objective, resume, fit, publish. resumed: the checkpoint to resume from.
+    given: the configuration that `start` makes the base of. need: the memory that is estimated. quantized:
+    names of the layers in 4 or 8 bits. pissa: the adapter as PiSSA initialised it.
     """
 
     config: TrainConfig
@@ -453,17 +454,18 @@ class Run:
         config = replace(self.config, max_steps=time_estimate.TRIED)
         self.data = replace(self.data, train=time_estimate.sample(config, self.data.train), held=[])
         self.load()
-        self.build_objective()
-        loop = trainer.Loop(
-            self.model,
-            self.data.train,
-            config,
-            device=self.place.device,
-            dtype=self.place.dtype,
-            objective=self.objective,
-            world=self.world,
-        )
-        return time_estimate.tried(loop)
+        with cuda_graphs.own_stream(self.place):
+            self.build_objective()
+            loop = trainer.Loop(
+                self.model,
+                self.data.train,
+                config,
+                device=self.place.device,
+                dtype=self.place.dtype,
+                objective=self.objective,
+                world=self.world,
+            )
+            return time_estimate.tried(loop)
 
     def resume(self) -> None:
         """Make the training loop, and bring it to where the checkpoint was; else remove older checkpoints.

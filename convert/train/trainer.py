@@ -340,10 +340,25 @@ def _optimizer(parameters: list[dict[str, Any]], config: TrainConfig, device: st
             raise UnavailableError(
                 f"optim: paged_adamw_8bit needs CUDA, training runs on {device}", "optim: adamw_torch"
             )
-        import bitsandbytes
-
-        return bitsandbytes.optim.PagedAdamW8bit(parameters, **how)
+        return _paged_adamw_8bit()(parameters, **how)
     return torch.optim.AdamW(parameters, fused=device != "mps", **how)
+
+
+def _paged_adamw_8bit() -> Any:
+    """bitsandbytes' optimizer, in order with what comes before and after a step on the current stream."""
+    import bitsandbytes
+
+    class PagedAdamW8bit(bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            # It launches kernels on the default stream, whichever is current; state is made there too.
+            own, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+            default.wait_stream(own)
+            with torch.cuda.stream(default):
+                loss = super().step(closure)
+            own.wait_stream(default)
+            return loss
+
+    return PagedAdamW8bit
 
 
 def flattened(parameters: list[Any]) -> list[Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from array import array
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -246,20 +247,21 @@ def test_recorded_passes_give_what_padded_rows_do(base: Any, kind: str) -> None:
     setting = config()
     adapted, place = on_card(base, setting)
     whole = trainer.flattened([one for one in adapted.parameters() if one.requires_grad])[0]
-    head, said = cuda_graphs.head(adapted, setting, place)
-    assert "rows are padding-free, passes are captured" in said
-    assert adapted.get_input_embeddings().weight.device.type == "cpu"
-    plain = LossHead(adapted, autocast=load_model.autocast(setting, place))
-    found = []
-    # As they come, recorded, replayed; and a batch of another size between, to write over what is not kept.
-    for one in (plain, head, head, head, head):
-        whole.grad.zero_()
-        losses, _ = one(BATCHES[kind], "cuda")
-        losses.mean().backward()
-        found.append((losses.detach().clone(), whole.grad.clone()))
-        if one is head:
-            other, _ = head([sample(200, at=7)], "cuda")
-            other.mean().backward()
+    with cuda_graphs.own_stream(place):
+        head, said = cuda_graphs.head(adapted, setting, place)
+        assert "rows are padding-free, passes are captured" in said
+        assert adapted.get_input_embeddings().weight.device.type == "cpu"
+        plain = LossHead(adapted, autocast=load_model.autocast(setting, place))
+        found = []
+        # As they come, recorded, replayed; a batch of another size between writes over what is not kept.
+        for one in (plain, head, head, head, head):
+            whole.grad.zero_()
+            losses, _ = one(BATCHES[kind], "cuda")
+            losses.mean().backward()
+            found.append((losses.detach().clone(), whole.grad.clone()))
+            if one is head:
+                other, _ = head([sample(200, at=7)], "cuda")
+                other.mean().backward()
     for losses, slope in found[1:]:
         torch.testing.assert_close(losses, found[0][0], atol=0.05, rtol=0.02)
         assert torch.nn.functional.cosine_similarity(slope, found[0][1], 0) > 0.995
@@ -277,19 +279,44 @@ def test_a_run_goes_the_way_of_one_that_is_not_recorded(base: Any, optim: str) -
     for record in (False, True):
         setting = config(optim=optim)
         adapted, place = on_card(base, setting)
-        if record:
-            head, _ = cuda_graphs.head(adapted, setting, place)
-        else:
-            body = cuda_graphs.Body(
-                adapted, "cuda", autocast=load_model.autocast(setting, place), capture=False
-            )
-            head = LossHead(adapted, autocast=load_model.autocast(setting, place), body=body)
         losses: list[float] = []
-        runner = trainer.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)
-        runner.run(lambda state, losses=losses: losses.append(state.loss))
+        with cuda_graphs.own_stream(place):
+            if record:
+                head, _ = cuda_graphs.head(adapted, setting, place)
+            else:
+                body = cuda_graphs.Body(
+                    adapted, "cuda", autocast=load_model.autocast(setting, place), capture=False
+                )
+                head = LossHead(adapted, autocast=load_model.autocast(setting, place), body=body)
+            runner = trainer.Loop(adapted, rows, setting, device="cuda", dtype=place.dtype, objective=head)
+            runner.run(lambda state, losses=losses: losses.append(state.loss))
         ways.append(losses)
     assert ways[1] == pytest.approx(ways[0], rel=0.01)
     assert ways[0][-1] < ways[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("card")
+def test_a_paged_optimizers_step_comes_after_what_was_begun_before_it() -> None:
+    """bitsandbytes launches it on the default stream, which waits for no other by itself."""
+    found, setting, objective = [], config(optim="paged_adamw_8bit"), mock.Mock()
+    how = {"device": "cuda", "dtype": torch.bfloat16, "objective": objective}
+    for late in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(512, 512, device="cuda")
+        with cuda_graphs.own_stream(load_model.Place("cuda", torch.bfloat16, True)):
+            runner = trainer.Loop(layer, [sample(20)], setting, **how)
+            for slope in (1.0, -2.0, 3.0):
+                if late:
+                    torch.cuda._sleep(10**8)  # cycles
+                for one in runner.parameters:
+                    one.grad.copy_(torch.linspace(-slope, slope, one.numel(), device="cuda"))
+                if not late:
+                    torch.cuda.synchronize()
+                runner.optimizer.step()
+            found.append([one.detach().clone() for one in runner.parameters])
+    for late, want in zip(*reversed(found), strict=True):
+        assert torch.equal(late, want)
 
 
 @pytest.mark.gpu
@@ -301,7 +328,8 @@ def test_liger_is_left_out_where_its_kernels_would_be_slower_and_taken_elsewhere
     monkeypatch.setattr(cuda_graphs, "use_liger", lambda *given: asked.append(given))
     setting = config(enable_liger_kernel=True)
     adapted, place = on_card(base, setting)
-    assert "in place of liger-kernel's layers" in cuda_graphs.head(adapted, setting, place)[1]
+    with cuda_graphs.own_stream(place):
+        assert "in place of liger-kernel's layers" in cuda_graphs.head(adapted, setting, place)[1]
     assert not asked
     setting = dataclasses.replace(setting, neftune_noise_alpha=5.0)
     assert "padded" in cuda_graphs.head(adapted, setting, place)[1]

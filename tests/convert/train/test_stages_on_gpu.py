@@ -63,6 +63,8 @@ def test_a_gpu_trains_as_the_processor_does(tmp_path: Path, base: Path, way: str
     changes = WAYS[way]
     gpu = losses(tmp_path / "gpu", base, use_cpu=False, **changes)
     processor = losses(tmp_path / "processor", base, use_cpu=True, **changes)
+    # What is loaded next is quantised on the default stream.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert len(gpu) == 6
     assert gpu == pytest.approx(processor, rel=0.03)
     if changes.get("finetuning_type", "lora") == "lora":
