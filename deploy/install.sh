@@ -24,7 +24,8 @@ fi
 rm -f /root/.cache/edge/wheels/*.pid
 portable=--portable
 [ "$LLAMA_CPU" = portable ] || portable=
-/opt/edge/bin/python -m edge.machine.build_llamacpp $portable ${CUDA:+--cuda}
+/opt/edge/bin/python -m edge.machine.build_llamacpp $portable ${CUDA:+--cuda} \
+    ${CUDA_ARCHITECTURES:+"--cuda-architectures=$CUDA_ARCHITECTURES"}
 # llama.cpp's converter, which exports run, comes along; the build's own tools stay behind.
 case $1 in *train*)
     sdist=$(/opt/edge/bin/python -c 'from edge.machine.llamacpp_source import sdist; print(sdist())')

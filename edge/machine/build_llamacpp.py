@@ -152,15 +152,20 @@ def nvcc(*, gpu: bool = True) -> tuple[str, str]:
         )
     if gpu and not hardware.gpus():
         raise UnavailableError(
-            "--cuda: `nvidia-smi` shows no GPU", f"install NVIDIA's driver, or build for the CPU: {BUILD}"
+            "--cuda: `nvidia-smi` shows no GPU",
+            "install NVIDIA's driver, say what is built for with --cuda-architectures, "
+            f"or build for the CPU: {BUILD}",
         )
     return path, hardware.command_output([path, "--version"])
 
 
-def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Plan:
+def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False, architectures: str = "") -> Plan:
     """The build that fits this machine, or all like it. `amx` False switches those instructions off.
 
-    Raises UnavailableError without a compiler, or for a `portable` build on an architecture that has none.
+    architectures: compute capabilities that a CUDA build is for, as "8.6,8.9"; "": those of this machine's
+    GPUs, or where it is portable all that llama.cpp names.
+    Raises UnavailableError without a compiler, or for a `portable` build on an architecture that has none;
+    UsageError for what is no compute capability.
     """
     tool = compiler()
     defines = dict.fromkeys(OFF, "OFF") | {"GGML_NATIVE": "OFF" if portable else "ON"}
@@ -176,11 +181,14 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Pla
         defines["GGML_METAL"] = "ON" if hardware.apple_gpu() else "OFF"
     cuda_version = ""
     if cuda:
-        path, cuda_version = nvcc(gpu=False) if portable else nvcc()
+        elsewhere = portable or bool(architectures)
+        path, cuda_version = nvcc(gpu=not elsewhere)
         defines |= {"GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": path}
-        if portable:
+        if elsewhere:
             # Virtual memory needs the driver's library, which is not there before the image runs.
             defines["GGML_CUDA_NO_VMM"] = "ON"
+        if architectures:
+            defines["CMAKE_CUDA_ARCHITECTURES"] = _cmake_architectures(architectures)
     cxx_flags = ""
     if tool.kind == "gcc" and kind in ("x86_64", "AMD64"):
         cxx_flags = "include-header" if amx else NO_AMX
@@ -189,7 +197,7 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Pla
         "defines": defines,
         "cxx_flags": cxx_flags,
         "compiler": [tool.kind, tool.version],
-        "cuda": [cuda_version, *([] if portable else gpu_keys())] if cuda else [],
+        "cuda": [cuda_version, *([] if portable or architectures else gpu_keys())] if cuda else [],
         "platform": [sys.platform, kind],
         "cpu": cpus or cpu_key(),
     }
@@ -201,6 +209,18 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False) -> Pla
 
     ours = (path for path in CSRC.iterdir() if path.is_file())
     return Plan(defines, cxx_flags, key(ours), key([HEADER]), tool, cpus)
+
+
+def _cmake_architectures(text: str) -> str:
+    """CMake's list of compute capabilities that are written as `nvidia-smi` does ("8.6"), or without dots."""
+    names = re.split(r"[,; ]+", text.strip())
+    wrong = [name for name in names if not re.fullmatch(r"\d{1,2}\.?\d", name)]
+    if wrong:
+        raise UsageError(
+            f"--cuda-architectures {text}: {wrong[0]!r} is no compute capability",
+            "as 8.6,8.9; `nvidia-smi --query-gpu=compute_cap --format=csv` says a GPU's",
+        )
+    return ";".join(name.replace(".", "") for name in names)
 
 
 def gpu_keys() -> list[str]:
@@ -432,22 +452,27 @@ def probe() -> Probe:
 
 
 def install(
-    *, cuda: bool = False, force: bool = False, portable: bool = False, console: Console | None = None
+    *,
+    cuda: bool = False,
+    force: bool = False,
+    portable: bool = False,
+    architectures: str = "",
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Bring llama.cpp into this Python and check it. Returns `build_info()`.
 
     The library that LLAMA_CPP_LIB_PATH names; a build for this machine, or its wheel from the cache; a stock
     wheel, unless `cuda` or `portable` was asked for. Raises NoCompilerError where there is neither a compiler
     nor a stock wheel, EdgeError where a build fails and there is no stock wheel either, UsageError where the
-    library cannot be taken, UnavailableError where `cuda` was asked for and the GPU does not decode; a
-    `portable` build is checked on the CPU alone.
+    library cannot be taken, UnavailableError where `cuda` was asked for and the GPU does not decode; a build
+    that is `portable`, or for given `architectures`, is checked on the CPU alone.
     """
     console = console or plain_console()
     if folder := stock_llamacpp.library_folder():
         stock_llamacpp.check_library(folder)
         return _install_library(folder, force, console)
     try:
-        return _install_build(cuda, force, console, portable=portable)
+        return _install_build(cuda, force, console, portable=portable, architectures=architectures)
     except EdgeError as error:
         if cuda or portable:
             raise
@@ -501,13 +526,16 @@ def _record_stock(name: str, outcome: dict[str, str], console: Console) -> dict[
     return _record(facts | {"cuda": gpu, "notes": notes}, outcome, console)
 
 
-def _install_build(cuda: bool, force: bool, console: Console, *, portable: bool) -> dict[str, Any]:
+def _install_build(
+    cuda: bool, force: bool, console: Console, *, portable: bool, architectures: str
+) -> dict[str, Any]:
     """Build (or take from the cache), install, check.
 
     A build that dies with repacked weights is replaced by one without AMX where the CPU has it, or limited to
     ordinary buffers; `notes` says so.
     """
-    wanted, check_gpu = plan(cuda=cuda, portable=portable), cuda and not portable
+    wanted = plan(cuda=cuda, portable=portable, architectures=architectures)
+    check_gpu = cuda and not portable and not architectures
     info = build_info()
     if not force and info.get("wanted") == wanted.key:
         console.print(
@@ -520,8 +548,8 @@ def _install_build(cuda: bool, force: bool, console: Console, *, portable: bool)
         notes.append(f"the default build failed its check: {outcome}")
         if "amx_tile" in hardware.cpu_flags() and not portable and chosen.compiler.kind == "gcc":
             console.print(f"llama.cpp: the check failed ({outcome}); building without AMX", style="yellow")
-            chosen = plan(cuda=cuda, amx=False)
-            outcome = _install_and_check(wheel(chosen, console), cuda)
+            chosen = plan(cuda=cuda, amx=False, architectures=architectures)
+            outcome = _install_and_check(wheel(chosen, console), check_gpu)
             notes.append("AMX is switched off: reading prompts is several times slower than it could be")
     if outcome["plain"] != "ok":
         raise UnavailableError(
@@ -589,17 +617,30 @@ def _check_all(*, gpu: bool = False) -> dict[str, str]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=BUILD, description=__doc__)
     parser.add_argument("--cuda", action="store_true", help="for an NVIDIA GPU (needs nvcc)")
+    parser.add_argument(
+        "--cuda-architectures",
+        metavar="LIST",
+        default="",
+        help="which GPUs --cuda builds for, as 8.6,8.9 (default: those here; with --portable all)",
+    )
     parser.add_argument("--force", action="store_true", help="build again, whatever the cache holds")
     parser.add_argument("--portable", action="store_true", help="for machines like it, not for it alone")
     parser.add_argument("--wheel", action="store_true", help="make the wheel, and install nothing")
     add_progress_option(parser)
     options = parser.parse_args(argv)
+    if options.cuda_architectures and not options.cuda:
+        raise UsageError("--cuda-architectures is for a build with --cuda", "add --cuda, or leave it out")
+    kind = {
+        "cuda": options.cuda,
+        "portable": options.portable,
+        "architectures": options.cuda_architectures,
+    }
     if options.wheel:
-        wanted = plan(cuda=options.cuda, portable=options.portable)
+        wanted = plan(**kind)
         if not stock_llamacpp.library_folder() and build_info().get("wanted") != wanted.key:
             wheel(wanted, plain_console(), force=options.force)
         return 0
-    install(cuda=options.cuda, force=options.force, portable=options.portable)
+    install(force=options.force, **kind)
     return 0
 
 

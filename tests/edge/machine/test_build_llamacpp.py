@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from edge import setup
-from edge.errors import InputError, UnavailableError
+from edge.errors import InputError, UnavailableError, UsageError
 from edge.machine import build_llamacpp, hardware, llamacpp_source
 from edge.machine.build_llamacpp import Compiler
 
@@ -73,7 +73,7 @@ def test_key_follows_all_that_shapes_the_binary(monkeypatch: pytest.MonkeyPatch)
     keys.add(build_llamacpp.plan().key)
     monkeypatch.setattr(build_llamacpp, "compiler", lambda: Compiler("gcc", "c++ 13.1.0"))
     keys.add(build_llamacpp.plan().key)
-    monkeypatch.setattr(build_llamacpp, "nvcc", lambda: ("/cuda/bin/nvcc", "release 12.9"))
+    monkeypatch.setattr(build_llamacpp, "nvcc", lambda gpu=True: ("/cuda/bin/nvcc", "release 12.9"))
     cuda = build_llamacpp.plan(cuda=True)
     assert cuda.defines["GGML_CUDA"] == "ON" and cuda.defines["CMAKE_CUDA_COMPILER"] == "/cuda/bin/nvcc"
     keys.add(cuda.key)
@@ -95,6 +95,28 @@ def test_a_portable_build_depends_on_no_cpu_and_no_gpu(monkeypatch: pytest.Monke
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(UnavailableError, match="--portable: no build is known for riscv64"):
         build_llamacpp.plan(portable=True)
+
+
+@pytest.mark.usefixtures("gcc_on_x86")
+def test_a_build_for_named_gpus_needs_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(build_llamacpp, "nvcc", lambda gpu=True: asked.append(gpu) or ("nvcc", "13.0"))
+    named = build_llamacpp.plan(cuda=True, architectures="8.6, 89,12.0")
+    assert named.defines["CMAKE_CUDA_ARCHITECTURES"] == "86;89;120" and asked == [False]
+    assert named.defines["GGML_NATIVE"] == "ON" and named.defines["GGML_CUDA_NO_VMM"] == "ON"
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.GPU(0, "RTX", 0, 0, "576", "8.9", "12.9")])
+    assert build_llamacpp.plan(cuda=True, architectures="8.6,89,120").key == named.key
+    assert build_llamacpp.plan(cuda=True, portable=True, architectures="8.6").key != named.key
+
+
+@pytest.mark.usefixtures("gcc_on_x86")
+@pytest.mark.parametrize("text", ["rtx", "8.6,", "sm_86", "8,6"])
+def test_what_is_no_compute_capability_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(build_llamacpp, "nvcc", lambda gpu=True: ("nvcc", "13.0"))
+    with pytest.raises(UsageError, match="is no compute capability"):
+        build_llamacpp.plan(cuda=True, architectures=text)
+    with pytest.raises(UsageError, match="for a build with --cuda"):
+        build_llamacpp.main(["--cuda-architectures", text])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX compilers")
