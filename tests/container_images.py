@@ -4,9 +4,9 @@
 
 Needs root, buildah and debootstrap, and no registry: the base is made by debootstrap. Containers run in
 chroots (buildah's chroot isolation), so their network is this machine's: a port that compose.yaml would map
-is asked as it is. pip's settings are this machine's, mounted while packages are installed; TORCH_INDEX_URL is
-as in deploy/.env. It takes half an hour on two cores and 15 GB in FOLDER, which is removed at the end: no
-suite runs it.
+is asked as it is. Where a Docker daemon answers, compose.yaml is started too, by `tests.container_compose`.
+pip's settings are this machine's, mounted while packages are installed; TORCH_INDEX_URL is as in deploy/.env.
+It takes half an hour on two cores and 15 GB in FOLDER, which is removed at the end: no suite runs it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from edge.machine.hardware import free_port
-from tests.support.runs import ROWS
+from tests import container_compose
+from tests.support.containers import START_A_JOB, ask, say, write_run
 
 SOURCES = Path(__file__).parents[1]
 BASE = "localhost/edge-test-base"
@@ -40,15 +38,6 @@ USER = 4321
 KEY = "a-key-of-the-test"
 COMPILERS = re.compile(r"(.*-)?(cc|gcc|g\+\+|c\+\+|clang|cc1|cc1plus|as|ld|cmake|ninja|nvcc)(-?[\d.]+)?")
 FOLDERS = {name: f"/work/{name}" for name in ("models", "data", "runs", "jobs")} | {"cache": "/cache"}
-
-
-START_A_JOB = """
-import pathlib, time
-from edge.jobs import job
-started = job.start(pathlib.Path("jobs"), ["sleep", "1000"])
-while started.state != "running":
-    time.sleep(0.1)
-"""
 
 
 class Buildah:
@@ -70,11 +59,6 @@ class Buildah:
         if process.returncode:
             raise SystemExit(f"buildah {words[0]} failed: exit code {process.returncode}")
         return text.strip()
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def make_base(buildah: Buildah) -> None:
@@ -194,22 +178,6 @@ class Container:
             process.wait(timeout=60)
 
 
-def ask(port: int, path: str, body: object = None, *, key: str = "") -> tuple[int, str]:
-    """Status and text of an answer; status 0 where nothing listens."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}",
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    except OSError as error:
-        return 0, str(error)
-
-
 def check_processes(port: int) -> None:
     """Nobody of the server is root, and nothing but the port is open to others."""
     [owner] = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
@@ -273,21 +241,7 @@ def check_serving(container: Container, ui: Container) -> None:
 
 def train(ui: Container) -> None:
     """One step, merged and exported, by the commands that a user types."""
-    data = ui.volumes / "data"
-    (data / "datasets").mkdir()
-    (data / "datasets" / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    (data / "dataset_info.json").write_text('{"rows": {"file_name": "datasets/rows.json"}}', encoding="utf-8")
-    # llama.cpp's converter knows the tokenizers of real models alone.
-    subprocess.run([sys.executable, "-m", "edge.cli", "pull"], cwd=ui.volumes, check=True)
-    config = {
-        "model_name_or_path": "models/smollm2-135m-instruct",
-        "dataset": "rows",
-        "output_dir": "runs/run",
-        "finetuning_type": "lora",
-        "quantization_bit": 4,
-        "max_steps": 1,
-    }
-    (ui.volumes / "runs" / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_run(ui.volumes)
     for path in ui.volumes.rglob("*"):
         os.chown(path, USER, 0, follow_symlinks=False)
     for words in (("train", "runs/run.yaml"), ("merge", "runs/run"), ("export", "gguf", "runs/run")):
@@ -342,6 +296,20 @@ def check_memory(container: Container) -> None:
         group.rmdir()
 
 
+def check_compose(buildah: Buildah) -> None:
+    """compose.yaml with these images, where a Docker daemon can start it."""
+    if not container_compose.daemon():
+        say("compose.yaml: not started, for no Docker daemon answers")
+        return
+    try:
+        for target, name in container_compose.IMAGES.items():
+            buildah("push", "--quiet", f"localhost/edge-{target}", f"docker-daemon:{name}:latest")
+        container_compose.check(buildah.folder / "compose")
+    finally:
+        for name in container_compose.IMAGES.values():
+            subprocess.run(["docker", "rmi", name], capture_output=True, check=False)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path)
@@ -362,6 +330,7 @@ def main(argv: list[str]) -> int:
             check_memory(container)
         check_serving(containers["serve"], containers["ui"])
         check_page(containers["ui"])
+        check_compose(buildah)
     finally:
         for container in containers.values():
             buildah("rm", container.name)

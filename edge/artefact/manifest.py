@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -226,9 +227,20 @@ def publish(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield partial
         assert (partial / FILE).is_file(), "a stage must write its manifest before it publishes"
+        _let_read(partial)
         _swap(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _let_read(folder: Path) -> None:
+    """Give files the rights of `folder`, by the umask: safetensors writes its own for their owner alone."""
+    rights = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        # What is linked is another's too.
+        if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
+            path.chmod(stat.S_IMODE(about.st_mode) | rights)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

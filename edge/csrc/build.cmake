@@ -2,6 +2,10 @@
 
 # The Python binding forces llama.cpp's common library on, which nothing here links to.
 set(LLAMA_BUILD_COMMON OFF)
+# A wheel holds no links, so a library with versions in its name would be in it three times; CUDA's has 60 MB for one GPU.
+if(UNIX AND NOT APPLE)
+    set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON)
+endif()
 
 # Our sources take the place of functions of llama.cpp's; what they do not serve they hand on to these, which get names
 # of their own.

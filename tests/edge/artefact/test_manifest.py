@@ -2,10 +2,14 @@
 
 import json
 import os
+import stat
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from edge import __version__
 from edge.artefact import manifest
@@ -35,6 +39,24 @@ def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
     digests = [manifest.read(tmp_path / name).digest for name in "abcd"]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights of POSIX")
+@pytest.mark.parametrize("rights", [0o755, 0o700, 0o775])
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path: Path, rights: int) -> None:
+    """safetensors writes files that only their owner may read: a server of another user could not."""
+    elsewhere = tmp_path / "linked"
+    elsewhere.write_text("", encoding="utf-8")
+    elsewhere.chmod(0o600)
+    with manifest.publish(tmp_path / "out") as folder:
+        folder.chmod(rights)
+        (folder / "sub").mkdir()
+        save_file({"x": np.zeros(1)}, folder / "sub" / "model.safetensors")
+        os.link(elsewhere, folder / "linked")
+        manifest.write(folder, Manifest(stage="merged", name="n"))
+    found = stat.S_IMODE((tmp_path / "out" / "sub" / "model.safetensors").stat().st_mode)
+    assert found == 0o600 | rights & 0o666
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o600
 
 
 def test_m5_no_old_shard_survives(tmp_path: Path) -> None:
