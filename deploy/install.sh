@@ -10,9 +10,12 @@ print(*project["dependencies"], *extras, sep="\n")
 PYTHON
 python3 -m venv /opt/edge
 /opt/edge/bin/pip install --quiet "pip==$(python3 -c 'from edge.setup import PIP; print(PIP)')"
-index="--extra-index-url $TORCH_INDEX_URL"
-[ -z "$CUDA" ] || index=
-/opt/edge/bin/pip install --quiet $index -c edge/constraints.txt -r "$requirements"
+# First and alone, for PyTorch's index is far from many people, and would be asked for every other package too.
+case $1 in *train*)
+    [ -n "$CUDA" ] ||
+        /opt/edge/bin/pip install --quiet --extra-index-url "$TORCH_INDEX_URL" -c edge/constraints.txt torch
+esac
+/opt/edge/bin/pip install --quiet -c edge/constraints.txt -r "$requirements"
 if [ -n "$CUDA" ]; then
     # The two packages are one folder, and another package may have asked for the CPU's. torch brings the libraries.
     libraries='[cuda,cudnn]'
