@@ -178,7 +178,9 @@ def pins() -> dict[str, str]:
 
 def _packages(gpus: list[hardware.GPU]) -> Iterator[Item]:
     tested = pins()
-    for extra in EXTRAS:
+    # What edge is developed with is of no use without its sources.
+    extras = [extra for extra in EXTRAS if extra != "dev" or source_tree()]
+    for extra in extras:
         try:
             wanted = requirements(extra, own=True)
         except UnavailableError as error:

@@ -141,6 +141,10 @@ def test_packages_missing_and_other_than_tested(
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: False)
         assert item("train").todo.startswith("this environment cannot be written") and item("ui").todo == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "source_tree", lambda: None)
+        names = {row.name for row in doctor.items() if row.group == "packages"}
+        assert "train" in names and "dev" not in names
     monkeypatch.setattr("sys.platform", "win32")
     assert "edge.setup --extras train --cuda" in list(doctor._packages([THE_GPU]))[-1].todo
 
