@@ -99,7 +99,7 @@ class Compose:
     def until(self, what: Callable[[], bool], *, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < deadline, self("logs", "--tail", "60")
+            assert time.monotonic() < deadline, self("logs", "--no-color", "--tail", "60")
             time.sleep(1)
 
 
@@ -135,7 +135,7 @@ def check_before_a_model(compose: Compose) -> None:
     assert "<html" in compose.ask("ui", "/", key="EDGE_API_KEY")[1]
     compose.until(lambda: status(compose) == "waiting", seconds=60)
     assert compose.ask("serve", "/v1/models", key="EDGE_API_KEY")[0] == 503
-    assert "waiting for an export: runs/run is not there yet" in compose("logs", "serve")
+    assert "waiting for an export: runs/run is not there yet" in compose("logs", "--no-color", "serve")
 
 
 def train(compose: Compose, folder: Path) -> None:
@@ -173,8 +173,8 @@ def check_memory(compose: Compose) -> None:
     """A model beyond the container's limit is named with both sizes; it is served when it fits."""
     compose.set(EDGE_MEMORY="200m")
     compose("up", "-d", "--no-build", "serve")
-    compose.until(lambda: "MiB" in compose("logs", "serve"))
-    lines = [line for line in compose("logs", "serve").splitlines() if "MiB" in line]
+    compose.until(lambda: "MiB" in compose("logs", "--no-color", "serve"))
+    lines = [line for line in compose("logs", "--no-color", "serve").splitlines() if "MiB" in line]
     say("   in 200 MiB: " + lines[0].partition("|")[2].strip())
     assert "200 MiB" in lines[0] or "limit" in lines[0], lines
     assert compose.about("serve")["RestartCount"] == 0
