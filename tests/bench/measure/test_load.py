@@ -41,11 +41,11 @@ def test_recovers_the_known_delays() -> None:
     # the reader, so that of several tries one must be right for each figure.
     wrong: list[tuple[float, float, float]] = []
     for _ in range(8):
-        mock = Mock(0.2, 0.02)
+        mock = Mock(1.0, 0.02)  # a hundredth of the first delay is what waking up takes on a busy machine
         samples = drive(mock, clients=4, requests=4)
         assert [s.state for s in samples] == ["ok"] * 4
         asked = [Sample(0, 0, 0, came, events=[(at, 1) for at in sent]) for came, sent in mock.made]
-        assert all(metrics.ttft(s) >= 0.2 for s in asked)
+        assert all(metrics.ttft(s) >= 1.0 for s in asked)
         found, known = (
             [
                 min(figure(s) or 9.0 for s in side)
@@ -220,7 +220,7 @@ def test_request_bytes() -> None:
 @pytest.mark.slow
 def test_sixty_four_streams_of_fifty_tokens_a_second_on_one_core() -> None:
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.mock_server", "0.5", "0.02"],
+        [sys.executable, "-m", "tests.support.mock_server", "1.0", "0.02"],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -240,5 +240,5 @@ def test_sixty_four_streams_of_fifty_tokens_a_second_on_one_core() -> None:
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used < 0.8 * metrics.wall(samples), "the generator would be the bottleneck"
     assert metrics.median([metrics.tpot(s) or 0 for s in samples]) == pytest.approx(0.02, rel=0.02)
-    assert metrics.median([metrics.ttft(s) or 0 for s in samples]) == pytest.approx(0.5, rel=0.1)
+    assert metrics.median([metrics.ttft(s) or 0 for s in samples]) == pytest.approx(1.0, rel=0.1)
     sys.stderr.write(f"{used:.2f} s of processor in {metrics.wall(samples):.2f} s\n")
