@@ -1,7 +1,5 @@
 """deploy/compose.yaml under a Docker daemon, with images that it has: what chroots do not show.
 
-    python -m tests.container_compose FOLDER
-
 Page and server are asked through the ports that compose maps to this machine, with named volumes, health
 checks and memory limits of their own; a run is trained, exported, reloaded, and too large for its limit.
 `tests.container_images` builds the images, loads them as IMAGES and calls this; containers and volumes are
@@ -10,21 +8,20 @@ removed at the end.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
 import json
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from edge.machine.hardware import free_port
-from tests.support.containers import START_A_JOB, ask, say, write_run
+from tests.support.containers import QUESTION, START_A_JOB, ask, say, train_and_export, write_run
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 PROJECT = "edge-image-test"
@@ -33,13 +30,11 @@ SERVICES = ("ui", "serve")
 IMAGES = {service: f"{PROJECT}-{service}" for service in SERVICES}
 
 
-def daemon() -> str:
-    """The version of the Docker daemon, "" where none answers."""
+def daemon() -> bool:
+    """Whether a Docker daemon answers."""
     if not shutil.which("docker"):
-        return ""
-    command = ["docker", "version", "--format", "{{.Server.Version}}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return False
+    return subprocess.run(["docker", "version"], capture_output=True, check=False).returncode == 0
 
 
 def docker(*words: str) -> str:
@@ -144,17 +139,13 @@ def train(compose: Compose, folder: Path) -> None:
     page = compose("ps", "-q", "ui").strip()
     for name in ("models", "data", "runs"):
         docker("cp", f"{folder / name}/.", f"{page}:/work/{name}")
-    for words in (("train", "runs/run.yaml"), ("merge", "runs/run"), ("export", "gguf", "runs/run")):
-        start = time.monotonic()
-        compose("exec", "-T", "ui", "edge", *words)
-        say(f"   edge {' '.join(words)}: {time.monotonic() - start:.0f} s")
+    train_and_export(functools.partial(compose, "exec", "-T", "ui", "edge"))
 
 
 def answers(compose: Compose) -> bool:
     """Whether the server answers a question, through its mapped port, with the key and not without."""
-    body = {"model": "run", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
-    assert compose.ask("serve", "/v1/chat/completions", body)[0] in (0, 401)
-    code, text = compose.ask("serve", "/v1/chat/completions", body, key="EDGE_API_KEY")
+    assert compose.ask("serve", "/v1/chat/completions", QUESTION)[0] in (0, 401)
+    code, text = compose.ask("serve", "/v1/chat/completions", QUESTION, key="EDGE_API_KEY")
     return code == 200 and json.loads(text)["usage"]["completion_tokens"] > 0
 
 
@@ -224,23 +215,3 @@ def check(folder: Path) -> None:
         check_memory(compose)
         check_stop(compose)
         check_refusals(compose)
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(argv).folder.absolute()
-    if folder.exists():
-        parser.error(f"{folder} is there already, and would be removed at the end: give another one")
-    if not daemon():
-        parser.error("no Docker daemon answers")
-    try:
-        check(folder)
-    finally:
-        shutil.rmtree(folder)
-    say("compose.yaml holds")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

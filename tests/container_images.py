@@ -28,7 +28,7 @@ import psutil
 
 from edge.machine.hardware import free_port
 from tests import container_compose
-from tests.support.containers import START_A_JOB, ask, say, write_run
+from tests.support.containers import QUESTION, START_A_JOB, ask, say, train_and_export, write_run
 
 SOURCES = Path(__file__).parents[1]
 BASE = "localhost/edge-test-base"
@@ -231,8 +231,7 @@ def check_serving(container: Container, ui: Container) -> None:
         while ask(port, "/ready", key=KEY)[0] != 200:
             assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
             time.sleep(1)
-        body = {"model": "run", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
-        status, answer = ask(port, "/v1/chat/completions", body, key=KEY)
+        status, answer = ask(port, "/v1/chat/completions", QUESTION, key=KEY)
         assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] > 0, answer
         check_processes(port)
         say(f"   asked at its own port, for a chroot has this machine's network: {answer[:60]}...")
@@ -244,10 +243,7 @@ def train(ui: Container) -> None:
     write_run(ui.volumes)
     for path in ui.volumes.rglob("*"):
         os.chown(path, USER, 0, follow_symlinks=False)
-    for words in (("train", "runs/run.yaml"), ("merge", "runs/run"), ("export", "gguf", "runs/run")):
-        start = time.monotonic()
-        ui.run(*words)
-        say(f"   edge {' '.join(words)}: {time.monotonic() - start:.0f} s")
+    train_and_export(ui.run)
     owners = {path.stat().st_uid for path in (ui.volumes / "runs").rglob("*")}
     assert owners == {USER}, owners
 

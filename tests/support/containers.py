@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -29,6 +31,7 @@ CONFIG = {
     "quantization_bit": 4,
     "max_steps": 1,
 }
+QUESTION = {"model": "run", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
 
 def write_run(folder: Path) -> None:
@@ -41,6 +44,14 @@ def write_run(folder: Path) -> None:
     (folder / "runs" / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     # llama.cpp's converter knows the tokenizers of real models alone.
     subprocess.run([sys.executable, "-m", "edge.cli", "pull"], cwd=folder, check=True)
+
+
+def train_and_export(edge: Callable[..., object]) -> None:
+    """Do so with what `write_run` wrote; `edge` runs the command of its words in a container."""
+    for words in (("train", "runs/run.yaml"), ("merge", "runs/run"), ("export", "gguf", "runs/run")):
+        start = time.monotonic()
+        edge(*words)
+        say(f"   edge {' '.join(words)}: {time.monotonic() - start:.0f} s")
 
 
 def say(text: str) -> None:
