@@ -456,31 +456,14 @@ class Run:
         self.load()
         with cuda_graphs.own_stream(self.place):
             self.build_objective()
-            loop = trainer.Loop(
-                self.model,
-                self.data.train,
-                config,
-                device=self.place.device,
-                dtype=self.place.dtype,
-                objective=self.objective,
-                world=self.world,
-            )
-            return time_estimate.tried(loop)
+            return time_estimate.tried(self._loop(config))
 
     def resume(self) -> None:
         """Make the training loop, and bring it to where the checkpoint was; else remove older checkpoints.
 
         Raises EdgeError where the checkpoint has done all steps already.
         """
-        self.loop = trainer.Loop(
-            self.model,
-            self.data.train,
-            self.config,
-            device=self.place.device,
-            dtype=self.place.dtype,
-            objective=self.objective,
-            world=self.world,
-        )
+        self.loop = self._loop(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.resumed is not None:
             done, total = self.resumed.step, self.loop.state.total
@@ -496,6 +479,18 @@ class Run:
         elif self.world.first:
             checkpoint.remove_all(self.folder)
         self.world.wait()
+
+    def _loop(self, config: TrainConfig) -> trainer.Loop:
+        """Trains on the rows as `config` says."""
+        return trainer.Loop(
+            self.model,
+            self.data.train,
+            config,
+            device=self.place.device,
+            dtype=self.place.dtype,
+            objective=self.objective,
+            world=self.world,
+        )
 
     def fit(self) -> None:
         """Train to the end, then take the best weights where that is asked for; write logs and results.

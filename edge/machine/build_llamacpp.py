@@ -108,7 +108,7 @@ class Plan:
     """One way to build: CMake definitions, and a key over everything that shapes the binary.
 
     stock_key: the key of unmodified llama.cpp, without the replacements in csrc. portable: which CPUs it is
-    for, "" for this one.
+    for, "" for this one. gpu_here: whether it is for a GPU of this machine, which it can be tried on.
     """
 
     defines: dict[str, str]
@@ -117,6 +117,7 @@ class Plan:
     stock_key: str
     compiler: Compiler
     portable: str = ""
+    gpu_here: bool = False
 
 
 def compiler() -> Compiler:
@@ -179,12 +180,11 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False, archit
         defines |= {"CMAKE_GENERATOR": "Ninja", "CMAKE_SHARED_LINKER_FLAGS": WHOLE}
     if sys.platform == "darwin":
         defines["GGML_METAL"] = "ON" if hardware.apple_gpu() else "OFF"
-    cuda_version = ""
+    cuda_version, gpu_here = "", cuda and not portable and not architectures
     if cuda:
-        elsewhere = portable or bool(architectures)
-        path, cuda_version = nvcc(gpu=not elsewhere)
+        path, cuda_version = nvcc(gpu=gpu_here)
         defines |= {"GGML_CUDA": "ON", "CMAKE_CUDA_COMPILER": path}
-        if elsewhere:
+        if not gpu_here:
             # Virtual memory needs the driver's library, which is not there before the image runs.
             defines["GGML_CUDA_NO_VMM"] = "ON"
         if architectures:
@@ -197,7 +197,7 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False, archit
         "defines": defines,
         "cxx_flags": cxx_flags,
         "compiler": [tool.kind, tool.version],
-        "cuda": [cuda_version, *([] if portable or architectures else gpu_keys())] if cuda else [],
+        "cuda": [cuda_version, *(gpu_keys() if gpu_here else [])] if cuda else [],
         "platform": [sys.platform, kind],
         "cpu": cpus or cpu_key(),
     }
@@ -208,7 +208,7 @@ def plan(*, cuda: bool = False, amx: bool = True, portable: bool = False, archit
         return hashlib.sha256(facts.encode("utf-8")).hexdigest()[:20]
 
     ours = (path for path in CSRC.iterdir() if path.is_file())
-    return Plan(defines, cxx_flags, key(ours), key([HEADER]), tool, cpus)
+    return Plan(defines, cxx_flags, key(ours), key([HEADER]), tool, cpus, gpu_here)
 
 
 def _cmake_architectures(text: str) -> str:
@@ -535,7 +535,6 @@ def _install_build(
     ordinary buffers; `notes` says so.
     """
     wanted = plan(cuda=cuda, portable=portable, architectures=architectures)
-    check_gpu = cuda and not portable and not architectures
     info = build_info()
     if not force and info.get("wanted") == wanted.key:
         console.print(
@@ -543,13 +542,13 @@ def _install_build(
         )
         return info
     chosen, notes = wanted, list[str]()
-    outcome = _install_and_check(wheel(chosen, console, force=force), check_gpu)
+    outcome = _install_and_check(wheel(chosen, console, force=force), wanted.gpu_here)
     if outcome["plain"] != "ok" or outcome["extra"] != "ok":
         notes.append(f"the default build failed its check: {outcome}")
         if "amx_tile" in hardware.cpu_flags() and not portable and chosen.compiler.kind == "gcc":
             console.print(f"llama.cpp: the check failed ({outcome}); building without AMX", style="yellow")
             chosen = plan(cuda=cuda, amx=False, architectures=architectures)
-            outcome = _install_and_check(wheel(chosen, console), check_gpu)
+            outcome = _install_and_check(wheel(chosen, console), wanted.gpu_here)
             notes.append("AMX is switched off: reading prompts is several times slower than it could be")
     if outcome["plain"] != "ok":
         raise UnavailableError(
@@ -558,7 +557,7 @@ def _install_build(
         )
     if outcome["extra"] != "ok":
         notes.append(NO_REPACKING)
-    if check_gpu and outcome.get("gpu") != "ok":
+    if wanted.gpu_here and outcome.get("gpu") != "ok":
         raise UnavailableError(
             f"the CUDA build cannot decode on the GPU: {outcome.get('gpu', 'it sees no GPU')}",
             f"check `nvidia-smi` and that the driver is as new as the CUDA toolkit, or: {BUILD}",
